@@ -1,0 +1,174 @@
+//! What is sent back: a page, a key in one piece, or a key in many. When it is dropped the answer is over: its key
+//! bytes are wiped and its time is taken.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+
+use crate::format::Format;
+use crate::key::KeyStream;
+use crate::metrics::{Endpoint, Metrics};
+use crate::random::Failure;
+
+/// The body of an answer.
+#[derive(Debug)]
+pub struct Body {
+    content: Content,
+    /// Dropped last.
+    _answer: Option<Answer>,
+}
+
+#[derive(Debug)]
+enum Content {
+    /// Empty, or already handed over.
+    Nothing,
+    Whole(Bytes),
+    Stream(KeyStream),
+    Page(axum::body::Body),
+}
+
+impl Body {
+    /// No body.
+    pub fn empty() -> Self {
+        Content::Nothing.into()
+    }
+
+    /// Bytes that are sent as they are. Those of a key come from [`crate::key::Key::into_bytes`], which wipes them.
+    pub fn whole(bytes: Bytes) -> Self {
+        Content::Whole(bytes).into()
+    }
+
+    /// A key in pieces, drawn as fast as the client reads.
+    pub fn stream(stream: KeyStream) -> Self {
+        Content::Stream(stream).into()
+    }
+
+    /// Ties the end of this body to the end of `answer`.
+    #[must_use]
+    pub fn ending(mut self, answer: Answer) -> Self {
+        self._answer = Some(answer);
+        self
+    }
+
+    /// An empty body in place of this one, with the same end: for HEAD.
+    #[must_use]
+    pub fn without_content(mut self) -> Self {
+        self.content = Content::Nothing;
+        self
+    }
+}
+
+impl From<Content> for Body {
+    fn from(content: Content) -> Self {
+        Self { content, _answer: None }
+    }
+}
+
+impl From<String> for Body {
+    fn from(text: String) -> Self {
+        Self::whole(text.into())
+    }
+}
+
+impl From<axum::body::Body> for Body {
+    fn from(page: axum::body::Body) -> Self {
+        Content::Page(page).into()
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut self.content {
+            Content::Nothing => Poll::Ready(None),
+            Content::Whole(bytes) => {
+                let bytes = std::mem::take(bytes);
+                self.content = Content::Nothing;
+                Poll::Ready(Some(Ok(Frame::data(bytes))))
+            }
+            Content::Stream(stream) => {
+                let started = Instant::now();
+                let piece = stream.next().map(|piece| {
+                    piece.map(|key| Frame::data(key.into_bytes())).map_err(BodyError::Generator)
+                });
+                if let (Some(Ok(frame)), Some(answer)) = (&piece, &self._answer) {
+                    let bytes = frame.data_ref().map_or(0, Bytes::len);
+                    answer.metrics.generated(started);
+                    answer.metrics.key_bytes_served(Format::Raw, bytes as u64);
+                }
+                Poll::Ready(piece)
+            }
+            Content::Page(page) => Pin::new(page).poll_frame(cx).map_err(BodyError::Page),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Nothing => true,
+            Content::Whole(bytes) => bytes.is_empty(),
+            Content::Stream(stream) => stream.remaining() == 0,
+            Content::Page(page) => page.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Nothing => SizeHint::with_exact(0),
+            Content::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Content::Stream(stream) => SizeHint::with_exact(stream.remaining()),
+            Content::Page(page) => page.size_hint(),
+        }
+    }
+}
+
+/// Why a body ends before its length: the connection is cut, so that no client takes it for complete.
+#[derive(Debug)]
+pub enum BodyError {
+    /// The generator failed in the middle of a long key.
+    Generator(Failure),
+    /// A page could not be made.
+    Page(axum::Error),
+}
+
+impl std::fmt::Display for BodyError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Generator(failure) => failure.fmt(f),
+            Self::Page(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for BodyError {}
+
+/// A request that is being answered, from its head until this is dropped.
+#[derive(Debug)]
+pub struct Answer {
+    metrics: Arc<Metrics>,
+    endpoint: Endpoint,
+    started: Instant,
+}
+
+impl Answer {
+    /// Starts the clock.
+    pub fn start(metrics: Arc<Metrics>, endpoint: Endpoint) -> Self {
+        metrics.requests_in_flight.inc();
+        Self { metrics, endpoint, started: Instant::now() }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.metrics.requests_in_flight.dec();
+        self.metrics.finished(self.endpoint, self.started.elapsed());
+    }
+}

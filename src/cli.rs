@@ -1,0 +1,63 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use crate::config::Sources;
+
+/// Hands out cryptographically secure random keys over HTTP.
+///
+/// Settings come from flags, then KEYSERVICE_* variables, then the configuration file, then defaults; see
+/// key-service.toml(5) for all of them.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "key-service", version, max_term_width = 100)]
+#[command(
+    after_help = "Exit status: 0 stopped as told, 1 could not start or go on, 2 wrong usage, 78 wrong configuration."
+)]
+pub struct Cli {
+    /// Address to serve keys on: IPv4, IPv6 or unix:/path [default: 0.0.0.0]
+    #[arg(long, value_name = "ADDRESS")]
+    host: Option<String>,
+
+    /// Port to serve keys on [default: 1123]
+    #[arg(long, value_name = "PORT")]
+    srv_port: Option<String>,
+
+    /// Largest key that is handed out, in bytes [default: 1024]
+    #[arg(long, value_name = "BYTES")]
+    max_size: Option<String>,
+
+    /// Port to serve metrics on; the same as --srv-port serves them beside the keys [default: 8000]
+    #[arg(long, value_name = "PORT")]
+    metrics_port: Option<String>,
+
+    /// Severity from which on events are logged: off, error, warn, info, debug or trace [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+
+    /// Configuration file, which must exist [default: /etc/key-service/config.toml, which need not]
+    #[arg(long, value_name = "PATH")]
+    config: Option<PathBuf>,
+
+    /// Read the configuration, print what is in effect, and stop
+    #[arg(long)]
+    pub check: bool,
+}
+
+impl Cli {
+    /// The configuration's sources; flags are read there, with the other layers and by the same rules.
+    pub fn sources(self) -> Sources {
+        let flags = [
+            ("host", self.host),
+            ("srv-port", self.srv_port),
+            ("max-size", self.max_size),
+            ("metrics-port", self.metrics_port),
+            ("log-level", self.log_level),
+        ];
+        Sources {
+            file: self.config,
+            flags: flags.into_iter().filter_map(|(name, value)| Some((name, value?))).collect(),
+        }
+    }
+}

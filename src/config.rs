@@ -1,0 +1,336 @@
+//! Defaults, then the TOML file, then the environment, then flags, into a [`Config`] that is always valid.
+//!
+//! Every mistake is reported, each with where it stands; nothing is started while there is one.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use figment::providers::{Env, Format, Toml};
+use figment::value::{Dict, Map, Value};
+use figment::{Figment, Metadata, Profile, Provider, Source};
+
+use crate::listener::Host;
+use crate::logging::LogLevel;
+
+/// Where the configuration is read from when no other file is named; it need not exist.
+pub const DEFAULT_PATH: &str = "/etc/key-service/config.toml";
+
+/// The prefix of the environment's settings. Not `KEY_SERVICE_`: Kubernetes sets `KEY_SERVICE_PORT` and its like for
+/// a Service of that name.
+pub const ENV_PREFIX: &str = "KEYSERVICE_";
+
+/// The largest value that `max-size` may have: 1 GiB.
+pub const MAX_SIZE_LIMIT: u64 = 1 << 30;
+
+const ONE_HOUR: u64 = 3600;
+
+/// Every setting, valid.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where keys are served.
+    pub host: Host,
+    /// Its port; 0 is any free one.
+    pub srv_port: u16,
+    /// The largest key, in bytes: 1 to [`MAX_SIZE_LIMIT`].
+    pub max_size: u64,
+    /// Where metrics are served.
+    pub metrics_host: Host,
+    /// Its port; 0 is any free one, and `srv_port` means: beside the keys.
+    pub metrics_port: u16,
+    /// From which severity on events are logged.
+    pub log_level: LogLevel,
+    /// Threads that serve; 0 is one for each CPU.
+    pub workers: usize,
+    /// Connections that may be open at once.
+    pub max_connections: usize,
+    /// Until a request's head must have arrived, and an idle connection closes.
+    pub head_timeout: Duration,
+    /// Until a write that makes no progress ends its connection.
+    pub write_timeout: Duration,
+    /// Until busy connections are cut after the service was told to stop.
+    pub drain_timeout: Duration,
+    /// How long the service goes on accepting, unready, after it was told to stop.
+    pub drain_delay: Duration,
+}
+
+/// The names of all settings, as TOML has them.
+const NAMES: [&str; 12] = [
+    "host",
+    "srv-port",
+    "max-size",
+    "metrics-host",
+    "metrics-port",
+    "log-level",
+    "workers",
+    "max-connections",
+    "head-timeout",
+    "write-timeout",
+    "drain-timeout",
+    "drain-delay",
+];
+
+/// The settings that a running service takes on at a reload.
+const LIVE: [&str; 2] = ["max-size", "log-level"];
+
+impl Config {
+    /// Whether metrics are served beside the keys instead of on a listener of their own.
+    pub fn shares_port(&self) -> bool {
+        self.srv_port == self.metrics_port && self.srv_port != 0 && self.host == self.metrics_host
+    }
+
+    /// The settings that differ in `new` and that only a restart takes on.
+    pub fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
+        let changed = |(old, new): &((_, Value), (_, Value))| old.1 != new.1;
+        self.values()
+            .into_iter()
+            .zip(new.values())
+            .filter(changed)
+            .map(|((name, _), _)| name)
+            .filter(|name| !LIVE.contains(name))
+            .collect()
+    }
+
+    fn values(&self) -> [(&'static str, Value); NAMES.len()] {
+        let text = |value: &dyn fmt::Display| Value::from(value.to_string());
+        let values = [
+            text(&self.host),
+            self.srv_port.into(),
+            self.max_size.into(),
+            text(&self.metrics_host),
+            self.metrics_port.into(),
+            text(&self.log_level),
+            (self.workers as u64).into(),
+            (self.max_connections as u64).into(),
+            self.head_timeout.as_secs().into(),
+            self.write_timeout.as_secs().into(),
+            self.drain_timeout.as_secs().into(),
+            self.drain_delay.as_secs().into(),
+        ];
+        let mut names = NAMES.into_iter();
+        values.map(|value| (names.next().expect("as many names as values"), value))
+    }
+}
+
+/// The effective configuration, as TOML.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, value) in self.values() {
+            writeln!(f, "{name} = {}", shown(&value))?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a configuration comes from; it can be read as often as a reload asks for it.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// A file that must exist; else [`DEFAULT_PATH`], which need not.
+    pub file: Option<PathBuf>,
+    /// Settings from the command line, by name and unread.
+    pub flags: Vec<(&'static str, String)>,
+}
+
+impl Sources {
+    /// Reads all layers.
+    ///
+    /// # Errors
+    /// Every mistake there is.
+    pub fn load(&self) -> Result<Config, Mistakes> {
+        let path = self.file.as_deref().unwrap_or(Path::new(DEFAULT_PATH));
+        let file = Toml::file_exact(path);
+        // A file that can't be read at all hides whatever else is in it; the other layers are still looked at.
+        let unreadable = match fs::metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.file.as_ref().map(|_| format!("{}: there is no such file", path.display()))
+            }
+            _ => file.data().err().map(|error| unreadable(path, &error)),
+        };
+        let mut figment = Figment::new();
+        if unreadable.is_none() && path.exists() {
+            figment = figment.merge(file);
+        }
+        let environment = Env::prefixed(ENV_PREFIX).map(|key| key.as_str().replace('_', "-").into());
+        let mut reader = Reader {
+            figment: figment.merge(environment).merge(Flags(&self.flags)),
+            mistakes: unreadable.into_iter().collect(),
+        };
+        reader.refuse_unknown();
+        let config = reader.config();
+        match config {
+            Some(config) if reader.mistakes.is_empty() => Ok(config),
+            _ => Err(Mistakes(reader.mistakes)),
+        }
+    }
+}
+
+/// What is wrong with a configuration: one sentence for each mistake.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistakes(Vec<String>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for Mistakes {}
+
+impl Mistakes {
+    /// The sentences.
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(String::as_str)
+    }
+}
+
+struct Reader {
+    figment: Figment,
+    mistakes: Vec<String>,
+}
+
+impl Reader {
+    /// `None` where a setting is wrong; all of them have been looked at then.
+    fn config(&mut self) -> Option<Config> {
+        let any = Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let host = self.parsed("host", any, "an IP address or unix:/path");
+        // Metrics of a service on a Unix socket are for this machine only, until told otherwise.
+        let beside = match &host {
+            Some(Host::Ip(ip)) => Host::Ip(*ip),
+            _ => Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        };
+        let metrics_host = self.parsed("metrics-host", beside, "an IP address or unix:/path");
+        let levels = format!("one of {}", LogLevel::NAMES.join(", "));
+        let info = "info".parse().expect("info is a level");
+        let log_level = self.parsed("log-level", info, &levels);
+        let srv_port = self.whole("srv-port", 1123, 0..=u16::MAX.into());
+        let max_size = self.whole("max-size", 1024, 1..=MAX_SIZE_LIMIT);
+        let metrics_port = self.whole("metrics-port", 8000, 0..=u16::MAX.into());
+        let workers = self.whole("workers", 0, 0..=256);
+        let max_connections = self.whole("max-connections", 10_000, 1..=1_000_000);
+        let head_timeout = self.whole("head-timeout", 10, 1..=ONE_HOUR);
+        let write_timeout = self.whole("write-timeout", 15, 1..=ONE_HOUR);
+        let drain_timeout = self.whole("drain-timeout", 20, 0..=ONE_HOUR);
+        let drain_delay = self.whole("drain-delay", 0, 0..=ONE_HOUR);
+        Some(Config {
+            host: host?,
+            srv_port: srv_port?.try_into().ok()?,
+            max_size: max_size?,
+            metrics_host: metrics_host?,
+            metrics_port: metrics_port?.try_into().ok()?,
+            log_level: log_level?,
+            workers: workers?.try_into().ok()?,
+            max_connections: max_connections?.try_into().ok()?,
+            head_timeout: Duration::from_secs(head_timeout?),
+            write_timeout: Duration::from_secs(write_timeout?),
+            drain_timeout: Duration::from_secs(drain_timeout?),
+            drain_delay: Duration::from_secs(drain_delay?),
+        })
+    }
+
+    fn whole(&mut self, name: &'static str, default: u64, range: RangeInclusive<u64>) -> Option<u64> {
+        let Ok(value) = self.figment.find_value(name) else {
+            return Some(default);
+        };
+        match value.to_u128().and_then(|number| u64::try_from(number).ok()) {
+            Some(number) if range.contains(&number) => Some(number),
+            _ => self.refuse(
+                name,
+                &value,
+                &format!("a whole number from {} to {}", range.start(), range.end()),
+            ),
+        }
+    }
+
+    fn parsed<T: FromStr>(&mut self, name: &'static str, default: T, expected: &str) -> Option<T> {
+        let Ok(value) = self.figment.find_value(name) else {
+            return Some(default);
+        };
+        match value.as_str().and_then(|text| text.parse().ok()) {
+            Some(parsed) => Some(parsed),
+            None => self.refuse(name, &value, expected),
+        }
+    }
+
+    fn refuse<T>(&mut self, name: &str, value: &Value, expected: &str) -> Option<T> {
+        let source = self.source(name, value);
+        self.mistakes.push(format!("{name}: expected {expected}, found {} ({source})", shown(value)));
+        None
+    }
+
+    fn refuse_unknown(&mut self) {
+        let settings: Dict = self.figment.extract().unwrap_or_default();
+        for (name, value) in settings.iter().filter(|(name, _)| !NAMES.contains(&name.as_str())) {
+            let source = self.source(name, value);
+            let meant = NAMES
+                .into_iter()
+                .find(|known| known.replace('-', "") == name.replace(['-', '_'], "").to_lowercase());
+            let hint = meant.map_or_else(
+                || format!("the settings are {}", NAMES.join(", ")),
+                |known| format!("did you mean {known}?"),
+            );
+            self.mistakes.push(format!("{name}: not a setting ({source}); {hint}"));
+        }
+    }
+
+    /// Where a value stands, in words that find it.
+    fn source(&self, name: &str, value: &Value) -> String {
+        match self.figment.get_metadata(value.tag()) {
+            Some(Metadata { source: Some(Source::File(path)), .. }) => path.display().to_string(),
+            Some(metadata) if metadata.name == FLAG => format!("--{name}"),
+            _ => format!("{ENV_PREFIX}{}", name.replace('-', "_").to_uppercase()),
+        }
+    }
+}
+
+const FLAG: &str = "flag";
+
+/// Flags as a layer: read the way the environment is, so that a value means the same in both.
+struct Flags<'a>(&'a [(&'static str, String)]);
+
+impl Provider for Flags<'_> {
+    fn metadata(&self) -> Metadata {
+        Metadata::named(FLAG)
+    }
+
+    fn data(&self) -> figment::Result<Map<Profile, Dict>> {
+        let entry = |(name, text): &(&str, String)| {
+            let value = text.parse().unwrap_or_else(|never: std::convert::Infallible| match never {});
+            ((*name).to_owned(), value)
+        };
+        Ok(Profile::Default.collect(self.0.iter().map(entry).collect()))
+    }
+}
+
+/// A value as TOML writes it.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::String(_, text) => format!("{text:?}"),
+        Value::Bool(_, truth) => truth.to_string(),
+        Value::Dict(..) => "a table".into(),
+        Value::Array(..) => "an array".into(),
+        Value::Char(_, char) => format!("\"{char}\""),
+        Value::Empty(..) => "nothing".into(),
+        Value::Num(_, number) => match (number.to_u128(), number.to_i128(), number.to_f64()) {
+            (Some(whole), ..) => whole.to_string(),
+            (None, Some(whole), _) => whole.to_string(),
+            (None, None, Some(fraction)) => fraction.to_string(),
+            _ => "a number".into(),
+        },
+    }
+}
+
+/// The parser's error in one line: where, and what.
+fn unreadable(path: &Path, error: &figment::Error) -> String {
+    let text = error.to_string();
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or("not readable");
+    match lines.next_back() {
+        Some(last) => format!("{}: {first}: {last}", path.display()),
+        None => format!("{}: {first}", path.display()),
+    }
+}

@@ -1,0 +1,68 @@
+//! Whether the service is well: /health, /livez, /readyz, and the state behind them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::problem::Problem;
+use crate::random::{Failure, Generator};
+
+/// Seconds after which a client is told to come back.
+const RETRY_AFTER: u32 = 5;
+
+/// What the health routes answer from; shared by every listener.
+#[derive(Debug)]
+pub struct Health {
+    generator: Arc<Generator>,
+    draining: AtomicBool,
+}
+
+impl Health {
+    /// Well, as long as `generator` is.
+    pub fn new(generator: Arc<Generator>) -> Self {
+        Self { generator, draining: AtomicBool::new(false) }
+    }
+
+    /// From now on /readyz says no, so that balancers look elsewhere.
+    pub fn start_draining(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the service is about to stop.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// `/health`: the generator makes a block now.
+    ///
+    /// # Errors
+    /// 503 with the reason.
+    pub fn check(&self) -> Result<(), Problem> {
+        self.generator.check().map_err(failed)
+    }
+
+    /// `/readyz`: a key asked for now will be served.
+    ///
+    /// # Errors
+    /// 503 with the reason.
+    pub fn ready(&self) -> Result<(), Problem> {
+        if self.is_draining() {
+            return Err(draining());
+        }
+        self.check()
+    }
+}
+
+/// What a client is told while the generator is out of service; the reason itself is for the log and /health.
+pub fn failed(failure: Failure) -> Problem {
+    Problem::unavailable(format!("No keys can be made: {failure}"), RETRY_AFTER)
+}
+
+/// What a client is told when the service stops before its answer could be complete.
+pub fn draining() -> Problem {
+    Problem::unavailable("The service is stopping", RETRY_AFTER)
+}
+
+/// What a client is told when every connection is taken.
+pub fn full() -> Problem {
+    Problem::unavailable("Too many connections", RETRY_AFTER).closing()
+}

@@ -1,0 +1,154 @@
+//! A key and its length: values that can't be wrong, and bytes that don't outlive their use.
+
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use zeroize::Zeroizing;
+
+use crate::random::{CHUNK, Failure, Generator};
+
+/// How many bytes a key has: at least 1, at most the limit it was parsed under.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KeyLength(u64);
+
+impl KeyLength {
+    /// Reads `[1-9][0-9]*`, nothing else: no sign, no leading zero, no percent-encoding, no space.
+    ///
+    /// # Errors
+    /// Which part of that the text broke. A number of any size that is above `limit` is [`LengthError::TooLarge`].
+    pub fn parse(text: &str, limit: u64) -> Result<Self, LengthError> {
+        let digits = text.as_bytes();
+        match digits {
+            b"0" => return Err(LengthError::Zero),
+            [b'1'..=b'9', rest @ ..] if rest.iter().all(u8::is_ascii_digit) => {}
+            _ => return Err(LengthError::NotAnInteger),
+        }
+        // Only digits are left, so the one way for this to fail is a number beyond 64 bits.
+        match text.parse() {
+            Ok(length) if length <= limit => Ok(Self(length)),
+            _ => Err(LengthError::TooLarge { limit }),
+        }
+    }
+
+    /// The length in bytes.
+    pub fn bytes(self) -> u64 {
+        self.0
+    }
+
+    /// Whether a key of this length is sent in pieces instead of being held in memory whole.
+    pub fn is_bulk(self) -> bool {
+        self.0 > CHUNK as u64
+    }
+}
+
+/// Why a text is not the length of a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LengthError {
+    /// Not `[1-9][0-9]*`.
+    NotAnInteger,
+    /// `0`.
+    Zero,
+    /// A number above the limit.
+    TooLarge {
+        /// The largest length that is allowed, in bytes.
+        limit: u64,
+    },
+}
+
+impl fmt::Display for LengthError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAnInteger => f.write_str(
+                "Invalid length: must be an integer, in decimal digits without a sign or a leading zero",
+            ),
+            Self::Zero => f.write_str("Length must be at least 1"),
+            Self::TooLarge { limit } => write!(f, "Length exceeds maximum size of {limit}"),
+        }
+    }
+}
+
+/// A whole key, of at most one chunk. Wiped when the last use of its bytes is dropped; it can't be printed.
+pub struct Key(Zeroizing<Vec<u8>>);
+
+impl Key {
+    /// Draws a key of `length` bytes, or the first chunk's worth of it.
+    ///
+    /// # Errors
+    /// The generator's failure.
+    pub fn draw(length: KeyLength, generator: &Generator) -> Result<Self, Failure> {
+        let size = usize::try_from(length.0).map_or(CHUNK, |length| length.min(CHUNK));
+        let mut bytes = Zeroizing::new(vec![0; size]);
+        generator.fill(&mut bytes)?;
+        Ok(Self(bytes))
+    }
+
+    /// The bytes, in the very buffer that they were drawn into, for the kernel to read from.
+    pub fn into_bytes(self) -> Bytes {
+        Bytes::from_owner(self.0)
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Key({} bytes)", self.0.len())
+    }
+}
+
+/// A key too large to hold: drawn a chunk at a time, as fast as the reader takes it.
+#[derive(Debug)]
+pub struct KeyStream {
+    remaining: u64,
+    generator: Arc<Generator>,
+}
+
+impl KeyStream {
+    /// A stream of `length` bytes, of which none is drawn yet.
+    pub fn new(length: KeyLength, generator: Arc<Generator>) -> Self {
+        Self { remaining: length.0, generator }
+    }
+
+    /// How many bytes are still to come.
+    pub fn remaining(&self) -> u64 {
+        self.remaining
+    }
+}
+
+impl Iterator for KeyStream {
+    type Item = Result<Key, Failure>;
+
+    /// The next piece. After a failure the rest must not be sent: the stream stays short, for the reader to see.
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.remaining == 0 {
+            return None;
+        }
+        let piece = Key::draw(KeyLength(self.remaining), &self.generator);
+        if let Ok(key) = &piece {
+            self.remaining -= key.0.len() as u64;
+        }
+        Some(piece)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Kernel;
+
+    #[test]
+    fn a_key_does_not_print() {
+        let generator = Generator::new(Kernel).unwrap();
+        let key = Key::draw(KeyLength(32), &generator).unwrap();
+        assert_eq!(format!("{key:?}"), "Key(32 bytes)");
+    }
+
+    #[test]
+    fn a_stream_gives_exactly_its_length() {
+        let generator = Arc::new(Generator::new(Kernel).unwrap());
+        for length in [1, CHUNK as u64, CHUNK as u64 + 1, 3 * CHUNK as u64 - 1] {
+            let stream = KeyStream::new(KeyLength(length), Arc::clone(&generator));
+            let sizes: Vec<_> = stream.map(|piece| piece.unwrap().0.len() as u64).collect();
+            assert_eq!(sizes.iter().sum::<u64>(), length);
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! A small Unix daemon that hands out cryptographically secure random keys over HTTP.
+//!
+//! | module | role |
+//! |---|---|
+//! | [`cli`] | the command line |
+//! | [`config`] | defaults, file, environment and flags, into a configuration that is always valid |
+//! | [`random`] | the one place that makes random bytes |
+//! | [`key`] | a key and its length |
+//! | [`format`] | how a key is written, and negotiation |
+//! | [`api`] | the routes |
+//! | [`body`] | what is sent back, until its last byte |
+//! | [`health`] | whether the service is well |
+//! | [`problem`] | what a client is told instead of a key |
+//! | [`metrics`], `process` | what is counted |
+//! | [`listener`] | sockets, inherited or bound |
+//! | [`deadline`] | connections that keep us waiting end |
+//! | [`server`] | the accept loop and the drain |
+//! | [`systemd`] | what the service manager is told |
+//! | [`signals`] | what it tells us |
+//! | [`logging`] | the journal, else stderr |
+//!
+//! [`run`] wires them together. Only it and `main` see the configuration; everyone else is handed values.
+
+pub mod api;
+pub mod body;
+pub mod cli;
+pub mod config;
+pub mod deadline;
+pub mod format;
+pub mod health;
+pub mod key;
+pub mod listener;
+pub mod logging;
+pub mod metrics;
+pub mod problem;
+mod process;
+pub mod random;
+pub mod server;
+pub mod signals;
+pub mod systemd;
+
+use std::fmt::{self, Display};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::runtime::{self, Runtime};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use api::{Api, Routes, Site};
+use config::{Config, Sources};
+use health::Health;
+use listener::{Inherited, ListenError, Listener};
+use logging::Log;
+use metrics::Metrics;
+use random::{Failure, Generator, Source};
+use server::{Drain, Heartbeat, Heartbeats, Phase, Seat, Terms};
+use signals::{Order, Signals};
+use systemd::Notifier;
+
+/// Connections that the metrics listener serves at once: scrapers and probes are few.
+const METRICS_CONNECTIONS: usize = 64;
+
+/// Descriptors beside those of client connections: listeners, runtimes, log, metrics.
+const SPARE_DESCRIPTORS: u64 = 256;
+
+/// Why the service could not start or go on.
+#[derive(Debug)]
+pub enum RunError {
+    /// The random generator failed its tests.
+    Generator(Failure),
+    /// There is no listener.
+    Listen(ListenError),
+    /// The system denied something that has no other name.
+    System(&'static str, io::Error),
+}
+
+impl Display for RunError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Generator(failure) => write!(f, "no keys can be made: {failure}"),
+            Self::Listen(error) => error.fmt(f),
+            Self::System(what, error) => write!(f, "{what}: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for RunError {}
+
+impl From<Failure> for RunError {
+    fn from(failure: Failure) -> Self {
+        Self::Generator(failure)
+    }
+}
+
+impl From<ListenError> for RunError {
+    fn from(error: ListenError) -> Self {
+        Self::Listen(error)
+    }
+}
+
+/// Serves until a signal says to stop, and returns when the last connection is gone or the drain's time is over.
+///
+/// `config` is what `sources` gave; they are read again on SIGHUP.
+///
+/// # Errors
+/// What kept the service from starting; nothing has been served then.
+pub fn run(
+    config: Config,
+    sources: &Sources,
+    inherited: Inherited,
+    source: impl Source,
+    log: &Log,
+) -> Result<(), RunError> {
+    let generator = Arc::new(Generator::new(source)?);
+    let Listeners { keys, metrics: operator } = listeners(&config, inherited)?;
+    let connections = fit_descriptors(config.max_connections);
+    let metrics = Arc::new(Metrics::new());
+    metrics.connections_limit.set(i64::try_from(connections).unwrap_or(i64::MAX));
+    let health = Arc::new(Health::new(Arc::clone(&generator)));
+    let api = Arc::new(Api {
+        max_size: AtomicU64::new(config.max_size),
+        generator: Arc::clone(&generator),
+        health: Arc::clone(&health),
+        metrics: Arc::clone(&metrics),
+        log_events_dropped: Log::dropped,
+    });
+    let status = status(&keys, &operator, config.shares_port());
+
+    let terms = |connections| {
+        Terms::new(connections, config.head_timeout, config.write_timeout, Arc::clone(&metrics))
+    };
+    let key_terms = terms(connections).counted_on(metrics.connections.clone());
+    let operator_terms = terms(METRICS_CONNECTIONS);
+    let routes = if config.shares_port() { Routes::Both } else { Routes::Client };
+    let drain = Drain::new();
+    let mut heartbeats = Heartbeats::new();
+
+    let control = runtime()?;
+    let mut signals = control
+        .block_on(async { Signals::catch() })
+        .map_err(|error| RunError::System("signals can't be caught", error))?;
+    let mut workers = Vec::new();
+    for _ in 0..worker_count(config.workers) {
+        let listeners = share(&keys, &mut heartbeats)
+            .map_err(|error| RunError::System("a listener can't be shared", error))?;
+        let site = Site::new(routes, Arc::clone(&api));
+        workers.push(Worker::start(listeners, site, key_terms.clone(), &drain)?);
+    }
+    drop(keys);
+
+    control.block_on(async {
+        let listeners = operator.into_iter().map(|listener| (listener, heartbeats.join())).collect();
+        let site = Site::new(Routes::Operator, Arc::clone(&api));
+        let operators =
+            tokio::spawn(server::serve(listeners, seated(site), operator_terms.clone(), drain.watch()));
+
+        let notifier = Notifier::start();
+        notifier.ready(&status);
+        info!(version = env!("CARGO_PKG_VERSION"), "{status}");
+
+        let alive = || {
+            let generated = generator.check();
+            api.report_failure();
+            generated.map_err(|_| "the random generator is out of service")?;
+            heartbeats.all_answered().then_some(()).ok_or("a worker gave no sign of life")
+        };
+        let mut running = config;
+        let signal = {
+            let mut watchdog = std::pin::pin!(systemd::watchdog(&notifier, alive));
+            loop {
+                tokio::select! {
+                    never = &mut watchdog => never,
+                    order = signals.next() => match order {
+                        Order::Stop(signal) => break signal,
+                        Order::Reload => {
+                            notifier.reloading();
+                            reload(&mut running, sources, &api, log);
+                            notifier.ready(&status);
+                        }
+                    },
+                }
+            }
+        };
+
+        info!(signal, "stopping");
+        health.start_draining();
+        notifier.stopping("Draining");
+        tokio::time::sleep(running.drain_delay).await;
+        drain.begin(&[&key_terms, &operator_terms]).await;
+        let all_gone = async {
+            for worker in &mut workers {
+                worker.finished().await;
+            }
+            let _ = operators.await; // it ends with its last connection; a panic there has been logged
+        };
+        match timeout(running.drain_timeout, all_gone).await {
+            Ok(()) => info!("stopped"),
+            Err(_) => warn!(connections = metrics.connections.get(), "stopped with connections still open"),
+        }
+    });
+    control.shutdown_background();
+    Ok(())
+}
+
+struct Listeners {
+    keys: Vec<Listener>,
+    metrics: Vec<Listener>,
+}
+
+/// What was inherited, and the rest bound.
+fn listeners(config: &Config, inherited: Inherited) -> Result<Listeners, RunError> {
+    let is_activated = !inherited.http.is_empty();
+    let mut keys = inherited.http;
+    if keys.is_empty() {
+        keys.push(Listener::bind(&config.host, config.srv_port)?);
+    }
+    let mut metrics = inherited.metrics;
+    if metrics.is_empty() && !config.shares_port() {
+        match Listener::bind(&config.metrics_host, config.metrics_port) {
+            Ok(listener) => metrics.push(listener),
+            // An administrator has switched the metrics socket off: keys are still served.
+            Err(error) if is_activated && error.is_forbidden() => {
+                warn!(%error, "no metrics are served: their socket was not inherited, and the sandbox lets none be made");
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Listeners { keys, metrics })
+}
+
+/// Where the service listens, for people and for tests.
+fn status(keys: &[Listener], metrics: &[Listener], shares_port: bool) -> String {
+    let list =
+        |listeners: &[Listener]| listeners.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let metrics = match metrics {
+        [] if shares_port => "metrics on the same".to_owned(),
+        [] => "no metrics".to_owned(),
+        listeners => format!("metrics on {}", list(listeners)),
+    };
+    format!("Keys on {}; {metrics}", list(keys))
+}
+
+/// Raises the soft limit of open files to the hard one, and fits the connections into it.
+fn fit_descriptors(connections: usize) -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    let descriptors = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(_) => limit.current,
+    };
+    let Some(descriptors) = descriptors else {
+        return connections; // unlimited
+    };
+    let spare = SPARE_DESCRIPTORS.min(descriptors / 2);
+    let room = usize::try_from(descriptors - spare).unwrap_or(usize::MAX);
+    if room < connections {
+        warn!(
+            asked = connections,
+            granted = room,
+            "max-connections is lowered to what the limit of open files allows (LimitNOFILE=, ulimit -n)"
+        );
+    }
+    connections.min(room)
+}
+
+fn worker_count(asked: usize) -> usize {
+    match asked {
+        0 => thread::available_parallelism().map_or(1, Into::into),
+        count => count,
+    }
+}
+
+fn share(listeners: &[Listener], heartbeats: &mut Heartbeats) -> io::Result<Vec<(Listener, Heartbeat)>> {
+    listeners.iter().map(|listener| Ok((listener.try_clone()?, heartbeats.join()))).collect()
+}
+
+/// The service for a connection, by the seat that it got.
+fn seated(site: Site) -> impl Fn(Seat) -> Site + Clone + Send + 'static {
+    move |seat| match seat {
+        Seat::Regular => site.clone(),
+        Seat::Crowd => site.clone().crowded(),
+    }
+}
+
+fn runtime() -> Result<Runtime, RunError> {
+    runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(|error| RunError::System("a runtime can't be made", error))
+}
+
+/// A thread with a runtime and accept loops of its own: a connection stays where it was accepted.
+struct Worker(oneshot::Receiver<()>);
+
+impl Worker {
+    fn start(
+        listeners: Vec<(Listener, Heartbeat)>,
+        site: Site,
+        terms: Terms,
+        drain: &Drain,
+    ) -> Result<Self, RunError> {
+        let runtime = runtime()?;
+        let phase: tokio::sync::watch::Receiver<Phase> = drain.watch();
+        let (done, finished) = oneshot::channel();
+        thread::Builder::new()
+            .name("worker".into())
+            .spawn(move || {
+                if let Err(error) = runtime.block_on(server::serve(listeners, seated(site), terms, phase)) {
+                    tracing::error!(%error, "a worker can't listen");
+                }
+                let _ = done.send(()); // nobody waits once the drain's time is over
+            })
+            .map_err(|error| RunError::System("a worker can't be started", error))?;
+        Ok(Self(finished))
+    }
+
+    async fn finished(&mut self) {
+        let _ = (&mut self.0).await; // an error says that the thread is gone, which is what is waited for
+    }
+}
+
+/// Takes on what may change while the service runs, and names in the log what may not.
+fn reload(running: &mut Config, sources: &Sources, api: &Api, log: &Log) {
+    let new = match sources.load() {
+        Ok(new) => new,
+        Err(mistakes) => {
+            for mistake in mistakes.iter() {
+                tracing::error!(mistake, "the new configuration is refused");
+            }
+            tracing::error!("the configuration stays as it was");
+            api.metrics.config_last_reload_successful.set(0);
+            return;
+        }
+    };
+    for setting in running.needs_restart(&new) {
+        warn!(setting, "this setting has changed and takes effect at the next restart");
+    }
+    api.max_size.store(new.max_size, Ordering::Relaxed);
+    log.set_level(new.log_level);
+    running.max_size = new.max_size;
+    running.log_level = new.log_level;
+    api.metrics.config_last_reload_successful.set(1);
+    info!(max_size = new.max_size, log_level = %new.log_level, "the configuration is reloaded");
+}
+
+/// Forbids core dumps for the life of the process: key bytes must not reach a disk.
+///
+/// A limit of 1 is what the kernel takes as a refusal for dumps to a program too (core(5), piping), where 0 is ignored;
+/// for dumps to a file both are below the smallest one.
+///
+/// # Errors
+/// When the system denies it.
+pub fn forbid_core_dumps() -> io::Result<()> {
+    let none = Rlimit { current: Some(1), maximum: Some(1) };
+    Ok(setrlimit(Resource::Core, none)?)
+}

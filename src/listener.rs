@@ -1,0 +1,361 @@
+//! An address to listen on: inherited from the service manager by name, or bound here; TCP or Unix.
+
+use std::env;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::str::FromStr;
+use std::task::{Context, Poll};
+
+use listenfd::ListenFd;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// How many connections the kernel holds while they wait to be accepted; it caps this at net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+
+/// The first descriptor that a service manager passes (sd_listen_fds(3)).
+const FIRST_FD: usize = 3;
+
+/// Where to listen: an IP address, or `unix:` and a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Host {
+    /// An IPv4 or IPv6 address; `::` takes both kinds, as Linux has it.
+    Ip(IpAddr),
+    /// A stream socket in the file system.
+    Unix(PathBuf),
+}
+
+impl FromStr for Host {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.starts_with('/') { Ok(Self::Unix(path.into())) } else { Err(()) };
+        }
+        let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
+        bare.parse().map(Self::Ip).map_err(|_| ())
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(ip) => ip.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// A listening socket that no runtime has yet. Dropping the last copy of one that was bound here closes it; one that
+/// was inherited stays open in the service manager.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP over IPv4 or IPv6.
+    Tcp(TcpListener),
+    /// A Unix stream socket.
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// Binds `host`, with `port` where it is an IP address (0: any free port).
+    ///
+    /// # Errors
+    /// A sentence that names the address.
+    pub fn bind(host: &Host, port: u16) -> Result<Self, ListenError> {
+        let (address, bound) = match host {
+            Host::Ip(ip) => {
+                let address = SocketAddr::new(*ip, port);
+                (address.to_string(), bind_tcp(address))
+            }
+            Host::Unix(path) => (host.to_string(), bind_unix(path)),
+        };
+        bound.map_err(|source| ListenError::Bind { address, source })
+    }
+
+    /// Another handle on the same socket.
+    ///
+    /// # Errors
+    /// When descriptors have run out.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        match self {
+            Self::Tcp(listener) => listener.try_clone().map(Self::Tcp),
+            Self::Unix(listener) => listener.try_clone().map(Self::Unix),
+        }
+    }
+
+    /// Hands the socket to the runtime of the calling thread.
+    ///
+    /// # Errors
+    /// When the runtime can't register it.
+    pub fn into_acceptor(self) -> io::Result<Acceptor> {
+        match self {
+            Self::Tcp(listener) => tokio::net::TcpListener::from_std(listener).map(Acceptor::Tcp),
+            Self::Unix(listener) => tokio::net::UnixListener::from_std(listener).map(Acceptor::Unix),
+        }
+    }
+
+    /// What every listener needs, inherited or not.
+    fn prepare(self) -> io::Result<Self> {
+        match &self {
+            // Accepted connections inherit TCP_NODELAY, which saves them the call: an answer is never held back for
+            // an acknowledgement of the one before.
+            Self::Tcp(listener) => {
+                SockRef::from(listener).set_tcp_nodelay(true)?;
+                listener.set_nonblocking(true)?;
+            }
+            Self::Unix(listener) => listener.set_nonblocking(true)?,
+        }
+        Ok(self)
+    }
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(listener) => match listener.local_addr() {
+                Ok(address) => address.fmt(f),
+                Err(_) => f.write_str("a TCP socket"),
+            },
+            Self::Unix(listener) => match listener.local_addr().ok().as_ref().and_then(|a| a.as_pathname()) {
+                Some(path) => write!(f, "unix:{}", path.display()),
+                None => f.write_str("a Unix socket"),
+            },
+        }
+    }
+}
+
+/// Sockets that came with the process, by the role that their name gives them.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// Named `http`: keys and health.
+    pub http: Vec<Listener>,
+    /// Named `metrics`.
+    pub metrics: Vec<Listener>,
+}
+
+impl Inherited {
+    /// Takes the sockets of sd_listen_fds(3): those named `http` and `metrics` in any order, and as many of each as
+    /// there are; without names, the first is `http` and the second `metrics`.
+    ///
+    /// Call it before the process has threads: it changes the environment.
+    ///
+    /// # Errors
+    /// Anything that is not a listening stream socket, or has another name, is refused by descriptor and name.
+    pub fn take() -> Result<Self, ListenError> {
+        let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
+        let mut names = names.split(':');
+        let mut descriptors = ListenFd::from_env();
+        let mut inherited = Self::default();
+        for index in 0..descriptors.len() {
+            let name = names.next().unwrap_or_default();
+            let refuse = |reason| ListenError::Inherited {
+                descriptor: FIRST_FD + index,
+                name: name.to_owned(),
+                reason,
+            };
+            let role = match name {
+                "http" => &mut inherited.http,
+                "metrics" => &mut inherited.metrics,
+                // systemd says `unknown` for a descriptor that was stored without a name.
+                "" | "unknown" if inherited.http.is_empty() => &mut inherited.http,
+                "" | "unknown" if inherited.metrics.is_empty() => &mut inherited.metrics,
+                _ => {
+                    return Err(refuse(
+                        "its name should be http or metrics (FileDescriptorName= of its socket unit)",
+                    ));
+                }
+            };
+            let listener = take_stream(&mut descriptors, index)
+                .ok_or_else(|| refuse("it should be a listening TCP or Unix stream socket"))?;
+            role.push(listener.prepare().map_err(|_| refuse("it can't be made non-blocking"))?);
+        }
+        Ok(inherited)
+    }
+}
+
+/// Why there is no listener.
+#[derive(Debug)]
+pub enum ListenError {
+    /// The address can't be bound.
+    Bind {
+        /// The address, as a person writes it.
+        address: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// An inherited descriptor can't be used.
+    Inherited {
+        /// Its number.
+        descriptor: usize,
+        /// Its name in `LISTEN_FDNAMES`; empty where it has none.
+        name: String,
+        /// What should be otherwise.
+        reason: &'static str,
+    },
+}
+
+impl ListenError {
+    /// Whether this process may make no such sockets at all, as in the sandbox of the shipped unit.
+    pub fn is_forbidden(&self) -> bool {
+        matches!(self, Self::Bind { source, .. }
+            if source.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()))
+    }
+}
+
+impl fmt::Display for ListenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bind { address, source } => write!(f, "can't listen on {address}: {source}"),
+            Self::Inherited { descriptor, name, reason } => {
+                write!(f, "inherited descriptor {descriptor} (name \"{name}\") is refused: {reason}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for ListenError {}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    // A restart must not wait for connections of the process before to leave TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Listener::Tcp(socket.into()).prepare()
+}
+
+fn bind_unix(path: &Path) -> io::Result<Listener> {
+    // A socket file outlives the process that made it. It is removed only where nobody answers on it any more, and
+    // anything that is not a socket stays, for bind to trip over.
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    if is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
+        fs::remove_file(path)?;
+    }
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.bind(&socket2::SockAddr::unix(path)?)?;
+    socket.listen(BACKLOG)?;
+    Listener::Unix(socket.into()).prepare()
+}
+
+fn take_stream(descriptors: &mut ListenFd, index: usize) -> Option<Listener> {
+    let listener = match descriptors.take_tcp_listener(index) {
+        Ok(listener) => Listener::Tcp(listener?),
+        Err(_) => Listener::Unix(descriptors.take_unix_listener(index).ok()??),
+    };
+    let listens = match &listener {
+        Listener::Tcp(listener) => SockRef::from(listener).is_listener(),
+        Listener::Unix(listener) => SockRef::from(listener).is_listener(),
+    };
+    listens.ok()?.then_some(listener)
+}
+
+/// A listening socket in a runtime.
+#[derive(Debug)]
+pub enum Acceptor {
+    /// TCP.
+    Tcp(tokio::net::TcpListener),
+    /// Unix.
+    Unix(tokio::net::UnixListener),
+}
+
+impl Acceptor {
+    /// The next connection. Dropping the future loses none.
+    ///
+    /// # Errors
+    /// As accept(2).
+    pub async fn accept(&self) -> io::Result<Stream> {
+        match self {
+            Self::Tcp(listener) => listener.accept().await.map(|(stream, _)| Stream::Tcp(stream)),
+            Self::Unix(listener) => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+        }
+    }
+}
+
+/// A connection.
+#[derive(Debug)]
+pub enum Stream {
+    /// TCP.
+    Tcp(tokio::net::TcpStream),
+    /// Unix.
+    Unix(tokio::net::UnixStream),
+}
+
+macro_rules! delegate {
+    ($self:ident, $method:ident $(, $argument:ident)*) => {
+        match $self.get_mut() {
+            Stream::Tcp(stream) => Pin::new(stream).$method($($argument),*),
+            Stream::Unix(stream) => Pin::new(stream).$method($($argument),*),
+        }
+    };
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, poll_read, cx, buf)
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        delegate!(self, poll_write, cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        delegate!(self, poll_write_vectored, cx, bufs)
+    }
+
+    /// Vectored writes are what keeps key bytes out of hyper's own buffers.
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, poll_flush, cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, poll_shutdown, cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_an_address_or_a_path() {
+        for good in ["0.0.0.0", "::", "127.0.0.1", "unix:/run/key.sock"] {
+            assert_eq!(good.parse::<Host>().unwrap().to_string(), good);
+        }
+        assert_eq!("[::1]".parse::<Host>(), "::1".parse());
+        for bad in ["", "localhost", "127.0.0.1:99999", "unix:relative", "unix:", "/run/key.sock", "[::1"] {
+            assert!(bad.parse::<Host>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_socket_file_that_nobody_answers_on_is_replaced_and_other_files_are_not() {
+        let folder = env::temp_dir().join(format!("key-service-listener-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        let stale = Host::Unix(folder.join("stale"));
+        drop(Listener::bind(&stale, 0).unwrap());
+        let held = Listener::bind(&stale, 0).expect("a stale socket is replaced");
+        assert!(Listener::bind(&stale, 0).is_err(), "a socket in use is not");
+        let file = folder.join("file");
+        fs::write(&file, "mine").unwrap();
+        assert!(Listener::bind(&Host::Unix(file.clone()), 0).is_err());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
+        drop(held);
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -1,0 +1,235 @@
+//! The log: structured entries in the journal where stderr is the journal, else lines on stderr.
+//!
+//! Events are queued and written by a thread of their own, because a write to a stopped journal blocks. When the queue
+//! is full, events are dropped and counted; no request ever waits for the log.
+
+use std::env;
+use std::fmt;
+use std::io;
+use std::os::fd::AsFd;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::thread;
+use std::time::Duration;
+
+use tracing::field::{Field, Value, Visit};
+use tracing::level_filters::LevelFilter;
+use tracing::{Dispatch, Event, Metadata, Subscriber};
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::{Layer, Registry, reload};
+
+/// How many events may wait to be written.
+const QUEUE: usize = 1024;
+
+/// The most fields of one event, its message included.
+const FIELDS_MAX: usize = 16;
+
+/// How long a stop waits for the last events to be written.
+const FLUSH: Duration = Duration::from_secs(1);
+
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+
+/// From which severity on events are logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogLevel(LevelFilter);
+
+impl LogLevel {
+    /// Every level's name, from the quietest.
+    pub const NAMES: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+}
+
+impl FromStr for LogLevel {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        if Self::NAMES.contains(&text) { text.parse().map(Self).map_err(|_| ()) } else { Err(()) }
+    }
+}
+
+impl fmt::Display for LogLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The running log. Dropping it writes what is still queued, within a second.
+#[derive(Debug)]
+pub struct Log {
+    level: reload::Handle<LevelFilter, Registry>,
+    end: SyncSender<Message>,
+    written: Receiver<()>,
+}
+
+impl Log {
+    /// Starts the log as the process's only one.
+    pub fn start(level: LogLevel) -> Self {
+        let writer = writer();
+        let (queue, events) = mpsc::sync_channel(QUEUE);
+        let (done, written) = mpsc::sync_channel(1);
+        let (filter, handle) = reload::Layer::new(level.0);
+        let log = Self { level: handle, end: queue.clone(), written };
+        thread::Builder::new()
+            .name("log".into())
+            .spawn(move || {
+                write_all(&writer, &events);
+                let _ = done.send(()); // nobody waits where the process has ended first
+            })
+            .expect("the process has just started and may have threads");
+        tracing::subscriber::set_global_default(Registry::default().with(filter).with(Queue(queue)))
+            .expect("the log is started once");
+        log
+    }
+
+    /// Logs from `level` on, from now on.
+    pub fn set_level(&self, level: LogLevel) {
+        // It fails only when the subscriber is gone, and it is global.
+        let _ = self.level.reload(level.0);
+    }
+
+    /// How many events were dropped since the start.
+    pub fn dropped() -> u64 {
+        DROPPED.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        if self.end.try_send(Message::End).is_ok() {
+            let _ = self.written.recv_timeout(FLUSH); // a stopped journal must not hold the exit
+        }
+    }
+}
+
+fn writer() -> Dispatch {
+    if is_journal()
+        && let Ok(journal) = tracing_journald::layer()
+    {
+        let journal = journal.with_field_prefix(None).with_syslog_identifier("key-service".into());
+        return Dispatch::new(Registry::default().with(journal));
+    }
+    let lines = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false).with_writer(io::stderr);
+    Dispatch::new(Registry::default().with(lines))
+}
+
+/// systemd.exec(5), `$JOURNAL_STREAM`: stderr is the journal if its device and inode are those.
+fn is_journal() -> bool {
+    let Ok(stderr) = rustix::fs::fstat(io::stderr().as_fd()) else {
+        return false;
+    };
+    env::var("JOURNAL_STREAM").is_ok_and(|stream| stream == format!("{}:{}", stderr.st_dev, stderr.st_ino))
+}
+
+enum Message {
+    Event(Record),
+    End,
+}
+
+/// An event whose values are its own, so that it may change threads.
+struct Record {
+    metadata: &'static Metadata<'static>,
+    values: Vec<(Field, Text)>,
+}
+
+/// A value as it will be shown, without the quotes that `Debug` would put around it.
+struct Text(String);
+
+impl fmt::Debug for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+struct Queue(SyncSender<Message>);
+
+impl<S: Subscriber> Layer<S> for Queue {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut record = Record { metadata: event.metadata(), values: Vec::new() };
+        event.record(&mut record);
+        if self.0.try_send(Message::Event(record)).is_err() {
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Visit for Record {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.values.push((field.clone(), Text(format!("{value:?}"))));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.values.push((field.clone(), Text(value.to_owned())));
+    }
+}
+
+fn write_all(writer: &Dispatch, events: &Receiver<Message>) {
+    while let Ok(Message::Event(record)) = events.recv() {
+        let values: Vec<_> =
+            record.values.iter().map(|(field, text)| (field, tracing::field::debug(text))).collect();
+        let Some((any, _)) = values.first() else { continue };
+        // A set of values has a fixed length; places without a value are passed over.
+        let mut set: [(&Field, Option<&dyn Value>); FIELDS_MAX] = [(any, None); FIELDS_MAX];
+        for (place, (field, value)) in set.iter_mut().zip(&values) {
+            *place = (field, Some(value));
+        }
+        let set = record.metadata.fields().value_set(&set);
+        writer.event(&Event::new(record.metadata, &set));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_read_by_name_only() {
+        for name in LogLevel::NAMES {
+            assert_eq!(name.parse::<LogLevel>().unwrap().to_string(), name);
+        }
+        for bad in ["", "INFO", "3", "verbose", "warning"] {
+            assert!(bad.parse::<LogLevel>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_writer_that_hangs_drops_events_and_never_waits() {
+        let (queue, _never_read) = mpsc::sync_channel(2);
+        let before = Log::dropped();
+        tracing::subscriber::with_default(Registry::default().with(Queue(queue)), || {
+            for n in 0..5 {
+                tracing::info!(n, "event");
+            }
+        });
+        assert_eq!(Log::dropped() - before, 3);
+    }
+
+    #[test]
+    fn an_event_comes_out_of_the_queue_as_it_went_in() {
+        #[derive(Clone, Default)]
+        struct Buffer(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+        impl io::Write for Buffer {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let buffer = Buffer::default();
+        let made = buffer.clone();
+        let lines = tracing_subscriber::fmt::layer()
+            .with_ansi(false)
+            .without_time()
+            .with_target(false)
+            .with_writer(move || made.clone());
+        let writer = Dispatch::new(Registry::default().with(lines));
+        let (queue, events) = mpsc::sync_channel(8);
+        tracing::subscriber::with_default(Registry::default().with(Queue(queue)), || {
+            tracing::warn!(address = %"127.0.0.1:1", count = 3, name = "http", "listening");
+        });
+        write_all(&writer, &events);
+        let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text.trim(), "WARN listening address=127.0.0.1:1 count=3 name=http");
+    }
+}

@@ -1,0 +1,51 @@
+//! Arguments, configuration, logging, `run`, exit status.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use key_service::cli::Cli;
+use key_service::listener::Inherited;
+use key_service::logging::Log;
+use key_service::random::Kernel;
+use key_service::{forbid_core_dumps, run};
+
+/// Could not start or go on.
+const EXIT_FAILURE: u8 = 1;
+
+/// sysexits.h, EX_CONFIG: something is wrong with the configuration.
+const EXIT_CONFIG: u8 = 78;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse(); // wrong usage ends here, with status 2
+    let check = cli.check;
+    let sources = cli.sources();
+    let config = match sources.load() {
+        Ok(config) => config,
+        Err(mistakes) => {
+            for mistake in mistakes.iter() {
+                eprintln!("key-service: {mistake}");
+            }
+            return EXIT_CONFIG.into();
+        }
+    };
+    if check {
+        use std::io::Write;
+        let printed = write!(std::io::stdout(), "{config}");
+        return printed.map_or(EXIT_FAILURE.into(), |()| ExitCode::SUCCESS);
+    }
+    // Before there are threads, since it changes the environment; judged when there is a log to say it in.
+    let inherited = Inherited::take();
+    let log = Log::start(config.log_level);
+    if let Err(error) = forbid_core_dumps() {
+        tracing::warn!(%error, "core dumps can't be forbidden");
+    }
+    let ended =
+        inherited.map_err(Into::into).and_then(|inherited| run(config, &sources, inherited, Kernel, &log));
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            EXIT_FAILURE.into()
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! What the daemon counts, as a value: labels are enums, so no client can make a new series.
+
+use std::time::{Duration, Instant};
+
+use axum::http::StatusCode;
+use prometheus::{
+    Counter, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
+};
+
+use crate::format::Format;
+use crate::process::Process;
+
+/// The statuses that are answered here; anything else would be counted as `other`.
+const STATUSES: [u16; 10] = [200, 400, 401, 404, 405, 406, 413, 429, 431, 503];
+
+/// The route of a request: never its raw path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/key/{length}`
+    Key,
+    /// `/health`
+    Health,
+    /// `/livez`
+    Livez,
+    /// `/readyz`
+    Readyz,
+    /// `/metrics`
+    Metrics,
+    /// A path that is none of these.
+    Other,
+}
+
+impl Endpoint {
+    const ALL: [Self; 6] = [Self::Key, Self::Health, Self::Livez, Self::Readyz, Self::Metrics, Self::Other];
+
+    /// The route of `path`.
+    pub fn of(path: &str) -> Self {
+        Self::ALL.into_iter().find(|endpoint| endpoint.label() == path).unwrap_or(Self::Other)
+    }
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Key => "/key/{length}",
+            Self::Health => "/health",
+            Self::Livez => "/livez",
+            Self::Readyz => "/readyz",
+            Self::Metrics => "/metrics",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// Why a request or a connection was turned away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rejection {
+    /// Every connection slot was taken.
+    Connections,
+    /// The bytes were no acceptable HTTP/1.1 message.
+    Malformed,
+    /// The generator is out of service.
+    Generator,
+    /// The service is stopping and the key would not be done in time.
+    Draining,
+}
+
+impl Rejection {
+    const ALL: [Self; 4] = [Self::Connections, Self::Malformed, Self::Generator, Self::Draining];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::Malformed => "malformed",
+            Self::Generator => "generator",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+/// Why accept(2) failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AcceptError {
+    /// That one connection was gone before it was taken.
+    Connection,
+    /// Descriptors or memory ran out.
+    Resources,
+}
+
+impl AcceptError {
+    const ALL: [Self; 2] = [Self::Connection, Self::Resources];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Connection => "connection",
+            Self::Resources => "resources",
+        }
+    }
+}
+
+/// Every metric of the daemon, each series resolved once.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    process: Process,
+    responses: [(u16, IntCounter); STATUSES.len()],
+    other_responses: IntCounter,
+    latency: [Histogram; Endpoint::ALL.len()],
+    rejections: [IntCounter; Rejection::ALL.len()],
+    accept_errors: [IntCounter; AcceptError::ALL.len()],
+    key_bytes: [IntCounter; Format::ALL.len()],
+    key_length: Histogram,
+    generator_latency: Histogram,
+    generator_healthy: IntGauge,
+    log_events_dropped: IntCounter,
+    /// Requests being answered now.
+    pub requests_in_flight: IntGauge,
+    /// Client connections that are open now.
+    pub connections: IntGauge,
+    /// How many of them are allowed.
+    pub connections_limit: IntGauge,
+    /// Whether the last reload of the configuration was taken.
+    pub config_last_reload_successful: IntGauge,
+}
+
+impl Metrics {
+    /// All series at their start, registered.
+    #[expect(clippy::new_without_default, reason = "registering is work; a default would hide it")]
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let responses =
+            counters(&registry, "http_responses_total", "Responses by status code.", "status_code");
+        let latency = register(
+            &registry,
+            HistogramVec::new(
+                HistogramOpts::new(
+                    "request_latency_seconds",
+                    "Seconds from a request's head to the end of its answer, by route.",
+                )
+                .buckets(vec![
+                    0.000_01, 0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01,
+                    0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+                ]),
+                &["endpoint"],
+            ),
+        );
+        let rejections = counters(
+            &registry,
+            "http_rejections_total",
+            "Requests and connections turned away, by reason.",
+            "reason",
+        );
+        let accept_errors =
+            counters(&registry, "accept_errors_total", "Failures of accept(2), by kind.", "kind");
+        let key_bytes = counters(&registry, "key_bytes_total", "Key bytes handed out, by format.", "format");
+        let build = register(
+            &registry,
+            IntGaugeVec::new(Opts::new("build_info", "Always 1; the version is a label."), &["version"]),
+        );
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let config_last_reload_successful = int_gauge(
+            &registry,
+            "config_last_reload_successful",
+            "1 if the last (re)load of the configuration was taken, else 0.",
+        );
+        config_last_reload_successful.set(1);
+        let generator_healthy = int_gauge(
+            &registry,
+            "generator_healthy",
+            "1 while the random generator passes its tests, else 0.",
+        );
+        generator_healthy.set(1);
+        Self {
+            process: Process::register(&registry),
+            responses: STATUSES.map(|status| (status, responses.with_label_values(&[&status.to_string()]))),
+            other_responses: responses.with_label_values(&["other"]),
+            latency: Endpoint::ALL.map(|endpoint| latency.with_label_values(&[endpoint.label()])),
+            rejections: Rejection::ALL.map(|reason| rejections.with_label_values(&[reason.label()])),
+            accept_errors: AcceptError::ALL.map(|kind| accept_errors.with_label_values(&[kind.label()])),
+            key_bytes: Format::ALL.map(|format| key_bytes.with_label_values(&[format.name()])),
+            key_length: histogram(
+                &registry,
+                "key_length_bytes",
+                "Lengths of the keys handed out, in bytes.",
+                vec![
+                    8.0,
+                    16.0,
+                    24.0,
+                    32.0,
+                    48.0,
+                    64.0,
+                    128.0,
+                    256.0,
+                    512.0,
+                    1024.0,
+                    4096.0,
+                    65_536.0,
+                    1_048_576.0,
+                    16_777_216.0,
+                    268_435_456.0,
+                    1_073_741_824.0,
+                ],
+            ),
+            generator_latency: histogram(
+                &registry,
+                "generator_latency_seconds",
+                "Seconds to make a key, or one 64 KiB piece of it.",
+                vec![
+                    0.000_000_5,
+                    0.000_001,
+                    0.000_002_5,
+                    0.000_005,
+                    0.000_01,
+                    0.000_025,
+                    0.000_05,
+                    0.000_1,
+                    0.000_25,
+                    0.000_5,
+                    0.001,
+                    0.01,
+                    0.1,
+                    1.0,
+                ],
+            ),
+            generator_healthy,
+            log_events_dropped: register(
+                &registry,
+                IntCounter::new(
+                    "log_events_dropped_total",
+                    "Log events dropped because the log's reader was slower than their writer.",
+                ),
+            ),
+            requests_in_flight: int_gauge(
+                &registry,
+                "http_requests_in_flight",
+                "Requests being answered now.",
+            ),
+            connections: int_gauge(&registry, "http_connections", "Client connections open now."),
+            connections_limit: int_gauge(
+                &registry,
+                "http_connections_limit",
+                "Client connections that may be open at once.",
+            ),
+            config_last_reload_successful,
+            registry,
+        }
+    }
+
+    /// Counts an answer.
+    pub fn answered(&self, status: StatusCode) {
+        self.responses
+            .iter()
+            .find(|(code, _)| *code == status.as_u16())
+            .map_or(&self.other_responses, |(_, counter)| counter)
+            .inc();
+    }
+
+    /// Records how long an answer took, from the request's head to the end of the answer's body.
+    pub fn finished(&self, endpoint: Endpoint, took: Duration) {
+        self.latency[endpoint as usize].observe(took.as_secs_f64());
+    }
+
+    /// Counts a refusal.
+    pub fn rejected(&self, reason: Rejection) {
+        self.rejections[reason as usize].inc();
+    }
+
+    /// Counts a failure of accept(2).
+    pub fn accept_failed(&self, kind: AcceptError) {
+        self.accept_errors[kind as usize].inc();
+    }
+
+    /// Counts a key that is being handed out.
+    #[expect(clippy::cast_precision_loss, reason = "a length is at most 2³⁰")]
+    pub fn key_served(&self, length: u64) {
+        self.key_length.observe(length as f64);
+    }
+
+    /// Counts key bytes that were handed to a connection.
+    pub fn key_bytes_served(&self, format: Format, bytes: u64) {
+        self.key_bytes[format as usize].inc_by(bytes);
+    }
+
+    /// Records how long the generator took, from `started` until now.
+    pub fn generated(&self, started: Instant) {
+        self.generator_latency.observe(started.elapsed().as_secs_f64());
+    }
+
+    /// Notes that the generator is out of service.
+    pub fn generator_failed(&self) {
+        self.generator_healthy.set(0);
+    }
+
+    /// The text exposition format, version 0.0.4. `log_events_dropped` is the log's own count so far.
+    pub fn render(&self, log_events_dropped: u64) -> String {
+        self.process.refresh();
+        let news = log_events_dropped.saturating_sub(self.log_events_dropped.get());
+        self.log_events_dropped.inc_by(news);
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default() // writing into a String can't fail
+    }
+}
+
+fn register<C: prometheus::core::Collector + Clone + 'static>(
+    registry: &Registry,
+    metric: prometheus::Result<C>,
+) -> C {
+    let metric = metric.expect("metric names and labels are constants that a test renders");
+    registry.register(Box::new(metric.clone())).expect("each metric is registered once");
+    metric
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, label: &str) -> IntCounterVec {
+    register(registry, IntCounterVec::new(Opts::new(name, help), &[label]))
+}
+
+fn int_gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    register(registry, IntGauge::new(name, help))
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str, buckets: Vec<f64>) -> Histogram {
+    register(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets)))
+}
+
+pub(crate) fn gauge(registry: &Registry, name: &str, help: &str) -> Gauge {
+    register(registry, Gauge::new(name, help))
+}
+
+pub(crate) fn counter(registry: &Registry, name: &str, help: &str) -> Counter {
+    register(registry, Counter::new(name, help))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_series_is_there_before_the_first_request() {
+        let text = Metrics::new().render(3);
+        for series in [
+            "http_responses_total{status_code=\"200\"} 0",
+            "request_latency_seconds_count{endpoint=\"/key/{length}\"} 0",
+            "key_bytes_total{format=\"raw\"} 0",
+            "http_rejections_total{reason=\"connections\"} 0",
+            "generator_healthy 1",
+            "log_events_dropped_total 3",
+            "build_info{version=",
+        ] {
+            assert!(text.contains(series), "{series} is missing:\n{text}");
+        }
+    }
+
+    #[test]
+    fn labels_match_their_place() {
+        for (place, endpoint) in Endpoint::ALL.into_iter().enumerate() {
+            assert_eq!(endpoint as usize, place);
+        }
+        for (place, reason) in Rejection::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, place);
+        }
+        assert_eq!(Endpoint::of("/health"), Endpoint::Health);
+        assert_eq!(Endpoint::of("/key/{length}/x"), Endpoint::Other);
+    }
+}

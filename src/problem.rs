@@ -1,0 +1,155 @@
+//! The one error type of the API: what a client is told when it gets no key, as RFC 9457 problem details.
+
+use axum::http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderValue, Response, StatusCode};
+use serde::Serialize;
+
+/// The methods of every route here.
+const METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD");
+
+/// An answer without a key. Holds only what the client may know.
+#[derive(Debug, Clone, Serialize)]
+pub struct Problem {
+    title: &'static str,
+    #[serde(serialize_with = "code")]
+    status: StatusCode,
+    detail: String,
+    /// The smallest value that is allowed, where a lower bound was broken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    min: Option<u64>,
+    /// The largest value that is allowed, where an upper bound was broken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max: Option<u64>,
+    #[serde(skip)]
+    retry_after: Option<u32>,
+    #[serde(skip)]
+    closes: bool,
+}
+
+impl Problem {
+    /// 400: the request names something that can't be.
+    pub fn bad_request(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, detail)
+    }
+
+    /// 400 for a message that RFC 9112 does not allow; what follows on the connection can't be trusted.
+    pub fn malformed(detail: impl Into<String>) -> Self {
+        Self::bad_request(detail).closing()
+    }
+
+    /// 404.
+    pub fn not_found() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "Path not found")
+    }
+
+    /// 405, with `Allow`.
+    pub fn method_not_allowed() -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "This path answers GET and HEAD only")
+    }
+
+    /// 406: `offered` lists what can be had.
+    pub fn not_acceptable(offered: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_ACCEPTABLE,
+            format!("Nothing here satisfies the Accept field; to be had: {offered}"),
+        )
+    }
+
+    /// 413.
+    pub fn too_large(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
+    }
+
+    /// 431 for more than `limit` header fields.
+    pub fn too_many_fields(limit: usize) -> Self {
+        Self::new(
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            format!("At most {limit} header fields are read"),
+        )
+        .closing()
+    }
+
+    /// 503: nothing can be had now; worth another try after `retry_after` seconds.
+    pub fn unavailable(detail: impl Into<String>, retry_after: u32) -> Self {
+        let mut problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, detail);
+        problem.retry_after = Some(retry_after);
+        problem
+    }
+
+    /// Names the smallest allowed value.
+    #[must_use]
+    pub fn with_min(mut self, min: u64) -> Self {
+        self.min = Some(min);
+        self
+    }
+
+    /// Names the largest allowed value.
+    #[must_use]
+    pub fn with_max(mut self, max: u64) -> Self {
+        self.max = Some(max);
+        self
+    }
+
+    /// Ends the connection with this answer.
+    #[must_use]
+    pub fn closing(mut self) -> Self {
+        self.closes = true;
+        self
+    }
+
+    /// The status.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// The problem as a response (RFC 9457).
+    pub fn to_response<B: From<String>>(&self) -> Response<B> {
+        let json = serde_json::to_string(self).expect("a problem has only strings and numbers");
+        let mut response = Response::new(B::from(json));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if self.status == StatusCode::METHOD_NOT_ALLOWED {
+            headers.insert(ALLOW, METHODS);
+        }
+        if let Some(seconds) = self.retry_after {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.closes {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+
+    fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+        Self {
+            title: status.canonical_reason().unwrap_or("Error"),
+            status,
+            detail: detail.into(),
+            min: None,
+            max: None,
+            retry_after: None,
+            closes: false,
+        }
+    }
+}
+
+fn code<S: serde::Serializer>(status: &StatusCode, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u16(status.as_u16())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_is_written_as_rfc_9457_has_it() {
+        let problem = Problem::too_large("Length exceeds maximum size of 8").with_max(8);
+        let response = problem.to_response::<String>();
+        assert_eq!(response.headers()[CONTENT_TYPE], "application/problem+json");
+        assert_eq!(
+            response.body(),
+            r#"{"title":"Payload Too Large","status":413,"detail":"Length exceeds maximum size of 8","max":8}"#
+        );
+    }
+}

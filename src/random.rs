@@ -1,0 +1,351 @@
+//! The one place that makes random bytes, with its self tests and its failure latch.
+//!
+//! Small keys are the kernel's own bytes (getrandom(2)); larger ones are `ChaCha20` key stream under a key of 32 kernel
+//! bytes that is used for one chunk and wiped. Nothing is pooled and no generator state outlives a call, so neither a
+//! fork nor a restored snapshot of a virtual machine can repeat a key. Expanded bytes have 256-bit computational
+//! security, as the kernel's own generator has.
+//!
+//! The tests here catch a source that is broken altogether: unreadable, constant, or repeating. They say nothing about
+//! entropy and claim no conformance to SP 800-90B, AIS 31 or FIPS 140.
+
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use chacha20::ChaCha20;
+use chacha20::cipher::{KeyIvInit, StreamCipher, StreamCipherSeek};
+use rand::TryRng;
+use rand::rngs::SysRng;
+use zeroize::{Zeroize, Zeroizing};
+
+/// A larger request is made of chunks of at most this many bytes, each under a kernel seed of its own.
+pub const CHUNK: usize = 64 * 1024;
+
+/// Up to this many bytes a key is read from the kernel as it is; above it, expanded from a kernel seed.
+/// Where the two cost the same, by `cargo bench --bench generator`: a kernel read grows by 0.25 µs for each 64 bytes.
+pub const DIRECT_MAX: usize = 128;
+
+/// Bytes of a seed, and of the block that each test looks at.
+const SEED: usize = 32;
+
+/// How many recent blocks the repetition test remembers. A draw from a healthy source repeats one of them by chance
+/// with a probability of 2⁻⁵⁴.
+const REMEMBERED: usize = 1024;
+
+/// Where the bytes come from. Tests put a broken one here; the daemon has [`Kernel`].
+pub trait Source: Send + Sync + 'static {
+    /// Writes random bytes from the start of `buffer` on and returns how many; like getrandom(2) it may write fewer
+    /// than asked for.
+    ///
+    /// # Errors
+    /// When the source can't be read. `Interrupted` means: ask again.
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize>;
+}
+
+/// getrandom(2), through `rand`'s `SysRng`: it blocks until the kernel's generator is initialised and has no fallback.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Kernel;
+
+impl Source for Kernel {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match SysRng.try_fill_bytes(buffer) {
+            Ok(()) => Ok(buffer.len()),
+            Err(error) => Err(error
+                .raw_os_error()
+                .map_or_else(|| io::Error::other(error), io::Error::from_raw_os_error)),
+        }
+    }
+}
+
+/// Why the generator is out of service. It never recovers by itself: only a new start tests it afresh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// The source answered with an error (its errno, where it had one).
+    Unreadable(Option<i32>),
+    /// The source had no more bytes.
+    Exhausted,
+    /// A block of 32 bytes was one word four times over.
+    Constant,
+    /// A block of 32 bytes came a second time.
+    Repeated,
+    /// `ChaCha20` did not give the key stream that RFC 8439 prints.
+    WrongCipher,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreadable(Some(errno)) => {
+                write!(f, "the random source can't be read: {}", io::Error::from_raw_os_error(*errno))
+            }
+            Self::Unreadable(None) => f.write_str("the random source can't be read"),
+            Self::Exhausted => f.write_str("the random source gave fewer bytes than asked for"),
+            Self::Constant => f.write_str("the random source gave a constant block"),
+            Self::Repeated => f.write_str("the random source repeated a block"),
+            Self::WrongCipher => f.write_str("ChaCha20 failed its known-answer test (RFC 8439)"),
+        }
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// Makes random bytes, or says that it can't. Shared by every worker; no call waits for another.
+pub struct Generator {
+    source: Box<dyn Source>,
+    failure: OnceLock<Failure>,
+    reported: AtomicBool,
+    /// Keyed 64-bit fingerprints of recent blocks, under a key that only this process has had; 0 is an empty slot.
+    fingerprints: RandomState,
+    recent: Box<[AtomicU64]>,
+}
+
+impl fmt::Debug for Generator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Generator").field("failure", &self.failure.get()).finish_non_exhaustive()
+    }
+}
+
+impl Generator {
+    /// Tests the cipher and the source, and returns a generator that has passed.
+    ///
+    /// # Errors
+    /// What was found wrong; nothing must be served then.
+    pub fn new(source: impl Source) -> Result<Self, Failure> {
+        let mut probe = Zeroizing::new([0; SEED]);
+        read_full(&source, &mut probe[..])?; // before RandomState, which would fall back to /dev/urandom
+        let generator = Self {
+            source: Box::new(source),
+            failure: OnceLock::new(),
+            reported: AtomicBool::new(false),
+            fingerprints: RandomState::new(),
+            recent: (0..REMEMBERED).map(|_| AtomicU64::new(0)).collect(),
+        };
+        known_answer()?;
+        generator.test(&probe)?;
+        for _ in 0..64 {
+            generator.check()?;
+        }
+        Ok(generator)
+    }
+
+    /// Fills `key` with random bytes. On failure `key` is wiped: no partly filled key is ever returned.
+    ///
+    /// # Errors
+    /// The failure that took the generator out of service, now or earlier.
+    pub fn fill(&self, key: &mut [u8]) -> Result<(), Failure> {
+        if let Some(failure) = self.failure() {
+            return Err(failure);
+        }
+        let drawn = if key.len() > DIRECT_MAX {
+            key.chunks_mut(CHUNK).try_for_each(|chunk| self.expand(chunk))
+        } else if key.len() >= SEED {
+            self.draw(key)
+        } else {
+            // A shorter key is cut from a whole block: the tests need one, and it costs the same.
+            let mut block = Zeroizing::new([0; SEED]);
+            self.draw(&mut block[..]).map(|()| key.copy_from_slice(&block[..key.len()]))
+        };
+        drawn.map_err(|failure| {
+            key.zeroize();
+            *self.failure.get_or_init(|| failure)
+        })
+    }
+
+    /// Draws a block, tests it and throws it away: the generator works now, or it does not.
+    ///
+    /// # Errors
+    /// As [`Generator::fill`].
+    pub fn check(&self) -> Result<(), Failure> {
+        self.fill(&mut Zeroizing::new([0; SEED])[..])
+    }
+
+    /// The failure that took the generator out of service; `None` while it is in service.
+    pub fn failure(&self) -> Option<Failure> {
+        self.failure.get().copied()
+    }
+
+    /// The failure, once: for the one critical line in the log.
+    pub fn take_report(&self) -> Option<Failure> {
+        let failure = self.failure()?;
+        (!self.reported.swap(true, Ordering::Relaxed)).then_some(failure)
+    }
+
+    fn expand(&self, chunk: &mut [u8]) -> Result<(), Failure> {
+        let mut seed = Zeroizing::new([0; SEED]);
+        self.draw(&mut seed[..])?;
+        // The key is used for this chunk only, so the nonce may be constant (RFC 8439 section 2.3 counts from it).
+        ChaCha20::new((&*seed).into(), &[0; 12].into()).write_keystream(chunk);
+        Ok(())
+    }
+
+    fn draw(&self, buffer: &mut [u8]) -> Result<(), Failure> {
+        read_full(&*self.source, buffer)?;
+        let block = buffer.first_chunk().expect("callers draw at least a whole block");
+        self.test(block)
+    }
+
+    fn test(&self, block: &[u8; SEED]) -> Result<(), Failure> {
+        let (words, _) = block.as_chunks::<8>();
+        if words.iter().all(|word| word == &words[0]) {
+            return Err(Failure::Constant);
+        }
+        let fingerprint = self.fingerprints.hash_one(block).max(1);
+        let slot = usize::try_from(fingerprint % REMEMBERED as u64).expect("below REMEMBERED");
+        if self.recent[slot].swap(fingerprint, Ordering::Relaxed) == fingerprint {
+            return Err(Failure::Repeated);
+        }
+        Ok(())
+    }
+}
+
+fn read_full(source: &dyn Source, mut buffer: &mut [u8]) -> Result<(), Failure> {
+    while !buffer.is_empty() {
+        match source.read(buffer) {
+            Ok(0) => return Err(Failure::Exhausted),
+            Ok(read) => buffer = buffer.get_mut(read..).ok_or(Failure::Exhausted)?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Failure::Unreadable(error.raw_os_error())),
+        }
+    }
+    Ok(())
+}
+
+/// RFC 8439 section 2.3.2: the key stream for this key, nonce and block counter 1.
+fn known_answer() -> Result<(), Failure> {
+    let key: [u8; 32] = std::array::from_fn(|i| u8::try_from(i).expect("below 32"));
+    let nonce = [0, 0, 0, 9, 0, 0, 0, 0x4a, 0, 0, 0, 0];
+    let expected = [
+        0x10, 0xf1, 0xe7, 0xe4, 0xd1, 0x3b, 0x59, 0x15, 0x50, 0x0f, 0xdd, 0x1f, 0xa3, 0x20, 0x71, 0xc4, 0xc7,
+        0xd1, 0xf4, 0xc7, 0x33, 0xc0, 0x68, 0x03, 0x04, 0x22, 0xaa, 0x9a, 0xc3, 0xd4, 0x6c, 0x4e, 0xd2, 0x82,
+        0x64, 0x46, 0x07, 0x9f, 0xaa, 0x09, 0x14, 0xc2, 0xd7, 0x05, 0xd9, 0x8b, 0x02, 0xa2, 0xb5, 0x12, 0x9c,
+        0xd1, 0xde, 0x16, 0x4e, 0xb9, 0xcb, 0xd0, 0x83, 0xe8, 0xa2, 0x50, 0x3c, 0x4e,
+    ];
+    let mut cipher = ChaCha20::new(&key.into(), &nonce.into());
+    cipher.seek(64_u32);
+    let mut stream = [0xff; 64];
+    cipher.write_keystream(&mut stream);
+    if stream == expected { Ok(()) } else { Err(Failure::WrongCipher) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    /// A source that gives the kernel's bytes until `breaks_at`, then what `broken` makes.
+    struct Breaks<F> {
+        reads: AtomicUsize,
+        breaks_at: usize,
+        broken: F,
+    }
+
+    impl<F: Fn(&mut [u8]) -> io::Result<usize> + Send + Sync + 'static> Source for Breaks<F> {
+        fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+            if self.reads.fetch_add(1, Ordering::Relaxed) < self.breaks_at {
+                Kernel.read(buffer)
+            } else {
+                (self.broken)(buffer)
+            }
+        }
+    }
+
+    fn breaks(
+        breaks_at: usize,
+        broken: impl Fn(&mut [u8]) -> io::Result<usize> + Send + Sync + 'static,
+    ) -> impl Source {
+        Breaks { reads: AtomicUsize::new(0), breaks_at, broken }
+    }
+
+    fn stuck(buffer: &mut [u8]) -> io::Result<usize> {
+        for (i, byte) in buffer.iter_mut().enumerate() {
+            *byte = u8::try_from(i % 251).unwrap();
+        }
+        Ok(buffer.len())
+    }
+
+    fn zero(buffer: &mut [u8]) -> io::Result<usize> {
+        buffer.fill(0);
+        Ok(buffer.len())
+    }
+
+    fn denied(_: &mut [u8]) -> io::Result<usize> {
+        Err(io::Error::from_raw_os_error(1))
+    }
+
+    #[test]
+    fn a_source_broken_from_the_start_makes_no_generator() {
+        assert_eq!(Generator::new(breaks(0, zero)).unwrap_err(), Failure::Constant);
+        assert_eq!(Generator::new(breaks(0, stuck)).unwrap_err(), Failure::Repeated);
+        assert_eq!(Generator::new(breaks(0, denied)).unwrap_err(), Failure::Unreadable(Some(1)));
+        assert_eq!(Generator::new(breaks(0, |_: &mut [u8]| Ok(0))).unwrap_err(), Failure::Exhausted);
+    }
+
+    #[test]
+    fn a_source_that_breaks_later_latches_and_wipes_the_key() {
+        for (broken, expected) in [
+            (zero as fn(&mut [u8]) -> io::Result<usize>, Failure::Constant),
+            (stuck, Failure::Repeated),
+            (denied, Failure::Unreadable(Some(1))),
+        ] {
+            for size in [16, 32, 100, 4096, 3 * CHUNK] {
+                let generator = Generator::new(breaks(65, broken)).unwrap();
+                let mut key = vec![0xaa; size];
+                let failure = (0..3).find_map(|_| generator.fill(&mut key).err());
+                assert_eq!(failure, Some(expected), "{size}");
+                assert!(key.iter().all(|&byte| byte == 0), "{size}");
+                assert_eq!(generator.failure(), Some(expected));
+                assert_eq!(generator.take_report(), Some(expected));
+                assert_eq!(generator.take_report(), None, "reported once");
+            }
+        }
+    }
+
+    #[test]
+    fn a_short_or_interrupted_read_is_continued() {
+        let reads = AtomicUsize::new(0);
+        let source = breaks(0, move |buffer: &mut [u8]| {
+            if reads.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let some = buffer.len().min(5);
+            Kernel.read(&mut buffer[..some])
+        });
+        let generator = Generator::new(source).unwrap();
+        let mut key = [0; 100];
+        generator.fill(&mut key).unwrap();
+        assert!(key.chunks(5).all(|piece| piece != [0; 5]));
+    }
+
+    #[test]
+    fn a_source_that_repeats_with_a_period_is_caught() {
+        for period in [1, 2, 63, 500] {
+            let at = AtomicUsize::new(0);
+            let source = breaks(65, move |buffer: &mut [u8]| {
+                let n = at.fetch_add(1, Ordering::Relaxed) % period;
+                for (i, byte) in buffer.iter_mut().enumerate() {
+                    *byte = u8::try_from((n * 7 + i * (n + 3)) % 256).unwrap();
+                }
+                Ok(buffer.len())
+            });
+            let generator = Generator::new(source).unwrap();
+            let caught = (0..20 * period + 20).any(|_| generator.check().is_err());
+            assert!(caught, "period {period}");
+        }
+    }
+
+    #[test]
+    fn every_length_is_filled_to_the_end() {
+        let generator = Generator::new(Kernel).unwrap();
+        for size in [1, 31, 32, 33, DIRECT_MAX, DIRECT_MAX + 1, CHUNK, CHUNK + 1] {
+            // A tail that stays zero in 16 draws has a probability of 2⁻¹²⁸.
+            let filled = (0..16).any(|_| {
+                let mut key = vec![0; size];
+                generator.fill(&mut key).unwrap();
+                key[size - 1] != 0
+            });
+            assert!(filled, "{size}");
+        }
+    }
+}

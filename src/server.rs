@@ -1,0 +1,363 @@
+//! The accept loop: connections get a slot and deadlines, and are let go of one by one when the service stops.
+
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use hyper::body::{Body, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::HttpService;
+use hyper_util::rt::TokioIo;
+use prometheus::IntGauge;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::pin;
+use tokio::sync::{Notify, mpsc, watch};
+use tracing::{debug, error, info};
+
+use crate::deadline::{Patience, Timed};
+use crate::listener::{Acceptor, Listener};
+use crate::metrics::{AcceptError, Metrics, Rejection};
+
+/// The largest request head, in bytes; hyper answers a larger one with 431.
+pub const HEAD_MAX: usize = 16 * 1024;
+
+/// Connections above the limit that are still accepted, to be told 503 and to have their health answered.
+const CROWD: usize = 64;
+
+/// How long such a connection may take for its one request, and how long a head may take once the drain has begun.
+const BRIEF: Duration = Duration::from_secs(1);
+
+/// How long open connections are still read from after the drain began, so that a request which is on its way gets its
+/// answer instead of a reset.
+const LINGER: Duration = Duration::from_millis(250);
+
+/// How long to wait when accept(2) has no descriptor or memory.
+const RESOURCE_WAIT: Duration = Duration::from_millis(100);
+
+/// Whether a connection got one of the slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seat {
+    /// It did.
+    Regular,
+    /// All were taken: it may ask for health and is told 503 for the rest.
+    Crowd,
+}
+
+/// The connection slots that the listeners of one role share.
+#[derive(Debug)]
+pub struct Slots {
+    open: AtomicUsize,
+    limit: usize,
+    freed: Notify,
+}
+
+impl Slots {
+    /// Slots for `limit` connections.
+    pub fn new(limit: usize) -> Self {
+        Self { open: AtomicUsize::new(0), limit, freed: Notify::new() }
+    }
+
+    /// Returns when a connection may be accepted: at once, unless even the crowd is full.
+    async fn room(&self) {
+        loop {
+            let freed = self.freed.notified();
+            if self.open.load(Ordering::Relaxed) < self.limit + CROWD {
+                return;
+            }
+            freed.await;
+        }
+    }
+
+    fn seat(&self) -> Seat {
+        if self.open.fetch_add(1, Ordering::Relaxed) < self.limit { Seat::Regular } else { Seat::Crowd }
+    }
+
+    fn leave(&self) {
+        if self.open.fetch_sub(1, Ordering::Relaxed) >= self.limit + CROWD {
+            self.freed.notify_waiters();
+        }
+    }
+}
+
+/// What every connection of a server is held to.
+#[derive(Debug, Clone)]
+pub struct Terms {
+    /// Deadlines of a connection with a slot.
+    pub patience: Arc<Patience>,
+    /// Deadlines of one without.
+    pub crowd_patience: Arc<Patience>,
+    /// The slots.
+    pub slots: Arc<Slots>,
+    /// Where failures are counted.
+    pub metrics: Arc<Metrics>,
+    /// The gauge of open connections, where they count.
+    pub gauge: Option<IntGauge>,
+}
+
+impl Terms {
+    /// `connections` at once; for `head` and `write` see [`Patience`].
+    pub fn new(connections: usize, head: Duration, write: Duration, metrics: Arc<Metrics>) -> Self {
+        Self {
+            patience: Arc::new(Patience::new(head, write)),
+            crowd_patience: Arc::new(Patience::new(head.min(BRIEF), write.min(BRIEF))),
+            slots: Arc::new(Slots::new(connections)),
+            metrics,
+            gauge: None,
+        }
+    }
+
+    /// Shows the open connections on `gauge`.
+    #[must_use]
+    pub fn counted_on(mut self, gauge: IntGauge) -> Self {
+        self.gauge = Some(gauge);
+        self
+    }
+}
+
+/// How far a server is on its way to the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Accepting.
+    Serving,
+    /// Accepting no more; open connections are served.
+    Draining,
+    /// Idle connections close, busy ones after their answer.
+    Closing,
+}
+
+/// Moves all servers from one phase to the next.
+#[derive(Debug)]
+pub struct Drain(watch::Sender<Phase>);
+
+impl Drain {
+    /// Everything serves.
+    #[expect(clippy::new_without_default, reason = "it is made once, by name")]
+    pub fn new() -> Self {
+        Self(watch::Sender::new(Phase::Serving))
+    }
+
+    /// A view for a server.
+    pub fn watch(&self) -> watch::Receiver<Phase> {
+        self.0.subscribe()
+    }
+
+    /// Stops accepting; after a moment in which requests on their way are still read, lets idle connections go.
+    /// Returns then; busy connections may still be there.
+    pub async fn begin(&self, terms: &[&Terms]) {
+        self.0.send_replace(Phase::Draining);
+        tokio::time::sleep(LINGER).await;
+        for terms in terms {
+            terms.patience.shorten_head(BRIEF);
+        }
+        self.0.send_replace(Phase::Closing);
+    }
+}
+
+/// Asks accept loops for a sign of life and sees who gave one: a worker whose thread is blocked gives none.
+#[derive(Debug)]
+pub struct Heartbeats {
+    ask: watch::Sender<u64>,
+    answers: Vec<Arc<AtomicU64>>,
+}
+
+impl Heartbeats {
+    /// Nobody to ask yet.
+    #[expect(clippy::new_without_default, reason = "it is made once, by name")]
+    pub fn new() -> Self {
+        Self { ask: watch::Sender::new(0), answers: Vec::new() }
+    }
+
+    /// The side of one accept loop.
+    pub fn join(&mut self) -> Heartbeat {
+        let answer = Arc::new(AtomicU64::new(*self.ask.borrow()));
+        self.answers.push(Arc::clone(&answer));
+        Heartbeat { asked: self.ask.subscribe(), answer }
+    }
+
+    /// Whether everyone answered the last question; then asks again.
+    pub fn all_answered(&self) -> bool {
+        let asked = *self.ask.borrow();
+        let all = self.answers.iter().all(|answer| answer.load(Ordering::Relaxed) == asked);
+        self.ask.send_replace(asked + 1);
+        all
+    }
+}
+
+/// An accept loop's side of [`Heartbeats`].
+#[derive(Debug)]
+pub struct Heartbeat {
+    asked: watch::Receiver<u64>,
+    answer: Arc<AtomicU64>,
+}
+
+impl Heartbeat {
+    async fn beat(&mut self) -> Infallible {
+        while self.asked.changed().await.is_ok() {
+            self.answer.store(*self.asked.borrow_and_update(), Ordering::Relaxed);
+        }
+        std::future::pending().await // nobody asks any more
+    }
+}
+
+/// Serves `listeners` until the drain is over. `service` makes the service of one connection.
+///
+/// Runs on the calling thread's runtime; the connections it accepts stay there.
+///
+/// # Errors
+/// When the runtime can't take a listener.
+pub async fn serve<F, S>(
+    listeners: Vec<(Listener, Heartbeat)>,
+    service: F,
+    terms: Terms,
+    phase: watch::Receiver<Phase>,
+) -> io::Result<()>
+where
+    F: Fn(Seat) -> S + Clone + Send + 'static,
+    S: HttpService<Incoming, Error = Infallible> + Send + 'static,
+    S::Future: Send,
+    S::ResBody: Send + 'static,
+    <S::ResBody as Body>::Data: Send,
+    <S::ResBody as Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    // Every accept loop and connection holds a sender; nothing is ever sent.
+    let (alive, mut all_gone) = mpsc::channel::<Infallible>(1);
+    for (listener, heartbeat) in listeners {
+        let acceptor = listener.into_acceptor()?;
+        tokio::spawn(accept(
+            acceptor,
+            heartbeat,
+            service.clone(),
+            terms.clone(),
+            phase.clone(),
+            alive.clone(),
+        ));
+    }
+    drop(alive);
+    all_gone.recv().await;
+    Ok(())
+}
+
+async fn accept<F, S>(
+    acceptor: Acceptor,
+    mut heartbeat: Heartbeat,
+    service: F,
+    terms: Terms,
+    phase: watch::Receiver<Phase>,
+    alive: mpsc::Sender<Infallible>,
+) where
+    F: Fn(Seat) -> S,
+    S: HttpService<Incoming, Error = Infallible> + Send + 'static,
+    S::Future: Send,
+    S::ResBody: Send + 'static,
+    <S::ResBody as Body>::Data: Send,
+    <S::ResBody as Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let mut starved = false;
+    let mut stopping = phase.clone();
+    loop {
+        let next = async {
+            terms.slots.room().await;
+            acceptor.accept().await
+        };
+        let accepted = tokio::select! {
+            biased;
+            () = reached(&mut stopping, Phase::Draining) => return,
+            never = heartbeat.beat() => match never {},
+            accepted = next => accepted,
+        };
+        match accepted {
+            Ok(stream) => {
+                if std::mem::take(&mut starved) {
+                    info!("connections are accepted again");
+                }
+                let seat = terms.slots.seat();
+                let guard = Open::new(terms.clone(), alive.clone());
+                let service = service(seat);
+                let phase = phase.clone();
+                tokio::spawn(async move {
+                    let patience = match seat {
+                        Seat::Regular => &guard.terms.patience,
+                        Seat::Crowd => &guard.terms.crowd_patience,
+                    };
+                    let stream = Timed::new(stream, Arc::clone(patience));
+                    connection(stream, service, phase, &guard.terms.metrics).await;
+                });
+            }
+            // accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM. The connection stays in the queue; waiting is all there is.
+            Err(problem) if matches!(problem.raw_os_error(), Some(23 | 24 | 105 | 12)) => {
+                terms.metrics.accept_failed(AcceptError::Resources);
+                if !std::mem::replace(&mut starved, true) {
+                    error!(error = %problem, "connections can't be accepted for want of descriptors or memory");
+                }
+                tokio::time::sleep(RESOURCE_WAIT).await;
+            }
+            // Anything else concerns that one connection, which is gone.
+            Err(problem) => {
+                terms.metrics.accept_failed(AcceptError::Connection);
+                debug!(error = %problem, "a connection was gone before it was accepted");
+            }
+        }
+    }
+}
+
+/// Serves one connection to its end: HTTP/1.1, as strictly as the service wants it.
+pub async fn connection<I, S>(io: I, service: S, mut phase: watch::Receiver<Phase>, metrics: &Metrics)
+where
+    I: AsyncRead + AsyncWrite + Unpin,
+    S: HttpService<Incoming, Error = Infallible>,
+    S::ResBody: 'static,
+    <S::ResBody as Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let connection = http1::Builder::new()
+        .max_buf_size(HEAD_MAX)
+        // A client may close its sending side after its request and still read the answer.
+        .half_close(true)
+        .serve_connection(TokioIo::new(io), service);
+    pin!(connection);
+    let result = tokio::select! {
+        biased;
+        result = connection.as_mut() => result,
+        () = reached(&mut phase, Phase::Closing) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(problem) = result {
+        // Which peer and which bytes it was is nobody's business; that it happens is counted.
+        if problem.is_parse() {
+            metrics.rejected(Rejection::Malformed);
+        }
+        debug!(error = %problem, "a connection ended early");
+    }
+}
+
+async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
+    // An error says that whoever leads the phases is gone, and with it the whole service.
+    let _ = phase.wait_for(|phase| *phase >= wanted).await;
+}
+
+/// An open connection: leaving gives back its slot.
+struct Open {
+    terms: Terms,
+    _alive: mpsc::Sender<Infallible>,
+}
+
+impl Open {
+    fn new(terms: Terms, alive: mpsc::Sender<Infallible>) -> Self {
+        if let Some(gauge) = &terms.gauge {
+            gauge.inc();
+        }
+        Self { terms, _alive: alive }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        if let Some(gauge) = &self.terms.gauge {
+            gauge.dec();
+        }
+        self.terms.slots.leave();
+    }
+}
