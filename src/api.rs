@@ -46,7 +46,7 @@ pub struct Api {
     /// What it counts.
     pub metrics: Arc<Metrics>,
     /// How many log events were dropped so far.
-    pub log_events_dropped: fn() -> u64,
+    pub log_events_dropped: Arc<AtomicU64>,
 }
 
 /// Which routes a listener has.
@@ -270,7 +270,7 @@ async fn serve_readyz(State(api): State<Arc<Api>>) -> axum::response::Response {
 }
 
 async fn serve_metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
-    let text = api.metrics.render((api.log_events_dropped)());
+    let text = api.metrics.render(api.log_events_dropped.load(Ordering::Relaxed));
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 

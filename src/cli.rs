@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 use crate::config::Sources;
 
@@ -43,6 +43,21 @@ pub struct Cli {
     /// Read the configuration, print what is in effect, and stop
     #[arg(long)]
     pub check: bool,
+
+    /// What to do instead of serving keys.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What to do instead of serving keys.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Ask a running service how it is: prints its answer, and exits with 0 if it is well, else with 1
+    Health {
+        /// Whom to ask: http://host:port, with a path other than /health if need be [default: the configured address]
+        #[arg(long, value_name = "URL")]
+        url: Option<String>,
+    },
 }
 
 impl Cli {

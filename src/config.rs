@@ -57,10 +57,12 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// How long the service goes on accepting, unready, after it was told to stop.
     pub drain_delay: Duration,
+    /// How long the service may be without a connection before it ends, where a socket unit starts it again.
+    pub exit_idle: Option<Duration>,
 }
 
 /// The names of all settings, as TOML has them.
-const NAMES: [&str; 12] = [
+const NAMES: [&str; 13] = [
     "host",
     "srv-port",
     "max-size",
@@ -73,6 +75,7 @@ const NAMES: [&str; 12] = [
     "write-timeout",
     "drain-timeout",
     "drain-delay",
+    "exit-idle",
 ];
 
 /// The settings that a running service takes on at a reload.
@@ -111,6 +114,7 @@ impl Config {
             self.write_timeout.as_secs().into(),
             self.drain_timeout.as_secs().into(),
             self.drain_delay.as_secs().into(),
+            self.exit_idle.map_or(0, |period| period.as_secs()).into(),
         ];
         let mut names = NAMES.into_iter();
         values.map(|value| (names.next().expect("as many names as values"), value))
@@ -216,6 +220,7 @@ impl Reader {
         let write_timeout = self.whole("write-timeout", 15, 1..=ONE_HOUR);
         let drain_timeout = self.whole("drain-timeout", 20, 0..=ONE_HOUR);
         let drain_delay = self.whole("drain-delay", 0, 0..=ONE_HOUR);
+        let exit_idle = self.whole("exit-idle", 0, 0..=24 * ONE_HOUR);
         Some(Config {
             host: host?,
             srv_port: srv_port?.try_into().ok()?,
@@ -229,6 +234,7 @@ impl Reader {
             write_timeout: Duration::from_secs(write_timeout?),
             drain_timeout: Duration::from_secs(drain_timeout?),
             drain_delay: Duration::from_secs(drain_delay?),
+            exit_idle: Some(Duration::from_secs(exit_idle?)).filter(|period| !period.is_zero()),
         })
     }
 

@@ -10,6 +10,7 @@
 //! | [`api`] | the routes |
 //! | [`body`] | what is sent back, until its last byte |
 //! | [`health`] | whether the service is well |
+//! | [`probe`] | asks a running service how it is |
 //! | [`problem`] | what a client is told instead of a key |
 //! | [`metrics`], `process` | what is counted |
 //! | [`listener`] | sockets, inherited or bound |
@@ -32,6 +33,7 @@ pub mod key;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod probe;
 pub mod problem;
 mod process;
 pub mod random;
@@ -117,6 +119,7 @@ pub fn run(
     log: &Log,
 ) -> Result<(), RunError> {
     let generator = Arc::new(Generator::new(source)?);
+    let is_activated = !inherited.http.is_empty();
     let Listeners { keys, metrics: operator } = listeners(&config, inherited)?;
     let connections = fit_descriptors(config.max_connections);
     let metrics = Arc::new(Metrics::new());
@@ -127,7 +130,7 @@ pub fn run(
         generator: Arc::clone(&generator),
         health: Arc::clone(&health),
         metrics: Arc::clone(&metrics),
-        log_events_dropped: Log::dropped,
+        log_events_dropped: log.dropped(),
     });
     let status = status(&keys, &operator, config.shares_port());
 
@@ -169,12 +172,20 @@ pub fn run(
             generated.map_err(|_| "the random generator is out of service")?;
             heartbeats.all_answered().then_some(()).ok_or("a worker gave no sign of life")
         };
-        let mut running = config;
-        let signal = {
+        let idle = async {
+            match config.exit_idle {
+                Some(period) if is_activated => key_terms.slots.idle_for(period).await,
+                _ => std::future::pending().await,
+            }
+        };
+        let mut running = config.clone();
+        let reason = {
             let mut watchdog = std::pin::pin!(systemd::watchdog(&notifier, alive));
+            let mut idle = std::pin::pin!(idle);
             loop {
                 tokio::select! {
                     never = &mut watchdog => never,
+                    () = &mut idle => break "idle",
                     order = signals.next() => match order {
                         Order::Stop(signal) => break signal,
                         Order::Reload => {
@@ -187,7 +198,7 @@ pub fn run(
             }
         };
 
-        info!(signal, "stopping");
+        info!(reason, "stopping");
         health.start_draining();
         notifier.stopping("Draining");
         tokio::time::sleep(running.drain_delay).await;

@@ -8,6 +8,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread;
@@ -27,8 +28,6 @@ const FIELDS_MAX: usize = 16;
 
 /// How long a stop waits for the last events to be written.
 const FLUSH: Duration = Duration::from_secs(1);
-
-static DROPPED: AtomicU64 = AtomicU64::new(0);
 
 /// From which severity on events are logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +58,7 @@ pub struct Log {
     level: reload::Handle<LevelFilter, Registry>,
     end: SyncSender<Message>,
     written: Receiver<()>,
+    dropped: Arc<AtomicU64>,
 }
 
 impl Log {
@@ -68,7 +68,8 @@ impl Log {
         let (queue, events) = mpsc::sync_channel(QUEUE);
         let (done, written) = mpsc::sync_channel(1);
         let (filter, handle) = reload::Layer::new(level.0);
-        let log = Self { level: handle, end: queue.clone(), written };
+        let dropped = Arc::new(AtomicU64::new(0));
+        let log = Self { level: handle, end: queue.clone(), written, dropped: Arc::clone(&dropped) };
         thread::Builder::new()
             .name("log".into())
             .spawn(move || {
@@ -76,8 +77,10 @@ impl Log {
                 let _ = done.send(()); // nobody waits where the process has ended first
             })
             .expect("the process has just started and may have threads");
-        tracing::subscriber::set_global_default(Registry::default().with(filter).with(Queue(queue)))
-            .expect("the log is started once");
+        tracing::subscriber::set_global_default(
+            Registry::default().with(filter).with(Queue { queue, dropped }),
+        )
+        .expect("the log is started once");
         log
     }
 
@@ -87,9 +90,9 @@ impl Log {
         let _ = self.level.reload(level.0);
     }
 
-    /// How many events were dropped since the start.
-    pub fn dropped() -> u64 {
-        DROPPED.load(Ordering::Relaxed)
+    /// The count of events that were dropped since the start.
+    pub fn dropped(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.dropped)
     }
 }
 
@@ -140,14 +143,17 @@ impl fmt::Debug for Text {
     }
 }
 
-struct Queue(SyncSender<Message>);
+struct Queue {
+    queue: SyncSender<Message>,
+    dropped: Arc<AtomicU64>,
+}
 
 impl<S: Subscriber> Layer<S> for Queue {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         let mut record = Record { metadata: event.metadata(), values: Vec::new() };
         event.record(&mut record);
-        if self.0.try_send(Message::Event(record)).is_err() {
-            DROPPED.fetch_add(1, Ordering::Relaxed);
+        if self.queue.try_send(Message::Event(record)).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
@@ -194,19 +200,20 @@ mod tests {
     #[test]
     fn a_writer_that_hangs_drops_events_and_never_waits() {
         let (queue, _never_read) = mpsc::sync_channel(2);
-        let before = Log::dropped();
-        tracing::subscriber::with_default(Registry::default().with(Queue(queue)), || {
+        let dropped = Arc::new(AtomicU64::new(0));
+        let queue = Queue { queue, dropped: Arc::clone(&dropped) };
+        tracing::subscriber::with_default(Registry::default().with(queue), || {
             for n in 0..5 {
                 tracing::info!(n, "event");
             }
         });
-        assert_eq!(Log::dropped() - before, 3);
+        assert_eq!(dropped.load(Ordering::Relaxed), 3);
     }
 
     #[test]
     fn an_event_comes_out_of_the_queue_as_it_went_in() {
         #[derive(Clone, Default)]
-        struct Buffer(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+        struct Buffer(Arc<std::sync::Mutex<Vec<u8>>>);
         impl io::Write for Buffer {
             fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
                 self.0.lock().unwrap().extend_from_slice(bytes);
@@ -225,9 +232,12 @@ mod tests {
             .with_writer(move || made.clone());
         let writer = Dispatch::new(Registry::default().with(lines));
         let (queue, events) = mpsc::sync_channel(8);
-        tracing::subscriber::with_default(Registry::default().with(Queue(queue)), || {
-            tracing::warn!(address = %"127.0.0.1:1", count = 3, name = "http", "listening");
-        });
+        tracing::subscriber::with_default(
+            Registry::default().with(Queue { queue, dropped: Arc::default() }),
+            || {
+                tracing::warn!(address = %"127.0.0.1:1", count = 3, name = "http", "listening");
+            },
+        );
         write_all(&writer, &events);
         let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
         assert_eq!(text.trim(), "WARN listening address=127.0.0.1:1 count=3 name=http");

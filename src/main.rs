@@ -1,11 +1,14 @@
 //! Arguments, configuration, logging, `run`, exit status.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use key_service::cli::Cli;
+use key_service::cli::{Cli, Command};
+use key_service::config::Config;
 use key_service::listener::Inherited;
 use key_service::logging::Log;
+use key_service::probe::Target;
 use key_service::random::Kernel;
 use key_service::{forbid_core_dumps, run};
 
@@ -17,7 +20,7 @@ const EXIT_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
     let cli = Cli::parse(); // wrong usage ends here, with status 2
-    let check = cli.check;
+    let (check, command) = (cli.check, cli.command.clone());
     let sources = cli.sources();
     let config = match sources.load() {
         Ok(config) => config,
@@ -29,9 +32,10 @@ fn main() -> ExitCode {
         }
     };
     if check {
-        use std::io::Write;
-        let printed = write!(std::io::stdout(), "{config}");
-        return printed.map_or(EXIT_FAILURE.into(), |()| ExitCode::SUCCESS);
+        return print(&config.to_string());
+    }
+    if let Some(Command::Health { url }) = command {
+        return health(url, &config);
     }
     // Before there are threads, since it changes the environment; judged when there is a log to say it in.
     let inherited = Inherited::take();
@@ -47,5 +51,24 @@ fn main() -> ExitCode {
             tracing::error!("{error}");
             EXIT_FAILURE.into()
         }
+    }
+}
+
+fn health(url: Option<String>, config: &Config) -> ExitCode {
+    let target = url.map_or_else(|| Ok(Target::local(config)), |url| Target::parse(&url));
+    match target.and_then(|target| target.ask()) {
+        Ok(answer) => print(&format!("{answer}\n")),
+        Err(error) => {
+            eprintln!("key-service: {error}");
+            EXIT_FAILURE.into()
+        }
+    }
+}
+
+/// Unlike `print!`, a closed pipe is a failure here and not a panic.
+fn print(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => EXIT_FAILURE.into(),
     }
 }

@@ -49,6 +49,8 @@ pub enum Seat {
 #[derive(Debug)]
 pub struct Slots {
     open: AtomicUsize,
+    /// How many connections there ever were.
+    taken: AtomicU64,
     limit: usize,
     freed: Notify,
 }
@@ -56,7 +58,7 @@ pub struct Slots {
 impl Slots {
     /// Slots for `limit` connections.
     pub fn new(limit: usize) -> Self {
-        Self { open: AtomicUsize::new(0), limit, freed: Notify::new() }
+        Self { open: AtomicUsize::new(0), taken: AtomicU64::new(0), limit, freed: Notify::new() }
     }
 
     /// Returns when a connection may be accepted: at once, unless even the crowd is full.
@@ -70,7 +72,22 @@ impl Slots {
         }
     }
 
+    /// Returns when there has been no connection for `period`, give or take a second.
+    pub async fn idle_for(&self, period: Duration) {
+        let second = Duration::from_secs(1);
+        let mut quiet = Duration::ZERO;
+        let mut taken = 0;
+        while quiet < period {
+            tokio::time::sleep(second).await;
+            let now = self.taken.load(Ordering::Relaxed);
+            let is_quiet = self.open.load(Ordering::Relaxed) == 0 && now == taken;
+            quiet = if is_quiet { quiet + second } else { Duration::ZERO };
+            taken = now;
+        }
+    }
+
     fn seat(&self) -> Seat {
+        self.taken.fetch_add(1, Ordering::Relaxed);
         if self.open.fetch_add(1, Ordering::Relaxed) < self.limit { Seat::Regular } else { Seat::Crowd }
     }
 

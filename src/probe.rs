@@ -1,0 +1,145 @@
+//! Asks a running service how it is, the way a container's HEALTHCHECK or a chart's test needs it: one request, one
+//! line, one exit status.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::listener::Host;
+
+/// How long each step may take: connecting, the request, the answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The most of an answer that is read, in bytes.
+const ANSWER_MAX: u64 = 4096;
+
+/// Whom to ask, and for what.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// `host:port`, or `unix:/path`.
+    authority: String,
+    path: String,
+}
+
+impl Target {
+    /// The service that `config` describes, on this machine.
+    pub fn local(config: &Config) -> Self {
+        let authority = match &config.host {
+            Host::Unix(path) => format!("unix:{}", path.display()),
+            // An unspecified address takes connections to this machine.
+            Host::Ip(ip) if ip.is_unspecified() => {
+                let loopback = match ip {
+                    IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+                    IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+                };
+                std::net::SocketAddr::new(loopback, config.srv_port).to_string()
+            }
+            Host::Ip(ip) => std::net::SocketAddr::new(*ip, config.srv_port).to_string(),
+        };
+        Self { authority, path: "/health".into() }
+    }
+
+    /// `http://host:port/path`; without a path, `/health`.
+    ///
+    /// # Errors
+    /// A sentence, where `url` is none of that.
+    pub fn parse(url: &str) -> Result<Self, String> {
+        let expected = || format!("expected http://host:port/path, found {url:?}");
+        let rest = url.strip_prefix("http://").ok_or_else(expected)?;
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, "health"));
+        let (host, port) = authority.rsplit_once(':').unwrap_or((authority, "80"));
+        let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_graphic());
+        if host.is_empty() || port.parse::<u16>().is_err() || !is_plain(rest) {
+            return Err(expected());
+        }
+        Ok(Self { authority: format!("{host}:{port}"), path: format!("/{path}") })
+    }
+
+    /// One request. The answer's body where its status is 200.
+    ///
+    /// # Errors
+    /// A sentence: what was asked, and what came.
+    pub fn ask(&self) -> Result<String, String> {
+        let answer = self.exchange().map_err(|error| format!("{self}: {error}"))?;
+        let text = String::from_utf8_lossy(&answer);
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+        let status = head.lines().next().unwrap_or_default();
+        match status.split(' ').nth(1) {
+            Some("200") => Ok(body.trim().to_owned()),
+            _ => Err(format!("{self}: expected status 200, found {status:?} {}", body.trim())),
+        }
+    }
+
+    fn exchange(&self) -> io::Result<Vec<u8>> {
+        match self.authority.strip_prefix("unix:") {
+            Some(path) => {
+                let stream = UnixStream::connect(path)?;
+                stream.set_read_timeout(Some(PATIENCE))?;
+                stream.set_write_timeout(Some(PATIENCE))?;
+                self.converse(stream, "localhost")
+            }
+            None => {
+                let stream = connect(&self.authority)?;
+                stream.set_read_timeout(Some(PATIENCE))?;
+                stream.set_write_timeout(Some(PATIENCE))?;
+                self.converse(stream, &self.authority)
+            }
+        }
+    }
+
+    fn converse(&self, mut stream: impl Read + Write, host: &str) -> io::Result<Vec<u8>> {
+        write!(stream, "GET {} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n", self.path)?;
+        let mut answer = Vec::new();
+        stream.take(ANSWER_MAX).read_to_end(&mut answer)?;
+        Ok(answer)
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.authority, self.path)
+    }
+}
+
+/// Tries every address of the name, as a name may have one of each kind.
+fn connect(authority: &str) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in authority.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, PATIENCE) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_is_an_http_url() {
+        for (url, shown) in [
+            ("http://keys:1123", "keys:1123/health"),
+            ("http://[::1]:8000/readyz", "[::1]:8000/readyz"),
+            ("http://keys", "keys:80/health"),
+        ] {
+            assert_eq!(Target::parse(url).unwrap().to_string(), shown);
+        }
+        for bad in
+            ["", "keys:1123", "https://keys", "http://", "http://keys:x", "http://a:1/ b", "http://a:1/\r\nX"]
+        {
+            assert!(Target::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_target_that_is_not_there_is_an_error_that_names_it() {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let error = Target::parse(&format!("http://{free}")).unwrap().ask().unwrap_err();
+        assert!(error.starts_with(&format!("{free}/health: ")), "{error}");
+    }
+}
