@@ -1,0 +1,67 @@
+//! What random bytes cost, by size and by where they come from: `cargo bench --bench generator`.
+//!
+//! `kernel` reads all of them by getrandom(2); `expanded` reads a 32-byte seed and makes the rest with `ChaCha20`;
+//! `generator` is what the daemon does, self tests included, and should follow the cheaper of the two.
+//! `random::DIRECT_MAX` is the size where the first two cross.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use chacha20::ChaCha20;
+use chacha20::cipher::{KeyIvInit, StreamCipher};
+use criterion::{BenchmarkId, Criterion, Throughput};
+use key_service::random::{CHUNK, Generator, Kernel, Source};
+use zeroize::Zeroizing;
+
+const SIZES: [(&str, usize); 11] = [
+    ("AES-128 key", 16),
+    ("AES-256 key", 32),
+    ("HMAC-SHA-256 block", 64),
+    ("HMAC-SHA-512 block", 128),
+    ("192 B", 192),
+    ("256 B", 256),
+    ("512 B", 512),
+    ("largest key by default", 1024),
+    ("page", 4096),
+    ("chunk", CHUNK),
+    ("16 chunks", 16 * CHUNK),
+];
+
+fn main() {
+    let mut criterion = Criterion::default()
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1))
+        .configure_from_args();
+    by_size(&mut criterion);
+    criterion.final_summary();
+}
+
+fn by_size(criterion: &mut Criterion) {
+    let generator = Generator::new(Kernel).expect("this machine's kernel generator works");
+    for (use_, size) in SIZES {
+        let mut group = criterion.benchmark_group(format!("{size} B, {use_}"));
+        group.throughput(Throughput::Bytes(size as u64));
+        let mut key = vec![0; size];
+        group.bench_function(BenchmarkId::from_parameter("kernel"), |bench| {
+            bench.iter(|| kernel(black_box(&mut key)));
+        });
+        group.bench_function(BenchmarkId::from_parameter("expanded"), |bench| {
+            bench.iter(|| key.chunks_mut(CHUNK).for_each(|chunk| expanded(black_box(chunk))));
+        });
+        group.bench_function(BenchmarkId::from_parameter("generator"), |bench| {
+            bench.iter(|| generator.fill(black_box(&mut key)));
+        });
+        group.finish();
+    }
+}
+
+fn kernel(key: &mut [u8]) {
+    let read = Kernel.read(key).expect("this machine's kernel generator works");
+    assert_eq!(read, key.len());
+}
+
+fn expanded(chunk: &mut [u8]) {
+    let mut seed = Zeroizing::new([0; 32]);
+    kernel(&mut seed[..]);
+    ChaCha20::new((&*seed).into(), &[0; 12].into()).write_keystream(chunk);
+}
