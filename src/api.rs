@@ -3,15 +3,16 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::header::{
     ACCEPT, ACCEPT_RANGES, CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap,
-    HeaderValue, TRANSFER_ENCODING, VARY, X_CONTENT_TYPE_OPTIONS,
+    HeaderName, HeaderValue, TRANSFER_ENCODING, VARY, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{Method, Request, Response, StatusCode, Version};
 use axum::response::IntoResponse;
@@ -93,54 +94,109 @@ impl Site {
         self
     }
 
-    async fn answer<B>(self, request: Request<B>) -> Response<Body> {
+    /// Answers a key at once, and leaves the rest to the router.
+    fn answer<B>(&self, request: Request<B>) -> Answering {
         let metrics = &self.api.metrics;
         let path = request.uri().path();
         let length = path.strip_prefix(KEY).filter(|length| self.has_keys && !length.contains('/'));
         let endpoint = length.map_or_else(|| Endpoint::of(path), |_| Endpoint::Key);
         let answer = Answer::start(Arc::clone(metrics), endpoint);
         let is_head = request.method() == Method::HEAD;
-        let mut response = if let Err(problem) = check_message(&request) {
+        let is_closing = self.is_crowded || self.api.health.is_draining();
+        let response = if let Err(problem) = check_message(&request) {
             metrics.rejected(Rejection::Malformed);
-            problem.to_response()
+            refusal(&problem)
         } else if self.is_crowded
             && !matches!(endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz)
         {
             metrics.rejected(Rejection::Connections);
-            health::full().to_response()
+            refusal(&health::full())
         } else if let Some(length) = length {
-            self.api.key(&request, length).unwrap_or_else(|problem| problem.to_response())
+            self.api.key(&request, length).unwrap_or_else(|problem| refusal(&problem))
         } else {
             // No route takes a body, so none is handed on.
-            let request = request.map(|_| axum::body::Body::empty());
-            let mut router = self.router;
-            let Ok(response) = router.call(request).await;
-            response.map(Body::from)
+            let routed = self.router.clone().call(request.map(|_| axum::body::Body::empty()));
+            return Answering::Routed(Box::pin(async move {
+                let Ok(response) = routed.await;
+                finish(with_common(response), answer, is_head, is_closing)
+            }));
         };
-        let headers = response.headers_mut();
-        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-        if self.is_crowded || self.api.health.is_draining() {
-            headers.insert(CONNECTION, HeaderValue::from_static("close"));
-        }
-        if is_head && !headers.contains_key(CONTENT_LENGTH) {
-            let length = http_body::Body::size_hint(response.body()).exact().unwrap_or(0);
-            response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
-        }
-        metrics.answered(response.status());
-        response.map(|body| if is_head { body.without_content() } else { body }.ending(answer))
+        Answering::Ready(Some(finish(response, answer, is_head, is_closing)))
     }
 }
 
 impl<B: Send + 'static> Service<Request<B>> for Site {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+    type Future = Answering;
 
-    fn call(&self, request: Request<B>) -> Self::Future {
-        let site = self.clone();
-        Box::pin(async move { Ok(site.answer(request).await) })
+    fn call(&self, request: Request<B>) -> Answering {
+        self.answer(request)
     }
+}
+
+/// An answer that is there, or that the router is at work on.
+pub enum Answering {
+    /// It is there, and not taken yet.
+    Ready(Option<Response<Body>>),
+    /// It will come.
+    Routed(Pin<Box<dyn Future<Output = Response<Body>> + Send>>),
+}
+
+impl Future for Answering {
+    type Output = Result<Response<Body>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.get_mut() {
+            Self::Ready(response) => {
+                Poll::Ready(Ok(response.take().expect("a future is not polled again after it was ready")))
+            }
+            Self::Routed(future) => future.as_mut().poll(cx).map(Ok),
+        }
+    }
+}
+
+/// What every answer has, whoever made it.
+const COMMON: [(HeaderName, HeaderValue); 2] = [
+    (CACHE_CONTROL, HeaderValue::from_static("no-store")),
+    (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+];
+
+/// The header of a key, but for its length. It is made once and cloned: five insertions cost more than the key.
+static KEY_HEADERS: LazyLock<HeaderMap> = LazyLock::new(|| {
+    let mut headers = HeaderMap::from_iter(COMMON);
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(Format::Raw.media_type()));
+    headers.insert(ACCEPT_RANGES, HeaderValue::from_static("none"));
+    headers.insert(VARY, HeaderValue::from_static("Accept"));
+    headers
+});
+
+fn with_common<B: Into<Body>>(response: Response<B>) -> Response<Body> {
+    let mut response = response.map(Into::into);
+    for (name, value) in COMMON {
+        response.headers_mut().insert(name, value);
+    }
+    response
+}
+
+fn refusal(problem: &Problem) -> Response<Body> {
+    with_common(problem.to_response::<String>())
+}
+
+/// Counts an answer and lets its time run until its last byte is handed over.
+fn finish(mut response: Response<Body>, answer: Answer, is_head: bool, is_closing: bool) -> Response<Body> {
+    if is_closing {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    answer.metrics().answered(response.status());
+    if is_head {
+        // The length that GET would have; without a body, nothing else tells it.
+        if let Some(size) = http_body::Body::size_hint(response.body()).exact() {
+            response.headers_mut().entry(CONTENT_LENGTH).or_insert(size.into());
+        }
+        return response.map(|body| body.without_content().ending(answer));
+    }
+    response.map(|body| body.ending(answer))
 }
 
 impl Api {
@@ -156,10 +212,11 @@ impl Api {
         if let Some(failure) = self.generator.failure() {
             return Err(self.refuse_failed(failure));
         }
-        let body = if request.method() == Method::HEAD {
+        let is_head = request.method() == Method::HEAD;
+        let body = if is_head {
             Body::empty()
         } else if length.is_bulk() {
-            if self.health.is_draining() {
+            if self.health.is_stopping() {
                 self.metrics.rejected(Rejection::Draining);
                 return Err(health::draining());
             }
@@ -174,12 +231,10 @@ impl Api {
             Body::whole(key.into_bytes())
         };
         let mut response = Response::new(body);
-        let headers = response.headers_mut();
-        headers.reserve(8);
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static(format.media_type()));
-        headers.insert(CONTENT_LENGTH, HeaderValue::from(length.bytes()));
-        headers.insert(ACCEPT_RANGES, HeaderValue::from_static("none"));
-        headers.insert(VARY, HeaderValue::from_static("Accept"));
+        *response.headers_mut() = KEY_HEADERS.clone();
+        if is_head {
+            response.headers_mut().insert(CONTENT_LENGTH, length.bytes().into()); // of a body it follows from itself
+        }
         Ok(response)
     }
 
@@ -240,7 +295,9 @@ fn check_message<B>(request: &Request<B>) -> Result<(), Problem> {
 fn check_host(headers: &HeaderMap, version: Version) -> Result<(), Problem> {
     let mut hosts = headers.get_all(HOST).iter();
     match (hosts.next(), hosts.next()) {
-        (Some(host), None) if host.as_bytes().iter().all(|byte| is_host_character(*byte)) => Ok(()),
+        (Some(host), None) if host.as_bytes().iter().all(|byte| HOST_CHARACTERS[usize::from(*byte)]) => {
+            Ok(())
+        }
         (None, _) if version < Version::HTTP_11 => Ok(()),
         (None, _) => Err(Problem::malformed("The Host field is missing")),
         (Some(_), None) => Err(Problem::malformed("The Host field is not a host")),
@@ -248,9 +305,17 @@ fn check_host(headers: &HeaderMap, version: Version) -> Result<(), Problem> {
     }
 }
 
-fn is_host_character(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:%[]".contains(&byte)
-}
+/// The bytes that a host and its port may have, as a table: it is looked into for every byte of every request.
+const HOST_CHARACTERS: [bool; 256] = {
+    let mut table = [false; 256];
+    let allowed = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,;=:%[]";
+    let mut at = 0;
+    while at < allowed.len() {
+        table[allowed[at] as usize] = true;
+        at += 1;
+    }
+    table
+};
 
 async fn serve_health(State(api): State<Arc<Api>>) -> axum::response::Response {
     let checked = api.health.check();

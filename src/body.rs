@@ -164,6 +164,11 @@ impl Answer {
         metrics.requests_in_flight.inc();
         Self { metrics, endpoint, started: Instant::now() }
     }
+
+    /// Where it is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
 }
 
 impl Drop for Answer {

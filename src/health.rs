@@ -14,17 +14,28 @@ const RETRY_AFTER: u32 = 5;
 pub struct Health {
     generator: Arc<Generator>,
     draining: AtomicBool,
+    stopping: AtomicBool,
 }
 
 impl Health {
     /// Well, as long as `generator` is.
     pub fn new(generator: Arc<Generator>) -> Self {
-        Self { generator, draining: AtomicBool::new(false) }
+        Self { generator, draining: AtomicBool::new(false), stopping: AtomicBool::new(false) }
     }
 
     /// From now on /readyz says no, so that balancers look elsewhere.
     pub fn start_draining(&self) {
         self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// From now on nothing is begun that may not be done in time.
+    pub fn start_stopping(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the drain has begun and long keys are refused.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
     }
 
     /// Whether the service is about to stop.

@@ -190,8 +190,10 @@ pub fn run(
                         Order::Stop(signal) => break signal,
                         Order::Reload => {
                             notifier.reloading();
-                            reload(&mut running, sources, &api, log);
-                            notifier.ready(&status);
+                            match reload(&mut running, sources, &api, log) {
+                                Ok(()) => notifier.ready(&status),
+                                Err(Refused) => notifier.ready(&format!("{status}; the last reload was refused")),
+                            }
                         }
                     },
                 }
@@ -202,6 +204,7 @@ pub fn run(
         health.start_draining();
         notifier.stopping("Draining");
         tokio::time::sleep(running.drain_delay).await;
+        health.start_stopping();
         drain.begin(&[&key_terms, &operator_terms]).await;
         let all_gone = async {
             for worker in &mut workers {
@@ -337,7 +340,7 @@ impl Worker {
 }
 
 /// Takes on what may change while the service runs, and names in the log what may not.
-fn reload(running: &mut Config, sources: &Sources, api: &Api, log: &Log) {
+fn reload(running: &mut Config, sources: &Sources, api: &Api, log: &Log) -> Result<(), Refused> {
     let new = match sources.load() {
         Ok(new) => new,
         Err(mistakes) => {
@@ -346,7 +349,7 @@ fn reload(running: &mut Config, sources: &Sources, api: &Api, log: &Log) {
             }
             tracing::error!("the configuration stays as it was");
             api.metrics.config_last_reload_successful.set(0);
-            return;
+            return Err(Refused);
         }
     };
     for setting in running.needs_restart(&new) {
@@ -358,7 +361,11 @@ fn reload(running: &mut Config, sources: &Sources, api: &Api, log: &Log) {
     running.log_level = new.log_level;
     api.metrics.config_last_reload_successful.set(1);
     info!(max_size = new.max_size, log_level = %new.log_level, "the configuration is reloaded");
+    Ok(())
 }
+
+/// The new configuration has mistakes, which are in the log.
+struct Refused;
 
 /// Forbids core dumps for the life of the process: key bytes must not reach a disk.
 ///

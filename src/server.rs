@@ -80,10 +80,14 @@ impl Slots {
         while quiet < period {
             tokio::time::sleep(second).await;
             let now = self.taken.load(Ordering::Relaxed);
-            let is_quiet = self.open.load(Ordering::Relaxed) == 0 && now == taken;
+            let is_quiet = self.are_empty() && now == taken;
             quiet = if is_quiet { quiet + second } else { Duration::ZERO };
             taken = now;
         }
+    }
+
+    fn are_empty(&self) -> bool {
+        self.open.load(Ordering::Relaxed) == 0
     }
 
     fn seat(&self) -> Seat {
@@ -164,7 +168,9 @@ impl Drain {
     /// Returns then; busy connections may still be there.
     pub async fn begin(&self, terms: &[&Terms]) {
         self.0.send_replace(Phase::Draining);
-        tokio::time::sleep(LINGER).await;
+        if terms.iter().any(|terms| !terms.slots.are_empty()) {
+            tokio::time::sleep(LINGER).await;
+        }
         for terms in terms {
             terms.patience.shorten_head(BRIEF);
         }
