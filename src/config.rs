@@ -242,7 +242,7 @@ impl Reader {
         let Ok(value) = self.figment.find_value(name) else {
             return Some(default);
         };
-        match value.to_u128().and_then(|number| u64::try_from(number).ok()) {
+        match whole_number(&value) {
             Some(number) if range.contains(&number) => Some(number),
             _ => self.refuse(
                 name,
@@ -310,6 +310,11 @@ impl Provider for Flags<'_> {
         };
         Ok(Profile::Default.collect(self.0.iter().map(entry).collect()))
     }
+}
+
+/// TOML's integers are signed, those of the environment and of flags are not.
+fn whole_number(value: &Value) -> Option<u64> {
+    value.to_u128().and_then(|number| number.try_into().ok()).or_else(|| value.to_i128()?.try_into().ok())
 }
 
 /// A value as TOML writes it.

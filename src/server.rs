@@ -14,7 +14,8 @@ use prometheus::IntGauge;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::pin;
 use tokio::sync::{Notify, mpsc, watch};
-use tracing::{debug, error, info};
+use tokio::time::Instant;
+use tracing::{debug, error};
 
 use crate::deadline::{Patience, Timed};
 use crate::listener::{Acceptor, Listener};
@@ -35,6 +36,9 @@ const LINGER: Duration = Duration::from_millis(250);
 
 /// How long to wait when accept(2) has no descriptor or memory.
 const RESOURCE_WAIT: Duration = Duration::from_millis(100);
+
+/// How often that is worth a line in the log.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Whether a connection got one of the slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -277,7 +281,7 @@ async fn accept<F, S>(
     <S::ResBody as Body>::Data: Send,
     <S::ResBody as Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let mut starved = false;
+    let mut complained: Option<Instant> = None;
     let mut stopping = phase.clone();
     loop {
         let next = async {
@@ -292,9 +296,6 @@ async fn accept<F, S>(
         };
         match accepted {
             Ok(stream) => {
-                if std::mem::take(&mut starved) {
-                    info!("connections are accepted again");
-                }
                 let seat = terms.slots.seat();
                 let guard = Open::new(terms.clone(), alive.clone());
                 let service = service(seat);
@@ -311,7 +312,8 @@ async fn accept<F, S>(
             // accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM. The connection stays in the queue; waiting is all there is.
             Err(problem) if matches!(problem.raw_os_error(), Some(23 | 24 | 105 | 12)) => {
                 terms.metrics.accept_failed(AcceptError::Resources);
-                if !std::mem::replace(&mut starved, true) {
+                if complained.is_none_or(|last| last.elapsed() > COMPLAINT_INTERVAL) {
+                    complained = Some(Instant::now());
                     error!(error = %problem, "connections can't be accepted for want of descriptors or memory");
                 }
                 tokio::time::sleep(RESOURCE_WAIT).await;
@@ -382,5 +384,68 @@ impl Drop for Open {
             gauge.dec();
         }
         self.terms.slots.leave();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::listener::Host;
+    use hyper::service::service_fn;
+    use hyper::{Request, Response};
+    use std::io::Write;
+    use std::sync::mpsc as blocking;
+    use std::thread;
+
+    /// A server on a thread of its own, whose service does not return before it is told to.
+    #[test]
+    fn a_worker_that_is_blocked_gives_no_sign_of_life() {
+        let listener = Listener::bind(&"127.0.0.1".parse::<Host>().unwrap(), 0).unwrap();
+        let address = listener.to_string();
+        let mut heartbeats = Heartbeats::new();
+        let heartbeat = heartbeats.join();
+        let drain = Drain::new();
+        let phase = drain.watch();
+        let terms = Terms::new(8, BRIEF, BRIEF, Arc::new(Metrics::new()));
+        let (entered, is_entered) = blocking::channel();
+        let (release, is_released) = blocking::channel::<()>();
+        let is_released = Arc::new(std::sync::Mutex::new(is_released));
+        thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let service = move |_: Seat| {
+                let (entered, is_released) = (entered.clone(), Arc::clone(&is_released));
+                service_fn(move |_: Request<Incoming>| {
+                    entered.send(()).unwrap();
+                    let _ = is_released.lock().unwrap().recv();
+                    async { Ok(Response::new(String::new())) }
+                })
+            };
+            runtime.block_on(serve(vec![(listener, heartbeat)], service, terms, phase)).unwrap();
+        });
+        let answers = |heartbeats: &Heartbeats| {
+            // It has been asked by the call before; a worker that moves answers within milliseconds.
+            heartbeats.all_answered();
+            (0..400).any(|_| {
+                thread::sleep(Duration::from_millis(5));
+                heartbeats.answers[0].load(Ordering::Relaxed) == *heartbeats.ask.borrow()
+            })
+        };
+        assert!(answers(&heartbeats), "an idle worker answers");
+        let mut client = std::net::TcpStream::connect(address).unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        is_entered.recv().unwrap();
+        assert!(!answers(&heartbeats), "a blocked one does not");
+        assert!(!heartbeats.all_answered());
+        release.send(()).unwrap();
+        assert!(answers(&heartbeats), "and does again");
+    }
+
+    #[test]
+    fn slots_seat_up_to_the_limit_and_the_rest_is_a_crowd() {
+        let slots = Slots::new(2);
+        assert_eq!([slots.seat(), slots.seat(), slots.seat()], [Seat::Regular, Seat::Regular, Seat::Crowd]);
+        slots.leave();
+        slots.leave();
+        assert_eq!(slots.seat(), Seat::Regular);
     }
 }

@@ -1,0 +1,147 @@
+//! What a client can't do: hold a connection without progress, or take more than its share.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::{Client, Daemon, Folder, PATIENCE, get, key_service, request, until};
+
+/// Reads to the end of the connection and returns how many bytes came.
+fn drain(stream: &mut TcpStream) -> usize {
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes); // a reset is an end too
+    bytes.len()
+}
+
+#[test]
+fn a_silent_connection_is_closed_after_the_head_deadline() {
+    let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1")]);
+    let mut client = Client::connect(daemon.keys());
+    assert!(client.is_closed(), "without a word");
+}
+
+#[test]
+fn half_a_request_is_cut_off_after_the_head_deadline() {
+    let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1")]);
+    let mut client = Client::connect(daemon.keys());
+    client.send("GET /key/32 HTTP/1.1\r\nHost: lo");
+    assert!(client.is_closed());
+}
+
+#[test]
+fn an_idle_connection_is_closed_after_the_head_deadline() {
+    let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1")]);
+    let mut client = Client::connect(daemon.keys());
+    client.send(request("/key/32")).response();
+    assert!(client.is_closed());
+}
+
+#[test]
+fn a_head_that_drips_in_is_cut_off_all_the_same() {
+    let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1")]);
+    let mut stream = TcpStream::connect(daemon.keys()).unwrap();
+    let start = Instant::now();
+    // A byte every 100 ms would go on for 100 seconds.
+    let head = format!("GET /key/32 HTTP/1.1\r\nHost: a\r\nX: {}", "x".repeat(1000));
+    let cut = head.bytes().any(|byte| {
+        std::thread::sleep(Duration::from_millis(100));
+        stream.write_all(&[byte]).is_err()
+    });
+    assert!(cut && start.elapsed() < PATIENCE);
+}
+
+#[test]
+fn a_client_that_never_reads_is_cut_off_after_the_write_deadline() {
+    let daemon = Daemon::start(&[("WRITE_TIMEOUT", "1"), ("MAX_SIZE", "1073741824")]);
+    let mut client = Client::connect(daemon.keys());
+    client.send(request("/key/1073741824"));
+    until("the stream to begin", || (daemon.metric("http_requests_in_flight") == 2.0).then_some(()));
+    until("the cut", || (daemon.metric("http_connections") == 0.0).then_some(()));
+    let received = drain(&mut client.stream);
+    assert!(received < 64 << 20, "{received} bytes of 1 GiB were buffered for one that does not read");
+    assert!(daemon.metric("process_resident_memory_bytes") < 64e6);
+}
+
+#[test]
+fn a_client_that_reads_slowly_is_not_cut_off() {
+    let daemon = Daemon::start(&[("WRITE_TIMEOUT", "1"), ("HEAD_TIMEOUT", "1"), ("MAX_SIZE", "8000000")]);
+    let mut client = Client::connect(daemon.keys());
+    client.send(request("/key/8000000"));
+    let mut received = 0;
+    let mut piece = vec![0; 1_000_000];
+    while received < 8_000_000 {
+        std::thread::sleep(Duration::from_millis(250)); // slow enough for 2 seconds in all
+        match client.stream.read(&mut piece).unwrap() {
+            0 => panic!("cut off after {received} bytes"),
+            read => received += read,
+        }
+    }
+}
+
+#[test]
+fn past_the_connection_limit_health_is_answered_and_the_rest_is_503() {
+    let daemon = Daemon::start(&[("MAX_CONNECTIONS", "4")]);
+    let mut held: Vec<_> = (0..4).map(|_| Client::connect(daemon.keys())).collect();
+    for client in &mut held {
+        assert_eq!(client.send(request("/key/32")).response().status, 200);
+    }
+    for path in ["/health", "/livez", "/readyz"] {
+        let mut client = Client::connect(daemon.keys());
+        let response = client.send(request(path)).response();
+        assert_eq!((response.status, response.header("connection")), (200, Some("close")), "{path}");
+        assert!(client.is_closed());
+    }
+    let mut client = Client::connect(daemon.keys());
+    let response = client.send(request("/key/32")).response();
+    assert_eq!(response.status, 503);
+    assert_eq!(response.problem(), "Too many connections");
+    assert!(response.header("retry-after").unwrap().parse::<u32>().unwrap() > 0);
+    assert!(client.is_closed());
+    assert_eq!(daemon.metric("http_rejections_total{reason=\"connections\"}"), 1.0);
+    assert_eq!(daemon.metric("http_connections_limit"), 4.0);
+    // A slot that is given back is taken again.
+    drop(held.pop());
+    until("a slot", || (daemon.get("/key/32").status == 200).then_some(()));
+    for client in &mut held {
+        assert_eq!(client.send(request("/key/32")).response().status, 200, "those with a slot keep it");
+    }
+}
+
+#[test]
+fn a_crowd_past_the_limit_is_let_in_bit_by_bit_and_the_daemon_outlives_it() {
+    let daemon = Daemon::start(&[("MAX_CONNECTIONS", "4")]);
+    let silent: Vec<_> = (0..300).map(|_| Client::connect(daemon.keys())).collect();
+    // Those without a slot are closed after a second of silence, so that this one is reached in the end.
+    let response = get(daemon.keys(), "/health");
+    assert_eq!(response.status, 200);
+    assert!(daemon.metric("http_connections") <= 4.0 + 64.0 + 16.0);
+    drop(silent);
+    until("free slots", || (daemon.get("/key/32").status == 200).then_some(()));
+}
+
+#[test]
+fn too_few_descriptors_lower_the_limit_and_do_not_kill() {
+    let folder = Folder::new();
+    let inner = key_service(&folder);
+    let mut command = Command::new("sh");
+    command.arg("-c").arg("ulimit -n 64 && exec \"$@\"").arg("sh").arg(inner.get_program());
+    common::scrub(&mut command, &folder);
+    command.arg("--config").arg(folder.file("config.toml"));
+    command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    command.env("KEYSERVICE_WORKERS", "1");
+    let mut daemon = Daemon::run(folder, command);
+    assert_eq!(daemon.metric("process_max_fds"), 64.0);
+    assert_eq!(daemon.metric("http_connections_limit"), 32.0);
+    assert!(daemon.log().contains("max-connections is lowered"));
+    let held: Vec<_> = (0..200).map(|_| TcpStream::connect(daemon.keys()).unwrap()).collect();
+    until("accept to run out of descriptors", || daemon.log().contains("want of descriptors").then_some(()));
+    drop(held);
+    until("recovery", || (daemon.get("/key/32").status == 200).then_some(()));
+    assert!(daemon.metric("accept_errors_total{kind=\"resources\"}") > 0.0);
+    let complaints = daemon.log().matches("want of descriptors").count();
+    assert!(complaints <= 2, "each of the two accept loops complains once a minute");
+    assert!(daemon.is_running());
+}

@@ -1,0 +1,375 @@
+//! A daemon of the test's own, and a client that sees every byte.
+//!
+//! Nothing waits by the clock: the daemon says READY through a notify socket of the test's, with its addresses.
+
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses a part of this")]
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Far longer than anything here takes; only a hang meets it.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A folder that is gone with the test.
+pub struct Folder(PathBuf);
+
+impl Folder {
+    pub fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("key-service-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+        std::fs::write(self.file(name), text).unwrap();
+        self.file(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The binary, in an environment that says nothing to it, with no configuration file of the host's.
+pub fn key_service(folder: &Folder) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_key-service"));
+    scrub(&mut command, folder);
+    command
+}
+
+/// Takes out of a command's environment whatever would reach the daemon.
+pub fn scrub(command: &mut Command, folder: &Folder) {
+    for (name, _) in std::env::vars() {
+        let is_ours = ["KEYSERVICE_", "LISTEN_", "WATCHDOG_"].iter().any(|prefix| name.starts_with(prefix));
+        if is_ours || name == "NOTIFY_SOCKET" || name == "JOURNAL_STREAM" {
+            command.env_remove(name);
+        }
+    }
+    let config = folder.file("config.toml");
+    if !config.exists() {
+        folder.write("config.toml", "");
+    }
+    command.env("TEST_CONFIG", config);
+}
+
+/// What the service manager would be told.
+pub struct Manager(UnixDatagram);
+
+impl Manager {
+    pub fn new(folder: &Folder) -> (Self, PathBuf) {
+        let path = folder.file("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        (Self(socket), path)
+    }
+
+    /// The next message, as its lines.
+    pub fn message(&self) -> Vec<String> {
+        let mut buffer = [0; 4096];
+        let length = self.0.recv(&mut buffer).expect("a message to the service manager");
+        String::from_utf8(buffer[..length].to_vec()).unwrap().lines().map(String::from).collect()
+    }
+
+    /// The first message with a line that starts so; others are passed over.
+    pub fn wait_for(&self, start: &str) -> Vec<String> {
+        let since = Instant::now();
+        while since.elapsed() < PATIENCE {
+            let message = self.message();
+            if message.iter().any(|line| line.starts_with(start)) {
+                return message;
+            }
+        }
+        panic!("the service manager was never told {start}");
+    }
+}
+
+/// A running daemon. It is killed when the test is done with it.
+pub struct Daemon {
+    child: Child,
+    pub manager: Manager,
+    pub folder: Folder,
+    pub status: String,
+    stderr: PathBuf,
+}
+
+impl Daemon {
+    /// On free ports of loopback, with settings as environment variables (`MAX_SIZE` for `KEYSERVICE_MAX_SIZE`).
+    pub fn start(settings: &[(&str, &str)]) -> Self {
+        Self::start_with(Folder::new(), |command| {
+            command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+            for (name, value) in settings {
+                command.env(format!("KEYSERVICE_{name}"), value);
+            }
+        })
+    }
+
+    /// With `--config` to the folder's config.toml, and whatever `prepare` adds.
+    pub fn start_with(folder: Folder, prepare: impl FnOnce(&mut Command)) -> Self {
+        let mut command = key_service(&folder);
+        command.arg("--config").arg(folder.file("config.toml"));
+        prepare(&mut command);
+        Self::run(folder, command)
+    }
+
+    /// Whatever `command` becomes; it has to say READY.
+    pub fn run(folder: Folder, mut command: Command) -> Self {
+        command.stdout(Stdio::null());
+        Self::run_keeping_stdout(folder, command)
+    }
+
+    /// As [`Daemon::run`], for a command whose standard output is a socket to hand over.
+    pub fn run_keeping_stdout(folder: Folder, mut command: Command) -> Self {
+        let (manager, notify) = Manager::new(&folder);
+        let stderr = folder.file("stderr");
+        command.env("NOTIFY_SOCKET", notify);
+        command.stderr(std::fs::File::create(&stderr).unwrap());
+        let mut child = command.spawn().unwrap();
+        manager.0.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let since = Instant::now();
+        let status = loop {
+            let mut buffer = [0; 4096];
+            if let Ok(length) = manager.0.recv(&mut buffer) {
+                let text = String::from_utf8(buffer[..length].to_vec()).unwrap();
+                assert!(text.contains("READY=1"), "first message: {text}");
+                break text.lines().find_map(|line| line.strip_prefix("STATUS=")).unwrap().to_owned();
+            }
+            let log = || std::fs::read_to_string(&stderr).unwrap();
+            if let Some(ended) = child.try_wait().unwrap() {
+                panic!("the daemon ended with {ended} instead of getting ready:\n{}", log());
+            }
+            assert!(since.elapsed() < PATIENCE, "the daemon does not get ready:\n{}", log());
+        };
+        manager.0.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { child, manager, folder, status, stderr }
+    }
+
+    /// Where keys are served (the first address).
+    pub fn keys(&self) -> SocketAddr {
+        address(&self.status, "Keys on ")
+    }
+
+    /// Where metrics are served.
+    pub fn metrics(&self) -> SocketAddr {
+        address(&self.status, "metrics on ")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args(["-s", name, &self.pid().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+
+    /// What the daemon wrote to stderr so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.stderr).unwrap()
+    }
+
+    /// Waits until the log has `text`.
+    pub fn wait_for_log(&self, text: &str) {
+        let what = format!("{text:?} in the log");
+        until(&what, || self.log().contains(text).then_some(()));
+    }
+
+    /// The daemon's exit status, once it has ended.
+    pub fn wait(&mut self) -> i32 {
+        let status = until("the daemon's end", || self.child.try_wait().unwrap());
+        status.code().unwrap_or_else(|| panic!("{status}\n{}", self.log()))
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    pub fn get(&self, path: &str) -> Response {
+        get(self.keys(), path)
+    }
+
+    /// The value of a series, by its name and labels as they are written.
+    pub fn metric(&self, series: &str) -> f64 {
+        metric(&get(self.metrics(), "/metrics").text(), series)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn address(status: &str, after: &str) -> SocketAddr {
+    let (_, rest) = status.split_once(after).unwrap_or_else(|| panic!("no {after:?} in {status:?}"));
+    rest.split([';', ',']).next().unwrap().parse().unwrap_or_else(|_| panic!("no address in {status:?}"))
+}
+
+pub fn metric(text: &str, series: &str) -> f64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no {series} in\n{text}")).parse().unwrap()
+}
+
+/// Runs to the end, for a daemon that must not start.
+pub fn run_to_end(mut command: Command) -> Output {
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+/// Polls for what another process brings about.
+pub fn until<T>(what: &str, mut happens: impl FnMut() -> Option<T>) -> T {
+    let since = Instant::now();
+    loop {
+        if let Some(result) = happens() {
+            return result;
+        }
+        assert!(since.elapsed() < PATIENCE, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A connection that sends and receives raw bytes.
+pub struct Client {
+    pub stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+impl Client {
+    pub fn connect(address: SocketAddr) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Self { stream, buffer: Vec::new() }
+    }
+
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> &mut Self {
+        self.stream.write_all(bytes.as_ref()).unwrap();
+        self
+    }
+
+    /// The next response to a GET.
+    pub fn response(&mut self) -> Response {
+        self.read_response(true).expect("a response before the end of the connection")
+    }
+
+    /// The next response to a HEAD.
+    pub fn head_response(&mut self) -> Response {
+        self.read_response(false).expect("a response before the end of the connection")
+    }
+
+    /// `None` where the connection ends before a whole one.
+    pub fn read_response(&mut self, has_body: bool) -> Option<Response> {
+        let end = loop {
+            if let Some(end) = find(&self.buffer, b"\r\n\r\n") {
+                break end + 4;
+            }
+            self.fill()?;
+        };
+        let head = String::from_utf8(self.buffer[..end].to_vec()).expect("a head is text");
+        let mut response = Response::parse(&head);
+        let length: usize = response.header("content-length").map_or(0, |text| text.parse().unwrap());
+        let length = if has_body { length } else { 0 };
+        while self.buffer.len() < end + length {
+            self.fill()?;
+        }
+        response.body = self.buffer[end..end + length].to_vec();
+        self.buffer.drain(..end + length);
+        Some(response)
+    }
+
+    /// Whether the server has closed the connection without another byte.
+    pub fn is_closed(&mut self) -> bool {
+        self.buffer.is_empty() && self.fill().is_none()
+    }
+
+    fn fill(&mut self) -> Option<()> {
+        let mut bytes = [0; 64 * 1024];
+        match self.stream.read(&mut bytes) {
+            Ok(0) => None,
+            Ok(read) => {
+                self.buffer.extend_from_slice(&bytes[..read]);
+                Some(())
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => None,
+            Err(error) => panic!("reading failed: {error}"),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Response {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+impl Response {
+    fn parse(head: &str) -> Self {
+        let mut lines = head.trim_end().split("\r\n");
+        let status = lines.next().unwrap();
+        assert!(status.starts_with("HTTP/1."), "{status}");
+        let status = status.split(' ').nth(1).unwrap().parse().unwrap();
+        let header = |line: &str| {
+            let (name, value) = line.split_once(':').unwrap();
+            (name.to_ascii_lowercase(), value.trim().to_owned())
+        };
+        Self { status, headers: lines.map(header).collect(), body: Vec::new() }
+    }
+
+    /// The value of a field; a field that is there twice is a failure.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut values =
+            self.headers.iter().filter(|(found, _)| found == name).map(|(_, value)| value.as_str());
+        let value = values.next();
+        assert!(values.next().is_none(), "{name} is there twice");
+        value
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8(self.body.clone()).expect("a text body")
+    }
+
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("not JSON: {:?}", self.text()))
+    }
+
+    /// The `detail` of a problem document, after a look at what every problem must have.
+    pub fn problem(&self) -> String {
+        assert_eq!(self.header("content-type"), Some("application/problem+json"));
+        let json = self.json();
+        assert_eq!(json["status"], self.status);
+        assert!(json["title"].is_string());
+        json["detail"].as_str().unwrap().to_owned()
+    }
+}
+
+/// One GET on a connection of its own.
+pub fn get(address: SocketAddr, path: &str) -> Response {
+    exchange(address, request(path))
+}
+
+/// One exchange on a connection of its own.
+pub fn exchange(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Response {
+    Client::connect(address).send(bytes).response()
+}
+
+/// A well-formed GET.
+pub fn request(path: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")
+}
+
+pub fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack.windows(needle.len()).position(|window| window == needle)
+}

@@ -1,0 +1,375 @@
+//! What the wire carries: every row of the API's table, in raw bytes.
+
+mod common;
+
+use std::io::Write;
+
+use common::{Client, Daemon, Folder, exchange, get, request};
+
+#[test]
+fn a_key_has_exactly_the_length_that_was_asked_for() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
+    for length in [1, 2, 31, 32, 33, 128, 129, 1024, 65_536, 65_537, 200_000, 1_048_576] {
+        let response = daemon.get(&format!("/key/{length}"));
+        assert_eq!(response.status, 200);
+        assert_eq!(response.body.len(), length);
+        assert_eq!(response.header("content-length"), Some(&*length.to_string()));
+    }
+}
+
+#[test]
+fn two_keys_differ() {
+    let daemon = Daemon::start(&[]);
+    let keys: Vec<_> = (0..64).map(|_| daemon.get("/key/16").body).collect();
+    for (n, key) in keys.iter().enumerate() {
+        assert!(!keys[..n].contains(key));
+    }
+}
+
+#[test]
+fn a_key_is_marked_as_bytes_that_nobody_may_keep() {
+    let daemon = Daemon::start(&[]);
+    let response = daemon.get("/key/32");
+    for (name, value) in [
+        ("content-type", "application/octet-stream"),
+        ("cache-control", "no-store"),
+        ("x-content-type-options", "nosniff"),
+        ("accept-ranges", "none"),
+        ("vary", "Accept"),
+    ] {
+        assert_eq!(response.header(name), Some(value), "{name}");
+    }
+    for absent in ["transfer-encoding", "etag", "last-modified", "content-encoding", "server"] {
+        assert_eq!(response.header(absent), None, "{absent}");
+    }
+}
+
+#[test]
+fn a_length_that_is_no_integer_is_400() {
+    let daemon = Daemon::start(&[]);
+    for length in [
+        "abc", "-1", "+16", "016", "00", "1.5", "%31", "", "1e3", "0x10", "1_000", "32%20", "%00", "32;", "٣",
+    ] {
+        let response = exchange(daemon.keys(), request(&format!("/key/{length}")));
+        assert_eq!(response.status, 400, "{length}");
+        if length.is_ascii() {
+            assert!(response.problem().starts_with("Invalid length: must be an integer"), "{length}");
+        }
+    }
+}
+
+#[test]
+fn a_length_of_0_is_400_and_names_the_smallest() {
+    let response = Daemon::start(&[]).get("/key/0");
+    assert_eq!(response.status, 400);
+    assert_eq!(response.problem(), "Length must be at least 1");
+    assert_eq!(response.json()["min"], 1);
+}
+
+#[test]
+fn a_length_above_the_limit_is_413_however_many_digits_it_has() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "100")]);
+    assert_eq!(daemon.get("/key/100").status, 200);
+    let many = "9".repeat(5000);
+    for length in ["101", "4294967297", "18446744073709551616", &many] {
+        let response = daemon.get(&format!("/key/{length}"));
+        assert_eq!(response.status, 413);
+        assert_eq!(response.problem(), "Length exceeds maximum size of 100");
+        assert_eq!(response.json()["max"], 100);
+    }
+}
+
+#[test]
+fn head_has_the_head_of_get_and_draws_no_key() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "1000000")]);
+    for path in ["/key/32", "/key/1000000", "/health", "/livez", "/readyz", "/key/abc", "/nowhere"] {
+        let mut client = Client::connect(daemon.keys());
+        let head = client.send(request(path).replace("GET", "HEAD")).head_response();
+        let get = client.send(request(path)).response(); // nothing of a body lies between them
+        assert_eq!(head.status, get.status, "{path}");
+        let names = |response: &common::Response| {
+            let mut names: Vec<_> =
+                response.headers.iter().filter(|(name, _)| name != "date").cloned().collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&head), names(&get), "{path}");
+    }
+    assert_eq!(daemon.metric("key_length_bytes_count"), 2.0, "two GETs drew keys, two HEADs did not");
+    assert_eq!(daemon.metric("key_bytes_total{format=\"raw\"}"), 1_000_032.0);
+}
+
+#[test]
+fn another_method_is_405_with_allow() {
+    let daemon = Daemon::start(&[]);
+    for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW", "get"] {
+        for path in ["/key/32", "/health", "/livez", "/readyz"] {
+            let bytes = format!("{method} {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n");
+            let response = exchange(daemon.keys(), bytes);
+            assert_eq!(response.status, 405, "{method} {path}");
+            assert_eq!(response.header("allow"), Some("GET, HEAD"));
+            assert!(!response.problem().is_empty());
+        }
+    }
+}
+
+#[test]
+fn an_unknown_path_is_404() {
+    let daemon = Daemon::start(&[]);
+    for path in [
+        "/",
+        "/key",
+        "/key/32/",
+        "/key/32/x",
+        "//key/32",
+        "/Key/32",
+        "/keys/32",
+        "/metrics",
+        "/health/",
+        "/%6bey/32",
+    ] {
+        let response = daemon.get(path);
+        assert_eq!(response.status, 404, "{path}");
+        assert_eq!(response.problem(), "Path not found");
+    }
+    assert_eq!(exchange(daemon.keys(), "OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n").status, 404);
+}
+
+#[test]
+fn an_unknown_query_is_400_that_names_it() {
+    let daemon = Daemon::start(&[]);
+    for (query, named) in [
+        ("size=1", "size"),
+        ("format=hax", "hax"),
+        ("Format=raw", "Format"),
+        ("format=raw&x", "x"),
+        ("=", "\"\""),
+    ] {
+        let response = daemon.get(&format!("/key/32?{query}"));
+        assert_eq!(response.status, 400, "{query}");
+        assert!(response.problem().contains(named), "{query}: {}", response.problem());
+    }
+    for query in ["", "format=raw"] {
+        assert_eq!(daemon.get(&format!("/key/32?{query}")).body.len(), 32);
+    }
+    assert_eq!(daemon.get("/key/32?format=raw&format=raw").status, 400);
+}
+
+#[test]
+fn an_accept_that_nothing_satisfies_is_406_and_lists_what_can_be_had() {
+    let daemon = Daemon::start(&[]);
+    let accept = |value: &str| {
+        exchange(daemon.keys(), format!("GET /key/32 HTTP/1.1\r\nHost: a\r\nAccept: {value}\r\n\r\n"))
+    };
+    for value in ["text/html", "application/octet-stream;q=0", "image/*"] {
+        let response = accept(value);
+        assert_eq!(response.status, 406, "{value}");
+        assert!(response.problem().contains("application/octet-stream"));
+    }
+    for value in ["*/*", "application/octet-stream", "text/html, */*;q=0.1"] {
+        assert_eq!(accept(value).status, 200, "{value}");
+    }
+}
+
+#[test]
+fn every_error_may_not_be_kept_either() {
+    let daemon = Daemon::start(&[]);
+    for path in ["/key/0", "/key/99999", "/nowhere", "/key/1?x=1"] {
+        let response = daemon.get(path);
+        assert_eq!(response.header("cache-control"), Some("no-store"), "{path}");
+        assert_eq!(response.header("x-content-type-options"), Some("nosniff"), "{path}");
+    }
+}
+
+#[test]
+fn ranges_conditions_and_compression_are_not_honoured() {
+    let daemon = Daemon::start(&[]);
+    for field in [
+        "Range: bytes=0-3",
+        "If-None-Match: *",
+        "If-Modified-Since: Mon, 01 Jan 2035 00:00:00 GMT",
+        "Accept-Encoding: gzip",
+    ] {
+        let response = exchange(daemon.keys(), format!("GET /key/32 HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n"));
+        assert_eq!((response.status, response.body.len()), (200, 32), "{field}");
+        assert_eq!(response.header("content-encoding"), None);
+    }
+}
+
+#[test]
+fn health_is_ok_in_plain_text() {
+    let daemon = Daemon::start(&[]);
+    for path in ["/health", "/livez", "/readyz"] {
+        for address in [daemon.keys(), daemon.metrics()] {
+            let response = get(address, path);
+            assert_eq!((response.status, &*response.text()), (200, "OK"), "{path}");
+            assert_eq!(response.header("content-type"), Some("text/plain; charset=utf-8"));
+            assert_eq!(response.header("cache-control"), Some("no-store"));
+        }
+    }
+}
+
+#[test]
+fn a_head_may_come_byte_by_byte() {
+    let daemon = Daemon::start(&[]);
+    let mut client = Client::connect(daemon.keys());
+    for byte in request("/key/32").bytes() {
+        client.send([byte]);
+    }
+    assert_eq!(client.response().body.len(), 32);
+}
+
+#[test]
+fn pipelined_requests_are_answered_in_order() {
+    let daemon = Daemon::start(&[]);
+    let mut client = Client::connect(daemon.keys());
+    let requests: String = (1..=50).map(|length| request(&format!("/key/{length}"))).collect();
+    client.send(requests);
+    for length in 1..=50 {
+        assert_eq!(client.response().body.len(), length);
+    }
+}
+
+#[test]
+fn a_connection_is_kept_alive_and_closed_as_the_client_wishes() {
+    let daemon = Daemon::start(&[]);
+    let mut client = Client::connect(daemon.keys());
+    client.send(request("/key/1")).response();
+    client.send("GET /key/1 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").response();
+    assert!(client.is_closed());
+    let mut client = Client::connect(daemon.keys());
+    assert_eq!(client.send("GET /key/1 HTTP/1.0\r\n\r\n").response().status, 200, "HTTP/1.0 needs no Host");
+    assert!(client.is_closed());
+}
+
+#[test]
+fn a_client_that_has_said_all_still_gets_its_answer() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "4000000")]);
+    let mut client = Client::connect(daemon.keys());
+    client.send(request("/key/4000000"));
+    client.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(client.response().body.len(), 4_000_000);
+}
+
+#[test]
+fn a_message_that_rfc_9112_forbids_is_refused_and_the_connection_closes() {
+    let daemon = Daemon::start(&[]);
+    let long_path = "a".repeat(20_000);
+    let many_fields = (0..33).map(|n| format!("X-{n}: v\r\n")).collect::<String>();
+    let crowd = (0..200).map(|n| format!("X-{n}: v\r\n")).collect::<String>();
+    let large_field = "v".repeat(17_000);
+    for (what, bytes, status) in [
+        ("no Host", "GET /key/1 HTTP/1.1\r\n\r\n".into(), 400),
+        ("two Hosts", "GET /key/1 HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n".into(), 400),
+        ("a Host with a space", "GET /key/1 HTTP/1.1\r\nHost: a b\r\n\r\n".into(), 400),
+        ("a Host with a path", "GET /key/1 HTTP/1.1\r\nHost: a/b\r\n\r\n".into(), 400),
+        ("a Host of a user", "GET /key/1 HTTP/1.1\r\nHost: u@a\r\n\r\n".into(), 400),
+        (
+            "CL then TE",
+            "GET /key/1 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".into(),
+            400,
+        ),
+        (
+            "TE then CL",
+            "GET /key/1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n".into(),
+            400,
+        ),
+        ("TE alone", "GET /key/1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".into(), 400),
+        ("another TE", "GET /key/1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: identity\r\n\r\n".into(), 400),
+        ("TE in HTTP/1.0", "GET /key/1 HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".into(), 400),
+        ("two lengths", "GET /key/1 HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab".into(), 400),
+        ("a signed length", "GET /key/1 HTTP/1.1\r\nHost: a\r\nContent-Length: +1\r\n\r\na".into(), 400),
+        ("no version", "GET /key/1\r\nHost: a\r\n\r\n".into(), 400),
+        ("another version", "GET /key/1 HTTP/3.0\r\nHost: a\r\n\r\n".into(), 400),
+        ("two spaces", "GET  /key/1 HTTP/1.1\r\nHost: a\r\n\r\n".into(), 400),
+        ("a space before the colon", "GET /key/1 HTTP/1.1\r\nHost : a\r\n\r\n".into(), 400),
+        ("a folded field", "GET /key/1 HTTP/1.1\r\nHost: a\r\nX: b\r\n c\r\n\r\n".into(), 400),
+        ("a NUL in a field", "GET /key/1 HTTP/1.1\r\nHost: a\r\nX: \0\r\n\r\n".into(), 400),
+        ("a bare CR in a field", "GET /key/1 HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n".into(), 400),
+        ("no HTTP at all", "\x16\x03\x01\x02\0\x01\0\x01\r\n\r\n".into(), 400),
+        ("33 fields", format!("GET /key/1 HTTP/1.1\r\nHost: a\r\n{many_fields}\r\n"), 431),
+        ("200 fields", format!("GET /key/1 HTTP/1.1\r\nHost: a\r\n{crowd}\r\n"), 431),
+        ("a field of 17,000 bytes", format!("GET /key/1 HTTP/1.1\r\nHost: a\r\nX: {large_field}\r\n\r\n"), 431),
+        ("a path of 20,000 bytes", format!("GET /{long_path} HTTP/1.1\r\nHost: a\r\n\r\n"), 431),
+    ] {
+        let mut client = Client::connect(daemon.keys());
+        let _ = client.stream.write_all(bytes.as_bytes()); // it may be cut off before its end
+        // Whatever the server makes of the rest, it must not answer it.
+        let response = client.read_response(true).unwrap_or_else(|| panic!("{what}: no answer"));
+        assert_eq!(response.status, status, "{what}");
+        assert!(client.is_closed(), "{what}: the connection stays open");
+    }
+    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "none of them drew a key");
+    assert_eq!(
+        daemon.metric("http_rejections_total{reason=\"malformed\"}"),
+        24.0,
+        "each of them was counted"
+    );
+}
+
+#[test]
+fn a_body_on_a_get_is_not_taken_for_the_next_request() {
+    let daemon = Daemon::start(&[]);
+    let mut client = Client::connect(daemon.keys());
+    let inner = request("/key/7");
+    let outer = format!("GET /key/5 HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{inner}", inner.len());
+    client.send(outer).send(request("/key/3"));
+    assert_eq!(client.response().body.len(), 5);
+    // Either the body was passed over, or the connection is at its end; the key of 7 bytes is never served.
+    if let Some(next) = client.read_response(true) {
+        assert_eq!(next.body.len(), 3);
+    }
+    assert_eq!(daemon.metric("key_length_bytes_bucket{le=\"8\"}"), daemon.metric("key_length_bytes_count"));
+}
+
+#[test]
+fn the_absolute_form_is_understood() {
+    let daemon = Daemon::start(&[]);
+    let response = exchange(daemon.keys(), "GET http://localhost/key/32 HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    assert_eq!((response.status, response.body.len()), (200, 32));
+}
+
+#[test]
+fn hosts_of_every_kind_are_understood() {
+    let daemon = Daemon::start(&[]);
+    for host in ["", "localhost:1123", "[::1]:1123", "key-service.default.svc", "xn--nxasmq6b"] {
+        let response = exchange(daemon.keys(), format!("GET /key/8 HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+        assert_eq!(response.status, 200, "{host}");
+    }
+}
+
+#[test]
+fn an_ipv6_host_serves() {
+    let daemon = Daemon::start_with(Folder::new(), |command| {
+        command.args(["--host", "::1", "--srv-port", "0", "--metrics-port", "0"]);
+    });
+    assert!(daemon.keys().is_ipv6() && daemon.metrics().is_ipv6());
+    assert_eq!(daemon.get("/key/32").body.len(), 32);
+    assert_eq!(get(daemon.metrics(), "/metrics").status, 200);
+}
+
+#[test]
+fn a_unix_host_serves() {
+    use std::io::Read;
+    let folder = Folder::new();
+    let path = folder.file("keys.sock");
+    let daemon = Daemon::start_with(folder, |command| {
+        command.arg("--host").arg(format!("unix:{}", path.display())).args(["--metrics-port", "0"]);
+    });
+    assert!(daemon.status.starts_with(&format!("Keys on unix:{}; metrics on 127.0.0.1:", path.display())));
+    let mut stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    stream.write_all(b"GET /key/32 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let end = common::find(&answer, b"\r\n\r\n").unwrap() + 4;
+    assert!(answer.starts_with(b"HTTP/1.1 200 OK\r\n"));
+    assert_eq!(answer.len() - end, 32);
+    // A daemon that comes after one that was killed finds its socket and takes the place.
+    let mut daemon = daemon;
+    daemon.signal("KILL");
+    common::until("the end", || (!daemon.is_running()).then_some(()));
+    let second = Daemon::start_with(Folder::new(), |command| {
+        command.arg("--host").arg(format!("unix:{}", path.display())).args(["--metrics-port", "0"]);
+    });
+    assert!(second.status.contains("Keys on unix:"));
+}

@@ -1,0 +1,353 @@
+//! What the service manager sees, and what clients see of a start, a stop, a reload.
+
+mod common;
+
+use std::net::TcpListener;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::process::Command;
+use std::time::Duration;
+
+use common::{Client, Daemon, Folder, get, request, until};
+
+#[test]
+fn ready_comes_with_the_addresses() {
+    let daemon = Daemon::start(&[]);
+    assert_eq!(daemon.status, format!("Keys on {}; metrics on {}", daemon.keys(), daemon.metrics()));
+    assert_eq!(daemon.get("/readyz").status, 200, "ready means ready");
+}
+
+#[test]
+fn sigterm_and_sigint_end_an_idle_daemon_with_0() {
+    for signal in ["TERM", "INT"] {
+        let mut daemon = Daemon::start(&[]);
+        daemon.signal(signal);
+        let message = daemon.manager.wait_for("STOPPING=1");
+        assert!(message.contains(&"STATUS=Draining".to_owned()));
+        assert_eq!(daemon.wait(), 0);
+        assert!(daemon.log().contains(&format!("SIG{signal}")), "{}", daemon.log());
+    }
+}
+
+#[test]
+fn a_download_is_finished_before_the_end() {
+    const LENGTH: usize = 64 << 20;
+    let mut daemon = Daemon::start(&[("MAX_SIZE", "1073741824")]);
+    let mut client = Client::connect(daemon.keys());
+    client.send(request(&format!("/key/{LENGTH}")));
+    until("the stream to begin", || (daemon.metric("key_bytes_total{format=\"raw\"}") > 0.0).then_some(()));
+    daemon.signal("TERM");
+    daemon.manager.wait_for("STOPPING=1");
+    let response = client.response();
+    assert_eq!(response.body.len(), LENGTH);
+    assert!(client.is_closed());
+    assert_eq!(daemon.wait(), 0);
+}
+
+#[test]
+fn a_stream_that_the_end_cuts_is_short_of_its_length() {
+    let mut daemon = Daemon::start(&[("MAX_SIZE", "1073741824"), ("DRAIN_TIMEOUT", "1")]);
+    let mut client = Client::connect(daemon.keys());
+    client.send(request("/key/1073741824"));
+    until("the stream to begin", || (daemon.metric("key_bytes_total{format=\"raw\"}") > 0.0).then_some(()));
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait(), 0); // it does not wait for a client that does not read
+    assert!(daemon.log().contains("connections still open"));
+    assert!(client.read_response(true).is_none(), "never a complete message");
+}
+
+#[test]
+fn a_request_on_its_way_is_answered_and_told_to_go() {
+    let mut daemon = Daemon::start(&[]);
+    let mut client = Client::connect(daemon.keys());
+    assert_eq!(client.send(request("/key/32")).response().header("connection"), None);
+    client.send(&request("/key/32")[..20]);
+    daemon.signal("TERM");
+    daemon.manager.wait_for("STOPPING=1");
+    let response = client.send(&request("/key/32")[20..]).response();
+    assert_eq!((response.status, response.header("connection")), (200, Some("close")));
+    assert!(client.is_closed());
+    assert_eq!(daemon.wait(), 0);
+}
+
+#[test]
+fn half_a_request_does_not_hold_the_end() {
+    let mut daemon = Daemon::start(&[("HEAD_TIMEOUT", "3600"), ("DRAIN_TIMEOUT", "3600")]);
+    let mut half = Client::connect(daemon.keys());
+    half.send("GET /key/32 HT");
+    let mut idle = Client::connect(daemon.keys());
+    idle.send(request("/key/1")).response();
+    let mut silent = Client::connect(daemon.keys());
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait(), 0);
+    assert!(half.is_closed() && idle.is_closed() && silent.is_closed());
+}
+
+#[test]
+fn during_the_drain_delay_everything_is_served_but_readiness() {
+    let mut daemon = Daemon::start(&[("DRAIN_DELAY", "3600"), ("MAX_SIZE", "1000000")]);
+    daemon.signal("TERM");
+    daemon.manager.wait_for("STOPPING=1");
+    let response = daemon.get("/readyz");
+    assert_eq!((response.status, response.problem().as_str()), (503, "The service is stopping"));
+    assert!(response.header("retry-after").is_some());
+    for path in ["/key/32", "/key/1000000", "/health", "/livez"] {
+        let response = daemon.get(path);
+        assert_eq!((response.status, response.header("connection")), (200, Some("close")), "{path}");
+    }
+    assert!(daemon.is_running());
+}
+
+#[test]
+fn a_long_key_is_refused_once_the_drain_has_begun() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "1073741824")]);
+    let mut busy = Client::connect(daemon.keys());
+    busy.send(request("/key/1073741824")); // holds the drain while the other one asks
+    until("the stream to begin", || (daemon.metric("key_bytes_total{format=\"raw\"}") > 0.0).then_some(()));
+    let mut client = Client::connect(daemon.keys());
+    let head = request("/key/100000");
+    client.send(&head[..10]);
+    daemon.signal("TERM");
+    until("the listener's end", || std::net::TcpStream::connect(daemon.keys()).is_err().then_some(()));
+    let response = client.send(&head[10..]).response();
+    assert_eq!((response.status, response.problem().as_str()), (503, "The service is stopping"));
+    assert!(response.header("retry-after").is_some());
+    assert!(client.is_closed());
+}
+
+#[test]
+fn a_reload_is_announced_in_one_datagram_and_takes_what_may_change() {
+    let folder = Folder::new();
+    let file = folder.write("config.toml", "max-size = 10\nlog-level = \"info\"\nworkers = 1\n");
+    let daemon = Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    });
+    assert_eq!(daemon.get("/key/11").status, 413);
+    std::fs::write(&file, "max-size = 11\nlog-level = \"debug\"\nworkers = 2\nhead-timeout = 7\n").unwrap();
+    daemon.signal("HUP");
+    let reloading = daemon.manager.wait_for("RELOADING=1");
+    let now = reloading.iter().find_map(|line| line.strip_prefix("MONOTONIC_USEC="));
+    assert!(now.expect("in the same datagram").parse::<u64>().unwrap() > 0);
+    daemon.manager.wait_for("READY=1");
+    assert_eq!(daemon.get("/key/11").status, 200);
+    daemon.wait_for_log("the configuration is reloaded");
+    for setting in ["workers", "head-timeout"] {
+        assert!(daemon.log().contains(&format!("setting={setting}")), "{}", daemon.log());
+    }
+    // At the new level a refused message leaves a line.
+    let _ = common::exchange(daemon.keys(), "nonsense\r\n\r\n");
+    daemon.wait_for_log("a connection ended early");
+    assert_eq!(daemon.metric("config_last_reload_successful"), 1.0);
+}
+
+#[test]
+fn a_reload_with_mistakes_changes_nothing_and_says_so() {
+    let folder = Folder::new();
+    let file = folder.write("config.toml", "max-size = 10\n");
+    let daemon = Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    });
+    std::fs::write(&file, "max-size = 20\nlog-level = \"loud\"\nmaxsize = 1\n").unwrap();
+    daemon.signal("HUP");
+    daemon.manager.wait_for("RELOADING=1");
+    let ready = daemon.manager.wait_for("READY=1");
+    assert!(ready.iter().any(|line| line.ends_with("; the last reload was refused")), "{ready:?}");
+    assert_eq!(daemon.get("/key/11").status, 413, "nothing of it was taken");
+    daemon.wait_for_log("the configuration stays as it was");
+    let log = daemon.log();
+    assert!(log.contains("log-level: expected one of") && log.contains("maxsize: not a setting"), "{log}");
+    assert_eq!(daemon.metric("config_last_reload_successful"), 0.0);
+}
+
+#[test]
+fn the_watchdog_is_pinged_while_everything_moves() {
+    let daemon = Daemon::start_with(Folder::new(), |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+        command.env("WATCHDOG_USEC", "300000");
+    });
+    for _ in 0..5 {
+        daemon.manager.wait_for("WATCHDOG=1");
+    }
+}
+
+#[test]
+fn a_watchdog_of_another_process_is_not_pinged() {
+    let daemon = Daemon::start_with(Folder::new(), |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+        command.env("WATCHDOG_USEC", "10000").env("WATCHDOG_PID", "1");
+    });
+    for _ in 0..20 {
+        assert_eq!(daemon.get("/key/32").status, 200);
+    }
+    daemon.signal("TERM");
+    assert!(daemon.manager.message().contains(&"STOPPING=1".to_owned()), "nothing came before");
+}
+
+#[test]
+fn a_full_notify_socket_stalls_no_request() {
+    let folder = Folder::new();
+    let path = folder.file("stuck");
+    let stuck = UnixDatagram::bind(&path).unwrap();
+    let filler = UnixDatagram::unbound().unwrap();
+    filler.set_nonblocking(true).unwrap();
+    while filler.send_to(b"full", &path).is_ok() {}
+    // READY can't be said, so the socket to ask is handed over.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut command = Command::new("sh");
+    common::scrub(&mut command, &folder);
+    command.args(["-c", "exec 3<&0 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_key-service")]);
+    command.arg("--config").arg(folder.file("config.toml")).args([
+        "--metrics-port",
+        "0",
+        "--log-level",
+        "off",
+    ]);
+    command.env("LISTEN_FDS", "1").env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "20000");
+    let mut child = command.stdin(OwnedFd::from(listener)).spawn().unwrap();
+    for _ in 0..50 {
+        assert_eq!(get(address, "/key/32").body.len(), 32);
+    }
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-s", "TERM", &pid]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(0), "nor does it hold the end");
+    drop(stuck);
+}
+
+#[test]
+fn a_full_log_stalls_no_request() {
+    // Stderr is a pipe that nobody reads: what a stopped journal does to its writers.
+    let (reader, writer) = std::io::pipe().unwrap();
+    let folder = Folder::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut command = Command::new("sh");
+    common::scrub(&mut command, &folder);
+    command.args(["-c", "exec 3<&0 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_key-service")]);
+    command.arg("--config").arg(folder.file("config.toml")).args([
+        "--metrics-port",
+        "0",
+        "--log-level",
+        "trace",
+    ]);
+    command.env("LISTEN_FDS", "1").env("KEYSERVICE_MAX_CONNECTIONS", "100");
+    let mut child = command
+        .stdin(OwnedFd::from(listener))
+        .stderr(writer.as_fd().try_clone_to_owned().unwrap())
+        .spawn()
+        .unwrap();
+    // Each refused message is a line; the pipe holds 64 KiB and the queue 1,024 lines.
+    for _ in 0..3000 {
+        let _ = common::exchange(address, "nonsense\r\n\r\n");
+    }
+    assert_eq!(get(address, "/key/32").body.len(), 32);
+    let _ = child.kill();
+    let _ = child.wait();
+    drop(reader);
+}
+
+#[test]
+fn restarts_on_an_inherited_socket_lose_no_connection() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let start = || {
+        let folder = Folder::new();
+        let mut command = Command::new("sh");
+        common::scrub(&mut command, &folder);
+        command.args(["-c", "exec 3<&0 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_key-service")]);
+        command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
+        command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "http");
+        command.stdin(OwnedFd::from(listener.try_clone().unwrap()));
+        Daemon::run(folder, command)
+    };
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let goes_on = || !stop.load(std::sync::atomic::Ordering::Relaxed);
+    let ask_anew = || {
+        let mut served = 0;
+        while goes_on() {
+            assert_eq!(get(address, "/key/32").body.len(), 32, "a new connection for each key");
+            served += 1;
+        }
+        served
+    };
+    let ask_again = || {
+        let mut served = 0;
+        while goes_on() {
+            let mut client = Client::connect(address);
+            // For as long as the server keeps the connection.
+            while client.send(request("/key/32")).response().header("connection") != Some("close")
+                && goes_on()
+            {
+                served += 1;
+            }
+        }
+        served
+    };
+    std::thread::scope(|scope| {
+        let mut askers: Vec<_> = (0..2).map(|_| scope.spawn(ask_anew)).collect();
+        askers.extend((0..2).map(|_| scope.spawn(ask_again)));
+        for _ in 0..5 {
+            let mut daemon = start();
+            until("some load", || (daemon.metric("key_length_bytes_count") > 50.0).then_some(()));
+            daemon.signal("TERM");
+            assert_eq!(daemon.wait(), 0);
+        }
+        let _last = start();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let served: u32 = askers.into_iter().map(|asker| asker.join().expect("no connection was lost")).sum();
+        assert!(served > 250, "{served}");
+    });
+}
+
+#[test]
+fn an_activated_daemon_ends_when_it_is_idle() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let folder = Folder::new();
+    let mut command = Command::new("sh");
+    common::scrub(&mut command, &folder);
+    command.args(["-c", "exec 3<&0 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_key-service")]);
+    command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
+    command.env("LISTEN_FDS", "1").env("KEYSERVICE_EXIT_IDLE", "2").stdin(OwnedFd::from(listener));
+    let mut daemon = Daemon::run(folder, command);
+    let mut client = Client::connect(address);
+    client.send(request("/key/32")).response();
+    std::thread::sleep(Duration::from_secs(3)); // a connection is open: it is not idle
+    assert!(daemon.is_running());
+    drop(client);
+    assert_eq!(daemon.wait(), 0);
+    assert!(daemon.log().contains("idle"));
+}
+
+#[test]
+fn a_daemon_that_bound_its_own_socket_never_ends_by_itself() {
+    let mut daemon = Daemon::start(&[("EXIT_IDLE", "1")]);
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(daemon.is_running());
+}
+
+#[test]
+fn core_dumps_are_forbidden() {
+    let daemon = Daemon::start(&[]);
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["1", "1"]);
+}
+
+#[test]
+fn the_health_subcommand_asks_the_running_service() {
+    let daemon = Daemon::start(&[("DRAIN_DELAY", "3600")]);
+    let ask = |path: &str| {
+        let folder = Folder::new();
+        let mut command = common::key_service(&folder);
+        command.args(["health", "--url", &format!("http://{}{path}", daemon.keys())]);
+        common::run_to_end(command)
+    };
+    let well = ask("");
+    assert_eq!((well.status.code(), &*well.stdout), (Some(0), b"OK\n".as_slice()));
+    daemon.signal("TERM");
+    daemon.manager.wait_for("STOPPING=1");
+    let unready = ask("/readyz");
+    assert_eq!(unready.status.code(), Some(1));
+    assert!(String::from_utf8(unready.stderr).unwrap().contains("503"));
+}

@@ -1,0 +1,242 @@
+//! Sockets that a service manager hands over, by hand everywhere and by systemd's own activator where it is installed.
+
+mod common;
+
+use std::fs::File;
+use std::io::Write;
+use std::net::{TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
+
+use common::{Daemon, Folder, get, run_to_end, until};
+
+/// The daemon with descriptors 3, 4 and 5 handed over, as sd_listen_fds(3) has it: they come to a shell as its standard
+/// streams, and it moves them.
+fn activated(folder: &Folder, names: Option<&str>, sockets: Vec<OwnedFd>) -> Command {
+    let count = sockets.len();
+    let mut command = Command::new("sh");
+    common::scrub(&mut command, folder);
+    let script = "exec 3<&0 4<&1; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null";
+    command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_key-service")]);
+    command.arg("--config").arg(folder.file("config.toml"));
+    for (name, value) in [("HOST", "127.0.0.1"), ("SRV_PORT", "0"), ("METRICS_PORT", "0")] {
+        command.env(format!("KEYSERVICE_{name}"), value);
+    }
+    command.env("LISTEN_FDS", count.to_string());
+    if let Some(names) = names {
+        command.env("LISTEN_FDNAMES", names);
+    }
+    let mut sockets = sockets.into_iter();
+    command.stdin(sockets.next().map_or(Stdio::null(), Stdio::from));
+    command.stdout(sockets.next().map_or(Stdio::null(), Stdio::from));
+    command
+}
+
+/// As [`Daemon::run`], which would take the standard output for itself.
+fn start(names: Option<&str>, sockets: Vec<OwnedFd>) -> Daemon {
+    let folder = Folder::new();
+    let command = activated(&folder, names, sockets);
+    Daemon::run_keeping_stdout(folder, command)
+}
+
+fn refused(names: Option<&str>, sockets: Vec<OwnedFd>) -> String {
+    let folder = Folder::new();
+    let mut command = activated(&folder, names, sockets);
+    command.stderr(Stdio::piped());
+    let ended = command.spawn().unwrap().wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    String::from_utf8(ended.stderr).unwrap()
+}
+
+fn tcp() -> TcpListener {
+    TcpListener::bind("127.0.0.1:0").unwrap()
+}
+
+#[test]
+fn sockets_are_taken_by_name_in_any_order() {
+    for names in ["http:metrics", "metrics:http"] {
+        let (first, second) = (tcp(), tcp());
+        let addresses = [first.local_addr().unwrap(), second.local_addr().unwrap()];
+        let daemon = start(Some(names), vec![first.into(), second.into()]);
+        let http = usize::from(names == "metrics:http");
+        assert_eq!(daemon.keys(), addresses[http], "{names}");
+        assert_eq!(daemon.metrics(), addresses[1 - http], "{names}");
+        assert_eq!(get(addresses[http], "/key/32").body.len(), 32);
+        assert_eq!(get(addresses[1 - http], "/metrics").status, 200);
+    }
+}
+
+#[test]
+fn sockets_without_names_are_taken_in_order() {
+    for names in [None, Some(""), Some("unknown:unknown")] {
+        let (first, second) = (tcp(), tcp());
+        let addresses = [first.local_addr().unwrap(), second.local_addr().unwrap()];
+        let daemon = start(names, vec![first.into(), second.into()]);
+        assert_eq!([daemon.keys(), daemon.metrics()], addresses);
+    }
+}
+
+#[test]
+fn several_sockets_of_a_name_are_all_served() {
+    let (first, second) = (tcp(), tcp());
+    let addresses = [first.local_addr().unwrap(), second.local_addr().unwrap()];
+    let daemon = start(Some("http:http"), vec![first.into(), second.into()]);
+    assert!(daemon.status.starts_with(&format!("Keys on {}, {};", addresses[0], addresses[1])));
+    for address in addresses {
+        assert_eq!(get(address, "/key/32").body.len(), 32);
+    }
+}
+
+#[test]
+fn what_is_not_inherited_is_bound() {
+    let metrics = tcp();
+    let address = metrics.local_addr().unwrap();
+    let daemon = start(Some("metrics"), vec![metrics.into()]);
+    assert_eq!(daemon.metrics(), address);
+    assert_eq!(daemon.get("/key/32").body.len(), 32);
+}
+
+#[test]
+fn a_unix_socket_is_taken_too() {
+    let folder = Folder::new();
+    let path = folder.file("http.sock");
+    let daemon = start(Some("http"), vec![UnixListener::bind(&path).unwrap().into()]);
+    assert!(daemon.status.starts_with(&format!("Keys on unix:{};", path.display())));
+    let mut stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    stream.write_all(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+    let answer = std::io::read_to_string(stream).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+}
+
+#[test]
+fn a_foreign_name_is_refused_by_name() {
+    let log = refused(Some("http:ssh"), vec![tcp().into(), tcp().into()]);
+    assert!(
+        log.contains("inherited descriptor 4 (name \"ssh\") is refused: its name should be http or metrics"),
+        "{log}"
+    );
+    let log = refused(Some("key-service.socket"), vec![tcp().into()]);
+    assert!(
+        log.contains("descriptor 3 (name \"key-service.socket\")") && log.contains("FileDescriptorName="),
+        "{log}"
+    );
+}
+
+#[test]
+fn what_does_not_listen_is_refused() {
+    let listener = tcp();
+    let stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    for (what, descriptor) in [
+        ("a connection", OwnedFd::from(stream)),
+        ("a datagram socket", UdpSocket::bind("127.0.0.1:0").unwrap().into()),
+        ("a file", File::open("/dev/null").unwrap().into()),
+    ] {
+        let log = refused(Some("http"), vec![descriptor]);
+        assert!(
+            log.contains(
+                "inherited descriptor 3 (name \"http\") is refused: it should be a listening TCP or Unix"
+            ),
+            "{what}: {log}"
+        );
+    }
+}
+
+#[test]
+fn a_third_socket_without_a_name_is_refused() {
+    let folder = Folder::new();
+    let mut shell = Command::new("sh");
+    common::scrub(&mut shell, &folder);
+    let script = "exec 3<&0 4<&1 5<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null";
+    shell.args(["-c", script, "sh", env!("CARGO_BIN_EXE_key-service"), "--config"]);
+    shell.arg(folder.file("config.toml")).env("LISTEN_FDS", "3");
+    shell.stdin(OwnedFd::from(tcp())).stdout(OwnedFd::from(tcp())).stderr(Stdio::piped());
+    let ended = shell.spawn().unwrap().wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    let log = String::from_utf8(ended.stderr).unwrap();
+    assert!(log.contains("inherited descriptor 5"), "{log}");
+}
+
+#[test]
+fn sockets_meant_for_another_process_are_left_alone() {
+    let folder = Folder::new();
+    let mut command = common::key_service(&folder);
+    command.arg("--config").arg(folder.file("config.toml"));
+    command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    command.env("LISTEN_FDS", "1").env("LISTEN_PID", "1");
+    let daemon = Daemon::run(folder, command);
+    assert_eq!(daemon.get("/key/32").body.len(), 32);
+}
+
+#[test]
+fn a_blocking_socket_is_made_non_blocking() {
+    // std's listeners block. Many clients that come and go at once would leave a blocked accept behind.
+    let listener = tcp();
+    let address = listener.local_addr().unwrap();
+    let daemon = start(Some("http"), vec![listener.into()]);
+    for _ in 0..20 {
+        drop(std::net::TcpStream::connect(address).unwrap());
+    }
+    assert_eq!(get(address, "/key/32").body.len(), 32);
+    assert_eq!(daemon.get("/livez").status, 200);
+}
+
+#[test]
+fn a_port_in_use_ends_the_start_with_1_and_is_named() {
+    let taken = tcp();
+    let port = taken.local_addr().unwrap().port().to_string();
+    for flags in [["--srv-port", &port, "--metrics-port", "0"], ["--srv-port", "0", "--metrics-port", &port]]
+    {
+        let folder = Folder::new();
+        let mut command = common::key_service(&folder);
+        command.arg("--config").arg(folder.file("config.toml")).args(["--host", "127.0.0.1"]).args(flags);
+        let ended = run_to_end(command);
+        assert_eq!(ended.status.code(), Some(1));
+        let log = String::from_utf8(ended.stderr).unwrap();
+        assert!(log.contains(&format!("can't listen on 127.0.0.1:{port}: Address already in use")), "{log}");
+    }
+}
+
+#[test]
+fn one_port_may_serve_both() {
+    let listener = tcp();
+    let folder = Folder::new();
+    let mut command = activated(&folder, Some("http"), vec![listener.into()]);
+    command.args(["--srv-port", "1123", "--metrics-port", "1123"]); // what is inherited is not bound
+    let daemon = Daemon::run_keeping_stdout(folder, command);
+    assert!(daemon.status.ends_with("; metrics on the same"));
+    for path in ["/key/32", "/health", "/metrics"] {
+        assert_eq!(daemon.get(path).status, 200, "{path}");
+    }
+}
+
+#[test]
+fn systemd_socket_activate_starts_it() {
+    let is_installed = Command::new("systemd-socket-activate").arg("--version").output().is_ok();
+    if !is_installed {
+        assert!(
+            std::env::var_os("CI").is_none(),
+            "systemd-socket-activate is missing: apt-get install systemd"
+        );
+        eprintln!(
+            "systemd-socket-activate (Debian package systemd) is not installed; the other tests here do its part by hand"
+        );
+        return;
+    }
+    let folder = Folder::new();
+    folder.write("config.toml", "");
+    let path = folder.file("http.sock");
+    let mut command = Command::new("systemd-socket-activate");
+    common::scrub(&mut command, &folder);
+    command.arg("-l").arg(&path).arg("--fdname=http").arg("-E").arg("KEYSERVICE_METRICS_PORT=0");
+    command.args(["-E", "KEYSERVICE_METRICS_HOST=127.0.0.1", env!("CARGO_BIN_EXE_key-service"), "--config"]);
+    let mut activator = command.arg(folder.file("config.toml")).stderr(Stdio::null()).spawn().unwrap();
+    let mut stream = until("the socket", || std::os::unix::net::UnixStream::connect(&path).ok());
+    stream.write_all(b"GET /key/32 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    std::io::Read::read_to_end(&mut stream, &mut answer).unwrap();
+    let _ = activator.kill(); // it has become the daemon
+    let _ = activator.wait();
+    assert!(answer.starts_with(b"HTTP/1.1 200 OK\r\n"), "{}", String::from_utf8_lossy(&answer));
+    assert_eq!(answer.len() - common::find(&answer, b"\r\n\r\n").unwrap() - 4, 32);
+}
