@@ -220,8 +220,10 @@ impl Api {
                 self.metrics.rejected(Rejection::Draining);
                 return Err(health::draining());
             }
+            let stream = KeyStream::start(length, Arc::clone(&self.generator))
+                .map_err(|failure| self.refuse_failed(failure))?;
             self.metrics.key_served(length.bytes());
-            Body::stream(KeyStream::new(length, Arc::clone(&self.generator)))
+            Body::stream(stream)
         } else {
             let started = Instant::now();
             let key = Key::draw(length, &self.generator).map_err(|failure| self.refuse_failed(failure))?;

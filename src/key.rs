@@ -98,14 +98,22 @@ impl fmt::Debug for Key {
 /// A key too large to hold: drawn a chunk at a time, as fast as the reader takes it.
 #[derive(Debug)]
 pub struct KeyStream {
+    /// The next piece, where it has been drawn already.
+    drawn: Option<Key>,
+    /// How many bytes are still to be handed over, those of `drawn` included.
     remaining: u64,
     generator: Arc<Generator>,
 }
 
 impl KeyStream {
-    /// A stream of `length` bytes, of which none is drawn yet.
-    pub fn new(length: KeyLength, generator: Arc<Generator>) -> Self {
-        Self { remaining: length.0, generator }
+    /// A stream of `length` bytes. Its first piece is drawn here, so that a generator out of service is known before
+    /// anything was promised.
+    ///
+    /// # Errors
+    /// The generator's failure.
+    pub fn start(length: KeyLength, generator: Arc<Generator>) -> Result<Self, Failure> {
+        let drawn = Some(Key::draw(length, &generator)?);
+        Ok(Self { drawn, remaining: length.0, generator })
     }
 
     /// How many bytes are still to come.
@@ -122,7 +130,8 @@ impl Iterator for KeyStream {
         if self.remaining == 0 {
             return None;
         }
-        let piece = Key::draw(KeyLength(self.remaining), &self.generator);
+        let drawn = self.drawn.take();
+        let piece = drawn.map_or_else(|| Key::draw(KeyLength(self.remaining), &self.generator), Ok);
         if let Ok(key) = &piece {
             self.remaining -= key.0.len() as u64;
         }
@@ -146,7 +155,7 @@ mod tests {
     fn a_stream_gives_exactly_its_length() {
         let generator = Arc::new(Generator::new(Kernel).unwrap());
         for length in [1, CHUNK as u64, CHUNK as u64 + 1, 3 * CHUNK as u64 - 1] {
-            let stream = KeyStream::new(KeyLength(length), Arc::clone(&generator));
+            let stream = KeyStream::start(KeyLength(length), Arc::clone(&generator)).unwrap();
             let sizes: Vec<_> = stream.map(|piece| piece.unwrap().0.len() as u64).collect();
             assert_eq!(sizes.iter().sum::<u64>(), length);
         }

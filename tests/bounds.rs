@@ -1,5 +1,7 @@
 //! What a client can't do: hold a connection without progress, or take more than its share.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
 mod common;
 
 use std::io::{Read, Write};

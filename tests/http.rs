@@ -1,5 +1,7 @@
 //! What the wire carries: every row of the API's table, in raw bytes.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
 mod common;
 
 use std::io::Write;

@@ -1,5 +1,7 @@
 //! What the service manager sees, and what clients see of a start, a stop, a reload.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
 mod common;
 
 use std::net::TcpListener;

@@ -1,5 +1,7 @@
 //! Sockets that a service manager hands over, by hand everywhere and by systemd's own activator where it is installed.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
 mod common;
 
 use std::fs::File;

@@ -1,0 +1,195 @@
+//! Where a setting comes from, which one wins, and what is said of mistakes.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
+mod common;
+
+use std::process::{Command, Output};
+
+use common::{Folder, key_service, run_to_end};
+
+/// `--check` with a file, variables and flags: status, output, errors.
+fn check(file: Option<&str>, variables: &[(&str, &str)], flags: &[&str]) -> (Option<i32>, String, String) {
+    let folder = Folder::new();
+    let mut command = key_service(&folder);
+    command.arg("--check");
+    folder.write("config.toml", file.unwrap_or_default());
+    command.arg("--config").arg(folder.file("config.toml"));
+    for (name, value) in variables {
+        command.env(format!("KEYSERVICE_{name}"), value);
+    }
+    texts(run_to_end(with(command, flags)))
+}
+
+fn with(mut command: Command, flags: &[&str]) -> Command {
+    command.args(flags);
+    command
+}
+
+fn texts(ended: Output) -> (Option<i32>, String, String) {
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (ended.status.code(), text(ended.stdout), text(ended.stderr))
+}
+
+const DEFAULTS: &str = r#"host = "0.0.0.0"
+srv-port = 1123
+max-size = 1024
+metrics-host = "0.0.0.0"
+metrics-port = 8000
+log-level = "info"
+workers = 0
+max-connections = 10000
+head-timeout = 10
+write-timeout = 15
+drain-timeout = 20
+drain-delay = 0
+exit-idle = 0
+"#;
+
+#[test]
+fn nothing_configured_means_the_defaults() {
+    assert_eq!(check(None, &[], &[]), (Some(0), DEFAULTS.into(), String::new()));
+}
+
+#[test]
+fn what_is_printed_can_be_read_again() {
+    assert_eq!(check(Some(DEFAULTS), &[], &[]), (Some(0), DEFAULTS.into(), String::new()));
+}
+
+#[test]
+fn a_flag_wins_over_the_environment_over_the_file_over_the_default() {
+    let file = Some("max-size = 2\nsrv-port = 2\nmetrics-port = 2\nworkers = 2\n");
+    let variables = [("MAX_SIZE", "3"), ("SRV_PORT", "3"), ("METRICS_PORT", "3")];
+    let (status, printed, _) = check(file, &variables, &["--max-size", "4", "--srv-port=4"]);
+    assert_eq!(status, Some(0));
+    for line in ["max-size = 4", "srv-port = 4", "metrics-port = 3", "workers = 2", "drain-timeout = 20"] {
+        assert!(printed.lines().any(|printed| printed == line), "{line}:\n{printed}");
+    }
+}
+
+#[test]
+fn every_mistake_is_reported_with_its_source() {
+    let file =
+        Some("host = \"localhost\"\nworkers = -1\nsrv-port = \"1123\"\nmaxsize = 1\n[table]\nkey = 1\n");
+    let variables =
+        [("MAX_SIZE", "1k"), ("HEAD_TIMEOUT", "0"), ("LOG_LEVEL", "verbose"), ("PORT", "tcp://10.0.0.1")];
+    let (status, printed, errors) = check(file, &variables, &["--metrics-port", "99999"]);
+    assert_eq!((status, printed.as_str()), (Some(78), ""));
+    for expected in [
+        "host: expected an IP address or unix:/path, found \"localhost\" (/",
+        "workers: expected a whole number from 0 to 256, found -1 (/",
+        "srv-port: expected a whole number from 0 to 65535, found \"1123\" (/",
+        "maxsize: not a setting (/",
+        "did you mean max-size?",
+        "table: not a setting (/",
+        "max-size: expected a whole number from 1 to 1073741824, found \"1k\" (KEYSERVICE_MAX_SIZE)",
+        "head-timeout: expected a whole number from 1 to 3600, found 0 (KEYSERVICE_HEAD_TIMEOUT)",
+        "log-level: expected one of off, error, warn, info, debug, trace, found \"verbose\" (KEYSERVICE_LOG_LEVEL)",
+        "port: not a setting (KEYSERVICE_PORT)",
+        "metrics-port: expected a whole number from 0 to 65535, found 99999 (--metrics-port)",
+    ] {
+        assert!(errors.contains(expected), "{expected}\nis not in\n{errors}");
+    }
+    assert_eq!(errors.lines().count(), 10, "one line each:\n{errors}");
+}
+
+#[test]
+fn bounds_are_those_that_are_named() {
+    for (flag, good, bad) in [
+        (
+            "--max-size",
+            &["1", "1073741824"][..],
+            &["0", "1073741825", "-1", "1.5", "", "99999999999999999999999"][..],
+        ),
+        ("--srv-port", &["0", "65535"], &["65536", "-1", "http"]),
+        ("--host", &["::1", "127.0.0.1", "unix:/a"], &["", "a", "unix:a", "127.0.0.1:80", "127.0.0.1:99999"]),
+    ] {
+        for value in good {
+            assert_eq!(check(None, &[], &[&format!("{flag}={value}")]).0, Some(0), "{flag}={value}");
+        }
+        for value in bad {
+            let (status, _, errors) = check(None, &[], &[&format!("{flag}={value}")]);
+            assert_eq!(status, Some(78), "{flag}={value}");
+            assert!(errors.contains(&format!("({flag})")), "{errors}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_named_must_be_there() {
+    let folder = Folder::new();
+    let mut command = key_service(&folder);
+    command.arg("--check").arg("--config").arg(folder.file("absent.toml")).args(["--max-size", "0"]);
+    let (status, _, errors) = texts(run_to_end(command));
+    assert_eq!(status, Some(78));
+    assert!(errors.contains("absent.toml: there is no such file"), "{errors}");
+    assert!(errors.contains("(--max-size)"), "the other layers are looked at too: {errors}");
+}
+
+#[test]
+fn a_file_that_is_not_toml_is_refused_with_its_line() {
+    let (status, _, errors) = check(Some("max-size = 1\nhost = \n"), &[], &["--max-size", "0"]);
+    assert_eq!(status, Some(78));
+    assert!(errors.contains("config.toml: ") && errors.contains("line 2"), "{errors}");
+    assert!(errors.contains("(--max-size)"), "{errors}");
+    assert_eq!(errors.lines().count(), 2, "{errors}");
+}
+
+#[test]
+fn a_folder_in_place_of_the_file_is_refused() {
+    let folder = Folder::new();
+    let path = folder.file("folder.toml");
+    std::fs::create_dir(&path).unwrap();
+    let mut command = key_service(&folder);
+    let (status, _, errors) = texts(run_to_end(with_path(&mut command, &path)));
+    assert_eq!(status, Some(78), "{errors}");
+    assert!(errors.contains("folder.toml"), "{errors}");
+}
+
+fn with_path(command: &mut Command, path: &std::path::Path) -> Command {
+    let mut checked = Command::new(command.get_program());
+    checked.arg("--check").arg("--config").arg(path);
+    checked
+}
+
+#[test]
+fn with_mistakes_nothing_starts() {
+    let folder = Folder::new();
+    let mut command = key_service(&folder);
+    command.args(["--max-size", "0", "--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    let (status, _, errors) = texts(run_to_end(command));
+    assert_eq!(status, Some(78));
+    assert!(!errors.contains("Keys on"), "{errors}");
+}
+
+#[test]
+fn wrong_usage_is_2() {
+    let folder = Folder::new();
+    for flags in [&["--port", "1"][..], &["--max-size"], &["unknown"]] {
+        let ended = run_to_end(with(key_service(&folder), flags));
+        assert_eq!(ended.status.code(), Some(2), "{flags:?}");
+    }
+}
+
+#[test]
+fn what_kubernetes_sets_for_a_service_of_this_name_is_not_ours() {
+    let folder = Folder::new();
+    let mut command = key_service(&folder);
+    command.arg("--check").arg("--config").arg(folder.write("config.toml", ""));
+    command.env("KEY_SERVICE_PORT", "tcp://10.0.0.1:1123").env("KEY_SERVICE_SERVICE_HOST", "10.0.0.1");
+    assert_eq!(texts(run_to_end(command)).1, DEFAULTS);
+}
+
+#[test]
+fn the_readme_names_every_setting_with_its_default() {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    for line in DEFAULTS.lines() {
+        let (name, default) = line.split_once(" = ").unwrap();
+        let row = readme.lines().find(|row| row.starts_with(&format!("| `{name}` |")));
+        let row = row.unwrap_or_else(|| panic!("no row for {name}"));
+        assert!(row.contains(&format!("`KEYSERVICE_{}`", name.replace('-', "_").to_uppercase())), "{row}");
+        if name != "metrics-host" {
+            assert!(row.contains(&format!("| `{default}` |")), "{name} = {default}: {row}");
+        }
+    }
+}

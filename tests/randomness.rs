@@ -1,0 +1,231 @@
+//! What clients see of a broken source, and whether what they are served looks random.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bytes of a counter are meant")]
+
+mod common;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use common::Daemon;
+use key_service::api::{Api, Routes, Site};
+use key_service::health::Health;
+use key_service::metrics::Metrics;
+use key_service::random::{Failure, Generator, Kernel, Source};
+use key_service::server::{Drain, connection};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// The kernel's bytes until it is told to break.
+struct Breakable {
+    is_broken: Arc<AtomicBool>,
+    broken: fn(&mut [u8]) -> io::Result<usize>,
+}
+
+impl Source for Breakable {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.is_broken.load(Ordering::Relaxed) { (self.broken)(buffer) } else { Kernel.read(buffer) }
+    }
+}
+
+/// The daemon's own routes over the daemon's own connection, with a source that can be broken.
+struct Service {
+    site: Site,
+    metrics: Arc<Metrics>,
+    is_broken: Arc<AtomicBool>,
+}
+
+impl Service {
+    fn with(broken: fn(&mut [u8]) -> io::Result<usize>) -> Self {
+        let is_broken = Arc::new(AtomicBool::new(false));
+        let source = Breakable { is_broken: Arc::clone(&is_broken), broken };
+        let generator = Arc::new(Generator::new(source).unwrap());
+        let metrics = Arc::new(Metrics::new());
+        let api = Api {
+            max_size: AtomicU64::new(1 << 20),
+            generator: Arc::clone(&generator),
+            health: Arc::new(Health::new(generator)),
+            metrics: Arc::clone(&metrics),
+            log_events_dropped: Arc::default(),
+        };
+        Self { site: Site::new(Routes::Both, Arc::new(api)), metrics, is_broken }
+    }
+
+    /// One GET on a connection of its own: everything that comes back until its end.
+    async fn get(&self, path: &str) -> Vec<u8> {
+        let (mut client, server) = tokio::io::duplex(1 << 16);
+        let drain = Drain::new();
+        let serving = connection(server, self.site.clone(), drain.watch(), &self.metrics);
+        let asking = async {
+            let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+            client.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = Vec::new();
+            let _ = client.read_to_end(&mut answer).await;
+            answer
+        };
+        tokio::join!(serving, asking).1
+    }
+
+    async fn status(&self, path: &str) -> String {
+        let answer = self.get(path).await;
+        String::from_utf8_lossy(&answer[9..12]).into_owned()
+    }
+}
+
+fn stuck(buffer: &mut [u8]) -> io::Result<usize> {
+    (0..).zip(buffer.iter_mut()).for_each(|(n, byte)| *byte = (n % 251) as u8);
+    Ok(buffer.len())
+}
+
+fn zero(buffer: &mut [u8]) -> io::Result<usize> {
+    buffer.fill(0);
+    Ok(buffer.len())
+}
+
+fn denied(_: &mut [u8]) -> io::Result<usize> {
+    Err(io::Error::from_raw_os_error(1))
+}
+
+fn exhausted(_: &mut [u8]) -> io::Result<usize> {
+    Ok(0)
+}
+
+/// 40 different blocks, over and over.
+fn repeating(buffer: &mut [u8]) -> io::Result<usize> {
+    static AT: AtomicU64 = AtomicU64::new(0);
+    let n = AT.fetch_add(1, Ordering::Relaxed) % 40;
+    (0..).zip(buffer.iter_mut()).for_each(|(at, byte)| *byte = (at * (2 * n + 1) % 256) as u8);
+    Ok(buffer.len())
+}
+
+#[tokio::test]
+async fn a_source_that_breaks_is_answered_with_503_and_never_trusted_again() {
+    for (name, broken) in [
+        ("stuck", stuck as fn(&mut [u8]) -> io::Result<usize>),
+        ("zero", zero),
+        ("denied", denied),
+        ("exhausted", exhausted),
+        ("repeating", repeating),
+    ] {
+        for length in [16, 32, 1000, 500_000] {
+            let service = Service::with(broken);
+            let path = format!("/key/{length}");
+            assert_eq!(service.status(&path).await, "200");
+            service.is_broken.store(true, Ordering::Relaxed);
+            // A source that repeats is found out at its first repetition, not before.
+            let mut answers = 0;
+            while service.status(&path).await == "200" {
+                answers += 1;
+                assert!(answers <= 400, "{name}, {length}");
+            }
+            service.is_broken.store(false, Ordering::Relaxed);
+            let answer = String::from_utf8(service.get(&path).await).unwrap();
+            assert!(
+                answer.starts_with("HTTP/1.1 503 "),
+                "a source that seems well again stays out: {answer}"
+            );
+            assert!(
+                answer.contains("\r\nretry-after: ")
+                    && answer.contains("No keys can be made: the random source")
+            );
+            assert_eq!(service.status("/health").await, "503");
+            assert_eq!(service.status("/readyz").await, "503");
+            assert_eq!(service.status("/livez").await, "200", "a restart would not mend a source");
+            let metrics = String::from_utf8(service.get("/metrics").await).unwrap();
+            assert_eq!(common::metric(&metrics, "generator_healthy"), 0.0);
+            assert!(common::metric(&metrics, "http_rejections_total{reason=\"generator\"}") > 0.0);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_source_that_breaks_within_a_long_key_leaves_it_short() {
+    // 500,000 bytes are 8 pieces; the source breaks after the first ones.
+    static READS: AtomicU64 = AtomicU64::new(0);
+    fn late(buffer: &mut [u8]) -> io::Result<usize> {
+        if READS.fetch_add(1, Ordering::Relaxed) < 3 { Kernel.read(buffer) } else { denied(buffer) }
+    }
+    let service = Service::with(late);
+    service.is_broken.store(true, Ordering::Relaxed);
+    let answer = service.get("/key/500000").await;
+    assert!(answer.starts_with(b"HTTP/1.1 200 "));
+    assert!(common::find(&answer, b"content-length: 500000\r\n").is_some());
+    let body = answer.len() - common::find(&answer, b"\r\n\r\n").unwrap() - 4;
+    assert!(body <= 3 * 65_536, "{body} bytes of a key that could not be made");
+    assert_eq!(service.status("/key/1").await, "503");
+}
+
+#[test]
+fn health_notices_a_broken_source_before_any_key_is_asked_for() {
+    let is_broken = Arc::new(AtomicBool::new(false));
+    let generator =
+        Arc::new(Generator::new(Breakable { is_broken: Arc::clone(&is_broken), broken: denied }).unwrap());
+    let health = Health::new(Arc::clone(&generator));
+    assert!(health.check().is_ok() && health.ready().is_ok());
+    is_broken.store(true, Ordering::Relaxed);
+    assert!(health.check().is_err() && health.ready().is_err());
+    assert_eq!(generator.failure(), Some(Failure::Unreadable(Some(1))));
+}
+
+/// How far from what is expected of random bytes, in standard deviations, for three tests: the count of set bits, the
+/// count of runs of equal bits, and chi-square of the byte values (made normal by Wilson and Hilferty's cube root).
+fn deviations(bytes: &[u8]) -> [f64; 3] {
+    let bits = bytes.len() as f64 * 8.0;
+    let ones: u64 = bytes.iter().map(|byte| u64::from(byte.count_ones())).sum();
+    let monobit = (ones as f64 - bits / 2.0) / (bits / 4.0).sqrt();
+    // A run ends wherever a bit differs from the one before it.
+    let within = |byte: u8| u64::from(((byte ^ (byte >> 1)) & 0x7f).count_ones());
+    let between = |pair: &[u8]| u64::from((pair[0] & 1) ^ (pair[1] >> 7));
+    let changes =
+        bytes.iter().map(|byte| within(*byte)).sum::<u64>() + bytes.windows(2).map(between).sum::<u64>();
+    let runs = (changes as f64 - (bits - 1.0) / 2.0) / ((bits - 1.0) / 4.0).sqrt();
+    let mut counts = [0_u64; 256];
+    bytes.iter().for_each(|byte| counts[usize::from(*byte)] += 1);
+    let expected = bytes.len() as f64 / 256.0;
+    let chi: f64 = counts.iter().map(|count| (*count as f64 - expected).powi(2) / expected).sum();
+    let spread = 2.0 / (9.0 * 255.0);
+    let chi = ((chi / 255.0).cbrt() - (1.0 - spread)) / f64::sqrt(spread);
+    [monobit, runs, chi]
+}
+
+/// A healthy source exceeds 7 standard deviations, on either side, with a probability of 2.6e-12; with 3 tests of 4
+/// lengths that is 3.1e-11 a run.
+const LIMIT: f64 = 7.0;
+
+#[test]
+fn served_bytes_look_random() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "4194304")]);
+    // As keys of each way of making them: cut from a block, from the kernel as they are, expanded, in pieces.
+    for (length, count) in [(16, 8192), (100, 4096), (4096, 256), (4_194_304, 1)] {
+        let mut client = common::Client::connect(daemon.keys());
+        let path = common::request(&format!("/key/{length}"));
+        let bytes: Vec<u8> = (0..count).flat_map(|_| client.send(&path).response().body).collect();
+        for (test, deviation) in ["monobit", "runs", "chi-square"].into_iter().zip(deviations(&bytes)) {
+            assert!(
+                deviation.abs() < LIMIT,
+                "{test} of keys of {length} bytes: {deviation} standard deviations"
+            );
+        }
+    }
+}
+
+#[test]
+fn biased_bytes_do_not_look_random() {
+    let mut good = vec![0; 131_072];
+    Generator::new(Kernel).unwrap().fill(&mut good).unwrap();
+    assert!(deviations(&good).iter().all(|deviation| deviation.abs() < LIMIT));
+    let broken = |change: fn(usize, u8) -> u8| -> Vec<u8> {
+        good.iter().enumerate().map(|(at, byte)| change(at, *byte)).collect()
+    };
+    let exceeds = |bytes: &[u8]| deviations(bytes).map(|deviation| deviation.abs() > LIMIT);
+    assert!(
+        exceeds(&broken(|at, byte| if at % 16 == 0 { byte | 1 } else { byte }))[0],
+        "one bit in 128 is always set"
+    );
+    assert!(
+        exceeds(&broken(|at, byte| if at % 8 == 0 { 0xaa } else { byte }))[1],
+        "every eighth byte alternates"
+    );
+    assert!(exceeds(&broken(|_, byte| byte % 251))[2], "five values never come");
+}
