@@ -6,7 +6,7 @@
 //! | [`config`] | defaults, file, environment and flags, into a configuration that is always valid |
 //! | [`random`] | the one place that makes random bytes |
 //! | [`key`] | a key and its length |
-//! | [`format`] | how a key is written, and negotiation |
+//! | [`mod@format`] | how a key is written, and negotiation |
 //! | [`api`] | the routes |
 //! | [`body`] | what is sent back, until its last byte |
 //! | [`health`] | whether the service is well |
