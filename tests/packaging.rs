@@ -1,0 +1,70 @@
+//! What is shipped beside the binary agrees with it.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::{Folder, key_service, run_to_end};
+
+fn shipped(path: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+}
+
+fn check(config: &str) -> String {
+    let folder = Folder::new();
+    let mut command = key_service(&folder);
+    command.arg("--check").arg("--config").arg(folder.write("config.toml", config));
+    let ended = run_to_end(command);
+    assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+    String::from_utf8(ended.stdout).unwrap()
+}
+
+#[test]
+fn the_sample_configuration_shows_every_setting_with_its_default() {
+    let sample = shipped("packaging/config.toml");
+    let defaults = check("");
+    assert_eq!(check(&sample), defaults, "as it is shipped it sets nothing");
+    let is_setting = |line: &&str| line.starts_with('#') && !line.starts_with("# ");
+    let shown: String = sample.lines().filter(is_setting).map(|line| format!("{}\n", &line[1..])).collect();
+    assert_eq!(shown, defaults, "and what it shows are the settings, in order, with their defaults");
+}
+
+#[test]
+fn the_manual_of_the_configuration_has_every_setting_with_its_default() {
+    let manual = shipped("packaging/man/key-service.toml.5").replace("\\-", "-").replace("\\(dq", "\"");
+    for line in check("").lines() {
+        let (name, default) = line.split_once(" = ").unwrap();
+        assert!(manual.contains(&format!(".BR {name} \" = {default}\"")), "{line}");
+    }
+    assert_eq!(manual.matches(".TP\n").count(), check("").lines().count(), "and no other");
+}
+
+#[test]
+fn the_manual_of_the_command_has_every_flag() {
+    let folder = Folder::new();
+    let manual = shipped("packaging/man/key-service.8").replace("\\-", "-");
+    for arguments in [&["--help"][..], &["health", "--help"]] {
+        let mut command = key_service(&folder);
+        command.args(arguments);
+        let help = String::from_utf8(run_to_end(command).stdout).unwrap();
+        let flags = help.split_whitespace().filter(|word| word.starts_with("--"));
+        for flag in flags.map(|flag| flag.trim_end_matches([',', ']', ';'])) {
+            assert!(manual.contains(flag), "{flag}");
+        }
+    }
+    for name in ["--host", "--srv-port", "--max-size", "--metrics-port", "--check", "--config"] {
+        assert!(manual.contains(name), "{name}");
+    }
+}
+
+#[test]
+fn the_versions_agree() {
+    let version = env!("CARGO_PKG_VERSION");
+    assert!(shipped("packaging/debian/changelog").starts_with(&format!("key-service ({version}-1)")));
+    for manual in ["packaging/man/key-service.8", "packaging/man/key-service.toml.5"] {
+        assert!(shipped(manual).contains(&format!("\"key-service {version}\"")), "{manual}");
+    }
+}
