@@ -351,3 +351,43 @@ fn ok_or_problem(checked: Result<(), Problem>) -> axum::response::Response {
 fn page(problem: &Problem) -> axum::response::Response {
     problem.to_response()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Kernel;
+    use axum::http::header::RETRY_AFTER;
+
+    async fn get(site: &Site, path: &str) -> Response<Body> {
+        let request = Request::get(path).header(HOST, "localhost").body(()).unwrap();
+        let Ok(response) = site.call(request).await;
+        response
+    }
+
+    #[tokio::test]
+    async fn once_the_drain_has_begun_a_long_key_is_refused_and_a_short_one_is_the_last_answer() {
+        let generator = Arc::new(Generator::new(Kernel).unwrap());
+        let health = Arc::new(Health::new(Arc::clone(&generator)));
+        let api = Api {
+            max_size: AtomicU64::new(1 << 20),
+            generator,
+            health: Arc::clone(&health),
+            metrics: Arc::new(Metrics::new()),
+            log_events_dropped: Arc::default(),
+        };
+        let site = Site::new(Routes::Client, Arc::new(api));
+        assert_eq!(get(&site, "/key/1000000").await.status(), StatusCode::OK);
+        health.start_draining();
+        assert_eq!(get(&site, "/key/1000000").await.status(), StatusCode::OK, "there is time for it yet");
+        assert_eq!(get(&site, "/readyz").await.status(), StatusCode::SERVICE_UNAVAILABLE);
+        health.start_stopping();
+        let refused = get(&site, "/key/1000000").await;
+        assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(refused.headers().contains_key(RETRY_AFTER));
+        let last = get(&site, "/key/32").await;
+        assert_eq!(
+            (last.status(), &last.headers()[CONNECTION]),
+            (StatusCode::OK, &HeaderValue::from_static("close"))
+        );
+    }
+}

@@ -63,7 +63,7 @@ fn the_manual_of_the_command_has_every_flag() {
 #[test]
 fn the_versions_agree() {
     let version = env!("CARGO_PKG_VERSION");
-    assert!(shipped("packaging/debian/changelog").starts_with(&format!("key-service ({version}-1)")));
+    assert!(shipped("packaging/debian/changelog").starts_with(&format!("key-service ({version})")));
     for manual in ["packaging/man/key-service.8", "packaging/man/key-service.toml.5"] {
         assert!(shipped(manual).contains(&format!("\"key-service {version}\"")), "{manual}");
     }
