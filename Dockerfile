@@ -1,6 +1,6 @@
 # The container image: one static binary in an empty file system. There is no shell, no package and no library to patch.
 # `docker build -t key-service .` is enough; packaging/build-image adds the date and the revision of the commit, so that
-# the same commit gives the same image wherever it is built.
+# the same commit gives the same file system wherever it is built.
 
 # The compiler, and with Debian's release the C library that is linked in. A digest may be given with the name.
 ARG RUST_IMAGE=docker.io/library/rust:1.95.0-slim-trixie
