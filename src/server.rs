@@ -30,6 +30,9 @@ const CROWD: usize = 64;
 /// How long such a connection may take for its one request, and how long a head may take once the drain has begun.
 const BRIEF: Duration = Duration::from_secs(1);
 
+/// How long accept loops may take to empty their queues when the drain begins; they are then asked for open connections.
+const SWEEP: Duration = Duration::from_millis(20);
+
 /// How long open connections are still read from after the drain began, so that a request which is on its way gets its
 /// answer instead of a reset.
 const LINGER: Duration = Duration::from_millis(250);
@@ -172,6 +175,7 @@ impl Drain {
     /// Returns then; busy connections may still be there.
     pub async fn begin(&self, terms: &[&Terms]) {
         self.0.send_replace(Phase::Draining);
+        tokio::time::sleep(SWEEP).await;
         if terms.iter().any(|terms| !terms.slots.are_empty()) {
             tokio::time::sleep(LINGER).await;
         }
@@ -282,17 +286,27 @@ async fn accept<F, S>(
     <S::ResBody as Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let mut complained: Option<Instant> = None;
+    let mut sweeping: Option<Instant> = None;
     let mut stopping = phase.clone();
     loop {
         let next = async {
             terms.slots.room().await;
             acceptor.accept().await
         };
-        let accepted = tokio::select! {
-            biased;
-            () = reached(&mut stopping, Phase::Draining) => return,
-            never = heartbeat.beat() => match never {},
-            accepted = next => accepted,
+        // Closing a socket that was bound here resets whoever is in its queue: they are taken first.
+        let accepted = if *stopping.borrow() >= Phase::Draining {
+            let since = *sweeping.get_or_insert_with(Instant::now);
+            match at_once(next).await {
+                Some(accepted) if since.elapsed() < LINGER => accepted,
+                _ => return,
+            }
+        } else {
+            tokio::select! {
+                biased;
+                () = reached(&mut stopping, Phase::Draining) => continue,
+                never = heartbeat.beat() => match never {},
+                accepted = next => accepted,
+            }
         };
         match accepted {
             Ok(stream) => {
@@ -355,6 +369,16 @@ where
             metrics.rejected(Rejection::Malformed);
         }
         debug!(error = %problem, "a connection ended early");
+    }
+}
+
+/// What `next` gives without waiting, once the runtime has looked at its sockets again; `None` where it would wait.
+async fn at_once<T>(next: impl Future<Output = T>) -> Option<T> {
+    tokio::task::yield_now().await;
+    tokio::select! {
+        biased;
+        taken = next => Some(taken),
+        () = std::future::ready(()) => None,
     }
 }
 

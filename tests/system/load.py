@@ -1,6 +1,8 @@
 """Asks for keys at a steady rate until standard input ends; prints what came of it as JSON.
 
-    load.py PORT RATE    RATE requests a second: three quarters on new connections, one quarter on kept ones
+    load.py PORT RATE [until-refused]
+        RATE requests a second: three quarters on new connections, one quarter on kept ones
+        until-refused: a refused connection says that the service has gone, ends its asker, and is no failure
 
 A request fails if its connection is refused, is cut, or brings anything but 32 bytes with status 200. A kept connection
 is given up when the server says so, as HTTP has it.
@@ -12,13 +14,14 @@ import threading
 import time
 
 PORT, RATE = int(sys.argv[1]), float(sys.argv[2])
+UNTIL_REFUSED = sys.argv[3:] == ["until-refused"]
 THREADS = 16
 PATIENCE = 60  # seconds; a client waits in the socket for as long as a restart takes
 REQUEST = b"GET /key/32 HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
 
 stop = threading.Event()
 lock = threading.Lock()
-served, failures, slowest = 0, [], 0.0
+served, refused, failures, slowest = 0, 0, [], 0.0
 
 
 def ask(connection, closes):
@@ -36,7 +39,7 @@ def ask(connection, closes):
 
 
 def asker(number):
-    global served, slowest
+    global served, refused, slowest
     closes = number % 4 != 0
     kept = None
     begin, turn = time.monotonic(), number / RATE
@@ -52,6 +55,10 @@ def asker(number):
                 served += 1
                 slowest = max(slowest, time.monotonic() - since)
         except OSError as error:
+            if UNTIL_REFUSED and isinstance(error, ConnectionRefusedError):
+                with lock:
+                    refused += 1
+                return
             kept = None
             with lock:
                 failures.append(f"{'new' if closes else 'kept'} connection: {error}")
@@ -65,5 +72,5 @@ sys.stdin.read()
 stop.set()
 for thread in threads:
     thread.join()
-print(json.dumps({"served": served, "failed": len(failures), "failures": failures[:5],
+print(json.dumps({"served": served, "refused": refused, "failed": len(failures), "failures": failures[:5],
                   "seconds": round(time.monotonic() - started, 1), "slowest": round(slowest, 3)}))
