@@ -1,0 +1,679 @@
+"""What is wrong with a set of Kubernetes resources, as far as can be told without a cluster.
+
+A rule is a function over all resources of a release; it yields sentences. The API server refuses some of what the rules
+find, most of it after the schemas were content; the rest it takes, and then it doesn't work. mutants.py proves each rule.
+"""
+import ast
+import functools
+import inspect
+import json
+import re
+import subprocess
+import tomllib
+from decimal import Decimal
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import referencing
+import yaml
+
+import tools
+
+HERE = Path(__file__).resolve().parent
+RULES = {}
+
+POD_KINDS = ("Deployment", "Pod")
+CUSTOM_KINDS = ("HTTPRoute", "PrometheusRule", "ServiceMonitor")
+BUILT_IN_KINDS = ("ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Ingress", "NetworkPolicy", "Pod", "PodDisruptionBudget",
+                  "Service", "ServiceAccount")
+
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123
+SERVICE_NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1035
+SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+PORT_NAME = re.compile(r"(?=.*[a-z])(?!.*--)[a-z0-9]([-a-z0-9]{0,13}[a-z0-9])?")  # RFC 6335 IANA_SVC_NAME
+LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+VARIABLE = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
+PERCENTAGE = re.compile(r"[0-9]+%")
+QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|[eE][0-9]+)?")
+SUFFIXES = {"": 1, "m": Decimal("0.001"), **{s: 1000 ** n for n, s in enumerate("kMGTPE", 1)},
+            **{f"{s}i": 1024 ** n for n, s in enumerate("KMGTPE", 1)}}
+RECOMMENDED = ("helm.sh/chart", "app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/version",
+               "app.kubernetes.io/component", "app.kubernetes.io/managed-by")
+RESTRICTED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+
+
+def rule(function):
+    RULES[function.__name__] = function
+    return function
+
+
+class Release(list):
+    """The resources of a release; `extra` are the names of those that come from extraManifests."""
+
+    def __init__(self, resources, namespace, extra=frozenset()):
+        super().__init__(resources)
+        self.namespace = namespace
+        self.extra = extra
+
+    def of(self, *kinds):
+        return [resource for resource in self if resource["kind"] in kinds]
+
+    def pods(self):
+        """Every pod or template of pods: (resource, metadata, spec)."""
+        for resource in self.of("Pod"):
+            yield resource, resource["metadata"], resource["spec"]
+        for resource in self.of("Deployment"):
+            template = resource["spec"]["template"]
+            yield resource, template["metadata"], template["spec"]
+
+    def containers(self):
+        for resource, _, spec in self.pods():
+            for container in spec.get("initContainers", []) + spec["containers"]:
+                yield resource, spec, container
+
+    def selected(self, selector):
+        return [pod for pod in self.pods() if matches(selector, pod[1].get("labels", {}))]
+
+    def findings(self, only=None):
+        """(rule, line of the assertion, sentence) of everything that is wrong."""
+        for rule_name, function in RULES.items():
+            if only not in (None, rule_name):
+                continue
+            generator = function(self)
+            for sentence in generator:
+                inner = generator
+                while inspect.isgenerator(inner.gi_yieldfrom):
+                    inner = inner.gi_yieldfrom
+                yield rule_name, inner.gi_frame.f_lineno, sentence
+
+
+def assertions():
+    """The lines of this file that can report something: what the mutants must reach."""
+    helpers = ("findings", "pods", "containers", "maps", "unknown")
+    lines = {}
+    for function in ast.walk(ast.parse(open(__file__).read())):
+        if isinstance(function, ast.FunctionDef) and function.name not in helpers:
+            own = [node for node in ast.walk(function) if isinstance(node, ast.Yield)]
+            nested = [node for inner in ast.walk(function) if isinstance(inner, ast.FunctionDef) and inner is not function
+                      for node in ast.walk(inner)]
+            lines.update({node.lineno: function.name for node in own if node not in nested})
+    return lines
+
+
+class Duplicate(ValueError):
+    pass
+
+
+class StrictLoader(yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader):
+    """YAML, with an error where a mapping has a key twice: the API server takes the last, silently."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        doubled = {key for key in keys if keys.count(key) > 1}
+        if doubled:
+            raise Duplicate(f"line {node.start_mark.line + 1}: expected each key once, found {', '.join(map(str, doubled))} twice")
+        return super().construct_mapping(node, deep)
+
+
+def name(resource):
+    return f"{resource['kind']}/{resource['metadata'].get('name')}"
+
+
+def matches(selector, labels):
+    selector = selector or {}
+    for key, value in selector.get("matchLabels", {}).items():
+        if labels.get(key) != value:
+            return False
+    assert not selector.get("matchExpressions"), "matchExpressions: nothing in the chart makes them"
+    return True
+
+
+def quantity(text):
+    match = QUANTITY.fullmatch(str(text))
+    if not match:
+        return None
+    suffix = match[2] or ""
+    factor = SUFFIXES[suffix] if suffix in SUFFIXES else 10 ** int(suffix[1:])
+    return Decimal(match[1]) * factor
+
+
+def is_bound(value):
+    """Whether a value is an IntOrString that counts pods."""
+    return (isinstance(value, int) and value >= 0) or (isinstance(value, str) and bool(PERCENTAGE.fullmatch(value)))
+
+
+def is_none(value):
+    return str(value) in ("0", "0%")
+
+
+@functools.cache
+def validator(version, kind, api_version):
+    group = re.sub(r"^([^./]*)(?:\.[^/]*)?/", r"\1-", api_version)
+    folder = f"kubernetes-json-schema/v{version}-local-strict"
+    schema = kubernetes_validate.utils.schema_contents(f"{folder}/{kind.lower()}-{group}.json", version)
+    definitions = kubernetes_validate.utils.schema_contents(f"{folder}/_definitions.json", version)
+    registry = referencing.Resource.from_contents(definitions) @ (referencing.Resource.from_contents(schema) @ referencing.Registry())
+    return jsonschema.Draft202012Validator(schema, registry=registry)
+
+
+def schema_findings(resources, version):
+    for resource in resources:
+        for error in validator(version, resource["kind"], resource["apiVersion"]).iter_errors(resource):
+            yield f"{name(resource)}: {'.'.join(map(str, error.path))}: {error.message} (Kubernetes {version})"
+
+
+@rule
+def schema(release):
+    """Strictly as Kubernetes' own schemas have it: types, required and unknown fields."""
+    yield from schema_findings(release.of(*BUILT_IN_KINDS), kubernetes_validate.latest_version())
+
+
+@rule
+def kinds(release):
+    """No kind that nothing here looks at."""
+    for resource in release:
+        if resource["kind"] not in BUILT_IN_KINDS + CUSTOM_KINDS:
+            yield f"{name(resource)}: expected one of the kinds that are checked"
+
+
+@rule
+def custom_models(release):
+    """Values as the CRDs have them: ServiceMonitor, PrometheusRule, HTTPRoute."""
+    found = release.of(*CUSTOM_KINDS)
+    if found:
+        ran = subprocess.run(["node", HERE / "models.mjs", tools.PACKAGES], input=json.dumps(found), text=True,
+                             capture_output=True, check=True)
+        for sentence in json.loads(ran.stdout):
+            yield sentence
+
+
+RELABEL = {"sourceLabels": 0, "separator": 0, "targetLabel": 0, "regex": 0, "modulus": 0, "replacement": 0, "action": 0}
+CUSTOM_FIELDS = {
+    "ServiceMonitor": {"spec": {"namespaceSelector": {"matchNames": 0}, "selector": {"matchLabels": None}, "endpoints": {
+        "port": 0, "path": 0, "interval": 0, "scrapeTimeout": 0, 
+        "relabelings": RELABEL, "metricRelabelings": RELABEL}}},
+    "PrometheusRule": {"spec": {"groups": {"name": 0, "interval": 0, "limit": 0, "rules": {
+        "alert": 0, "record": 0, "expr": 0, "for": 0, "keep_firing_for": 0, "labels": None, "annotations": None}}}},
+    "HTTPRoute": {"spec": {"parentRefs": {"name": 0, "namespace": 0, "sectionName": 0, "port": 0, "group": 0, "kind": 0},
+                           "hostnames": 0, "rules": {"matches": {"path": {"type": 0, "value": 0}, "method": 0, "headers": None, "queryParams": None},
+                                                     "filters": None, "backendRefs": {"name": 0, "port": 0}}}},
+}
+
+
+@rule
+def custom_fields(release):
+    """No field that the CRDs don't have: the API server drops such fields, or refuses them."""
+    def unknown(value, fields, path):
+        if isinstance(value, list):
+            for item in value:
+                yield from unknown(item, fields, path)
+        elif isinstance(value, dict) and fields is not None:
+            for key, inner in value.items():
+                if not isinstance(fields, dict) or key not in fields:
+                    yield f"{path}.{key}"
+                else:
+                    yield from unknown(inner, fields[key], f"{path}.{key}")
+    for resource in release.of(*CUSTOM_KINDS):
+        fields = {"apiVersion": 0, "kind": 0, "metadata": {"name": 0, "namespace": 0, "labels": None, "annotations": None},
+                  **CUSTOM_FIELDS[resource["kind"]]}
+        for path in unknown(resource, fields, ""):
+            yield f"{name(resource)}: unknown field {path[1:]}"
+
+
+@rule
+def names(release):
+    """Names of resources, containers and volumes are of their kind's form, and none is there twice."""
+    seen = set()
+    for resource in release:
+        form = SERVICE_NAME if resource["kind"] == "Service" else SUBDOMAIN
+        if not form.fullmatch(str(resource["metadata"].get("name"))):
+            yield f"{name(resource)}: expected a DNS name"
+        if name(resource) in seen:
+            yield f"{name(resource)}: there are two of it"
+        seen.add(name(resource))
+    for resource, _, spec in release.pods():
+        for what in ("containers", "volumes"):
+            found = [item["name"] for item in spec.get(what, []) + (spec.get("initContainers", []) if what == "containers" else [])]
+            for item in found:
+                if not LABEL.fullmatch(item):
+                    yield f"{name(resource)}: {what}: expected a DNS label, found {item!r}"
+                if found.count(item) > 1:
+                    yield f"{name(resource)}: {what}: {item} is there twice"
+
+
+@rule
+def namespaces(release):
+    """Everything is in the release's namespace."""
+    for resource in release:
+        if resource["metadata"].get("namespace") != release.namespace:
+            yield f"{name(resource)}: expected namespace {release.namespace}, found {resource['metadata'].get('namespace')}"
+
+
+@rule
+def labels(release):
+    """Labels and annotations are of Kubernetes' form, also where they select."""
+    def maps():
+        for resource in release:
+            yield resource, "labels", resource["metadata"].get("labels", {})
+            yield resource, "annotations", resource["metadata"].get("annotations", {})
+        for resource, metadata, spec in release.pods():
+            yield resource, "labels", metadata.get("labels", {})
+            yield resource, "annotations", metadata.get("annotations", {})
+            yield resource, "labels", spec.get("nodeSelector", {})
+    for resource, what, pairs in maps():
+        for key, value in pairs.items():
+            prefix, _, last = key.rpartition("/")
+            if not LABEL_VALUE.fullmatch(last) or not last or (prefix and not SUBDOMAIN.fullmatch(prefix)) or (key.startswith("/")):
+                yield f"{name(resource)}: {what}: {key!r} is no name of one"
+            if not isinstance(value, str) or (what == "labels" and not LABEL_VALUE.fullmatch(value)):
+                yield f"{name(resource)}: {what}: {key}: {value!r} is no value of one"
+
+
+@rule
+def recommended_labels(release):
+    """Every resource of the chart's own says what it belongs to; extra manifests say what they like."""
+    for resource in release:
+        missing = [label for label in RECOMMENDED if label not in resource["metadata"].get("labels", {})]
+        if missing and name(resource) not in release.extra:
+            yield f"{name(resource)}: expected the labels {', '.join(missing)}"
+
+
+@rule
+def ports(release):
+    """Ports of pods and Services have unique, legal names and numbers, and a Service's port leads to a pod's."""
+    for resource, _, spec in release.pods():
+        found = [port for container in spec["containers"] for port in container.get("ports", [])]
+        yield from named_ports(resource, found, "containerPort")
+        for port in found:
+            if "hostPort" in port:
+                yield f"{name(resource)}: expected no hostPort"
+    for service in release.of("Service"):
+        yield from named_ports(service, service["spec"]["ports"], "port")
+        for _, _, spec in release.selected({"matchLabels": service["spec"].get("selector")}):
+            known = [value for port in container_ports(spec) for value in port]
+            for port in service["spec"]["ports"]:
+                if port.get("targetPort", port["port"]) not in known:
+                    yield f"{name(service)}: expected a targetPort of the pods, found {port.get('targetPort')}"
+
+
+def named_ports(resource, found, number):
+    for port in found:
+        if not PORT_NAME.fullmatch(str(port.get("name"))):
+            yield f"{name(resource)}: expected a port's name (15 of a-z, 0-9, -), found {port.get('name')!r}"
+        if not 1 <= port[number] <= 65535:
+            yield f"{name(resource)}: expected a port from 1 to 65535, found {port[number]}"
+        if not 30000 <= port.get("nodePort", 30000) <= 32767:
+            yield f"{name(resource)}: expected a nodePort from 30000 to 32767, found {port['nodePort']}"
+    for key in ("name", number):
+        values = [port.get(key) for port in found]
+        if len(set(values)) < len(values):
+            yield f"{name(resource)}: expected each port's {key} once, found {values}"
+
+
+def container_ports(spec):
+    return [(port.get("name"), port["containerPort"]) for container in spec["containers"] for port in container.get("ports", [])]
+
+
+@rule
+def probes(release):
+    """Probes ask a port of their container, in periods that the API server takes."""
+    least = {"periodSeconds": 1, "timeoutSeconds": 1, "failureThreshold": 1, "successThreshold": 1, "initialDelaySeconds": 0}
+    for resource, _, container in release.containers():
+        own = [value for port in container.get("ports", []) for value in (port.get("name"), port["containerPort"])]
+        for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
+            probe = container.get(kind)
+            if probe is None:
+                continue
+            place = f"{name(resource)}: {container['name']}.{kind}"
+            handler = probe.get("httpGet", {})
+            if handler.get("port") not in own:
+                yield f"{place}: expected a port of the container, found {handler.get('port')!r}"
+            if not str(handler.get("path")).startswith("/"):
+                yield f"{place}: expected a path, found {handler.get('path')!r}"
+            for field, minimum in least.items():
+                if probe.get(field, minimum) < minimum:
+                    yield f"{place}: expected {field} of {minimum} or more, found {probe[field]}"
+            if kind != "readinessProbe" and probe.get("successThreshold", 1) != 1:
+                yield f"{place}: expected a successThreshold of 1"
+
+
+@rule
+def probed(release):
+    """The daemon's container is asked whether it lives and whether it is ready."""
+    for deployment in release.of("Deployment"):
+        container = deployment["spec"]["template"]["spec"]["containers"][0]
+        for kind, path in (("livenessProbe", "/livez"), ("readinessProbe", "/readyz")):
+            if container.get(kind, {}).get("httpGet", {}).get("path") != path:
+                yield f"{name(deployment)}: expected a {kind} of {path}"
+
+
+@rule
+def volumes(release):
+    """Every mount has its volume, at a place of its own; every volume has a mount and what it is made of."""
+    maps = {resource["metadata"]["name"] for resource in release.of("ConfigMap")}
+    for resource, _, spec in release.pods():
+        known = {volume["name"]: volume for volume in spec.get("volumes", [])}
+        mounted = set()
+        for container in spec.get("initContainers", []) + spec["containers"]:
+            places = [mount["mountPath"] for mount in container.get("volumeMounts", [])]
+            if len(set(places)) < len(places):
+                yield f"{name(resource)}: {container['name']}: expected each mountPath once, found {places}"
+            for mount in container.get("volumeMounts", []):
+                mounted.add(mount["name"])
+                if mount["name"] not in known:
+                    yield f"{name(resource)}: {container['name']}: there is no volume {mount['name']}"
+                if not mount["mountPath"].startswith("/") or ":" in mount["mountPath"]:
+                    yield f"{name(resource)}: {container['name']}: expected an absolute mountPath, found {mount['mountPath']!r}"
+        for volume in known.values():
+            if volume["name"] not in mounted:
+                yield f"{name(resource)}: volume {volume['name']} is mounted nowhere"
+            source = volume.get("configMap")
+            if source and not source.get("optional") and source.get("name") not in maps:
+                yield f"{name(resource)}: volume {volume['name']}: there is no ConfigMap {source.get('name')}"
+
+
+@rule
+def variables(release):
+    """Environment variables have legal names, each once, and one source."""
+    for resource, _, container in release.containers():
+        found = [variable["name"] for variable in container.get("env", [])]
+        for variable in container.get("env", []):
+            if not VARIABLE.fullmatch(variable["name"]):
+                yield f"{name(resource)}: {container['name']}: {variable['name']!r} is no variable's name"
+            if "value" in variable and "valueFrom" in variable:
+                yield f"{name(resource)}: {container['name']}: {variable['name']}: expected value or valueFrom, found both"
+        if len(set(found)) < len(found):
+            yield f"{name(resource)}: {container['name']}: expected each variable once, found {found}"
+
+
+@rule
+def resources(release):
+    """Every container requests and is limited in CPU and memory, by legal quantities, and requests no more than its limit."""
+    for resource, _, container in release.containers():
+        found = container.get("resources", {})
+        for what in ("cpu", "memory"):
+            place = f"{name(resource)}: {container['name']}: {what}"
+            amounts = {}
+            for bound in ("requests", "limits"):
+                text = found.get(bound, {}).get(what)
+                amounts[bound] = quantity(text)
+                if amounts[bound] is None:
+                    yield f"{place}: expected a quantity in {bound}, found {text!r}"
+            if None not in amounts.values() and amounts["requests"] > amounts["limits"]:
+                yield f"{place}: expected a request of at most the limit"
+
+
+@rule
+def rollout(release):
+    """An update can begin, and takes no pod away before another is ready, unless the values say so."""
+    for deployment in release.of("Deployment"):
+        bounds = deployment["spec"].get("strategy", {}).get("rollingUpdate", {})
+        for field in ("maxSurge", "maxUnavailable"):
+            if not is_bound(bounds.get(field)):
+                yield f"{name(deployment)}: expected a count or a percentage as {field}, found {bounds.get(field)!r}"
+        if is_none(bounds.get("maxSurge")) and is_none(bounds.get("maxUnavailable")):
+            yield f"{name(deployment)}: expected maxSurge or maxUnavailable above 0"
+
+
+@rule
+def disruption(release):
+    """A disruption budget has exactly one bound."""
+    for budget in release.of("PodDisruptionBudget"):
+        found = {field: budget["spec"][field] for field in ("minAvailable", "maxUnavailable") if field in budget["spec"]}
+        if len(found) != 1:
+            yield f"{name(budget)}: expected minAvailable or maxUnavailable, found {found}"
+        for field, value in found.items():
+            if not is_bound(value):
+                yield f"{name(budget)}: expected a count or a percentage as {field}, found {value!r}"
+
+
+@rule
+def autoscaler(release):
+    """An autoscaler's bounds, target and metrics make sense, and the target leaves the count to it."""
+    for scaler in release.of("HorizontalPodAutoscaler"):
+        spec = scaler["spec"]
+        if not 1 <= spec.get("minReplicas", 1) <= spec["maxReplicas"]:
+            yield f"{name(scaler)}: expected 1 <= minReplicas <= maxReplicas, found {spec.get('minReplicas')} and {spec['maxReplicas']}"
+        if not spec.get("metrics"):
+            yield f"{name(scaler)}: expected a metric"
+        targets = [d for d in release.of("Deployment") if d["metadata"]["name"] == spec["scaleTargetRef"]["name"]]
+        if len(targets) != 1 or (spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["apiVersion"]) != ("Deployment", "apps/v1"):
+            yield f"{name(scaler)}: there is no {spec['scaleTargetRef']}"
+        for target in targets:
+            if "replicas" in target["spec"]:
+                yield f"{name(target)}: expected no replicas beside an autoscaler"
+            for metric in spec.get("metrics", []):
+                wanted = metric.get("resource", {})
+                if wanted.get("target", {}).get("averageUtilization", 1) < 1:
+                    yield f"{name(scaler)}: expected a utilization above 0"
+                for container in target["spec"]["template"]["spec"]["containers"]:
+                    if wanted and wanted["name"] not in container.get("resources", {}).get("requests", {}):
+                        yield f"{name(scaler)}: {container['name']} requests no {wanted['name']}, so it can't be measured against it"
+
+
+@rule
+def selectors(release):
+    """Whatever selects pods or Services selects what it is meant to, and no pod of `helm test`."""
+    for deployment in release.of("Deployment"):
+        if not matches(deployment["spec"]["selector"], deployment["spec"]["template"]["metadata"].get("labels", {})):
+            yield f"{name(deployment)}: its selector does not match its pods"
+        for constraint in deployment["spec"]["template"]["spec"].get("topologySpreadConstraints", []):
+            if not constraint.get("labelSelector") or deployment not in [pod[0] for pod in release.selected(constraint["labelSelector"])]:
+                yield f"{name(deployment)}: the spread over {constraint['topologyKey']} does not select its pods"
+    selecting = [(service, {"matchLabels": service["spec"].get("selector")}) for service in release.of("Service")]
+    selecting += [(budget, budget["spec"].get("selector")) for budget in release.of("PodDisruptionBudget")]
+    selecting += [(policy, policy["spec"].get("podSelector")) for policy in release.of("NetworkPolicy")]
+    for resource, selector in selecting:
+        kinds = [pod[0]["kind"] for pod in release.selected(selector)] if selector and selector.get("matchLabels") else None
+        if kinds != ["Deployment"]:
+            yield f"{name(resource)}: expected to select the pods of the Deployment, found {kinds}"
+
+
+@rule
+def monitors(release):
+    """A ServiceMonitor selects one Service, by a port that it has, and names the job as the rules do."""
+    for monitor in release.of("ServiceMonitor"):
+        found = [s for s in release.of("Service") if matches(monitor["spec"]["selector"], s["metadata"].get("labels", {}))]
+        if len(found) != 1 or not monitor["spec"]["selector"].get("matchLabels"):
+            yield f"{name(monitor)}: expected to select one Service, found {[name(service) for service in found]}"
+        if monitor["spec"].get("namespaceSelector", {}).get("matchNames") != [release.namespace]:
+            yield f"{name(monitor)}: expected to look in {release.namespace}"
+        for service in found:
+            for endpoint in monitor["spec"]["endpoints"]:
+                if {"targetLabel": "job", "replacement": "key-service"} not in endpoint.get("relabelings", []):
+                    yield f"{name(monitor)}: expected the job key-service"
+                if endpoint["port"] not in [port["name"] for port in service["spec"]["ports"]]:
+                    yield f"{name(monitor)}: {name(service)} has no port {endpoint['port']}"
+
+
+@rule
+def prometheus_rules(release):
+    """Prometheus takes the rules (promtool), and no group is there twice."""
+    for resource in release.of("PrometheusRule"):
+        groups = [group["name"] for group in resource["spec"]["groups"]]
+        if len(set(groups)) < len(groups):
+            yield f"{name(resource)}: expected each group once, found {groups}"
+        ran = subprocess.run(["promtool", "check", "rules", "/dev/stdin"], input=yaml.safe_dump(resource["spec"]), text=True, capture_output=True)
+        if ran.returncode != 0:
+            yield f"{name(resource)}: {(ran.stdout + ran.stderr).strip()}"
+
+
+@rule
+def backends(release):
+    """Ingress and HTTPRoute lead to a port that a Service has."""
+    def has(service_name, key, value):
+        return any(port.get(key) == value for service in release.of("Service") if service["metadata"]["name"] == service_name
+                   for port in service["spec"]["ports"])
+    for ingress in release.of("Ingress"):
+        for entry in ingress["spec"]["rules"]:
+            for path in entry["http"]["paths"]:
+                service = path["backend"]["service"]
+                if not has(service["name"], "name", service["port"].get("name")):
+                    yield f"{name(ingress)}: there is no Service {service}"
+                if not path["path"].startswith("/"):
+                    yield f"{name(ingress)}: expected a path, found {path['path']!r}"
+            if not SUBDOMAIN.fullmatch(entry["host"].removeprefix("*.")):
+                yield f"{name(ingress)}: expected a host name, found {entry['host']!r}"
+    for route in release.of("HTTPRoute"):
+        for entry in route["spec"]["rules"]:
+            for backend in entry["backendRefs"]:
+                if not has(backend["name"], "port", backend["port"]):
+                    yield f"{name(route)}: there is no Service {backend}"
+
+
+@rule
+def policy(release):
+    """A network policy governs both ways, and lets in the pods' ports by name."""
+    for resource in release.of("NetworkPolicy"):
+        if sorted(resource["spec"].get("policyTypes", [])) != ["Egress", "Ingress"]:
+            yield f"{name(resource)}: expected the policy types Ingress and Egress"
+        known = {port for _, _, spec in release.selected(resource["spec"]["podSelector"]) for port, _ in container_ports(spec)}
+        admitted = {port["port"] for entry in resource["spec"].get("ingress", []) for port in entry.get("ports", [{"port": None}])}
+        if not admitted <= known or not {"http", "metrics"} <= admitted:
+            yield f"{name(resource)}: expected to let in http and metrics of {sorted(known)}, found {admitted}"
+        if any(not entry.get("ports") for entry in resource["spec"].get("egress", [])):
+            yield f"{name(resource)}: expected egress to named ports only"
+
+
+@rule
+def configuration(release):
+    """The mounted file is TOML; ports and deadlines in it are the pod's; a change of it rolls the pods."""
+    for deployment in release.of("Deployment"):
+        template = deployment["spec"]["template"]
+        mounted = [volume["configMap"]["name"] for volume in template["spec"]["volumes"] if volume["name"] == "config"]
+        found = [resource for resource in release.of("ConfigMap") if resource["metadata"]["name"] in mounted]
+        if len(found) != 1:
+            yield f"{name(deployment)}: expected one ConfigMap with the daemon's file"
+            continue
+        try:
+            settings = tomllib.loads(found[0]["data"]["config.toml"])
+        except (tomllib.TOMLDecodeError, KeyError) as error:
+            yield f"{name(found[0])}: config.toml: {error}"
+            continue
+        by_name = dict(container_ports(template["spec"]))
+        for setting, port in (("srv-port", "http"), ("metrics-port", "metrics")):
+            if settings.get(setting) != by_name.get(port):
+                yield f"{name(deployment)}: expected {setting} to be the port {port}, found {settings.get(setting)} and {by_name.get(port)}"
+        drain = settings.get("drain-delay", 0) + settings.get("drain-timeout", 20)
+        if template["spec"].get("terminationGracePeriodSeconds", 30) <= drain:
+            yield f"{name(deployment)}: expected a terminationGracePeriodSeconds above {drain}"
+        if not re.fullmatch("[0-9a-f]{64}", template["metadata"].get("annotations", {}).get("checksum/config", "")):
+            yield f"{name(deployment)}: expected the annotation checksum/config"
+
+
+@rule
+def accounts(release):
+    """Pods run as a service account that exists, without a token."""
+    made = {resource["metadata"]["name"]: resource for resource in release.of("ServiceAccount")}
+    for resource, _, spec in release.pods():
+        if spec.get("automountServiceAccountToken") is not False:
+            yield f"{name(resource)}: expected automountServiceAccountToken: false"
+        if spec.get("serviceAccountName") not in {**made, "default": None}:
+            yield f"{name(resource)}: there is no service account {spec.get('serviceAccountName')}"
+        if spec.get("enableServiceLinks") is not False:
+            yield f"{name(resource)}: expected enableServiceLinks: false"
+    for account in made.values():
+        if account.get("automountServiceAccountToken") is not False:
+            yield f"{name(account)}: expected automountServiceAccountToken: false"
+
+
+@rule
+def restricted(release):
+    """The Pod Security Standard `restricted`, and a read-only root."""
+    for resource, _, spec in release.pods():
+        place = name(resource)
+        pod = spec.get("securityContext", {})
+        for field in ("hostNetwork", "hostPID", "hostIPC"):
+            if spec.get(field):
+                yield f"{place}: expected no {field}"
+        if pod.get("sysctls"):
+            yield f"{place}: expected no sysctls"
+        for volume in spec.get("volumes", []):
+            kinds = set(volume) - {"name"}
+            if not kinds <= RESTRICTED_VOLUMES:
+                yield f"{place}: expected no volume of the kind {kinds}"
+        for container in spec.get("initContainers", []) + spec.get("ephemeralContainers", []) + spec["containers"]:
+            own = container.get("securityContext", {})
+            place = f"{name(resource)}: {container['name']}"
+            either = {**pod, **own}
+            if either.get("runAsNonRoot") is not True:
+                yield f"{place}: expected runAsNonRoot: true"
+            if not either.get("runAsUser"):
+                yield f"{place}: expected a runAsUser that is not root"
+            if either.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
+                yield f"{place}: expected the seccomp profile RuntimeDefault or Localhost"
+            if own.get("allowPrivilegeEscalation") is not False:
+                yield f"{place}: expected allowPrivilegeEscalation: false"
+            if own.get("privileged"):
+                yield f"{place}: expected no privileged container"
+            if own.get("capabilities", {}).get("drop") != ["ALL"] or set(own["capabilities"].get("add", [])) - {"NET_BIND_SERVICE"}:
+                yield f"{place}: expected to drop ALL capabilities and to add none but NET_BIND_SERVICE"
+            if own.get("procMount", "Default") != "Default":
+                yield f"{place}: expected the default procMount"
+            if own.get("readOnlyRootFilesystem") is not True:
+                yield f"{place}: expected a read-only root"
+            for context in (pod, own):
+                if context.get("seLinuxOptions", {}).get("type", "") not in ("", "container_t", "container_init_t", "container_kvm_t", "container_engine_t") \
+                        or {"user", "role"} & set(context.get("seLinuxOptions", {})):
+                    yield f"{place}: expected no SELinux options"
+                if context.get("appArmorProfile", {}).get("type", "RuntimeDefault") == "Unconfined":
+                    yield f"{place}: expected AppArmor to confine"
+                if context.get("windowsOptions", {}).get("hostProcess"):
+                    yield f"{place}: expected no host process"
+
+
+@rule
+def images(release):
+    """Images are pinned: by a digest or a tag that is not `latest`."""
+    for resource, _, container in release.containers():
+        image = container["image"]
+        tag = image.rpartition("/")[2].partition(":")[2]
+        if "@sha256:" not in image and tag in ("", "latest"):
+            yield f"{name(resource)}: {container['name']}: expected a digest or a tag, found {image}"
+
+
+@rule
+def services(release):
+    """Fields of a Service fit its type."""
+    for service in release.of("Service"):
+        spec = service["spec"]
+        kind = spec.get("type", "ClusterIP")
+        misplaced = [field for field in ("loadBalancerClass", "loadBalancerSourceRanges") if field in spec and kind != "LoadBalancer"]
+        misplaced += [field for field in ("externalTrafficPolicy",) if field in spec and kind == "ClusterIP"]
+        misplaced += [field for field in ("clusterIP",) if spec.get(field) == "None" and kind != "ClusterIP"]
+        misplaced += ["nodePort" for port in spec["ports"] if "nodePort" in port and kind == "ClusterIP"]
+        if misplaced:
+            yield f"{name(service)}: {', '.join(misplaced)} can't be had with type {kind}"
+
+
+@rule
+def sizes(release):
+    """A ConfigMap is at most 1 MiB, and its JSON is JSON."""
+    for resource in release.of("ConfigMap"):
+        if sum(len(text.encode()) for text in resource.get("data", {}).values()) >= 1 << 20:
+            yield f"{name(resource)}: expected less than 1 MiB"
+        for file, text in resource.get("data", {}).items():
+            if file.endswith(".json"):
+                try:
+                    json.loads(text)
+                except ValueError as error:
+                    yield f"{name(resource)}: {file}: {error}"
+
+
+@rule
+def tests(release):
+    """`helm test` has a pod that runs once, of the release's own image."""
+    own = {c["image"] for d in release.of("Deployment") for c in d["spec"]["template"]["spec"]["containers"][:1]}
+    pods = release.of("Pod")
+    if len(pods) != 1:
+        yield f"expected one pod of `helm test`, found {len(pods)}"
+    for pod in pods:
+        if pod["metadata"].get("annotations", {}).get("helm.sh/hook") != "test" or pod["spec"].get("restartPolicy") != "Never":
+            yield f"{name(pod)}: expected the hook `test` and restartPolicy: Never"
+        for container in pod["spec"]["containers"]:
+            command, flag, url = (container.get("args", []) + [None] * 3)[:3]
+            host, _, port = str(url).removeprefix("http://").partition(":")
+            known = [s for s in release.of("Service") if s["metadata"]["name"] == host and port in [str(p["port"]) for p in s["spec"]["ports"]]]
+            if container["image"] not in own or (command, flag) != ("health", "--url") or not known:
+                yield f"{name(pod)}: expected to ask a Service of the release with its own image, found {container['image']} {container.get('args')}"
