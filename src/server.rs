@@ -14,7 +14,7 @@ use prometheus::IntGauge;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::pin;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tracing::{debug, error};
 
 use crate::deadline::{Patience, Timed};
@@ -30,7 +30,7 @@ const CROWD: usize = 64;
 /// How long such a connection may take for its one request, and how long a head may take once the drain has begun.
 const BRIEF: Duration = Duration::from_secs(1);
 
-/// How long accept loops may take to empty their queues when the drain begins; they are then asked for open connections.
+/// How long an accept loop may go on to empty its queue when the drain begins: a client that keeps coming must not hold it.
 const SWEEP: Duration = Duration::from_millis(20);
 
 /// How long open connections are still read from after the drain began, so that a request which is on its way gets its
@@ -60,12 +60,20 @@ pub struct Slots {
     taken: AtomicU64,
     limit: usize,
     freed: Notify,
+    /// Every accept loop holds a receiver; nothing is ever sent.
+    accepting: watch::Sender<()>,
 }
 
 impl Slots {
     /// Slots for `limit` connections.
     pub fn new(limit: usize) -> Self {
-        Self { open: AtomicUsize::new(0), taken: AtomicU64::new(0), limit, freed: Notify::new() }
+        Self {
+            open: AtomicUsize::new(0),
+            taken: AtomicU64::new(0),
+            limit,
+            freed: Notify::new(),
+            accepting: watch::Sender::new(()),
+        }
     }
 
     /// Returns when a connection may be accepted: at once, unless even the crowd is full.
@@ -175,7 +183,10 @@ impl Drain {
     /// Returns then; busy connections may still be there.
     pub async fn begin(&self, terms: &[&Terms]) {
         self.0.send_replace(Phase::Draining);
-        tokio::time::sleep(SWEEP).await;
+        // Only then is it known who is here. A worker that is blocked is not waited for.
+        for terms in terms {
+            let _ = timeout(LINGER, terms.slots.accepting.closed()).await;
+        }
         if terms.iter().any(|terms| !terms.slots.are_empty()) {
             tokio::time::sleep(LINGER).await;
         }
@@ -287,6 +298,7 @@ async fn accept<F, S>(
 {
     let mut complained: Option<Instant> = None;
     let mut sweeping: Option<Instant> = None;
+    let _accepting = terms.slots.accepting.subscribe();
     let mut stopping = phase.clone();
     loop {
         let next = async {
@@ -296,10 +308,13 @@ async fn accept<F, S>(
         // Closing a socket that was bound here resets whoever is in its queue: they are taken first.
         let accepted = if *stopping.borrow() >= Phase::Draining {
             let since = *sweeping.get_or_insert_with(Instant::now);
-            match at_once(next).await {
-                Some(accepted) if since.elapsed() < LINGER => accepted,
-                _ => return,
+            if since.elapsed() > SWEEP {
+                return;
             }
+            let Some(accepted) = at_once(next).await else {
+                return;
+            };
+            accepted
         } else {
             tokio::select! {
                 biased;
