@@ -90,10 +90,10 @@ class Release(list):
 
 def assertions():
     """The lines of this file that can report something: what the mutants must reach."""
-    helpers = ("findings", "pods", "containers", "maps", "unknown")
+    inner_ones = ("findings", "pods", "containers", "maps", "unknown", "wrong")
     lines = {}
     for function in ast.walk(ast.parse(open(__file__).read())):
-        if isinstance(function, ast.FunctionDef) and function.name not in helpers:
+        if isinstance(function, ast.FunctionDef) and function.name not in inner_ones:
             own = [node for node in ast.walk(function) if isinstance(node, ast.Yield)]
             nested = [node for inner in ast.walk(function) if isinstance(inner, ast.FunctionDef) and inner is not function
                       for node in ast.walk(inner)]
@@ -167,6 +167,39 @@ def schema_findings(resources, version):
 def schema(release):
     """Strictly as Kubernetes' own schemas have it: types, required and unknown fields."""
     yield from schema_findings(release.of(*BUILT_IN_KINDS), kubernetes_validate.latest_version())
+
+
+# What the schemas call a string, and the API server takes a few words for.
+CHOICES = {
+    "externalTrafficPolicy": {"Cluster", "Local"},
+    "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
+    "ipFamilies": {"IPv4", "IPv6"},
+    "ipFamilyPolicy": {"SingleStack", "PreferDualStack", "RequireDualStack"},
+    "pathType": {"Exact", "Prefix", "ImplementationSpecific"},
+    "policyTypes": {"Ingress", "Egress"},
+    "protocol": {"TCP", "UDP", "SCTP"},
+    "restartPolicy": {"Always", "OnFailure", "Never"},
+    "trafficDistribution": {"PreferClose", "PreferSameZone", "PreferSameNode"},
+    "unhealthyPodEvictionPolicy": {"IfHealthyBudget", "AlwaysAllow"},
+    "whenUnsatisfiable": {"DoNotSchedule", "ScheduleAnyway"},
+}
+
+
+@rule
+def choices(release):
+    """Fields that take a few words only have one of them."""
+    def wrong(value, key):
+        if isinstance(value, dict):
+            for inner_key, inner in value.items():
+                yield from wrong(inner, inner_key)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from wrong(inner, key)
+        elif key in CHOICES and value not in CHOICES[key]:
+            yield key, value
+    for resource in release.of(*BUILT_IN_KINDS):
+        for key, value in wrong(resource.get("spec", {}), ""):
+            yield f"{name(resource)}: {key}: expected one of {', '.join(sorted(CHOICES[key]))}, found {value!r}"
 
 
 @rule

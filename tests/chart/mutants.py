@@ -39,6 +39,9 @@ HPA, PDB = "HorizontalPodAutoscaler", "PodDisruptionBudget"
 change("schema", "an unknown field", "Deployment", *DAEMON, "imagePullPolice", to="Always")
 change("schema", "a count that is text", "Deployment", "spec", "revisionHistoryLimit", to="three")
 change("schema", "a required field is missing", "Deployment", "spec", "selector", drop=True)
+change("choices", "a policy that there isn't", PDB, "spec", "unhealthyPodEvictionPolicy", to="Always")
+change("choices", "a protocol in lower case", "Service", "spec", "ports", 0, "protocol", to="tcp")
+change("choices", "a policy's type that there isn't", "NetworkPolicy", "spec", "policyTypes", to=["Ingress", "egress"])
 change("kinds", "a kind that nobody looks at", "ConfigMap", "kind", to="Secret", end="-object")
 
 change("custom_models", "a time that is none", "ServiceMonitor", "spec", "endpoints", 0, "interval", to="often")
