@@ -14,6 +14,7 @@
 //! | [`problem`] | what a client is told instead of a key |
 //! | [`metrics`], `process` | what is counted |
 //! | [`listener`] | sockets, inherited or bound |
+//! | [`peer`] | who is at the other end of a connection |
 //! | [`deadline`] | connections that keep us waiting end |
 //! | [`server`] | the accept loop and the drain |
 //! | [`systemd`] | what the service manager is told |
@@ -33,6 +34,7 @@ pub mod key;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod peer;
 pub mod probe;
 pub mod problem;
 mod process;
@@ -59,6 +61,7 @@ use health::Health;
 use listener::{Inherited, ListenError, Listener};
 use logging::Log;
 use metrics::Metrics;
+use peer::Peer;
 use random::{Failure, Generator, Source};
 use server::{Drain, Heartbeat, Heartbeats, Phase, Seat, Terms};
 use signals::{Order, Signals};
@@ -294,8 +297,8 @@ fn share(listeners: &[Listener], heartbeats: &mut Heartbeats) -> io::Result<Vec<
 }
 
 /// The service for a connection, by the seat that it got.
-fn seated(site: Site) -> impl Fn(Seat) -> Site + Clone + Send + 'static {
-    move |seat| match seat {
+fn seated(site: Site) -> impl Fn(Seat, Peer) -> Site + Clone + Send + 'static {
+    move |seat, _| match seat {
         Seat::Regular => site.clone(),
         Seat::Crowd => site.clone().crowded(),
     }

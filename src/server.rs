@@ -20,6 +20,7 @@ use tracing::{debug, error};
 use crate::deadline::{Patience, Timed};
 use crate::listener::{Acceptor, Listener};
 use crate::metrics::{AcceptError, Metrics, Rejection};
+use crate::peer::Peer;
 
 /// The largest request head, in bytes; hyper answers a larger one with 431.
 pub const HEAD_MAX: usize = 16 * 1024;
@@ -241,7 +242,7 @@ pub async fn serve<F, S>(
     phase: watch::Receiver<Phase>,
 ) -> io::Result<()>
 where
-    F: Fn(Seat) -> S + Clone + Send + 'static,
+    F: Fn(Seat, Peer) -> S + Clone + Send + 'static,
     S: HttpService<Incoming, Error = Infallible> + Send + 'static,
     S::Future: Send,
     S::ResBody: Send + 'static,
@@ -274,7 +275,7 @@ async fn accept<F, S>(
     phase: watch::Receiver<Phase>,
     alive: mpsc::Sender<Infallible>,
 ) where
-    F: Fn(Seat) -> S,
+    F: Fn(Seat, Peer) -> S,
     S: HttpService<Incoming, Error = Infallible> + Send + 'static,
     S::Future: Send,
     S::ResBody: Send + 'static,
@@ -295,10 +296,10 @@ async fn accept<F, S>(
             accepted = next => accepted,
         };
         match accepted {
-            Ok(stream) => {
+            Ok((stream, peer)) => {
                 let seat = terms.slots.seat();
                 let guard = Open::new(terms.clone(), alive.clone());
-                let service = service(seat);
+                let service = service(seat, peer);
                 let phase = phase.clone();
                 tokio::spawn(async move {
                     let patience = match seat {
@@ -412,7 +413,7 @@ mod tests {
         let is_released = Arc::new(std::sync::Mutex::new(is_released));
         thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let service = move |_: Seat| {
+            let service = move |_: Seat, _: Peer| {
                 let (entered, is_released) = (entered.clone(), Arc::clone(&is_released));
                 service_fn(move |_: Request<Incoming>| {
                     entered.send(()).unwrap();
