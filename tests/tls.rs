@@ -238,9 +238,15 @@ fn with_a_client_ca_only_its_clients_are_let_in() {
     });
     assert!(refusal(&daemon, &with(&expired)).contains("CertificateExpired"), "an old one");
     until("the counts", || (failures(&daemon, "client_certificate") == 3.0).then_some(()));
+    let for_servers = clients.issue(|params| {
+        params.distinguished_name.push(DnType::CommonName, "web");
+        params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
+    });
+    let _ = refusal(&daemon, &with(&for_servers));
+    until("the counts", || (failures(&daemon, "client_certificate") == 4.0).then_some(()));
     let nameless = clients.issue(|_| {});
     let _ = refusal(&daemon, &with(&nameless)); // after the handshake, which has no alert for it
-    until("the counts", || (failures(&daemon, "client_certificate") == 4.0).then_some(()));
+    until("the counts", || (failures(&daemon, "client_certificate") == 5.0).then_some(()));
     assert_eq!(get(daemon.metrics(), "/readyz").status, 200, "probes ask on the metrics port");
 }
 
