@@ -434,11 +434,12 @@ struct Refused;
 /// Forbids core dumps for the life of the process: key bytes must not reach a disk.
 ///
 /// A limit of 1 is what the kernel takes as a refusal for dumps to a program too (core(5), piping), where 0 is ignored;
-/// for dumps to a file both are below the smallest one.
+/// for dumps to a file both are below the smallest one. A hard limit of 0 can't be raised, and stays.
 ///
 /// # Errors
 /// When the system denies it.
 pub fn forbid_core_dumps() -> io::Result<()> {
-    let none = Rlimit { current: Some(1), maximum: Some(1) };
+    let lowest = getrlimit(Resource::Core).maximum.map_or(1, |maximum| maximum.min(1));
+    let none = Rlimit { current: Some(lowest), maximum: Some(lowest) };
     Ok(setrlimit(Resource::Core, none)?)
 }

@@ -10,7 +10,7 @@ use key_service::listener::Inherited;
 use key_service::logging::Log;
 use key_service::probe::Target;
 use key_service::random::Kernel;
-use key_service::{forbid_core_dumps, run};
+use key_service::{forbid_core_dumps, run, systemd};
 
 /// Could not start or go on.
 const EXIT_FAILURE: u8 = 1;
@@ -30,6 +30,7 @@ fn main() -> ExitCode {
             for mistake in mistakes.iter() {
                 eprintln!("key-service: {mistake}");
             }
+            systemd::refused(&mistakes.to_string());
             return EXIT_CONFIG.into();
         }
     };
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
+            systemd::refused(&error.to_string());
             EXIT_FAILURE.into()
         }
     }

@@ -23,7 +23,6 @@ pub struct Notifier {
 #[derive(Debug)]
 enum Message {
     Ready(String),
-    Status(String),
     Reloading,
     Stopping(String),
     Alive,
@@ -47,11 +46,6 @@ impl Notifier {
     /// The service serves; `status` says where.
     pub fn ready(&self, status: &str) {
         self.queue(Message::Ready(status.to_owned()));
-    }
-
-    /// One line for `systemctl status`.
-    pub fn status(&self, status: &str) {
-        self.queue(Message::Status(status.to_owned()));
     }
 
     /// The configuration is being read again; [`Notifier::ready`] ends that.
@@ -82,7 +76,6 @@ fn send_all(messages: &Receiver<Message>) {
     for message in messages {
         let sent = match &message {
             Message::Ready(status) => sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(status)]),
-            Message::Status(status) => sd_notify::notify(&[NotifyState::Status(status)]),
             // One datagram: systemd pairs the two (sd_notify(3), RELOADING=1).
             Message::Reloading => NotifyState::monotonic_usec_now()
                 .and_then(|now| sd_notify::notify(&[NotifyState::Reloading, now])),
@@ -95,6 +88,13 @@ fn send_all(messages: &Receiver<Message>) {
             warn!(%error, "the service manager can't be told");
         }
     }
+}
+
+/// Puts why there is no start where `systemctl status` shows it, whether or not the log has got there yet. It is sent
+/// from here, as the process is about to end; a manager that does not read meets `TimeoutStartSec=`.
+pub fn refused(reason: &str) {
+    let line = reason.lines().collect::<Vec<_>>().join("; "); // a line break would end the message's field
+    let _ = sd_notify::notify(&[NotifyState::Status(&line)]); // it is on stderr too
 }
 
 /// Pings the watchdog for as long as `progress` says that everything moved since the last time. Never returns.

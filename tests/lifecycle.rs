@@ -321,6 +321,25 @@ fn a_daemon_that_bound_its_own_socket_never_ends_by_itself() {
 }
 
 #[test]
+fn the_service_manager_is_told_why_there_is_no_start() {
+    let held = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = held.local_addr().unwrap().port().to_string();
+    for (arguments, code, reason) in [
+        (["--max-size", "1k", "--log-level", "loud"], 78, "max-size: expected"),
+        (["--host", "127.0.0.1", "--srv-port", &port], 1, "can't listen on 127.0.0.1:"),
+    ] {
+        let folder = Folder::new();
+        let (manager, notify) = common::Manager::new(&folder);
+        let mut command = common::key_service(&folder);
+        command.args(arguments).env("NOTIFY_SOCKET", notify);
+        command.arg("--config").arg(folder.write("config.toml", "metrics-port = 0\n"));
+        assert_eq!(common::run_to_end(command).status.code(), Some(code));
+        let [status] = &manager.message()[..] else { panic!("one line") };
+        assert!(status.starts_with("STATUS=") && status.contains(reason), "{status}");
+    }
+}
+
+#[test]
 fn core_dumps_are_forbidden() {
     let daemon = Daemon::start(&[]);
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).unwrap();
