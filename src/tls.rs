@@ -253,7 +253,6 @@ pub fn load(settings: &Settings) -> Result<Loaded, Vec<Fault>> {
     // No session is resumed: a ticket would keep a secret past its connection, and let a client in whose certificate
     // has expired or whose CA is gone. Keep-alive is what saves handshakes here.
     server.session_storage = Arc::new(NoServerSessionStorage {});
-    server.send_tls13_tickets = 0;
     Ok(Loaded { server: Arc::new(server), validity })
 }
 
@@ -298,6 +297,9 @@ impl Tls {
         let stamps = stamps(&settings); // before they are read, so that no change goes unseen
         let loaded = load(&settings)?;
         metrics.loaded(loaded.not_after());
+        // aws-lc seeds its generator at the first use, which takes 70 ms: now, and not in a worker with connections. A
+        // failure is met again by each handshake, which tells its client.
+        let _ = loaded.server.crypto_provider().secure_random.fill(&mut [0]);
         let tls = Self {
             server: RwLock::new(Arc::clone(&loaded.server)),
             files: Mutex::new((settings, stamps)),

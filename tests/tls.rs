@@ -282,7 +282,15 @@ fn a_renewed_certificate_is_taken_up_under_load_without_a_failure() {
         }
         served
     };
+    /// Stops the askers even where the test fails, which would wait for them for ever.
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
     std::thread::scope(|scope| {
+        let stop = Stop(&stop);
         let askers = [scope.spawn(ask_anew), scope.spawn(ask_anew), scope.spawn(ask_again)];
         let renew = |is_told: bool| {
             let renewed = authority.server();
@@ -296,7 +304,7 @@ fn a_renewed_certificate_is_taken_up_under_load_without_a_failure() {
             renew(true);
         }
         renew(false); // seen without a word, within seconds
-        stop.store(true, Ordering::Relaxed);
+        drop(stop);
         for asker in askers {
             assert!(asker.join().unwrap() > 0);
         }
