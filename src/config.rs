@@ -17,6 +17,7 @@ use figment::{Figment, Metadata, Profile, Provider, Source};
 
 use crate::listener::Host;
 use crate::logging::LogLevel;
+use crate::tls::{self, Location, MinVersion, Part};
 
 /// Where the configuration is read from when no other file is named; it need not exist.
 pub const DEFAULT_PATH: &str = "/etc/key-service/config.toml";
@@ -59,10 +60,12 @@ pub struct Config {
     pub drain_delay: Duration,
     /// How long the service may be without a connection before it ends, where a socket unit starts it again.
     pub exit_idle: Option<Duration>,
+    /// Who the service is, where keys are served over TLS.
+    pub tls: Option<tls::Settings>,
 }
 
 /// The names of all settings, as TOML has them.
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 17] = [
     "host",
     "srv-port",
     "max-size",
@@ -76,10 +79,17 @@ const NAMES: [&str; 13] = [
     "drain-timeout",
     "drain-delay",
     "exit-idle",
+    "tls-cert",
+    "tls-key",
+    "tls-client-ca",
+    "tls-min-version",
 ];
 
 /// The settings that a running service takes on at a reload.
 const LIVE: [&str; 2] = ["max-size", "log-level"];
+
+/// Those that it takes on too while TLS stays on.
+const LIVE_TLS: [&str; 4] = ["tls-cert", "tls-key", "tls-client-ca", "tls-min-version"];
 
 impl Config {
     /// Whether metrics are served beside the keys instead of on a listener of their own.
@@ -96,11 +106,15 @@ impl Config {
             .filter(changed)
             .map(|((name, _), _)| name)
             .filter(|name| !LIVE.contains(name))
+            .filter(|name| !(LIVE_TLS.contains(name) && self.tls.is_some() && new.tls.is_some()))
             .collect()
     }
 
     fn values(&self) -> [(&'static str, Value); NAMES.len()] {
         let text = |value: &dyn fmt::Display| Value::from(value.to_string());
+        let tls = self.tls.as_ref();
+        let file =
+            |location: Option<&Location>| Value::from(location.map_or_else(String::new, ToString::to_string));
         let values = [
             text(&self.host),
             self.srv_port.into(),
@@ -115,6 +129,10 @@ impl Config {
             self.drain_timeout.as_secs().into(),
             self.drain_delay.as_secs().into(),
             self.exit_idle.map_or(0, |period| period.as_secs()).into(),
+            file(tls.map(|tls| &tls.certificate)),
+            file(tls.map(|tls| &tls.key)),
+            file(tls.and_then(|tls| tls.client_ca.as_ref())),
+            text(&tls.map_or(MinVersion::Tls13, |tls| tls.min_version)),
         ];
         let mut names = NAMES.into_iter();
         values.map(|value| (names.next().expect("as many names as values"), value))
@@ -141,11 +159,23 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Reads all layers.
+    /// Reads all layers, and the files of certificates and keys that they name.
     ///
     /// # Errors
     /// Every mistake there is.
     pub fn load(&self) -> Result<Config, Mistakes> {
+        self.read(true)
+    }
+
+    /// Reads all layers, for who only wants to know where the service is and may not read its key.
+    ///
+    /// # Errors
+    /// Every mistake that shows without opening another file.
+    pub fn settings(&self) -> Result<Config, Mistakes> {
+        self.read(false)
+    }
+
+    fn read(&self, opens_files: bool) -> Result<Config, Mistakes> {
         let path = self.file.as_deref().unwrap_or(Path::new(DEFAULT_PATH));
         let file = Toml::file_exact(path);
         // A file that can't be read at all hides whatever else is in it; the other layers are still looked at.
@@ -163,6 +193,7 @@ impl Sources {
         let mut reader = Reader {
             figment: figment.merge(environment).merge(Flags(&self.flags)),
             mistakes: unreadable.into_iter().collect(),
+            opens_files,
         };
         reader.refuse_unknown();
         let config = reader.config();
@@ -195,6 +226,7 @@ impl Mistakes {
 struct Reader {
     figment: Figment,
     mistakes: Vec<String>,
+    opens_files: bool,
 }
 
 impl Reader {
@@ -221,6 +253,7 @@ impl Reader {
         let drain_timeout = self.whole("drain-timeout", 20, 0..=ONE_HOUR);
         let drain_delay = self.whole("drain-delay", 0, 0..=ONE_HOUR);
         let exit_idle = self.whole("exit-idle", 0, 0..=24 * ONE_HOUR);
+        let tls = self.tls();
         Some(Config {
             host: host?,
             srv_port: srv_port?.try_into().ok()?,
@@ -235,7 +268,67 @@ impl Reader {
             drain_timeout: Duration::from_secs(drain_timeout?),
             drain_delay: Duration::from_secs(drain_delay?),
             exit_idle: Some(Duration::from_secs(exit_idle?)).filter(|period| !period.is_zero()),
+            tls: tls?,
         })
+    }
+
+    /// `None` where something is wrong, `Some(None)` where TLS is off.
+    fn tls(&mut self) -> Option<Option<tls::Settings>> {
+        let certificate = self.location("tls-cert");
+        let key = self.location("tls-key");
+        let client_ca = self.location("tls-client-ca");
+        let min_version = self.version("tls-min-version");
+        let (certificate, key, client_ca, min_version) = (certificate?, key?, client_ca?, min_version?);
+        let (certificate, key) = match (certificate, key) {
+            (Some(certificate), Some(key)) => (certificate, key),
+            (Some(_), None) => return self.miss("tls-cert", "tls-key"),
+            (None, Some(_)) => return self.miss("tls-key", "tls-cert"),
+            (None, None) if client_ca.is_some() => return self.miss("tls-client-ca", "tls-cert and tls-key"),
+            (None, None) => return Some(None),
+        };
+        let settings = tls::Settings { certificate, key, client_ca, min_version };
+        if self.opens_files {
+            let faults = tls::load(&settings).err().unwrap_or_default();
+            for fault in faults {
+                let name = match fault.part {
+                    Part::Certificate => "tls-cert",
+                    Part::Key => "tls-key",
+                    Part::ClientCa => "tls-client-ca",
+                };
+                let value = self.figment.find_value(name).expect("it named the file that was read");
+                let source = self.source(name, &value);
+                self.mistakes.push(format!("{name}: {} ({source})", fault.sentence));
+            }
+        }
+        Some(Some(settings))
+    }
+
+    /// A file, or none where the text is empty.
+    fn location(&mut self, name: &'static str) -> Option<Option<Location>> {
+        let Ok(value) = self.figment.find_value(name) else {
+            return Some(None);
+        };
+        match value.as_str() {
+            Some("") => Some(None),
+            Some(text) if text.parse::<Location>().is_ok() => Some(text.parse().ok()),
+            _ => self.refuse(name, &value, "a path or credential:NAME"),
+        }
+    }
+
+    /// The environment's and a careless file's 1.2 is a number.
+    fn version(&mut self, name: &'static str) -> Option<MinVersion> {
+        let Ok(value) = self.figment.find_value(name) else {
+            return Some(MinVersion::Tls13);
+        };
+        let text = value.as_str().map_or_else(|| shown(&value), str::to_owned);
+        text.parse().ok().or_else(|| self.refuse(name, &value, "\"1.2\" or \"1.3\""))
+    }
+
+    fn miss<T>(&mut self, name: &str, missing: &str) -> Option<T> {
+        let value = self.figment.find_value(name).expect("it is there and wants for another");
+        let source = self.source(name, &value);
+        self.mistakes.push(format!("{name}: expected {missing} beside it, found none ({source})"));
+        None
     }
 
     fn whole(&mut self, name: &'static str, default: u64, range: RangeInclusive<u64>) -> Option<u64> {

@@ -30,7 +30,8 @@ impl Patience {
         self.head.fetch_min(millis(to), Ordering::Relaxed);
     }
 
-    fn head(&self) -> Duration {
+    /// How long a head may take now.
+    pub fn head(&self) -> Duration {
         Duration::from_millis(self.head.load(Ordering::Relaxed))
     }
 }
@@ -52,6 +53,11 @@ impl<S> Timed<S> {
     /// Starts the clock.
     pub fn new(stream: S, patience: Arc<Patience>) -> Self {
         Self { stream, patience, since: Instant::now(), write_waits: false, timer: None }
+    }
+
+    /// What the client is held to.
+    pub fn patience(&self) -> &Patience {
+        &self.patience
     }
 
     /// Ready when `limit` has passed since the last progress; else the task is woken when it may have.

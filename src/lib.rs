@@ -14,6 +14,8 @@
 //! | [`problem`] | what a client is told instead of a key |
 //! | [`metrics`], `process` | what is counted |
 //! | [`listener`] | sockets, inherited or bound |
+//! | [`peer`] | who is at the other end of a connection |
+//! | [`tls`] | certificates, handshakes, reload |
 //! | [`deadline`] | connections that keep us waiting end |
 //! | [`server`] | the accept loop and the drain |
 //! | [`systemd`] | what the service manager is told |
@@ -33,6 +35,7 @@ pub mod key;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod peer;
 pub mod probe;
 pub mod problem;
 mod process;
@@ -40,6 +43,7 @@ pub mod random;
 pub mod server;
 pub mod signals;
 pub mod systemd;
+pub mod tls;
 
 use std::fmt::{self, Display};
 use std::io;
@@ -59,10 +63,12 @@ use health::Health;
 use listener::{Inherited, ListenError, Listener};
 use logging::Log;
 use metrics::Metrics;
+use peer::Peer;
 use random::{Failure, Generator, Source};
 use server::{Drain, Heartbeat, Heartbeats, Phase, Seat, Terms};
 use signals::{Order, Signals};
 use systemd::Notifier;
+use tls::{Fault, Loaded, Tls};
 
 /// Connections that the metrics listener serves at once: scrapers and probes are few.
 const METRICS_CONNECTIONS: usize = 64;
@@ -77,6 +83,8 @@ pub enum RunError {
     Generator(Failure),
     /// There is no listener.
     Listen(ListenError),
+    /// Certificates and key are no longer what they were when the configuration was read.
+    Tls(Vec<Fault>),
     /// The system denied something that has no other name.
     System(&'static str, io::Error),
 }
@@ -86,6 +94,7 @@ impl Display for RunError {
         match self {
             Self::Generator(failure) => write!(f, "no keys can be made: {failure}"),
             Self::Listen(error) => error.fmt(f),
+            Self::Tls(faults) => write!(f, "no TLS can be spoken: {}", sentences(faults)),
             Self::System(what, error) => write!(f, "{what}: {error}"),
         }
     }
@@ -132,12 +141,20 @@ pub fn run(
         metrics: Arc::clone(&metrics),
         log_events_dropped: log.dropped(),
     });
+    let tls = match config.tls.clone() {
+        None => None,
+        Some(settings) => {
+            let (tls, loaded) = Tls::new(settings, metrics.tls()).map_err(RunError::Tls)?;
+            report("keys are served over TLS", &loaded);
+            Some(Arc::new(tls))
+        }
+    };
     let status = status(&keys, &operator, config.shares_port());
 
     let terms = |connections| {
         Terms::new(connections, config.head_timeout, config.write_timeout, Arc::clone(&metrics))
     };
-    let key_terms = terms(connections).counted_on(metrics.connections.clone());
+    let key_terms = terms(connections).counted_on(metrics.connections.clone()).encrypted(tls.clone());
     let operator_terms = terms(METRICS_CONNECTIONS);
     let routes = if config.shares_port() { Routes::Both } else { Routes::Client };
     let drain = Drain::new();
@@ -186,11 +203,15 @@ pub fn run(
                 tokio::select! {
                     never = &mut watchdog => never,
                     () = &mut idle => break "idle",
+                    tls = changed(tls.as_deref()) => match tls.reload(None) {
+                        Ok(loaded) => report("the certificate has changed and is in use", &loaded),
+                        Err(faults) => keep_certificate(&faults),
+                    },
                     order = signals.next() => match order {
                         Order::Stop(signal) => break signal,
                         Order::Reload => {
                             notifier.reloading();
-                            match reload(&mut running, sources, &api, log) {
+                            match reload(&mut running, sources, &api, tls.as_deref(), log) {
                                 Ok(()) => notifier.ready(&status),
                                 Err(Refused) => notifier.ready(&format!("{status}; the last reload was refused")),
                             }
@@ -294,8 +315,8 @@ fn share(listeners: &[Listener], heartbeats: &mut Heartbeats) -> io::Result<Vec<
 }
 
 /// The service for a connection, by the seat that it got.
-fn seated(site: Site) -> impl Fn(Seat) -> Site + Clone + Send + 'static {
-    move |seat| match seat {
+fn seated(site: Site) -> impl Fn(Seat, Peer) -> Site + Clone + Send + 'static {
+    move |seat, _| match seat {
         Seat::Regular => site.clone(),
         Seat::Crowd => site.clone().crowded(),
     }
@@ -340,7 +361,13 @@ impl Worker {
 }
 
 /// Takes on what may change while the service runs, and names in the log what may not.
-fn reload(running: &mut Config, sources: &Sources, api: &Api, log: &Log) -> Result<(), Refused> {
+fn reload(
+    running: &mut Config,
+    sources: &Sources,
+    api: &Api,
+    tls: Option<&Tls>,
+    log: &Log,
+) -> Result<(), Refused> {
     let new = match sources.load() {
         Ok(new) => new,
         Err(mistakes) => {
@@ -355,6 +382,14 @@ fn reload(running: &mut Config, sources: &Sources, api: &Api, log: &Log) -> Resu
     for setting in running.needs_restart(&new) {
         warn!(setting, "this setting has changed and takes effect at the next restart");
     }
+    if let (Some(tls), Some(settings)) = (tls, &new.tls) {
+        match tls.reload(Some(settings.clone())) {
+            Ok(loaded) => report("the certificate is read again", &loaded),
+            // The files were in order a moment ago; whoever changes them now is heard within seconds.
+            Err(faults) => keep_certificate(&faults),
+        }
+        running.tls = new.tls.clone();
+    }
     api.max_size.store(new.max_size, Ordering::Relaxed);
     log.set_level(new.log_level);
     running.max_size = new.max_size;
@@ -362,6 +397,35 @@ fn reload(running: &mut Config, sources: &Sources, api: &Api, log: &Log) -> Resu
     api.metrics.config_last_reload_successful.set(1);
     info!(max_size = new.max_size, log_level = %new.log_level, "the configuration is reloaded");
     Ok(())
+}
+
+/// Waits until certificate, key or client CAs are to be read again.
+async fn changed(tls: Option<&Tls>) -> &Tls {
+    match tls {
+        Some(tls) => {
+            tls.changed().await;
+            tls
+        }
+        None => std::future::pending().await,
+    }
+}
+
+fn report(what: &'static str, loaded: &Loaded) {
+    info!(not_after = loaded.not_after(), "{what}");
+    if let Some(warning) = loaded.warning() {
+        warn!(not_after = loaded.not_after(), "{warning}");
+    }
+}
+
+fn keep_certificate(faults: &[Fault]) {
+    tracing::error!(
+        faults = sentences(faults),
+        "the certificate has changed and is refused; the one before stays"
+    );
+}
+
+fn sentences(faults: &[Fault]) -> String {
+    faults.iter().map(|fault| fault.sentence.as_str()).collect::<Vec<_>>().join("; ")
 }
 
 /// The new configuration has mistakes, which are in the log.

@@ -16,6 +16,8 @@ use listenfd::ListenFd;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::peer::Peer;
+
 /// How many connections the kernel holds while they wait to be accepted; it caps this at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
@@ -268,10 +270,17 @@ impl Acceptor {
     ///
     /// # Errors
     /// As accept(2).
-    pub async fn accept(&self) -> io::Result<Stream> {
+    pub async fn accept(&self) -> io::Result<(Stream, Peer)> {
         match self {
-            Self::Tcp(listener) => listener.accept().await.map(|(stream, _)| Stream::Tcp(stream)),
-            Self::Unix(listener) => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+            Self::Tcp(listener) => {
+                let (stream, address) = listener.accept().await?;
+                Ok((Stream::Tcp(stream), Peer::tcp(address)))
+            }
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                let peer = Peer::unix(&stream)?;
+                Ok((Stream::Unix(stream), peer))
+            }
         }
     }
 }

@@ -97,6 +97,49 @@ impl AcceptError {
     }
 }
 
+/// Why a TLS handshake failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HandshakeFailure {
+    /// It took too long.
+    Timeout,
+    /// The client went away.
+    Closed,
+    /// What the client sent was no TLS: plain HTTP, most often.
+    Malformed,
+    /// There is no version, algorithm or protocol that both speak.
+    Incompatible,
+    /// The client had no certificate, or none that is accepted.
+    ClientCertificate,
+    /// The client would not go on: it does not trust our certificate, most often.
+    ClientAlert,
+    /// Anything else.
+    Other,
+}
+
+impl HandshakeFailure {
+    const ALL: [Self; 7] = [
+        Self::Timeout,
+        Self::Closed,
+        Self::Malformed,
+        Self::Incompatible,
+        Self::ClientCertificate,
+        Self::ClientAlert,
+        Self::Other,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::Closed => "closed",
+            Self::Malformed => "malformed",
+            Self::Incompatible => "incompatible",
+            Self::ClientCertificate => "client_certificate",
+            Self::ClientAlert => "client_alert",
+            Self::Other => "other",
+        }
+    }
+}
+
 /// Every metric of the daemon, each series resolved once.
 #[derive(Debug)]
 pub struct Metrics {
@@ -245,6 +288,33 @@ impl Metrics {
         }
     }
 
+    /// The metrics of TLS. They are there only where TLS is: a certificate that expires in 1970 would raise alarm.
+    pub fn tls(&self) -> TlsMetrics {
+        let failures = counters(
+            &self.registry,
+            "tls_handshake_failures_total",
+            "TLS handshakes that failed, by reason.",
+            "reason",
+        );
+        TlsMetrics {
+            handshakes: register(
+                &self.registry,
+                IntCounter::new("tls_handshakes_total", "TLS handshakes that led to a connection."),
+            ),
+            failures: HandshakeFailure::ALL.map(|reason| failures.with_label_values(&[reason.label()])),
+            not_after: int_gauge(
+                &self.registry,
+                "tls_certificate_not_after_timestamp_seconds",
+                "When the first certificate of the chain in use expires, in seconds since 1970.",
+            ),
+            last_reload_successful: int_gauge(
+                &self.registry,
+                "tls_last_reload_successful",
+                "1 if the last (re)load of certificate and key was taken, else 0.",
+            ),
+        }
+    }
+
     /// Counts an answer.
     pub fn answered(&self, status: StatusCode) {
         self.responses
@@ -296,6 +366,38 @@ impl Metrics {
         let news = log_events_dropped.saturating_sub(self.log_events_dropped.get());
         self.log_events_dropped.inc_by(news);
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default() // writing into a String can't fail
+    }
+}
+
+/// What is counted where TLS is on.
+#[derive(Debug)]
+pub struct TlsMetrics {
+    handshakes: IntCounter,
+    failures: [IntCounter; HandshakeFailure::ALL.len()],
+    not_after: IntGauge,
+    last_reload_successful: IntGauge,
+}
+
+impl TlsMetrics {
+    /// Notes that a certificate was taken into use, and when it expires, in seconds since 1970.
+    pub fn loaded(&self, not_after: u64) {
+        self.not_after.set(i64::try_from(not_after).unwrap_or(i64::MAX));
+        self.last_reload_successful.set(1);
+    }
+
+    /// Notes that the certificate in use is not the one that is configured.
+    pub fn reload_refused(&self) {
+        self.last_reload_successful.set(0);
+    }
+
+    /// Counts a handshake that led to a connection.
+    pub fn handshake_done(&self) {
+        self.handshakes.inc();
+    }
+
+    /// Counts one that did not.
+    pub fn handshake_failed(&self, reason: HandshakeFailure) {
+        self.failures[reason as usize].inc();
     }
 }
 
@@ -354,6 +456,9 @@ mod tests {
             assert_eq!(endpoint as usize, place);
         }
         for (place, reason) in Rejection::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, place);
+        }
+        for (place, reason) in HandshakeFailure::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, place);
         }
         assert_eq!(Endpoint::of("/health"), Endpoint::Health);

@@ -7,8 +7,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConnection, StreamOwned};
+
 use crate::config::Config;
 use crate::listener::Host;
+use crate::tls;
 
 /// How long each step may take: connecting, the request, the answer.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -22,12 +26,33 @@ pub struct Target {
     /// `host:port`, or `unix:/path`.
     authority: String,
     path: String,
+    /// The certificate that the service has to have, where it speaks TLS.
+    certificate: Option<CertificateDer<'static>>,
 }
 
 impl Target {
-    /// The service that `config` describes, on this machine.
-    pub fn local(config: &Config) -> Self {
-        let authority = match &config.host {
+    /// The service that `config` describes, on this machine. Where it asks clients for certificates, its metrics
+    /// listener is asked: this one has none.
+    ///
+    /// # Errors
+    /// A sentence, where the service's certificate can't be read or it has no place to ask.
+    pub fn local(config: &Config) -> Result<Self, String> {
+        let wants_certificate = config.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
+        let is_tcp = matches!(config.host, Host::Ip(_));
+        let (host, port) = match (wants_certificate && is_tcp, config.shares_port()) {
+            (false, _) => (&config.host, config.srv_port),
+            (true, false) => (&config.metrics_host, config.metrics_port),
+            (true, true) => {
+                return Err("expected a metrics-port of its own where tls-client-ca asks for certificates, found that of \
+                            srv-port: health has no certificate to show"
+                    .into());
+            }
+        };
+        let certificate = match &config.tls {
+            Some(tls) if is_tcp && !wants_certificate => Some(tls::leaf(&tls.certificate)?),
+            _ => None,
+        };
+        let authority = match host {
             Host::Unix(path) => format!("unix:{}", path.display()),
             // An unspecified address takes connections to this machine.
             Host::Ip(ip) if ip.is_unspecified() => {
@@ -35,27 +60,40 @@ impl Target {
                     IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
                     IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
                 };
-                std::net::SocketAddr::new(loopback, config.srv_port).to_string()
+                std::net::SocketAddr::new(loopback, port).to_string()
             }
-            Host::Ip(ip) => std::net::SocketAddr::new(*ip, config.srv_port).to_string(),
+            Host::Ip(ip) => std::net::SocketAddr::new(*ip, port).to_string(),
         };
-        Self { authority, path: "/health".into() }
+        Ok(Self { authority, path: "/health".into(), certificate })
     }
 
-    /// `http://host:port/path`; without a path, `/health`.
+    /// `http://host:port/path`, or `https://` for a service with the certificate of `config`; without a path,
+    /// `/health`.
     ///
     /// # Errors
     /// A sentence, where `url` is none of that.
-    pub fn parse(url: &str) -> Result<Self, String> {
+    pub fn parse(url: &str, config: &Config) -> Result<Self, String> {
         let expected = || format!("expected http://host:port/path, found {url:?}");
-        let rest = url.strip_prefix("http://").ok_or_else(expected)?;
+        let (rest, default_port, certificate) =
+            match (url.strip_prefix("http://"), url.strip_prefix("https://")) {
+                (Some(rest), _) => (rest, "80", None),
+                (None, Some(rest)) => {
+                    let tls = config.tls.as_ref().ok_or_else(|| {
+                    format!(
+                        "expected tls-cert in the configuration to know the service at {url} by, found none"
+                    )
+                })?;
+                    (rest, "443", Some(tls::leaf(&tls.certificate)?))
+                }
+                (None, None) => return Err(expected()),
+            };
         let (authority, path) = rest.split_once('/').unwrap_or((rest, "health"));
-        let (host, port) = authority.rsplit_once(':').unwrap_or((authority, "80"));
+        let (host, port) = authority.rsplit_once(':').unwrap_or((authority, default_port));
         let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_graphic());
         if host.is_empty() || port.parse::<u16>().is_err() || !is_plain(rest) {
             return Err(expected());
         }
-        Ok(Self { authority: format!("{host}:{port}"), path: format!("/{path}") })
+        Ok(Self { authority: format!("{host}:{port}"), path: format!("/{path}"), certificate })
     }
 
     /// One request. The answer's body where its status is 200.
@@ -85,7 +123,18 @@ impl Target {
                 let stream = connect(&self.authority)?;
                 stream.set_read_timeout(Some(PATIENCE))?;
                 stream.set_write_timeout(Some(PATIENCE))?;
-                self.converse(stream, &self.authority)
+                match &self.certificate {
+                    None => self.converse(stream, &self.authority),
+                    Some(certificate) => {
+                        // The name is sent, and not checked: the certificate itself is.
+                        let host = self.authority.rsplit_once(':').map_or("", |(host, _)| host);
+                        let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
+                            .map_err(io::Error::other)?;
+                        let client = ClientConnection::new(tls::pinned_client(certificate.clone()), name)
+                            .map_err(io::Error::other)?;
+                        self.converse(StreamOwned::new(client, stream), &self.authority)
+                    }
+                }
             }
         }
     }
@@ -119,27 +168,30 @@ fn connect(authority: &str) -> io::Result<TcpStream> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Sources;
 
     #[test]
     fn a_target_is_an_http_url() {
+        let config = Sources { file: Some("/dev/null".into()), flags: Vec::new() }.settings().unwrap();
         for (url, shown) in [
             ("http://keys:1123", "keys:1123/health"),
             ("http://[::1]:8000/readyz", "[::1]:8000/readyz"),
             ("http://keys", "keys:80/health"),
         ] {
-            assert_eq!(Target::parse(url).unwrap().to_string(), shown);
+            assert_eq!(Target::parse(url, &config).unwrap().to_string(), shown);
         }
         for bad in
             ["", "keys:1123", "https://keys", "http://", "http://keys:x", "http://a:1/ b", "http://a:1/\r\nX"]
         {
-            assert!(Target::parse(bad).is_err(), "{bad}");
+            assert!(Target::parse(bad, &config).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn a_target_that_is_not_there_is_an_error_that_names_it() {
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let error = Target::parse(&format!("http://{free}")).unwrap().ask().unwrap_err();
+        let config = Sources { file: Some("/dev/null".into()), flags: Vec::new() }.settings().unwrap();
+        let error = Target::parse(&format!("http://{free}"), &config).unwrap().ask().unwrap_err();
         assert!(error.starts_with(&format!("{free}/health: ")), "{error}");
     }
 }

@@ -18,8 +18,10 @@ use tokio::time::{Instant, timeout};
 use tracing::{debug, error};
 
 use crate::deadline::{Patience, Timed};
-use crate::listener::{Acceptor, Listener};
+use crate::listener::{Acceptor, Listener, Stream};
 use crate::metrics::{AcceptError, Metrics, Rejection};
+use crate::peer::Peer;
+use crate::tls::Tls;
 
 /// The largest request head, in bytes; hyper answers a larger one with 431.
 pub const HEAD_MAX: usize = 16 * 1024;
@@ -130,6 +132,8 @@ pub struct Terms {
     pub metrics: Arc<Metrics>,
     /// The gauge of open connections, where they count.
     pub gauge: Option<IntGauge>,
+    /// Who the service is, where connections over TCP are encrypted. Those of Unix sockets never leave the host.
+    pub tls: Option<Arc<Tls>>,
 }
 
 impl Terms {
@@ -141,7 +145,15 @@ impl Terms {
             slots: Arc::new(Slots::new(connections)),
             metrics,
             gauge: None,
+            tls: None,
         }
+    }
+
+    /// Speaks TLS on TCP.
+    #[must_use]
+    pub fn encrypted(mut self, tls: Option<Arc<Tls>>) -> Self {
+        self.tls = tls;
+        self
     }
 
     /// Shows the open connections on `gauge`.
@@ -256,7 +268,7 @@ pub async fn serve<F, S>(
     phase: watch::Receiver<Phase>,
 ) -> io::Result<()>
 where
-    F: Fn(Seat) -> S + Clone + Send + 'static,
+    F: Fn(Seat, Peer) -> S + Clone + Send + 'static,
     S: HttpService<Incoming, Error = Infallible> + Send + 'static,
     S::Future: Send,
     S::ResBody: Send + 'static,
@@ -289,7 +301,7 @@ async fn accept<F, S>(
     phase: watch::Receiver<Phase>,
     alive: mpsc::Sender<Infallible>,
 ) where
-    F: Fn(Seat) -> S,
+    F: Fn(Seat, Peer) -> S + Clone + Send + 'static,
     S: HttpService<Incoming, Error = Infallible> + Send + 'static,
     S::Future: Send,
     S::ResBody: Send + 'static,
@@ -324,19 +336,30 @@ async fn accept<F, S>(
             }
         };
         match accepted {
-            Ok(stream) => {
+            Ok((stream, peer)) => {
                 let seat = terms.slots.seat();
                 let guard = Open::new(terms.clone(), alive.clone());
-                let service = service(seat);
+                let patience = match seat {
+                    Seat::Regular => &terms.patience,
+                    Seat::Crowd => &terms.crowd_patience,
+                };
+                let timed = |stream| Timed::new(stream, Arc::clone(patience));
                 let phase = phase.clone();
-                tokio::spawn(async move {
-                    let patience = match seat {
-                        Seat::Regular => &guard.terms.patience,
-                        Seat::Crowd => &guard.terms.crowd_patience,
-                    };
-                    let stream = Timed::new(stream, Arc::clone(patience));
-                    connection(stream, service, phase, &guard.terms.metrics).await;
-                });
+                match (&terms.tls, stream) {
+                    (Some(tls), stream @ Stream::Tcp(_)) => {
+                        let (tls, stream, service) = (Arc::clone(tls), timed(stream), service.clone());
+                        tokio::spawn(async move {
+                            let service = move |identity| service(seat, Peer { identity, ..peer });
+                            encrypted(stream, &tls, service, phase, &guard.terms).await;
+                        });
+                    }
+                    (_, stream) => {
+                        let (stream, service) = (timed(stream), service(seat, peer));
+                        tokio::spawn(async move {
+                            connection(stream, service, phase, &guard.terms.metrics).await;
+                        });
+                    }
+                }
             }
             // accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM. The connection stays in the queue; waiting is all there is.
             Err(problem) if matches!(problem.raw_os_error(), Some(23 | 24 | 105 | 12)) => {
@@ -353,6 +376,33 @@ async fn accept<F, S>(
                 debug!(error = %problem, "a connection was gone before it was accepted");
             }
         }
+    }
+}
+
+/// Serves one connection to its end: TLS, and HTTP/1.1 inside. The deadlines are below both, as stalls are.
+async fn encrypted<S>(
+    stream: Timed<Stream>,
+    tls: &Tls,
+    service: impl FnOnce(Option<Arc<str>>) -> S,
+    mut phase: watch::Receiver<Phase>,
+    terms: &Terms,
+) where
+    S: HttpService<Incoming, Error = Infallible>,
+    S::ResBody: 'static,
+    <S::ResBody as Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let patience = stream.patience().head();
+    let done = {
+        let handshake = tls.handshake(stream, patience);
+        pin!(handshake);
+        tokio::select! {
+            biased;
+            done = handshake.as_mut() => done,
+            () = reached(&mut phase, Phase::Closing) => timeout(BRIEF, handshake).await.unwrap_or_default(),
+        }
+    };
+    if let Some((stream, identity)) = done {
+        connection(stream, service(identity), phase, &terms.metrics).await;
     }
 }
 
@@ -451,7 +501,7 @@ mod tests {
         let is_released = Arc::new(std::sync::Mutex::new(is_released));
         thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let service = move |_: Seat| {
+            let service = move |_: Seat, _: Peer| {
                 let (entered, is_released) = (entered.clone(), Arc::clone(&is_released));
                 service_fn(move |_: Request<Incoming>| {
                     entered.send(()).unwrap();

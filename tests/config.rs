@@ -44,6 +44,10 @@ write-timeout = 15
 drain-timeout = 20
 drain-delay = 0
 exit-idle = 0
+tls-cert = ""
+tls-key = ""
+tls-client-ca = ""
+tls-min-version = "1.3"
 "#;
 
 #[test]

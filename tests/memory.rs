@@ -7,7 +7,9 @@ mod common;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
+use common::tls::{Authority, connect, trusting};
 use common::{Client, Daemon, find, request};
+use rustls::version::{TLS12, TLS13};
 
 /// How many bytes in a row have to be found for a key to have been kept: 16 bytes match by chance never.
 const WINDOW: usize = 16;
@@ -90,6 +92,37 @@ fn no_key_is_in_memory_after_its_response() {
 fn no_key_is_in_memory_after_its_connection_was_cut() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1073741824")]);
     let mut client = Client::connect(daemon.keys());
+    client.send(request("/key/1073741824"));
+    let mut received = vec![0; 4 << 20];
+    std::io::Read::read_exact(&mut client.stream, &mut received).unwrap();
+    drop(client);
+    common::until("the end of the stream", || (daemon.metric("http_connections") == 0.0).then_some(()));
+    let begin = find(&received, b"\r\n\r\n").unwrap() + 4;
+    let pieces: Vec<_> = received[begin..].chunks_exact(4096).map(<[u8]>::to_vec).collect();
+    common::until("the pieces to be gone", || (found(&memory(daemon.pid()), &pieces) == 0).then_some(()));
+}
+
+#[test]
+fn no_key_is_in_memory_after_it_was_sent_over_tls() {
+    let authority = Authority::new();
+    let settings = [("MAX_SIZE", "1073741824"), ("TLS_MIN_VERSION", "1.2")];
+    let daemon = common::tls::daemon(&authority, &settings);
+    for version in [&TLS13, &TLS12] {
+        let mut client = connect(daemon.keys(), &trusting(&authority, &[version], None));
+        for length in [16, 32, 64, 128, 129, 1024, 4096, 16_384, 65_536, 300_000] {
+            let keys: Vec<_> =
+                (0..20).map(|_| client.send(request(&format!("/key/{length}"))).response().body).collect();
+            assert!(keys.iter().all(|key| key.len() == length));
+            common::until("the keys to be gone", || (found(&memory(daemon.pid()), &keys) == 0).then_some(()));
+        }
+    }
+}
+
+#[test]
+fn no_key_is_in_memory_after_its_tls_connection_was_cut() {
+    let authority = Authority::new();
+    let daemon = common::tls::daemon(&authority, &[("MAX_SIZE", "1073741824")]);
+    let mut client = connect(daemon.keys(), &trusting(&authority, &[&TLS13], None));
     client.send(request("/key/1073741824"));
     let mut received = vec![0; 4 << 20];
     std::io::Read::read_exact(&mut client.stream, &mut received).unwrap();

@@ -1,0 +1,672 @@
+//! Who the service is to its clients, and who they are to it: certificates, client CAs, handshakes, reload.
+
+use std::env;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::version::TLS13;
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, InconsistentKeys, RootCertStore, ServerConfig,
+    SignatureScheme, SupportedProtocolVersion,
+};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tracing::debug;
+use x509_cert::Certificate;
+use x509_cert::der::asn1::ObjectIdentifier;
+use x509_cert::der::{Decode, Tag, Tagged};
+use x509_cert::ext::pkix::SubjectAltName;
+use x509_cert::ext::pkix::name::GeneralName;
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::metrics::{HandshakeFailure, TlsMetrics};
+
+/// What a path begins with that names a credential of systemd.exec(5) instead.
+const CREDENTIAL: &str = "credential:";
+
+/// The largest file that is read, in bytes: certificates of a chain take a few thousand.
+const FILE_MAX: u64 = 1 << 20;
+
+/// How often the files are looked at. There is no inotify in the sandbox, and a renewal is in no hurry.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Handshakes at once; further ones wait for their turn with nothing read. A client may send 64 KiB before it has
+/// shown who it is, so this bounds that memory to 64 MiB.
+const HANDSHAKES: usize = 1024;
+
+/// How long a handshake may take while half of them are taken: the turn of those that stall comes to an end soon.
+const BRIEF: Duration = Duration::from_secs(1);
+
+/// The longest name of a client that is taken from its certificate, in bytes.
+const IDENTITY_MAX: usize = 256;
+
+static TLS13_ONLY: &[&SupportedProtocolVersion] = &[&TLS13];
+
+/// Common name (RFC 5280 appendix A.1).
+const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
+
+/// Which files make the service's identity.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// PEM certificates: the service's own, then those that lead to its root.
+    pub certificate: Location,
+    /// Its PEM private key.
+    pub key: Location,
+    /// PEM certificates of those who vouch for clients; where there are some, every client has to show one of theirs.
+    pub client_ca: Option<Location>,
+    /// The oldest version of TLS that is spoken.
+    pub min_version: MinVersion,
+}
+
+/// Where a file is: a path, or `credential:` and the name of a credential that the service manager passes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Location {
+    /// A path.
+    Path(PathBuf),
+    /// A file in `$CREDENTIALS_DIRECTORY` (systemd.exec(5), LoadCredential=).
+    Credential(String),
+}
+
+impl FromStr for Location {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text.strip_prefix(CREDENTIAL) {
+            Some(name) if name.is_empty() || name.contains('/') || name == "." || name == ".." => Err(()),
+            Some(name) => Ok(Self::Credential(name.to_owned())),
+            None if text.is_empty() => Err(()),
+            None => Ok(Self::Path(text.into())),
+        }
+    }
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Credential(name) => write!(f, "{CREDENTIAL}{name}"),
+        }
+    }
+}
+
+impl Location {
+    fn path(&self) -> Result<PathBuf, String> {
+        match self {
+            Self::Path(path) => Ok(path.clone()),
+            Self::Credential(name) => match env::var_os("CREDENTIALS_DIRECTORY") {
+                Some(directory) => Ok(PathBuf::from(directory).join(name)),
+                None => Err(format!(
+                    "expected the directory of credential {name} in $CREDENTIALS_DIRECTORY, found none: systemd sets it \
+                     for a unit with LoadCredential="
+                )),
+            },
+        }
+    }
+
+    /// What changes with the file; `None` where it can't be looked at.
+    fn stamp(&self) -> Option<Stamp> {
+        let found = fs::metadata(self.path().ok()?).ok()?;
+        Some(Stamp(
+            [found.dev(), found.ino(), found.size()],
+            [found.mtime(), found.mtime_nsec(), found.ctime()],
+        ))
+    }
+}
+
+/// The oldest version of TLS that is spoken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MinVersion {
+    /// TLS 1.2 (RFC 5246), for clients that know no better.
+    Tls12,
+    /// TLS 1.3 (RFC 8446).
+    Tls13,
+}
+
+impl FromStr for MinVersion {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "1.2" => Ok(Self::Tls12),
+            "1.3" => Ok(Self::Tls13),
+            _ => Err(()),
+        }
+    }
+}
+
+impl fmt::Display for MinVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tls12 => "1.2",
+            Self::Tls13 => "1.3",
+        })
+    }
+}
+
+impl MinVersion {
+    fn versions(self) -> &'static [&'static SupportedProtocolVersion] {
+        match self {
+            Self::Tls12 => rustls::ALL_VERSIONS,
+            Self::Tls13 => TLS13_ONLY,
+        }
+    }
+}
+
+/// What is wrong with one of the files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// Which one it is.
+    pub part: Part,
+    /// What was expected, and what was found where.
+    pub sentence: String,
+}
+
+/// One of the files of [`Settings`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// [`Settings::certificate`]
+    Certificate,
+    /// [`Settings::key`]
+    Key,
+    /// [`Settings::client_ca`]
+    ClientCa,
+}
+
+/// What the files of [`Settings`] hold, found to fit together.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    server: Arc<ServerConfig>,
+    /// When the first certificate of the chain begins and ends to be valid, in seconds since 1970.
+    validity: Validity,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Validity {
+    not_before: u64,
+    not_after: u64,
+}
+
+/// Reads the files.
+///
+/// # Errors
+/// All that is wrong with them.
+pub fn load(settings: &Settings) -> Result<Loaded, Vec<Fault>> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let mut faults = Vec::new();
+    let mut fault = |part, sentence| faults.push(Fault { part, sentence });
+
+    let chain = certificates(&settings.certificate).and_then(|chain| Ok((validity(&chain)?, chain)));
+    let chain = chain.map_err(|sentence| fault(Part::Certificate, sentence)).ok();
+    let key = private_key(&settings.key, &provider).map_err(|sentence| fault(Part::Key, sentence)).ok();
+    let clients = match &settings.client_ca {
+        None => Some(WebPkiClientVerifier::no_client_auth()),
+        Some(location) => {
+            verifier(location, &provider).map_err(|sentence| fault(Part::ClientCa, sentence)).ok()
+        }
+    };
+    let (Some((validity, chain)), Some(key), Some(clients)) = (chain, key, clients) else {
+        return Err(faults);
+    };
+    let certified = CertifiedKey::new(chain, key);
+    match certified.keys_match() {
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => {}
+        Err(rustls::Error::InconsistentKeys(_)) => {
+            let (key, certificate) = (&settings.key, &settings.certificate);
+            fault(
+                Part::Key,
+                format!("expected the key of the certificate in {certificate}, found another in {key}"),
+            );
+            return Err(faults);
+        }
+        Err(error) => {
+            let location = &settings.certificate;
+            fault(
+                Part::Certificate,
+                format!("expected a certificate of a server in {location}, found {error}"),
+            );
+            return Err(faults);
+        }
+    }
+
+    let mut server = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(settings.min_version.versions())
+        .expect("the provider has cipher suites and key exchanges for both versions")
+        .with_client_cert_verifier(clients)
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
+    // HTTP/2 would leave keys in memory.
+    server.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // No session is resumed: a ticket would keep a secret past its connection, and let a client in whose certificate
+    // has expired or whose CA is gone. Keep-alive is what saves handshakes here.
+    server.session_storage = Arc::new(NoServerSessionStorage {});
+    Ok(Loaded { server: Arc::new(server), validity })
+}
+
+impl Loaded {
+    /// When the first certificate of the chain expires, in seconds since 1970.
+    pub fn not_after(&self) -> u64 {
+        self.validity.not_after
+    }
+
+    /// What a client will not like about the certificate today, as a sentence.
+    pub fn warning(&self) -> Option<&'static str> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        if now > self.validity.not_after {
+            Some("the TLS certificate has expired: clients will refuse it")
+        } else if now < self.validity.not_before {
+            Some("the TLS certificate is not valid yet: clients will refuse it")
+        } else {
+            None
+        }
+    }
+}
+
+/// The identity in use, and the handshakes that show it.
+#[derive(Debug)]
+pub struct Tls {
+    server: RwLock<Arc<ServerConfig>>,
+    /// The files that it came from, and how they looked when they were last read.
+    files: Mutex<(Settings, Vec<Option<Stamp>>)>,
+    handshakes: Semaphore,
+    metrics: TlsMetrics,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp([u64; 3], [i64; 3]);
+
+impl Tls {
+    /// Reads the files for the first time.
+    ///
+    /// # Errors
+    /// All that is wrong with them.
+    pub fn new(settings: Settings, metrics: TlsMetrics) -> Result<(Self, Loaded), Vec<Fault>> {
+        let stamps = stamps(&settings); // before they are read, so that no change goes unseen
+        let loaded = load(&settings)?;
+        metrics.loaded(loaded.not_after());
+        // aws-lc seeds its generator at the first use, which takes 70 ms: now, and not in a worker with connections. A
+        // failure is met again by each handshake, which tells its client.
+        let _ = loaded.server.crypto_provider().secure_random.fill(&mut [0]);
+        let tls = Self {
+            server: RwLock::new(Arc::clone(&loaded.server)),
+            files: Mutex::new((settings, stamps)),
+            handshakes: Semaphore::new(HANDSHAKES),
+            metrics,
+        };
+        Ok((tls, loaded))
+    }
+
+    /// Reads the files again, those of `settings` where they are given. New handshakes show what was found;
+    /// connections that are open go on.
+    ///
+    /// # Errors
+    /// All that is wrong with the files; nothing has changed then.
+    pub fn reload(&self, settings: Option<Settings>) -> Result<Loaded, Vec<Fault>> {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = settings.unwrap_or_else(|| files.0.clone());
+        files.1 = stamps(&wanted);
+        let loaded = load(&wanted).inspect_err(|_| self.metrics.reload_refused())?;
+        files.0 = wanted;
+        *self.server.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&loaded.server);
+        self.metrics.loaded(loaded.not_after());
+        Ok(loaded)
+    }
+
+    /// Returns when the files are others than those that were last read, at most a few seconds after that.
+    pub async fn changed(&self) {
+        loop {
+            sleep(LOOK_INTERVAL).await;
+            let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+            if stamps(&files.0) != files.1 {
+                return;
+            }
+        }
+    }
+
+    /// One handshake, which ends within `patience`, and whom the client's certificate names. `None` where there is no
+    /// connection: the client was told why, as far as TLS lets it be told.
+    pub async fn handshake<S>(
+        &self,
+        stream: S,
+        patience: Duration,
+    ) -> Option<(TlsStream<S>, Option<Arc<str>>)>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        match self.shake(stream, patience).await {
+            Ok(done) => {
+                self.metrics.handshake_done();
+                Some(done)
+            }
+            Err(error) => {
+                self.metrics.handshake_failed(failure(&error));
+                debug!(%error, "a handshake failed");
+                None
+            }
+        }
+    }
+
+    async fn shake<S>(&self, stream: S, patience: Duration) -> io::Result<(TlsStream<S>, Option<Arc<str>>)>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let deadline = Instant::now() + patience;
+        let turn = timeout_at(deadline, self.handshakes.acquire()).await?;
+        let busy = self.handshakes.available_permits() < HANDSHAKES / 2;
+        let deadline = if busy { deadline.min(Instant::now() + BRIEF) } else { deadline };
+        let server = Arc::clone(&self.server.read().unwrap_or_else(PoisonError::into_inner));
+        let stream = timeout_at(deadline, TlsAcceptor::from(server).accept(stream)).await??;
+        drop(turn);
+        let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+        let identity = match shown {
+            None => None,
+            Some(certificate) => Some(identity(certificate).ok_or_else(|| {
+                // Verified, but with nothing to hold it to: no URI, DNS name, address or common name.
+                io::Error::other(rustls::Error::InvalidCertificate(CertificateError::BadEncoding))
+            })?),
+        };
+        Ok((stream, identity))
+    }
+}
+
+/// The configuration of a client that takes exactly `certificate`, whatever name it bears and whoever vouches for it.
+pub fn pinned_client(certificate: CertificateDer<'static>) -> Arc<ClientConfig> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let algorithms = provider.signature_verification_algorithms;
+    let mut client = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(MinVersion::Tls12.versions())
+        .expect("the provider has cipher suites and key exchanges for both versions")
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Pin { certificate, algorithms }))
+        .with_no_client_auth();
+    client.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Arc::new(client)
+}
+
+/// The service's own certificate.
+///
+/// # Errors
+/// A sentence, where it can't be read.
+pub fn leaf(location: &Location) -> Result<CertificateDer<'static>, String> {
+    Ok(certificates(location)?.swap_remove(0))
+}
+
+/// The server has to be the one with this certificate and its key.
+#[derive(Debug)]
+struct Pin {
+    certificate: CertificateDer<'static>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl ServerCertVerifier for Pin {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if *end_entity == self.certificate {
+            return Ok(ServerCertVerified::assertion());
+        }
+        Err(rustls::Error::General("expected the certificate that is configured, found another".into()))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, certificate, signed, &self.algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, certificate, signed, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+fn stamps(settings: &Settings) -> Vec<Option<Stamp>> {
+    let Settings { certificate, key, client_ca, .. } = settings;
+    [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten().map(Location::stamp).collect()
+}
+
+/// At least one.
+fn certificates(location: &Location) -> Result<Vec<CertificateDer<'static>>, String> {
+    let (text, _) = read(location)?;
+    let certificates: Result<Vec<_>, pem::Error> = CertificateDer::pem_slice_iter(&text).collect();
+    match certificates {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        Ok(_) => Err(format!("expected PEM certificates, found none in {location}")),
+        Err(error) => Err(format!("expected PEM certificates, found in {location}: {error}")),
+    }
+}
+
+fn private_key(
+    location: &Location,
+    provider: &CryptoProvider,
+) -> Result<Arc<dyn rustls::sign::SigningKey>, String> {
+    let (text, mode) = read(location)?;
+    if mode & 0o007 != 0 {
+        let path = location.path()?.display().to_string();
+        return Err(format!(
+            "expected a key that others have no access to, found mode {:04o}: chmod o= {path}",
+            mode & 0o7777
+        ));
+    }
+    let mut key = PrivateKeyDer::from_pem_slice(&text).map_err(|error| match error {
+        pem::Error::NoItemsFound => {
+            format!("expected a PEM private key without a passphrase, found none in {location}")
+        }
+        // What the parser says of a line might show a piece of the key.
+        _ => format!("expected a PEM private key, found malformed PEM in {location}"),
+    })?;
+    let loaded = provider.key_provider.load_private_key(key.clone_key());
+    key.zeroize();
+    loaded.map_err(|error| {
+        format!("expected a private key of RSA, ECDSA or Ed25519, found in {location}: {error}")
+    })
+}
+
+fn verifier(
+    location: &Location,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<dyn rustls::server::danger::ClientCertVerifier>, String> {
+    let unfit = |error: String| format!("expected certificates of CAs, found in {location}: {error}");
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(location)? {
+        roots.add(certificate).map_err(|error| unfit(error.to_string()))?;
+    }
+    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
+        .build()
+        .map_err(|error| unfit(error.to_string()))
+}
+
+/// The bytes of a file and its mode.
+fn read(location: &Location) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
+    let path = location.path()?;
+    let shown = path.display();
+    let unreadable = |error: io::Error| format!("expected a file that can be read, found {shown}: {error}");
+    // Looked at before it is opened, which for a pipe would wait for its writer.
+    if !fs::metadata(&path).map_err(unreadable)?.is_file() {
+        return Err(format!("expected a regular file, found {shown}, which is none"));
+    }
+    let file = File::open(&path).map_err(unreadable)?;
+    let mode = file.metadata().map_err(unreadable)?.mode();
+    let mut bytes = Zeroizing::new(Vec::new());
+    file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    if bytes.len() as u64 > FILE_MAX {
+        return Err(format!("expected a file of at most {FILE_MAX} bytes, found more in {shown}"));
+    }
+    Ok((bytes, mode))
+}
+
+/// From the last beginning to the first end in `chain`.
+fn validity(chain: &[CertificateDer<'_>]) -> Result<Validity, String> {
+    let mut whole = Validity { not_before: 0, not_after: u64::MAX };
+    for certificate in chain {
+        let certificate = Certificate::from_der(certificate)
+            .map_err(|error| format!("expected X.509 certificates, found one that can't be read: {error}"))?;
+        let validity = certificate.tbs_certificate.validity;
+        whole.not_before = whole.not_before.max(validity.not_before.to_unix_duration().as_secs());
+        whole.not_after = whole.not_after.min(validity.not_after.to_unix_duration().as_secs());
+    }
+    Ok(whole)
+}
+
+/// Whom a certificate names, with the kind of the name before it: its first URI, else DNS name, else mail address,
+/// else common name.
+///
+/// The kind tells a common name that looks like a URI from a URI, which a CA may guard better.
+fn identity(certificate: &CertificateDer<'_>) -> Option<Arc<str>> {
+    let certificate = Certificate::from_der(certificate).ok()?.tbs_certificate;
+    let alternatives =
+        certificate.get::<SubjectAltName>().ok()?.map(|(_, names)| names.0).unwrap_or_default();
+    let first = |kind: fn(&GeneralName) -> Option<String>| alternatives.iter().find_map(kind);
+    let uri = first(|name| match name {
+        GeneralName::UniformResourceIdentifier(uri) => printable("URI", uri.as_str()),
+        _ => None,
+    });
+    let dns = || {
+        first(|name| match name {
+            GeneralName::DnsName(host) => printable("DNS", host.as_str()),
+            _ => None,
+        })
+    };
+    let mail = || {
+        first(|name| match name {
+            GeneralName::Rfc822Name(address) => printable("email", address.as_str()),
+            _ => None,
+        })
+    };
+    let common = || {
+        let attributes = certificate.subject.0.iter().flat_map(|set| set.0.iter());
+        attributes.filter(|attribute| attribute.oid == COMMON_NAME).find_map(|attribute| {
+            let is_text =
+                matches!(attribute.value.tag(), Tag::Utf8String | Tag::PrintableString | Tag::Ia5String);
+            let text = std::str::from_utf8(attribute.value.value()).ok().filter(|_| is_text)?;
+            printable("CN", text)
+        })
+    };
+    uri.or_else(dns).or_else(mail).or_else(common).map(Into::into)
+}
+
+/// `kind:name`, where the name is neither empty nor too long; what is not printable ASCII is escaped.
+fn printable(kind: &str, name: &str) -> Option<String> {
+    let mut text = format!("{kind}:");
+    for char in name.chars() {
+        match char {
+            ' '..='~' if char != '\\' => text.push(char),
+            _ => text.extend(char.escape_unicode()),
+        }
+    }
+    (!name.is_empty() && text.len() <= IDENTITY_MAX).then_some(text)
+}
+
+/// Why a handshake failed, as far as it is worth telling apart.
+fn failure(error: &io::Error) -> HandshakeFailure {
+    use rustls::Error;
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
+        Some(Error::InvalidMessage(_)) => HandshakeFailure::Malformed,
+        Some(Error::PeerIncompatible(_) | Error::NoApplicationProtocol) => HandshakeFailure::Incompatible,
+        Some(Error::NoCertificatesPresented | Error::InvalidCertificate(_)) => {
+            HandshakeFailure::ClientCertificate
+        }
+        Some(Error::AlertReceived(_)) => HandshakeFailure::ClientAlert,
+        Some(_) => HandshakeFailure::Other,
+        None => match error.kind() {
+            io::ErrorKind::TimedOut => HandshakeFailure::Timeout,
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                HandshakeFailure::Closed
+            }
+            _ => HandshakeFailure::Other,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, DnType, KeyPair, SanType};
+
+    fn named(prepare: impl FnOnce(&mut CertificateParams)) -> Option<String> {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        prepare(&mut params);
+        let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        identity(certificate.der()).map(|name| name.to_string())
+    }
+
+    #[test]
+    fn a_client_is_named_by_the_strongest_name_of_its_certificate() {
+        let uri = || SanType::URI("spiffe://example.org/web".try_into().unwrap());
+        let dns = || SanType::DnsName("web.example.org".try_into().unwrap());
+        let mail = || SanType::Rfc822Name("web@example.org".try_into().unwrap());
+        let common = |params: &mut CertificateParams, name: &str| {
+            params.distinguished_name.push(DnType::CommonName, name);
+        };
+        assert_eq!(
+            named(|params| {
+                common(params, "web");
+                params.subject_alt_names = vec![mail(), dns(), uri()];
+            }),
+            Some("URI:spiffe://example.org/web".into())
+        );
+        assert_eq!(
+            named(|params| params.subject_alt_names = vec![mail(), dns()]),
+            Some("DNS:web.example.org".into())
+        );
+        assert_eq!(
+            named(|params| params.subject_alt_names = vec![mail()]),
+            Some("email:web@example.org".into())
+        );
+        assert_eq!(named(|params| common(params, "web")), Some("CN:web".into()));
+        assert_eq!(
+            named(|params| common(params, "URI:x")),
+            Some("CN:URI:x".into()),
+            "it can't pose as another kind"
+        );
+        assert_eq!(named(|_| {}), None);
+    }
+
+    #[test]
+    fn a_name_is_printable_and_bounded() {
+        assert_eq!(printable("CN", "Zo\u{eb}\n\\"), Some("CN:Zo\\u{eb}\\u{a}\\u{5c}".into()));
+        assert_eq!(printable("CN", ""), None);
+        assert_eq!(printable("CN", &"x".repeat(IDENTITY_MAX - 3)).unwrap().len(), IDENTITY_MAX);
+        assert_eq!(printable("CN", &"x".repeat(IDENTITY_MAX - 2)), None);
+    }
+
+    #[test]
+    fn a_location_is_a_path_or_the_name_of_a_credential() {
+        for good in ["/etc/tls/key.pem", "key.pem", "credential:tls.key"] {
+            assert_eq!(good.parse::<Location>().unwrap().to_string(), good);
+        }
+        for bad in ["", "credential:", "credential:a/b", "credential:.."] {
+            assert!(bad.parse::<Location>().is_err(), "{bad}");
+        }
+    }
+}

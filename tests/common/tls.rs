@@ -1,0 +1,130 @@
+//! Certificates that the test makes, and a client that speaks TLS.
+
+use std::fs::Permissions;
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned, SupportedProtocolVersion};
+
+use super::{Client, Daemon, Folder, PATIENCE};
+
+pub type Secure = StreamOwned<ClientConnection, TcpStream>;
+
+/// A certificate authority.
+pub struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+/// A certificate and its key, as PEM.
+pub struct Identity {
+    pub certificate: String,
+    pub key: String,
+}
+
+impl Authority {
+    pub fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // A name of its own: clients look for the issuer by it.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("authority {}", NEXT.fetch_add(1, Ordering::Relaxed));
+        params.distinguished_name.push(DnType::CommonName, name);
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    pub fn pem(&self) -> String {
+        self.0.pem()
+    }
+
+    pub fn issue(&self, prepare: impl FnOnce(&mut CertificateParams)) -> Identity {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        prepare(&mut params);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.0).unwrap();
+        Identity { certificate: certificate.pem(), key: key.serialize_pem() }
+    }
+
+    /// For a server at 127.0.0.1.
+    pub fn server(&self) -> Identity {
+        self.issue(|params| {
+            params.subject_alt_names = vec![SanType::IpAddress([127, 0, 0, 1].into())];
+        })
+    }
+
+    /// For a client of this name.
+    pub fn client(&self, name: &str) -> Identity {
+        self.issue(|params| params.distinguished_name.push(DnType::CommonName, name))
+    }
+
+    pub fn roots(&self) -> RootCertStore {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.0.der().clone()).unwrap();
+        roots
+    }
+}
+
+impl Identity {
+    /// As cert.pem and key.pem in `folder`. Renamed into place, so that no half of a file is ever read.
+    pub fn write(&self, folder: &Folder) {
+        for (name, text) in [("cert.pem", &self.certificate), ("key.pem", &self.key)] {
+            let new = folder.write(&format!("{name}.new"), text);
+            std::fs::set_permissions(&new, Permissions::from_mode(0o600)).unwrap();
+            std::fs::rename(new, folder.file(name)).unwrap();
+        }
+    }
+
+    pub fn der(&self) -> CertificateDer<'static> {
+        CertificateDer::from_pem_slice(self.certificate.as_bytes()).unwrap()
+    }
+}
+
+/// The configuration of a client that trusts `authority`, with a certificate of its own or none.
+pub fn trusting(
+    authority: &Authority,
+    versions: &[&'static SupportedProtocolVersion],
+    identity: Option<&Identity>,
+) -> Arc<ClientConfig> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(versions)
+        .unwrap()
+        .with_root_certificates(authority.roots());
+    Arc::new(match identity {
+        None => builder.with_no_client_auth(),
+        Some(identity) => {
+            let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
+            builder.with_client_auth_cert(vec![identity.der()], key).unwrap()
+        }
+    })
+}
+
+pub fn connect(address: SocketAddr, config: &Arc<ClientConfig>) -> Client<Secure> {
+    let stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_nodelay(true).unwrap();
+    let name = ServerName::from(address.ip());
+    Client::over(StreamOwned::new(ClientConnection::new(Arc::clone(config), name).unwrap(), stream))
+}
+
+/// A daemon with an identity of `authority` in its folder, and more settings.
+pub fn daemon(authority: &Authority, settings: &[(&str, &str)]) -> Daemon {
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    start(folder, settings)
+}
+
+/// A daemon with cert.pem and key.pem of its folder.
+pub fn start(folder: Folder, settings: &[(&str, &str)]) -> Daemon {
+    let (certificate, key) = (folder.file("cert.pem"), folder.file("key.pem"));
+    Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+        command.env("KEYSERVICE_TLS_CERT", certificate).env("KEYSERVICE_TLS_KEY", key);
+        for (name, value) in settings {
+            command.env(format!("KEYSERVICE_{name}"), value);
+        }
+    })
+}

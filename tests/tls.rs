@@ -1,0 +1,559 @@
+//! TLS: what is spoken and with whom, what is refused, and what a renewal does.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::tls::{Authority, Identity, connect, daemon, start, trusting};
+use common::{Client, Daemon, Folder, get, key_service, request, run_to_end, until};
+use rcgen::{DnType, date_time_ymd};
+use rustls::version::{TLS12, TLS13};
+use rustls::{ClientConfig, NamedGroup, ProtocolVersion};
+
+fn modern(authority: &Authority) -> Arc<ClientConfig> {
+    trusting(authority, &[&TLS13], None)
+}
+
+/// Why there is no connection for `config`, as the client learns it.
+fn refusal(daemon: &Daemon, config: &Arc<ClientConfig>) -> String {
+    let mut client = connect(daemon.keys(), config);
+    let mut bytes = Vec::new();
+    let written = client.stream.write_all(request("/key/32").as_bytes());
+    let error = written.and_then(|()| client.stream.read_to_end(&mut bytes)).unwrap_err();
+    assert!(bytes.is_empty());
+    error.to_string()
+}
+
+fn failures(daemon: &Daemon, reason: &str) -> f64 {
+    daemon.metric(&format!("tls_handshake_failures_total{{reason=\"{reason}\"}}"))
+}
+
+#[test]
+fn keys_come_over_tls_1_3_with_a_post_quantum_key_exchange() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[]);
+    let mut client = connect(daemon.keys(), &modern(&authority));
+    let response = client.send(request("/key/32")).response();
+    assert_eq!((response.status, response.body.len()), (200, 32));
+    let connection = &client.stream.conn;
+    assert_eq!(connection.protocol_version(), Some(ProtocolVersion::TLSv1_3));
+    let group = connection.negotiated_key_exchange_group().unwrap().name();
+    assert_eq!(group, NamedGroup::X25519MLKEM768);
+    assert_eq!(connection.tls13_tickets_received(), 0, "no session is kept");
+    assert_eq!(client.send(request("/health")).response().text(), "OK");
+    assert_eq!(daemon.metric("tls_handshakes_total"), 1.0);
+}
+
+#[test]
+fn a_client_without_post_quantum_algorithms_is_served_too() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[]);
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    provider.kx_groups.retain(|group| group.name() != NamedGroup::X25519MLKEM768);
+    let config = ClientConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(&[&TLS13])
+        .unwrap()
+        .with_root_certificates(authority.roots())
+        .with_no_client_auth();
+    let mut client = connect(daemon.keys(), &Arc::new(config));
+    assert_eq!(client.send(request("/key/32")).response().status, 200);
+    let group = client.stream.conn.negotiated_key_exchange_group().unwrap().name();
+    assert_eq!(group, NamedGroup::X25519);
+}
+
+#[test]
+fn tls_1_2_is_spoken_only_where_it_is_asked_for() {
+    let authority = Authority::new();
+    let old = trusting(&authority, &[&TLS12], None);
+    let daemon = daemon(&authority, &[]);
+    assert!(refusal(&daemon, &old).contains("ProtocolVersion"));
+    assert_eq!(failures(&daemon, "incompatible"), 1.0);
+    let lenient = common::tls::daemon(&authority, &[("TLS_MIN_VERSION", "1.2")]);
+    assert_eq!(connect(lenient.keys(), &old).send(request("/key/32")).response().body.len(), 32);
+    let mut client = connect(lenient.keys(), &trusting(&authority, &[&TLS12, &TLS13], None));
+    client.send(request("/key/32")).response();
+    assert_eq!(client.stream.conn.protocol_version(), Some(ProtocolVersion::TLSv1_3), "and not preferred");
+}
+
+#[test]
+fn only_http_1_1_is_negotiated() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[]);
+    let offering = |protocols: &[&[u8]]| {
+        let mut config = ClientConfig::clone(&modern(&authority));
+        config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
+        Arc::new(config)
+    };
+    let mut client = connect(daemon.keys(), &offering(&[b"h2", b"http/1.1"]));
+    assert_eq!(client.send(request("/key/32")).response().status, 200);
+    assert_eq!(client.stream.conn.alpn_protocol(), Some(b"http/1.1".as_slice()));
+    assert!(refusal(&daemon, &offering(&[b"h2"])).contains("NoApplicationProtocol"));
+}
+
+#[test]
+fn curl_gets_a_key_and_an_untrusted_one_none() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[]);
+    let ca = daemon.folder.write("ca.pem", &authority.pem());
+    let other = daemon.folder.write("other.pem", &Authority::new().pem());
+    let curl = |ca: &std::path::Path| {
+        Command::new("curl")
+            .args(["--silent", "--show-error", "--max-time", "30", "--cacert"])
+            .arg(ca)
+            .arg(format!("https://{}/key/32", daemon.keys()))
+            .output()
+            .expect("curl is there: apt-get install curl")
+    };
+    let answer = curl(&ca);
+    assert_eq!((answer.status.code(), answer.stdout.len()), (Some(0), 32));
+    let answer = curl(&other);
+    assert_eq!(
+        (answer.status.code(), answer.stdout.len()),
+        (Some(60), 0),
+        "curl(1): peer certificate not verified"
+    );
+    until("the alert", || (failures(&daemon, "client_alert") == 1.0).then_some(()));
+}
+
+#[test]
+fn a_long_key_arrives_whole_and_a_slow_reader_is_waited_for() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[("MAX_SIZE", "1073741824"), ("WRITE_TIMEOUT", "1")]);
+    let mut client = connect(daemon.keys(), &modern(&authority));
+    assert_eq!(client.send(request("/key/20000000")).response().body.len(), 20_000_000);
+    // One that never reads is cut, and one answer never counts as whole without its last byte.
+    let mut stuck = connect(daemon.keys(), &modern(&authority));
+    stuck.send(request("/key/1073741824"));
+    drop(client);
+    until("the cut", || (daemon.metric("http_connections") == 0.0).then_some(()));
+    let mut received = Vec::new();
+    let end = stuck.stream.read_to_end(&mut received);
+    assert!(end.is_err(), "the end of the connection is no close_notify");
+    assert!(received.len() < 64 << 20);
+    assert!(daemon.metric("process_resident_memory_bytes") < 96e6);
+}
+
+#[test]
+fn the_end_of_a_connection_is_announced() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[]);
+    let mut client = connect(daemon.keys(), &modern(&authority));
+    client.send("GET /key/32 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").response();
+    assert!(client.is_closed(), "by close_notify: anything else is an error here");
+}
+
+#[test]
+fn a_drain_answers_over_tls_too_and_cuts_no_stream_short_unnoticed() {
+    let authority = Authority::new();
+    let mut daemon = daemon(&authority, &[("MAX_SIZE", "1073741824"), ("DRAIN_TIMEOUT", "1")]);
+    let mut idle = connect(daemon.keys(), &modern(&authority));
+    idle.send(request("/key/32")).response();
+    let mut client = connect(daemon.keys(), &modern(&authority));
+    client.send(request("/key/1073741824"));
+    client.stream.flush().unwrap();
+    until("the stream to begin", || (daemon.metric("key_bytes_total{format=\"raw\"}") > 64.0).then_some(()));
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait(), 0);
+    assert!(idle.is_closed());
+    let mut received = Vec::new();
+    assert!(client.stream.read_to_end(&mut received).is_err(), "never a complete message");
+}
+
+#[test]
+fn a_stalled_handshake_is_cut_and_is_a_connection_that_counts() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[("HEAD_TIMEOUT", "1")]);
+    let mut silent = Client::connect(daemon.keys());
+    let mut half = Client::connect(daemon.keys());
+    half.send([0x16, 3, 1, 0x02]);
+    until("both to count", || (daemon.metric("http_connections") == 2.0).then_some(()));
+    assert!(silent.is_closed() && half.is_closed());
+    until("the count", || (failures(&daemon, "timeout") == 2.0).then_some(()));
+    drop(Client::connect(daemon.keys()));
+    until("the count", || (failures(&daemon, "closed") == 1.0).then_some(()));
+}
+
+#[test]
+fn many_stalled_handshakes_do_not_keep_others_out() {
+    // More than half of the handshakes that are made at once: stalled ones have a second from there on.
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[("HEAD_TIMEOUT", "3600"), ("MAX_CONNECTIONS", "4000")]);
+    let stalled: Vec<_> = (0..1100).map(|_| Client::connect(daemon.keys())).collect();
+    let mut client = connect(daemon.keys(), &modern(&authority));
+    assert_eq!(client.send(request("/key/32")).response().status, 200);
+    until("others to lose their turn", || (failures(&daemon, "timeout") > 0.0).then_some(()));
+    drop(stalled);
+}
+
+#[test]
+fn plain_http_to_the_tls_port_is_refused_and_counted() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[]);
+    let mut client = Client::connect(daemon.keys());
+    client.send(request("/key/32"));
+    let mut bytes = Vec::new();
+    let _ = client.stream.read_to_end(&mut bytes); // an alert, and a reset for what was not read
+    assert!(bytes.is_empty() || bytes.starts_with(&[0x15, 3]), "an alert at most: {bytes:?}");
+    until("the count", || (failures(&daemon, "malformed") == 1.0).then_some(()));
+    assert_eq!(get(daemon.metrics(), "/health").text(), "OK", "metrics and their health stay plain");
+}
+
+#[test]
+fn past_the_connection_limit_health_is_answered_over_tls_and_the_rest_is_503() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[("MAX_CONNECTIONS", "2")]);
+    let config = modern(&authority);
+    let mut held: Vec<_> = (0..2).map(|_| connect(daemon.keys(), &config)).collect();
+    for client in &mut held {
+        assert_eq!(client.send(request("/key/32")).response().status, 200);
+    }
+    let mut client = connect(daemon.keys(), &config);
+    assert_eq!(client.send(request("/health")).response().status, 200);
+    let mut client = connect(daemon.keys(), &config);
+    assert_eq!(client.send(request("/key/32")).response().problem(), "Too many connections");
+    assert!(client.is_closed());
+}
+
+#[test]
+fn with_a_client_ca_only_its_clients_are_let_in() {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    let ca = folder.write("clients.pem", &clients.pem());
+    let daemon = start(folder, &[("TLS_CLIENT_CA", ca.to_str().unwrap())]);
+    let with = |identity: &Identity| trusting(&authority, &[&TLS13], Some(identity));
+    let mut client = connect(daemon.keys(), &with(&clients.client("web")));
+    assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
+
+    assert!(refusal(&daemon, &modern(&authority)).contains("CertificateRequired"), "none");
+    assert!(refusal(&daemon, &with(&authority.client("web"))).contains("UnknownCA"), "another's");
+    let expired = clients.issue(|params| {
+        params.distinguished_name.push(DnType::CommonName, "web");
+        params.not_after = date_time_ymd(2020, 1, 1);
+    });
+    assert!(refusal(&daemon, &with(&expired)).contains("CertificateExpired"), "an old one");
+    until("the counts", || (failures(&daemon, "client_certificate") == 3.0).then_some(()));
+    let for_servers = clients.issue(|params| {
+        params.distinguished_name.push(DnType::CommonName, "web");
+        params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
+    });
+    let _ = refusal(&daemon, &with(&for_servers));
+    until("the counts", || (failures(&daemon, "client_certificate") == 4.0).then_some(()));
+    let nameless = clients.issue(|_| {});
+    let _ = refusal(&daemon, &with(&nameless)); // after the handshake, which has no alert for it
+    until("the counts", || (failures(&daemon, "client_certificate") == 5.0).then_some(()));
+    assert_eq!(get(daemon.metrics(), "/readyz").status, 200, "probes ask on the metrics port");
+}
+
+fn wait_for_renewal(daemon: &Daemon, authority: &Authority, identity: &Identity) {
+    until("the new certificate", || {
+        let mut client = connect(daemon.keys(), &modern(authority));
+        assert_eq!(client.send(request("/key/32")).response().status, 200);
+        (client.stream.conn.peer_certificates().unwrap()[0] == identity.der()).then_some(())
+    });
+}
+
+#[test]
+fn a_renewed_certificate_is_taken_up_under_load_without_a_failure() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[]);
+    let config = modern(&authority);
+    let stop = AtomicBool::new(false);
+    let goes_on = || !stop.load(Ordering::Relaxed);
+    let ask_anew = || {
+        let mut served = 0;
+        while goes_on() {
+            assert_eq!(connect(daemon.keys(), &config).send(request("/key/32")).response().body.len(), 32);
+            served += 1;
+        }
+        served
+    };
+    let ask_again = || {
+        let mut client = connect(daemon.keys(), &config);
+        let mut served = 0;
+        while goes_on() {
+            assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
+            served += 1;
+        }
+        served
+    };
+    /// Stops the askers even where the test fails, which would wait for them for ever.
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    std::thread::scope(|scope| {
+        let stop = Stop(&stop);
+        let askers = [scope.spawn(ask_anew), scope.spawn(ask_anew), scope.spawn(ask_again)];
+        let renew = |is_told: bool| {
+            let renewed = authority.server();
+            renewed.write(&daemon.folder);
+            if is_told {
+                daemon.signal("HUP");
+            }
+            wait_for_renewal(&daemon, &authority, &renewed);
+        };
+        for _ in 0..5 {
+            renew(true);
+        }
+        renew(false); // seen without a word, within seconds
+        drop(stop);
+        for asker in askers {
+            assert!(asker.join().unwrap() > 0);
+        }
+    });
+    assert_eq!(daemon.metric("tls_last_reload_successful"), 1.0);
+}
+
+#[test]
+fn a_bad_renewal_keeps_the_certificate_and_says_so_until_it_is_mended() {
+    let authority = Authority::new();
+    let folder = Folder::new();
+    let first = authority.server();
+    first.write(&folder);
+    let daemon = start(folder, &[]);
+    let second = authority.server();
+    daemon.folder.write("cert.pem", &second.certificate);
+    until("the refusal", || (daemon.metric("tls_last_reload_successful") == 0.0).then_some(()));
+    daemon.wait_for_log("the certificate has changed and is refused; the one before stays");
+    assert!(daemon.log().contains("expected the key of the certificate in"), "{}", daemon.log());
+    wait_for_renewal(&daemon, &authority, &first);
+    daemon.signal("HUP");
+    daemon.wait_for_log("the configuration stays as it was");
+    wait_for_renewal(&daemon, &authority, &first);
+    second.write(&daemon.folder);
+    wait_for_renewal(&daemon, &authority, &second);
+    assert_eq!(daemon.metric("tls_last_reload_successful"), 1.0);
+}
+
+#[test]
+fn a_reload_takes_other_files_and_another_client_ca() {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    folder.write("clients.pem", &clients.pem());
+    let path = |name: &str| folder.file(name).display().to_string();
+    let paths = format!("tls-cert = {:?}\ntls-key = {:?}\n", path("cert.pem"), path("key.pem"));
+    let with_ca = format!("{paths}tls-client-ca = {:?}\n", path("clients.pem"));
+    folder.write("config.toml", &paths);
+    let daemon = Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    });
+    let mut before = connect(daemon.keys(), &modern(&authority));
+    assert_eq!(before.send(request("/key/32")).response().status, 200);
+    daemon.folder.write("config.toml", &with_ca);
+    daemon.signal("HUP");
+    daemon.wait_for_log("the configuration is reloaded");
+    assert!(refusal(&daemon, &modern(&authority)).contains("CertificateRequired"));
+    assert_eq!(before.send(request("/key/32")).response().status, 200, "an open connection goes on");
+    daemon.folder.write("config.toml", "");
+    daemon.signal("HUP");
+    daemon.wait_for_log("setting=tls-cert");
+    assert!(
+        refusal(&daemon, &modern(&authority)).contains("CertificateRequired"),
+        "TLS never ends by a reload"
+    );
+}
+
+#[test]
+fn the_expiry_is_a_metric_and_an_expired_certificate_a_warning() {
+    let authority = Authority::new();
+    let folder = Folder::new();
+    authority.issue(|params| params.not_after = date_time_ymd(2020, 1, 1)).write(&folder);
+    let daemon = start(folder, &[]);
+    assert_eq!(daemon.metric("tls_certificate_not_after_timestamp_seconds"), 1_577_836_800.0);
+    assert!(daemon.log().contains("the TLS certificate has expired"), "{}", daemon.log());
+    let plain = Daemon::start(&[]);
+    assert!(
+        !get(plain.metrics(), "/metrics").text().contains("tls_"),
+        "without TLS there is nothing to expire"
+    );
+}
+
+#[test]
+fn a_credential_is_found_by_its_name() {
+    let authority = Authority::new();
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    let credentials = folder.file("");
+    let daemon = Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+        command.env("CREDENTIALS_DIRECTORY", credentials);
+        command.env("KEYSERVICE_TLS_CERT", "credential:cert.pem");
+        command.env("KEYSERVICE_TLS_KEY", "credential:key.pem");
+    });
+    assert_eq!(connect(daemon.keys(), &modern(&authority)).send(request("/key/32")).response().status, 200);
+}
+
+/// What `--check` says of these settings: its status and its mistakes.
+fn check(folder: &Folder, settings: &[(&str, &str)]) -> (Option<i32>, String) {
+    let mut command = key_service(folder);
+    command
+        .arg("--check")
+        .arg("--config")
+        .arg(folder.file("config.toml"))
+        .env_remove("CREDENTIALS_DIRECTORY");
+    for (name, value) in settings {
+        command.env(format!("KEYSERVICE_{name}"), value);
+    }
+    let ended = run_to_end(command);
+    (ended.status.code(), String::from_utf8(ended.stderr).unwrap())
+}
+
+#[test]
+fn every_mistake_in_certificates_and_keys_is_reported_with_its_source() {
+    let authority = Authority::new();
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    let file = |name: &str| folder.file(name).to_str().unwrap().to_owned();
+    let (cert, key) = (file("cert.pem"), file("key.pem"));
+    let other = folder.write("other.pem", &authority.server().key).to_str().unwrap().to_owned();
+    let open = folder.write("open.pem", &authority.server().key).to_str().unwrap().to_owned();
+    let broken =
+        folder.write("broken.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n").to_str().unwrap().to_owned();
+    let empty = folder.write("empty.pem", "").to_str().unwrap().to_owned();
+    for (path, mode) in [(&other, "600"), (&empty, "600"), (&broken, "600"), (&open, "644")] {
+        assert!(Command::new("chmod").arg(mode).arg(path).status().unwrap().success());
+    }
+    let absent = file("absent.pem");
+    assert_eq!(check(&folder, &[("TLS_CERT", &cert), ("TLS_KEY", &key)]), (Some(0), String::new()));
+    for (settings, expected) in [
+        (
+            vec![("TLS_CERT", &*cert)],
+            vec!["tls-cert: expected tls-key beside it, found none (KEYSERVICE_TLS_CERT)"],
+        ),
+        (
+            vec![("TLS_KEY", &*key)],
+            vec!["tls-key: expected tls-cert beside it, found none (KEYSERVICE_TLS_KEY)"],
+        ),
+        (
+            vec![("TLS_CLIENT_CA", &*cert)],
+            vec![
+                "tls-client-ca: expected tls-cert and tls-key beside it, found none (KEYSERVICE_TLS_CLIENT_CA)",
+            ],
+        ),
+        (
+            vec![("TLS_CERT", &*absent), ("TLS_KEY", &*open), ("TLS_CLIENT_CA", &*empty), ("WORKERS", "-1")],
+            vec![
+                "tls-cert: expected a file that can be read, found /",
+                "tls-key: expected a key that others have no access to, found mode 0644: chmod o= /",
+                "tls-client-ca: expected PEM certificates, found none in /",
+                "workers: expected",
+            ],
+        ),
+        (
+            vec![("TLS_CERT", &*cert), ("TLS_KEY", &*other)],
+            vec!["tls-key: expected the key of the certificate in /", "found another in /"],
+        ),
+        (
+            vec![("TLS_CERT", &*broken), ("TLS_KEY", &*broken)],
+            vec![
+                "tls-cert: expected PEM certificates, found in /",
+                "tls-key: expected a PEM private key, found malformed",
+            ],
+        ),
+        (
+            vec![("TLS_CERT", &*key), ("TLS_KEY", &*cert)],
+            vec![
+                "tls-cert: expected PEM certificates, found none",
+                "tls-key: expected a PEM private key without",
+            ],
+        ),
+        (
+            vec![("TLS_CERT", "/dev"), ("TLS_KEY", "credential:key")],
+            vec![
+                "found /dev, which is none (KEYSERVICE_TLS_CERT)",
+                "expected the directory of credential key",
+            ],
+        ),
+        (
+            vec![("TLS_CERT", "credential:a/b"), ("TLS_MIN_VERSION", "1.1")],
+            vec![
+                "tls-cert: expected a path or credential:NAME, found \"credential:a/b\"",
+                "tls-min-version: expected \"1.2\" or \"1.3\", found 1.1 (KEYSERVICE_TLS_MIN_VERSION)",
+            ],
+        ),
+    ] {
+        let (status, errors) = check(&folder, &settings);
+        assert_eq!(status, Some(78), "{settings:?}: {errors}");
+        for expected in expected {
+            assert!(errors.contains(expected), "{settings:?}: {expected}\nis not in\n{errors}");
+        }
+    }
+}
+
+#[test]
+fn health_asks_a_tls_service_and_takes_no_other_certificate() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[]);
+    let ask = |folder: &Folder, url: String, ca: Option<&str>| {
+        let mut command = key_service(folder);
+        command.args(["health", "--url", &url]);
+        command.env("KEYSERVICE_TLS_CERT", folder.file("cert.pem"));
+        command.env("KEYSERVICE_TLS_KEY", "/absent: health reads no key");
+        if let Some(ca) = ca {
+            command.env("KEYSERVICE_TLS_CLIENT_CA", ca);
+        }
+        let ended = run_to_end(command);
+        (ended.status.code(), String::from_utf8([ended.stdout, ended.stderr].concat()).unwrap())
+    };
+    assert_eq!(ask(&daemon.folder, format!("https://{}", daemon.keys()), None), (Some(0), "OK\n".into()));
+    let stranger = Folder::new();
+    authority.server().write(&stranger);
+    let (status, said) = ask(&stranger, format!("https://{}", daemon.keys()), None);
+    assert_eq!(status, Some(1));
+    assert!(said.contains("expected the certificate that is configured, found another"), "{said}");
+}
+
+#[test]
+fn health_finds_a_tls_service_by_its_configuration() {
+    // Port 0 means any, so the service is given ports that were free a moment ago.
+    let free =
+        || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    for mutual in [false, true] {
+        let authority = Authority::new();
+        let folder = Folder::new();
+        authority.server().write(&folder);
+        let (keys, metrics) = (free(), free());
+        let file = |name: &str| folder.file(name).display().to_string();
+        let mut config = format!(
+            "host = \"127.0.0.1\"\nsrv-port = {keys}\nmetrics-port = {metrics}\ntls-cert = {:?}\ntls-key = {:?}\n",
+            file("cert.pem"),
+            file("key.pem")
+        );
+        if mutual {
+            folder.write("clients.pem", &Authority::new().pem());
+            config += &format!("tls-client-ca = {:?}\n", file("clients.pem"));
+        }
+        folder.write("config.toml", &config);
+        let daemon = Daemon::start_with(folder, |_| {});
+        let mut command = key_service(&daemon.folder);
+        command.arg("--config").arg(daemon.folder.file("config.toml")).arg("health");
+        let ended = run_to_end(command);
+        let said = String::from_utf8([ended.stdout, ended.stderr].concat()).unwrap();
+        assert_eq!((ended.status.code(), said.as_str()), (Some(0), "OK\n"), "mutual: {mutual}");
+    }
+}
+
+#[test]
+fn a_unix_socket_stays_plain() {
+    let authority = Authority::new();
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    let (certificate, key) = (folder.file("cert.pem"), folder.file("key.pem"));
+    let host = format!("unix:{}", folder.file("keys").display());
+    let socket = folder.file("keys");
+    let _daemon = Daemon::start_with(folder, |command| {
+        command.args(["--host", &host, "--metrics-port", "0"]);
+        command.env("KEYSERVICE_TLS_CERT", certificate).env("KEYSERVICE_TLS_KEY", key);
+    });
+    let mut client = Client::over(std::os::unix::net::UnixStream::connect(socket).unwrap());
+    assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
+}
