@@ -21,6 +21,8 @@ use crate::deadline::{Patience, Timed};
 use crate::listener::{Acceptor, Listener};
 use crate::metrics::{AcceptError, Metrics, Rejection};
 use crate::peer::Peer;
+use crate::seal::{Sealed, Sealer};
+use crate::shares::{Share, Shares};
 
 /// The largest request head, in bytes; hyper answers a larger one with 431.
 pub const HEAD_MAX: usize = 16 * 1024;
@@ -48,6 +50,19 @@ pub enum Seat {
     Regular,
     /// All were taken: it may ask for health and is told 503 for the rest.
     Crowd,
+    /// Its client has its share already: the same.
+    Excess,
+}
+
+impl Seat {
+    /// Why what a connection asks for is refused; `None` if it is not.
+    pub fn rejection(self) -> Option<Rejection> {
+        match self {
+            Self::Regular => None,
+            Self::Crowd => Some(Rejection::Connections),
+            Self::Excess => Some(Rejection::ClientConnections),
+        }
+    }
 }
 
 /// The connection slots that the listeners of one role share.
@@ -120,6 +135,10 @@ pub struct Terms {
     pub metrics: Arc<Metrics>,
     /// The gauge of open connections, where they count.
     pub gauge: Option<IntGauge>,
+    /// How many of them each client may have, where that is bounded.
+    pub shares: Option<Arc<Shares>>,
+    /// What keeps tokens out of what is read.
+    pub sealer: Option<Arc<Sealer>>,
 }
 
 impl Terms {
@@ -131,6 +150,8 @@ impl Terms {
             slots: Arc::new(Slots::new(connections)),
             metrics,
             gauge: None,
+            shares: None,
+            sealer: None,
         }
     }
 
@@ -138,6 +159,20 @@ impl Terms {
     #[must_use]
     pub fn counted_on(mut self, gauge: IntGauge) -> Self {
         self.gauge = Some(gauge);
+        self
+    }
+
+    /// Bounds the connections of each client.
+    #[must_use]
+    pub fn shared_by(mut self, shares: Option<Arc<Shares>>) -> Self {
+        self.shares = shares;
+        self
+    }
+
+    /// Keeps tokens out of what is read.
+    #[must_use]
+    pub fn sealed_by(mut self, sealer: Arc<Sealer>) -> Self {
+        self.sealer = Some(sealer);
         self
     }
 }
@@ -297,15 +332,24 @@ async fn accept<F, S>(
         };
         match accepted {
             Ok((stream, peer)) => {
-                let seat = terms.slots.seat();
-                let guard = Open::new(terms.clone(), alive.clone());
+                let Some(share) = Shares::take(terms.shares.as_ref(), peer.origin) else {
+                    // Those who were told 503 are many already; dropped here, it holds nothing.
+                    terms.metrics.rejected(Rejection::ClientConnections);
+                    continue;
+                };
+                let seat = match terms.slots.seat() {
+                    Seat::Regular if share.is_excess() => Seat::Excess,
+                    seat => seat,
+                };
+                let guard = Open::new(terms.clone(), alive.clone(), share);
                 let service = service(seat, peer);
                 let phase = phase.clone();
                 tokio::spawn(async move {
                     let patience = match seat {
                         Seat::Regular => &guard.terms.patience,
-                        Seat::Crowd => &guard.terms.crowd_patience,
+                        Seat::Crowd | Seat::Excess => &guard.terms.crowd_patience,
                     };
+                    let stream = Sealed::new(stream, guard.terms.sealer.clone());
                     let stream = Timed::new(stream, Arc::clone(patience));
                     connection(stream, service, phase, &guard.terms.metrics).await;
                 });
@@ -368,14 +412,15 @@ async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
 struct Open {
     terms: Terms,
     _alive: mpsc::Sender<Infallible>,
+    _share: Share,
 }
 
 impl Open {
-    fn new(terms: Terms, alive: mpsc::Sender<Infallible>) -> Self {
+    fn new(terms: Terms, alive: mpsc::Sender<Infallible>, share: Share) -> Self {
         if let Some(gauge) = &terms.gauge {
             gauge.inc();
         }
-        Self { terms, _alive: alive }
+        Self { terms, _alive: alive, _share: share }
     }
 }
 
@@ -391,7 +436,7 @@ impl Drop for Open {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::listener::Host;
+    use crate::listener::{Host, Mode};
     use hyper::service::service_fn;
     use hyper::{Request, Response};
     use std::io::Write;
@@ -401,7 +446,7 @@ mod tests {
     /// A server on a thread of its own, whose service does not return before it is told to.
     #[test]
     fn a_worker_that_is_blocked_gives_no_sign_of_life() {
-        let listener = Listener::bind(&"127.0.0.1".parse::<Host>().unwrap(), 0).unwrap();
+        let listener = Listener::bind(&"127.0.0.1".parse::<Host>().unwrap(), 0, Mode::default()).unwrap();
         let address = listener.to_string();
         let mut heartbeats = Heartbeats::new();
         let heartbeat = heartbeats.join();

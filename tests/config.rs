@@ -44,6 +44,17 @@ write-timeout = 15
 drain-timeout = 20
 drain-delay = 0
 exit-idle = 0
+tokens-file = ""
+unix-mode = "0660"
+unix-trust = false
+rate-requests = 0
+rate-bytes = 0
+rate-burst = 10
+trusted-proxies = []
+forwarded-header = "x-forwarded-for"
+max-connections-per-client = 256
+max-bulk-streams = 64
+audit = false
 "#;
 
 #[test]
