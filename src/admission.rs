@@ -34,7 +34,6 @@ pub struct Rules {
 /// The rules in force, and what has been taken under them.
 #[derive(Debug)]
 pub struct Admission {
-    /// Nothing is asked and nothing counted: all that the hot path looks at then.
     is_open: AtomicBool,
     books: RwLock<Arc<Books>>,
     /// Made when it is first needed, and kept: rules change, debts stay.
@@ -89,14 +88,17 @@ impl Admission {
         Arc::clone(&self.sealer)
     }
 
-    /// Lets a request for a key in; `None` where nothing is asked of anyone.
+    /// Whether nothing is asked of anyone, nothing counted and nothing recorded: all that the hot path looks at then.
+    #[inline]
+    pub fn is_open(&self) -> bool {
+        self.is_open.load(Ordering::Relaxed)
+    }
+
+    /// Lets a request for a key in.
     ///
     /// # Errors
     /// 401 for one without a valid token where there must be one.
-    pub fn enter(&self, peer: &Peer, headers: &HeaderMap) -> Result<Option<Visit>, Problem> {
-        if self.is_open.load(Ordering::Relaxed) {
-            return Ok(None);
-        }
+    pub fn enter(&self, peer: &Peer, headers: &HeaderMap) -> Result<Box<Visit>, Problem> {
         let books = Arc::clone(&self.books.read().unwrap_or_else(PoisonError::into_inner));
         let rules = &books.rules;
         let forwarded = rules.proxies.client(peer.origin, headers);
@@ -113,27 +115,30 @@ impl Admission {
             Origin::Ip(ip) => Some(ip),
             Origin::Unix(_) => None,
         });
-        Ok(Some(Visit {
+        Ok(Box::new(Visit {
             rates: rules.rates,
             audit: rules.audit,
             grant,
             address,
             is_forwarded: forwarded.is_some(),
+            standing: None,
         }))
     }
 
-    /// Charges a visitor for one request of `bytes` key bytes. `None` where nothing is counted for it.
+    /// Charges a visitor for one request of `bytes` key bytes, and notes where it stands then.
     ///
     /// # Errors
     /// 429, when it has to wait.
-    pub fn charge(&self, visit: &Visit, peer: &Peer, bytes: u64) -> Result<Option<Standing>, Problem> {
-        let Some((client, rates)) = visit.account(peer) else { return Ok(None) };
-        let Some(table) = self.table.get() else { return Ok(None) };
+    pub fn charge(&self, visit: &mut Visit, peer: &Peer, bytes: u64) -> Result<(), Problem> {
+        let (Some((client, rates)), Some(table)) = (visit.account(peer), self.table.get()) else {
+            return Ok(());
+        };
         let standing = table.ask(client, &rates, bytes, Instant::now());
-        match standing.retry_after() {
-            Some(_) => Err(Problem::too_many_requests(&standing)),
-            None => Ok(Some(standing)),
+        if standing.wait.is_some() {
+            return Err(Problem::too_many_requests(&standing));
         }
+        visit.standing = Some(standing);
+        Ok(())
     }
 
     /// A permit for one long key, to be kept until its last byte.
@@ -204,6 +209,8 @@ pub struct Visit {
     pub address: Option<IpAddr>,
     /// Whether a proxy said so.
     pub is_forwarded: bool,
+    /// Where it stands, where anything is counted for it.
+    pub standing: Option<Standing>,
 }
 
 impl Visit {

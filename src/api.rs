@@ -223,9 +223,12 @@ impl Api {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             return Err(Problem::method_not_allowed());
         }
-        let visit = self.admission.enter(peer, request.headers()).inspect_err(|_| {
-            self.metrics.rejected(Rejection::Unauthorized);
-        })?;
+        let mut visit = if self.admission.is_open() {
+            None
+        } else {
+            let entered = self.admission.enter(peer, request.headers());
+            Some(entered.inspect_err(|_| self.metrics.rejected(Rejection::Unauthorized))?)
+        };
         let limit = self.max_size.load(Ordering::Relaxed);
         let limit = visit.as_ref().map_or(limit, |visit| visit.max_size(limit));
         let length = KeyLength::parse(length, limit).map_err(refuse_length)?;
@@ -246,17 +249,10 @@ impl Api {
         } else {
             None
         };
-        let mut standing = None;
-        let mut record = None;
-        if let Some(visit) = visit {
+        if let Some(visit) = &mut visit {
             let bytes = if is_head { 0 } else { length.bytes() };
-            standing = self.admission.charge(&visit, peer, bytes).inspect_err(|_| {
-                self.metrics.rejected(Rejection::Rate);
-            })?;
-            if visit.audit && !is_head {
-                let started = Record::start(visit, peer.clone(), format, length.bytes(), &self.generator);
-                record = Some(Box::new(started.map_err(|failure| self.refuse_failed(failure))?));
-            }
+            let charged = self.admission.charge(visit, peer, bytes);
+            charged.inspect_err(|_| self.metrics.rejected(Rejection::Rate))?;
         }
         let body = if is_head {
             Body::empty()
@@ -273,14 +269,19 @@ impl Api {
             self.metrics.key_bytes_served(format, length.bytes());
             Body::whole(key.into_bytes())
         };
-        let id = record.as_ref().map(|record| record.id());
-        let mut response = Response::new(body.recorded(record));
+        let mut response = Response::new(body);
         *response.headers_mut() = KEY_HEADERS.clone();
-        if let Some(id) = id.and_then(|id| HeaderValue::try_from(id).ok()) {
-            response.headers_mut().insert(REQUEST_ID, id);
-        }
-        if let Some(standing) = standing {
-            problem::tell_rates(response.headers_mut(), &standing);
+        if let Some(visit) = visit {
+            if let Some(standing) = &visit.standing {
+                problem::tell_rates(response.headers_mut(), standing);
+            }
+            if visit.audit && !is_head {
+                let record = Record::start(*visit, peer.clone(), format, length.bytes(), &self.generator)
+                    .map_err(|failure| self.refuse_failed(failure))?;
+                let id = HeaderValue::try_from(record.id()).expect("an id has hexadecimal digits only");
+                response.headers_mut().insert(REQUEST_ID, id);
+                response.body_mut().leave(record);
+            }
         }
         if is_head {
             response.headers_mut().insert(CONTENT_LENGTH, length.bytes().into()); // of a body it follows from itself

@@ -32,9 +32,16 @@ enum Content {
     /// Empty, or already handed over.
     Nothing,
     Whole(Bytes),
-    /// With the permit that it has until its end.
-    Stream(KeyStream, #[expect(dead_code, reason = "it is held, not used")] OwnedSemaphorePermit),
+    /// Boxed, so that the short keys, which are many, have less to move.
+    Stream(Box<Bulk>),
     Page(axum::body::Body),
+}
+
+/// A long key, with the permit that it has until its end.
+#[derive(Debug)]
+struct Bulk {
+    stream: KeyStream,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Body {
@@ -51,14 +58,12 @@ impl Body {
     /// A key in pieces, drawn as fast as the client reads. `permit` is given back when the last piece is, or the body
     /// is dropped.
     pub fn stream(stream: KeyStream, permit: OwnedSemaphorePermit) -> Self {
-        Content::Stream(stream, permit).into()
+        Content::Stream(Box::new(Bulk { stream, _permit: permit })).into()
     }
 
     /// Leaves `record` when this body ends.
-    #[must_use]
-    pub fn recorded(mut self, record: Option<Box<Record>>) -> Self {
-        self.record = record;
-        self
+    pub fn leave(&mut self, record: Record) {
+        self.record = Some(Box::new(record));
     }
 
     /// Ties the end of this body to the end of `answer`.
@@ -113,7 +118,8 @@ impl http_body::Body for Body {
                 this.content = Content::Nothing;
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
             }
-            Content::Stream(stream, _) => {
+            Content::Stream(bulk) => {
+                let stream = &mut bulk.stream;
                 let started = Instant::now();
                 let piece = stream.next().map(|piece| {
                     piece.map(|key| Frame::data(key.into_bytes())).map_err(BodyError::Generator)
@@ -137,7 +143,7 @@ impl http_body::Body for Body {
         match &self.content {
             Content::Nothing => true,
             Content::Whole(bytes) => bytes.is_empty(),
-            Content::Stream(stream, _) => stream.remaining() == 0,
+            Content::Stream(bulk) => bulk.stream.remaining() == 0,
             Content::Page(page) => page.is_end_stream(),
         }
     }
@@ -146,7 +152,7 @@ impl http_body::Body for Body {
         match &self.content {
             Content::Nothing => SizeHint::with_exact(0),
             Content::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Content::Stream(stream, _) => SizeHint::with_exact(stream.remaining()),
+            Content::Stream(bulk) => SizeHint::with_exact(bulk.stream.remaining()),
             Content::Page(page) => page.size_hint(),
         }
     }
