@@ -186,7 +186,7 @@ fn a_million_forwarded_addresses_take_no_more_memory_and_free_nobody() {
     }
     sending.join().unwrap();
     let after = daemon.metric("process_resident_memory_bytes");
-    println!(
+    eprintln!(
         "{CLIENTS} forwarded addresses in {:.1?}: {} answered 200, {} answered 429; resident before {:.1} MB, after {:.1} MB",
         started.elapsed(),
         answers[0],
@@ -267,7 +267,7 @@ fn long_keys_have_permits_and_beyond_them_503_comes_at_once() {
     times.sort();
     let started = Instant::now();
     assert_eq!(daemon.get("/health").status, 200);
-    println!(
+    eprintln!(
         "with every permit taken: 503 after {:.2?} in the median, {:.2?} at most (of {}); /health after {:.2?}",
         times[times.len() / 2],
         times[times.len() - 1],

@@ -113,6 +113,6 @@ fn a_log_that_nobody_reads_stalls_no_key_and_lost_records_are_counted() {
     let lost = daemon.metric("audit_records_dropped_total");
     assert!(lost > 1000.0, "{lost}: the queue and the pipe hold fewer than 4,000");
     assert_eq!(daemon.metric("log_events_dropped_total"), 0.0, "they are counted on their own");
-    println!("5,000 keys with a log that is not read: {lost} records dropped, no key delayed");
+    eprintln!("5,000 keys with a log that is not read: {lost} records dropped, no key delayed");
     drop(reader);
 }
