@@ -21,13 +21,18 @@ use hyper::service::Service;
 use tower_service::Service as _;
 use tracing::error;
 
+use crate::admission::Admission;
+use crate::audit::Record;
 use crate::body::{Answer, Body};
 use crate::format::{Format, Unsatisfied};
 use crate::health::{self, Health};
 use crate::key::{Key, KeyLength, KeyStream, LengthError};
+use crate::logging::Dropped;
 use crate::metrics::{Endpoint, Metrics, Rejection};
-use crate::problem::Problem;
+use crate::peer::Peer;
+use crate::problem::{self, Problem};
 use crate::random::{Failure, Generator};
+use crate::server::Seat;
 
 /// The most header fields a request may have.
 const FIELDS_MAX: usize = 32;
@@ -46,8 +51,10 @@ pub struct Api {
     pub health: Arc<Health>,
     /// What it counts.
     pub metrics: Arc<Metrics>,
+    /// Who may have one, and how much.
+    pub admission: Admission,
     /// How many log events were dropped so far.
-    pub log_events_dropped: Arc<AtomicU64>,
+    pub dropped: Arc<Dropped>,
 }
 
 /// Which routes a listener has.
@@ -67,7 +74,14 @@ pub struct Site {
     api: Arc<Api>,
     router: Router,
     has_keys: bool,
-    is_crowded: bool,
+}
+
+/// The service as the client of one connection has it.
+#[derive(Debug)]
+pub struct Session {
+    site: Site,
+    seat: Seat,
+    peer: Peer,
 }
 
 impl Site {
@@ -84,38 +98,39 @@ impl Site {
             .fallback(async || page(&Problem::not_found()))
             .method_not_allowed_fallback(async || page(&Problem::method_not_allowed()))
             .with_state(Arc::clone(&api));
-        Self { api, router, has_keys: routes != Routes::Operator, is_crowded: false }
+        Self { api, router, has_keys: routes != Routes::Operator }
     }
 
-    /// The service of a connection that found every slot taken: health, and 503 for the rest.
-    #[must_use]
-    pub fn crowded(mut self) -> Self {
-        self.is_crowded = true;
-        self
+    /// The service for `peer`. Without a seat it gets health, and 503 for the rest.
+    pub fn serve(self, seat: Seat, peer: Peer) -> Session {
+        Session { site: self, seat, peer }
     }
+}
 
+impl Session {
     /// Answers a key at once, and leaves the rest to the router.
     fn answer<B>(&self, request: Request<B>) -> Answering {
-        let metrics = &self.api.metrics;
+        let Site { api, router, has_keys } = &self.site;
+        let metrics = &api.metrics;
         let path = request.uri().path();
-        let length = path.strip_prefix(KEY).filter(|length| self.has_keys && !length.contains('/'));
+        let length = path.strip_prefix(KEY).filter(|length| *has_keys && !length.contains('/'));
         let endpoint = length.map_or_else(|| Endpoint::of(path), |_| Endpoint::Key);
         let answer = Answer::start(Arc::clone(metrics), endpoint);
         let is_head = request.method() == Method::HEAD;
-        let is_closing = self.is_crowded || self.api.health.is_draining();
+        let is_closing = self.seat != Seat::Regular || api.health.is_draining();
         let response = if let Err(problem) = check_message(&request) {
             metrics.rejected(Rejection::Malformed);
             refusal(&problem)
-        } else if self.is_crowded
+        } else if let Some(reason) = self.seat.rejection()
             && !matches!(endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz)
         {
-            metrics.rejected(Rejection::Connections);
+            metrics.rejected(reason);
             refusal(&health::full())
         } else if let Some(length) = length {
-            self.api.key(&request, length).unwrap_or_else(|problem| refusal(&problem))
+            api.key(&request, length, &self.peer).unwrap_or_else(|problem| refusal(&problem))
         } else {
             // No route takes a body, so none is handed on.
-            let routed = self.router.clone().call(request.map(|_| axum::body::Body::empty()));
+            let routed = router.clone().call(request.map(|_| axum::body::Body::empty()));
             return Answering::Routed(Box::pin(async move {
                 let Ok(response) = routed.await;
                 finish(with_common(response), answer, is_head, is_closing)
@@ -125,7 +140,7 @@ impl Site {
     }
 }
 
-impl<B: Send + 'static> Service<Request<B>> for Site {
+impl<B: Send + 'static> Service<Request<B>> for Session {
     type Response = Response<Body>;
     type Error = Infallible;
     type Future = Answering;
@@ -155,6 +170,9 @@ impl Future for Answering {
         }
     }
 }
+
+/// Names a key's audit record to its client. One that a client sends is not looked at.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// What every answer has, whoever made it.
 const COMMON: [(HeaderName, HeaderValue); 2] = [
@@ -201,11 +219,18 @@ fn finish(mut response: Response<Body>, answer: Answer, is_head: bool, is_closin
 
 impl Api {
     /// The hot path: from a checked request to a key.
-    fn key<B>(&self, request: &Request<B>, length: &str) -> Result<Response<Body>, Problem> {
+    fn key<B>(&self, request: &Request<B>, length: &str, peer: &Peer) -> Result<Response<Body>, Problem> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             return Err(Problem::method_not_allowed());
         }
+        let mut visit = if self.admission.is_open() {
+            None
+        } else {
+            let entered = self.admission.enter(peer, request.headers());
+            Some(entered.inspect_err(|_| self.metrics.rejected(Rejection::Unauthorized))?)
+        };
         let limit = self.max_size.load(Ordering::Relaxed);
+        let limit = visit.as_ref().map_or(limit, |visit| visit.max_size(limit));
         let length = KeyLength::parse(length, limit).map_err(refuse_length)?;
         let accept = request.headers().get_all(ACCEPT);
         let format = Format::negotiate(request.uri().query(), accept).map_err(refuse_format)?;
@@ -213,17 +238,29 @@ impl Api {
             return Err(self.refuse_failed(failure));
         }
         let is_head = request.method() == Method::HEAD;
+        let is_bulk = length.is_bulk() && !is_head;
+        if is_bulk && self.health.is_stopping() {
+            self.metrics.rejected(Rejection::Draining);
+            return Err(health::draining());
+        }
+        // Before the charge, so that nobody pays for a key that it does not get.
+        let permit = if is_bulk {
+            Some(self.admission.bulk().inspect_err(|_| self.metrics.rejected(Rejection::Bulk))?)
+        } else {
+            None
+        };
+        if let Some(visit) = &mut visit {
+            let bytes = if is_head { 0 } else { length.bytes() };
+            let charged = self.admission.charge(visit, peer, bytes);
+            charged.inspect_err(|_| self.metrics.rejected(Rejection::Rate))?;
+        }
         let body = if is_head {
             Body::empty()
-        } else if length.is_bulk() {
-            if self.health.is_stopping() {
-                self.metrics.rejected(Rejection::Draining);
-                return Err(health::draining());
-            }
+        } else if let Some(permit) = permit {
             let stream = KeyStream::start(length, Arc::clone(&self.generator))
                 .map_err(|failure| self.refuse_failed(failure))?;
             self.metrics.key_served(length.bytes());
-            Body::stream(stream)
+            Body::stream(stream, permit)
         } else {
             let started = Instant::now();
             let key = Key::draw(length, &self.generator).map_err(|failure| self.refuse_failed(failure))?;
@@ -234,6 +271,18 @@ impl Api {
         };
         let mut response = Response::new(body);
         *response.headers_mut() = KEY_HEADERS.clone();
+        if let Some(visit) = visit {
+            if let Some(standing) = &visit.standing {
+                problem::tell_rates(response.headers_mut(), standing);
+            }
+            if visit.audit && !is_head {
+                let record = Record::start(*visit, peer.clone(), format, length.bytes(), &self.generator)
+                    .map_err(|failure| self.refuse_failed(failure))?;
+                let id = HeaderValue::try_from(record.id()).expect("an id has hexadecimal digits only");
+                response.headers_mut().insert(REQUEST_ID, id);
+                response.body_mut().leave(record);
+            }
+        }
         if is_head {
             response.headers_mut().insert(CONTENT_LENGTH, length.bytes().into()); // of a body it follows from itself
         }
@@ -337,7 +386,7 @@ async fn serve_readyz(State(api): State<Arc<Api>>) -> axum::response::Response {
 }
 
 async fn serve_metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
-    let text = api.metrics.render(api.log_events_dropped.load(Ordering::Relaxed));
+    let text = api.metrics.render(&api.dropped);
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 
@@ -355,10 +404,12 @@ fn page(problem: &Problem) -> axum::response::Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admission::Rules;
     use crate::random::Kernel;
+    use crate::seal::Sealer;
     use axum::http::header::RETRY_AFTER;
 
-    async fn get(site: &Site, path: &str) -> Response<Body> {
+    async fn get(site: &Session, path: &str) -> Response<Body> {
         let request = Request::get(path).header(HOST, "localhost").body(()).unwrap();
         let Ok(response) = site.call(request).await;
         response
@@ -368,14 +419,17 @@ mod tests {
     async fn once_the_drain_has_begun_a_long_key_is_refused_and_a_short_one_is_the_last_answer() {
         let generator = Arc::new(Generator::new(Kernel).unwrap());
         let health = Arc::new(Health::new(Arc::clone(&generator)));
+        let sealer = Sealer::new(&generator).unwrap();
         let api = Api {
             max_size: AtomicU64::new(1 << 20),
             generator,
             health: Arc::clone(&health),
             metrics: Arc::new(Metrics::new()),
-            log_events_dropped: Arc::default(),
+            admission: Admission::new(Rules::default(), sealer, 2),
+            dropped: Arc::default(),
         };
-        let site = Site::new(Routes::Client, Arc::new(api));
+        let peer = Peer::tcp(([127, 0, 0, 1], 1).into());
+        let site = Site::new(Routes::Client, Arc::new(api)).serve(Seat::Regular, peer);
         assert_eq!(get(&site, "/key/1000000").await.status(), StatusCode::OK);
         health.start_draining();
         assert_eq!(get(&site, "/key/1000000").await.status(), StatusCode::OK, "there is time for it yet");

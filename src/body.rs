@@ -9,6 +9,9 @@ use std::time::Instant;
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::audit::Record;
 use crate::format::Format;
 use crate::key::KeyStream;
 use crate::metrics::{Endpoint, Metrics};
@@ -18,6 +21,8 @@ use crate::random::Failure;
 #[derive(Debug)]
 pub struct Body {
     content: Content,
+    /// What the key leaves in the log, where it does.
+    record: Option<Box<Record>>,
     /// Dropped last.
     _answer: Option<Answer>,
 }
@@ -27,8 +32,16 @@ enum Content {
     /// Empty, or already handed over.
     Nothing,
     Whole(Bytes),
-    Stream(KeyStream),
+    /// Boxed, so that the short keys, which are many, have less to move.
+    Stream(Box<Bulk>),
     Page(axum::body::Body),
+}
+
+/// A long key, with the permit that it has until its end.
+#[derive(Debug)]
+struct Bulk {
+    stream: KeyStream,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Body {
@@ -42,9 +55,15 @@ impl Body {
         Content::Whole(bytes).into()
     }
 
-    /// A key in pieces, drawn as fast as the client reads.
-    pub fn stream(stream: KeyStream) -> Self {
-        Content::Stream(stream).into()
+    /// A key in pieces, drawn as fast as the client reads. `permit` is given back when the last piece is, or the body
+    /// is dropped.
+    pub fn stream(stream: KeyStream, permit: OwnedSemaphorePermit) -> Self {
+        Content::Stream(Box::new(Bulk { stream, _permit: permit })).into()
+    }
+
+    /// Leaves `record` when this body ends.
+    pub fn leave(&mut self, record: Record) {
+        self.record = Some(Box::new(record));
     }
 
     /// Ties the end of this body to the end of `answer`.
@@ -64,7 +83,7 @@ impl Body {
 
 impl From<Content> for Body {
     fn from(content: Content) -> Self {
-        Self { content, _answer: None }
+        Self { content, record: None, _answer: None }
     }
 }
 
@@ -85,25 +104,34 @@ impl http_body::Body for Body {
     type Error = BodyError;
 
     fn poll_frame(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match &mut self.content {
+        let this = self.get_mut();
+        match &mut this.content {
             Content::Nothing => Poll::Ready(None),
             Content::Whole(bytes) => {
                 let bytes = std::mem::take(bytes);
-                self.content = Content::Nothing;
+                if let Some(record) = &mut this.record {
+                    record.sent(bytes.len(), true);
+                }
+                this.content = Content::Nothing;
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
             }
-            Content::Stream(stream) => {
+            Content::Stream(bulk) => {
+                let stream = &mut bulk.stream;
                 let started = Instant::now();
                 let piece = stream.next().map(|piece| {
                     piece.map(|key| Frame::data(key.into_bytes())).map_err(BodyError::Generator)
                 });
-                if let (Some(Ok(frame)), Some(answer)) = (&piece, &self._answer) {
+                if let (Some(Ok(frame)), Some(answer)) = (&piece, &this._answer) {
                     let bytes = frame.data_ref().map_or(0, Bytes::len);
                     answer.metrics.generated(started);
                     answer.metrics.key_bytes_served(Format::Raw, bytes as u64);
+                    let is_last = stream.remaining() == 0;
+                    if let Some(record) = &mut this.record {
+                        record.sent(bytes, is_last);
+                    }
                 }
                 Poll::Ready(piece)
             }
@@ -115,7 +143,7 @@ impl http_body::Body for Body {
         match &self.content {
             Content::Nothing => true,
             Content::Whole(bytes) => bytes.is_empty(),
-            Content::Stream(stream) => stream.remaining() == 0,
+            Content::Stream(bulk) => bulk.stream.remaining() == 0,
             Content::Page(page) => page.is_end_stream(),
         }
     }
@@ -124,7 +152,7 @@ impl http_body::Body for Body {
         match &self.content {
             Content::Nothing => SizeHint::with_exact(0),
             Content::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Content::Stream(stream) => SizeHint::with_exact(stream.remaining()),
+            Content::Stream(bulk) => SizeHint::with_exact(bulk.stream.remaining()),
             Content::Page(page) => page.size_hint(),
         }
     }

@@ -1,10 +1,12 @@
 //! The command line.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
 use crate::config::Sources;
+use crate::token::{Date, Name};
 
 /// Hands out cryptographically secure random keys over HTTP.
 ///
@@ -57,6 +59,39 @@ pub enum Command {
         /// Whom to ask: http://host:port, with a path other than /health if need be [default: the configured address]
         #[arg(long, value_name = "URL")]
         url: Option<String>,
+    },
+    /// Make a bearer token
+    Token {
+        /// What to do.
+        #[command(subcommand)]
+        action: TokenAction,
+    },
+}
+
+/// What to do with tokens.
+#[derive(Debug, Clone, Subcommand)]
+pub enum TokenAction {
+    /// Print a new token, which is shown once, and on the next line what to add to the tokens file: its hash
+    New {
+        /// Whose it is: letters, digits, dots, hyphens, underscores and at signs
+        #[arg(long, value_name = "NAME", value_parser = |text: &str| text.parse::<Name>().map_err(|()| Name::GRAMMAR))]
+        name: Name,
+
+        /// Largest key that it is good for, in bytes [default: as everyone's]
+        #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1..))]
+        max_size: Option<u64>,
+
+        /// Requests a second, wherever they come from [default: as every address's]
+        #[arg(long, value_name = "NUMBER")]
+        rate_requests: Option<NonZeroU64>,
+
+        /// Key bytes a second [default: as every address's]
+        #[arg(long, value_name = "BYTES")]
+        rate_bytes: Option<NonZeroU64>,
+
+        /// First day on which it is not valid any more, in UTC: YYYY-MM-DD [default: never]
+        #[arg(long, value_name = "DATE", value_parser = |text: &str| text.parse::<Date>().map_err(|()| "expected a date such as 2027-01-31"))]
+        expires: Option<Date>,
     },
 }
 

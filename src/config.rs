@@ -6,18 +6,24 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::num::NonZeroU64;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use figment::providers::{Env, Format, Toml};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider, Source};
 
-use crate::listener::Host;
+use crate::admission::Rules;
+use crate::forwarded::{Field, Proxies, Proxy};
+use crate::listener::{Host, Mode};
 use crate::logging::LogLevel;
+use crate::rate::Rates;
 use crate::tls::{self, Location, MinVersion, Part};
+use crate::token::{self, Grant};
 
 /// Where the configuration is read from when no other file is named; it need not exist.
 pub const DEFAULT_PATH: &str = "/etc/key-service/config.toml";
@@ -62,10 +68,38 @@ pub struct Config {
     pub exit_idle: Option<Duration>,
     /// Who the service is, where keys are served over TLS.
     pub tls: Option<tls::Settings>,
+    /// Where the hashes of tokens are, and what was found there; `None` where no token is asked for.
+    pub tokens: Option<TokensFile>,
+    /// The mode of a Unix socket that is bound here.
+    pub unix_mode: Mode,
+    /// Whether who could open a Unix socket needs no token.
+    pub unix_trust: bool,
+    /// What each client may take.
+    pub rates: Rates,
+    /// Whose word on the client's address is taken.
+    pub proxies: Proxies,
+    /// Connections that one address may have open; `None` is no bound.
+    pub max_connections_per_client: Option<u32>,
+    /// Keys above 64 KiB that may be on their way at once.
+    pub max_bulk_streams: usize,
+    /// Whether each key leaves a record.
+    pub audit: bool,
 }
 
+/// The file of tokens, read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokensFile {
+    /// As it is written in the configuration: a path, or `credential:` and a name.
+    pub place: String,
+    /// What it grants.
+    pub grants: Arc<[Grant]>,
+}
+
+/// What the place of a file begins with when it is a credential that systemd hands over (systemd.exec(5)).
+const CREDENTIAL: &str = "credential:";
+
 /// The names of all settings, as TOML has them.
-const NAMES: [&str; 17] = [
+const NAMES: [&str; 28] = [
     "host",
     "srv-port",
     "max-size",
@@ -83,10 +117,22 @@ const NAMES: [&str; 17] = [
     "tls-key",
     "tls-client-ca",
     "tls-min-version",
+    "tokens-file",
+    "unix-mode",
+    "unix-trust",
+    "rate-requests",
+    "rate-bytes",
+    "rate-burst",
+    "trusted-proxies",
+    "forwarded-header",
+    "max-connections-per-client",
+    "max-bulk-streams",
+    "audit",
 ];
 
 /// The settings that a running service takes on at a reload.
-const LIVE: [&str; 2] = ["max-size", "log-level"];
+const LIVE: [&str; 7] =
+    ["max-size", "log-level", "tokens-file", "rate-requests", "rate-bytes", "rate-burst", "audit"];
 
 /// Those that it takes on too while TLS stays on.
 const LIVE_TLS: [&str; 4] = ["tls-cert", "tls-key", "tls-client-ca", "tls-min-version"];
@@ -95,6 +141,26 @@ impl Config {
     /// Whether metrics are served beside the keys instead of on a listener of their own.
     pub fn shares_port(&self) -> bool {
         self.srv_port == self.metrics_port && self.srv_port != 0 && self.host == self.metrics_host
+    }
+
+    /// What requests for keys are judged by.
+    pub fn rules(&self) -> Rules {
+        Rules {
+            tokens: self.tokens.as_ref().map(|file| Arc::clone(&file.grants)),
+            trusts_unix: self.unix_trust,
+            rates: self.rates,
+            proxies: self.proxies.clone(),
+            audit: self.audit,
+        }
+    }
+
+    /// Takes from `new` what may change while the service runs.
+    pub fn take_live(&mut self, new: &Self) {
+        self.max_size = new.max_size;
+        self.log_level = new.log_level;
+        self.tokens.clone_from(&new.tokens);
+        self.rates = new.rates;
+        self.audit = new.audit;
     }
 
     /// The settings that differ in `new` and that only a restart takes on.
@@ -133,6 +199,17 @@ impl Config {
             file(tls.map(|tls| &tls.key)),
             file(tls.and_then(|tls| tls.client_ca.as_ref())),
             text(&tls.map_or(MinVersion::Tls13, |tls| tls.min_version)),
+            self.tokens.as_ref().map_or("", |file| &file.place).into(),
+            text(&self.unix_mode),
+            self.unix_trust.into(),
+            self.rates.requests.map_or(0, NonZeroU64::get).into(),
+            self.rates.bytes.map_or(0, NonZeroU64::get).into(),
+            u64::from(self.rates.burst).into(),
+            self.proxies.trusted.iter().map(ToString::to_string).collect::<Vec<_>>().into(),
+            text(&self.proxies.field),
+            u64::from(self.max_connections_per_client.unwrap_or(0)).into(),
+            (self.max_bulk_streams as u64).into(),
+            self.audit.into(),
         ];
         let mut names = NAMES.into_iter();
         values.map(|value| (names.next().expect("as many names as values"), value))
@@ -254,6 +331,25 @@ impl Reader {
         let drain_delay = self.whole("drain-delay", 0, 0..=ONE_HOUR);
         let exit_idle = self.whole("exit-idle", 0, 0..=24 * ONE_HOUR);
         let tls = self.tls();
+        let tokens = self.tokens();
+        let modes = "a mode in octal digits, such as \"0660\"";
+        let unix_mode = self.parsed("unix-mode", Mode::default(), modes);
+        let unix_trust = self.truth("unix-trust");
+        let rate_requests = self.whole("rate-requests", 0, 0..=1_000_000_000);
+        let rate_bytes = self.whole("rate-bytes", 0, 0..=1 << 40);
+        let rate_burst = self.whole("rate-burst", 10, 1..=ONE_HOUR);
+        let trusted = self.list("trusted-proxies", "a list of IP addresses, networks (10.0.0.0/8) or unix");
+        let fields = format!("one of {}", Field::NAMES.join(", "));
+        let field = self.parsed("forwarded-header", Field::default(), &fields);
+        let max_connections_per_client = self.whole("max-connections-per-client", 256, 0..=1_000_000);
+        let max_bulk_streams = self.whole("max-bulk-streams", 64, 1..=1_000_000);
+        let audit = self.truth("audit");
+        let proxies = Proxies { trusted: trusted?, field: field? };
+        if unix_trust? && proxies.trusted.contains(&Proxy::Unix) {
+            // Clients of a proxy behind the socket would need no token either, which nobody can want.
+            let value = self.figment.find_value("unix-trust").ok()?;
+            return self.refuse("unix-trust", &value, "false where trusted-proxies has unix");
+        }
         Some(Config {
             host: host?,
             srv_port: srv_port?.try_into().ok()?,
@@ -269,6 +365,19 @@ impl Reader {
             drain_delay: Duration::from_secs(drain_delay?),
             exit_idle: Some(Duration::from_secs(exit_idle?)).filter(|period| !period.is_zero()),
             tls: tls?,
+            tokens: tokens?,
+            unix_mode: unix_mode?,
+            unix_trust: unix_trust?,
+            rates: Rates {
+                requests: NonZeroU64::new(rate_requests?),
+                bytes: NonZeroU64::new(rate_bytes?),
+                burst: rate_burst?.try_into().ok()?,
+            },
+            proxies,
+            max_connections_per_client: Some(max_connections_per_client?.try_into().ok()?)
+                .filter(|limit| *limit > 0),
+            max_bulk_streams: max_bulk_streams?.try_into().ok()?,
+            audit: audit?,
         })
     }
 
@@ -345,11 +454,80 @@ impl Reader {
         }
     }
 
+    fn truth(&mut self, name: &'static str) -> Option<bool> {
+        let Ok(value) = self.figment.find_value(name) else {
+            return Some(false);
+        };
+        match value.to_bool() {
+            Some(truth) => Some(truth),
+            None => self.refuse(name, &value, "true or false"),
+        }
+    }
+
+    /// A list; in the environment its brackets may be left out.
+    fn list<T: FromStr>(&mut self, name: &'static str, expected: &str) -> Option<Vec<T>> {
+        let Ok(value) = self.figment.find_value(name) else {
+            return Some(Vec::new());
+        };
+        let items: Option<Vec<String>> = match &value {
+            Value::Array(_, items) => items.iter().map(|item| item.as_str().map(str::to_owned)).collect(),
+            Value::String(_, text) => Some(
+                text.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect(),
+            ),
+            _ => None,
+        };
+        match items.and_then(|items| items.iter().map(|item| item.parse().ok()).collect()) {
+            Some(list) => Some(list),
+            None => self.refuse(name, &value, expected),
+        }
+    }
+
+    /// The file of tokens, read: a mistake in it is one of the configuration. `Some(None)` where none is set.
+    fn tokens(&mut self) -> Option<Option<TokensFile>> {
+        let name = "tokens-file";
+        let Ok(value) = self.figment.find_value(name) else {
+            return Some(None);
+        };
+        let Some(place) = value.as_str() else {
+            return self.refuse(name, &value, "a path, or credential: and a name");
+        };
+        if place.is_empty() {
+            return Some(None);
+        }
+        let path = match place.strip_prefix(CREDENTIAL) {
+            None => PathBuf::from(place),
+            Some(credential) => {
+                let is_name = !credential.is_empty() && !credential.contains('/') && credential != "..";
+                let folder = std::env::var_os("CREDENTIALS_DIRECTORY").filter(|_| is_name);
+                let Some(folder) = folder else {
+                    let expected =
+                        "the name of a credential that the service manager passes (LoadCredential=)";
+                    return self.refuse(name, &value, expected);
+                };
+                Path::new(&folder).join(credential)
+            }
+        };
+        match token::read(&path) {
+            Ok(grants) => Some(Some(TokensFile { place: place.to_owned(), grants: grants.into() })),
+            Err(mistakes) => {
+                let source = self.source(name, &value);
+                self.mistakes
+                    .extend(mistakes.into_iter().map(|mistake| format!("{name}: {mistake} ({source})")));
+                None
+            }
+        }
+    }
+
     fn parsed<T: FromStr>(&mut self, name: &'static str, default: T, expected: &str) -> Option<T> {
         let Ok(value) = self.figment.find_value(name) else {
             return Some(default);
         };
-        match value.as_str().and_then(|text| text.parse().ok()) {
+        // Digits of the environment come as a number, but for a mode they are a text: 0660 is not 660.
+        let digits = match self.figment.get_metadata(value.tag()) {
+            Some(Metadata { source: Some(Source::File(_)), .. }) => None,
+            _ => value.to_u128().map(|number| number.to_string()),
+        };
+        match value.as_str().or(digits.as_deref()).and_then(|text| text.parse().ok()) {
             Some(parsed) => Some(parsed),
             None => self.refuse(name, &value, expected),
         }
@@ -416,7 +594,7 @@ fn shown(value: &Value) -> String {
         Value::String(_, text) => format!("{text:?}"),
         Value::Bool(_, truth) => truth.to_string(),
         Value::Dict(..) => "a table".into(),
-        Value::Array(..) => "an array".into(),
+        Value::Array(_, items) => format!("[{}]", items.iter().map(shown).collect::<Vec<_>>().join(", ")),
         Value::Char(_, char) => format!("\"{char}\""),
         Value::Empty(..) => "nothing".into(),
         Value::Num(_, number) => match (number.to_u128(), number.to_i128(), number.to_f64()) {

@@ -11,6 +11,12 @@
 //! | [`body`] | what is sent back, until its last byte |
 //! | [`health`] | whether the service is well |
 //! | [`probe`] | asks a running service how it is |
+//! | [`admission`] | who may ask, and for how much |
+//! | [`token`], [`seal`] | bearer tokens, and what keeps their text out of the process |
+//! | [`rate`] | what each client has taken |
+//! | [`forwarded`] | whom a proxy speaks for |
+//! | [`shares`] | connections of each client |
+//! | [`audit`] | the record that a key leaves |
 //! | [`problem`] | what a client is told instead of a key |
 //! | [`metrics`], `process` | what is counted |
 //! | [`listener`] | sockets, inherited or bound |
@@ -24,12 +30,15 @@
 //!
 //! [`run`] wires them together. Only it and `main` see the configuration; everyone else is handed values.
 
+pub mod admission;
 pub mod api;
+pub mod audit;
 pub mod body;
 pub mod cli;
 pub mod config;
 pub mod deadline;
 pub mod format;
+pub mod forwarded;
 pub mod health;
 pub mod key;
 pub mod listener;
@@ -40,10 +49,14 @@ pub mod probe;
 pub mod problem;
 mod process;
 pub mod random;
+pub mod rate;
+pub mod seal;
 pub mod server;
+pub mod shares;
 pub mod signals;
 pub mod systemd;
 pub mod tls;
+pub mod token;
 
 use std::fmt::{self, Display};
 use std::io;
@@ -57,7 +70,8 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use api::{Api, Routes, Site};
+use admission::Admission;
+use api::{Api, Routes, Session, Site};
 use config::{Config, Sources};
 use health::Health;
 use listener::{Inherited, ListenError, Listener};
@@ -65,7 +79,9 @@ use logging::Log;
 use metrics::Metrics;
 use peer::Peer;
 use random::{Failure, Generator, Source};
+use seal::Sealer;
 use server::{Drain, Heartbeat, Heartbeats, Phase, Seat, Terms};
+use shares::Shares;
 use signals::{Order, Signals};
 use systemd::Notifier;
 use tls::{Fault, Loaded, Tls};
@@ -139,7 +155,8 @@ pub fn run(
         generator: Arc::clone(&generator),
         health: Arc::clone(&health),
         metrics: Arc::clone(&metrics),
-        log_events_dropped: log.dropped(),
+        admission: Admission::new(config.rules(), Sealer::new(&generator)?, config.max_bulk_streams),
+        dropped: log.dropped(),
     });
     let tls = match config.tls.clone() {
         None => None,
@@ -154,7 +171,13 @@ pub fn run(
     let terms = |connections| {
         Terms::new(connections, config.head_timeout, config.write_timeout, Arc::clone(&metrics))
     };
-    let key_terms = terms(connections).counted_on(metrics.connections.clone()).encrypted(tls.clone());
+    let shares =
+        config.max_connections_per_client.map(|limit| Arc::new(Shares::new(limit, config.proxies.clone())));
+    let key_terms = terms(connections)
+        .counted_on(metrics.connections.clone())
+        .shared_by(shares)
+        .sealed_by(api.admission.sealer())
+        .encrypted(tls.clone());
     let operator_terms = terms(METRICS_CONNECTIONS);
     let routes = if config.shares_port() { Routes::Both } else { Routes::Client };
     let drain = Drain::new();
@@ -182,6 +205,7 @@ pub fn run(
         let notifier = Notifier::start();
         notifier.ready(&status);
         info!(version = env!("CARGO_PKG_VERSION"), "{status}");
+        say_tokens(&config);
 
         let alive = || {
             let generated = generator.check();
@@ -252,11 +276,11 @@ fn listeners(config: &Config, inherited: Inherited) -> Result<Listeners, RunErro
     let is_activated = !inherited.http.is_empty();
     let mut keys = inherited.http;
     if keys.is_empty() {
-        keys.push(Listener::bind(&config.host, config.srv_port)?);
+        keys.push(Listener::bind(&config.host, config.srv_port, config.unix_mode)?);
     }
     let mut metrics = inherited.metrics;
     if metrics.is_empty() && !config.shares_port() {
-        match Listener::bind(&config.metrics_host, config.metrics_port) {
+        match Listener::bind(&config.metrics_host, config.metrics_port, config.unix_mode) {
             Ok(listener) => metrics.push(listener),
             // An administrator has switched the metrics socket off: keys are still served.
             Err(error) if is_activated && error.is_forbidden() => {
@@ -315,11 +339,8 @@ fn share(listeners: &[Listener], heartbeats: &mut Heartbeats) -> io::Result<Vec<
 }
 
 /// The service for a connection, by the seat that it got.
-fn seated(site: Site) -> impl Fn(Seat, Peer) -> Site + Clone + Send + 'static {
-    move |seat, _| match seat {
-        Seat::Regular => site.clone(),
-        Seat::Crowd => site.clone().crowded(),
-    }
+fn seated(site: Site) -> impl Fn(Seat, Peer) -> Session + Clone + Send + 'static {
+    move |seat, peer| site.clone().serve(seat, peer)
 }
 
 fn runtime() -> Result<Runtime, RunError> {
@@ -392,10 +413,11 @@ fn reload(
     }
     api.max_size.store(new.max_size, Ordering::Relaxed);
     log.set_level(new.log_level);
-    running.max_size = new.max_size;
-    running.log_level = new.log_level;
+    running.take_live(&new);
+    api.admission.replace(running.rules());
     api.metrics.config_last_reload_successful.set(1);
     info!(max_size = new.max_size, log_level = %new.log_level, "the configuration is reloaded");
+    say_tokens(running);
     Ok(())
 }
 
@@ -426,6 +448,13 @@ fn keep_certificate(faults: &[Fault]) {
 
 fn sentences(faults: &[Fault]) -> String {
     faults.iter().map(|fault| fault.sentence.as_str()).collect::<Vec<_>>().join("; ")
+}
+
+/// Says how many tokens there are, so that a file which was not read shows.
+fn say_tokens(config: &Config) {
+    if let Some(file) = &config.tokens {
+        info!(count = file.grants.len(), file = file.place, "keys are given to bearers of a token only");
+    }
 }
 
 /// The new configuration has mistakes, which are in the log.

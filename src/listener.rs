@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -53,6 +53,36 @@ impl fmt::Display for Host {
     }
 }
 
+/// Who may connect to a Unix socket, as bits of its file (unix(7): connecting takes the right to write).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mode(u32);
+
+impl Default for Mode {
+    /// The user and the group of the service.
+    fn default() -> Self {
+        Self(0o660)
+    }
+}
+
+impl FromStr for Mode {
+    type Err = ();
+
+    /// Octal digits.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        u32::from_str_radix(text, 8)
+            .ok()
+            .filter(|mode| *mode <= 0o777 && !text.starts_with('+'))
+            .map(Self)
+            .ok_or(())
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04o}", self.0)
+    }
+}
+
 /// A listening socket that no runtime has yet. Dropping the last copy of one that was bound here closes it; one that
 /// was inherited stays open in the service manager.
 #[derive(Debug)]
@@ -64,17 +94,17 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// Binds `host`, with `port` where it is an IP address (0: any free port).
+    /// Binds `host`, with `port` where it is an IP address (0: any free port) and `mode` where it is a path.
     ///
     /// # Errors
     /// A sentence that names the address.
-    pub fn bind(host: &Host, port: u16) -> Result<Self, ListenError> {
+    pub fn bind(host: &Host, port: u16, mode: Mode) -> Result<Self, ListenError> {
         let (address, bound) = match host {
             Host::Ip(ip) => {
                 let address = SocketAddr::new(*ip, port);
                 (address.to_string(), bind_tcp(address))
             }
-            Host::Unix(path) => (host.to_string(), bind_unix(path)),
+            Host::Unix(path) => (host.to_string(), bind_unix(path, mode)),
         };
         bound.map_err(|source| ListenError::Bind { address, source })
     }
@@ -231,7 +261,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     Listener::Tcp(socket.into()).prepare()
 }
 
-fn bind_unix(path: &Path) -> io::Result<Listener> {
+fn bind_unix(path: &Path, mode: Mode) -> io::Result<Listener> {
     // A socket file outlives the process that made it. It is removed only where nobody answers on it any more, and
     // anything that is not a socket stays, for bind to trip over.
     let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
@@ -240,6 +270,8 @@ fn bind_unix(path: &Path) -> io::Result<Listener> {
     }
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.bind(&socket2::SockAddr::unix(path)?)?;
+    // bind(2) gave it the mode that the umask left. Until listen(2), whoever connects is refused, whatever the mode.
+    fs::set_permissions(path, fs::Permissions::from_mode(mode.0))?;
     socket.listen(BACKLOG)?;
     Listener::Unix(socket.into()).prepare()
 }
@@ -355,12 +387,12 @@ mod tests {
         let folder = env::temp_dir().join(format!("key-service-listener-{}", std::process::id()));
         fs::create_dir(&folder).unwrap();
         let stale = Host::Unix(folder.join("stale"));
-        drop(Listener::bind(&stale, 0).unwrap());
-        let held = Listener::bind(&stale, 0).expect("a stale socket is replaced");
-        assert!(Listener::bind(&stale, 0).is_err(), "a socket in use is not");
+        drop(Listener::bind(&stale, 0, Mode::default()).unwrap());
+        let held = Listener::bind(&stale, 0, Mode::default()).expect("a stale socket is replaced");
+        assert!(Listener::bind(&stale, 0, Mode::default()).is_err(), "a socket in use is not");
         let file = folder.join("file");
         fs::write(&file, "mine").unwrap();
-        assert!(Listener::bind(&Host::Unix(file.clone()), 0).is_err());
+        assert!(Listener::bind(&Host::Unix(file.clone()), 0, Mode::default()).is_err());
         assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
         drop(held);
         fs::remove_dir_all(&folder).unwrap();

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use tracing::field::{Field, Value, Visit};
 use tracing::level_filters::LevelFilter;
+use tracing::subscriber::Interest;
 use tracing::{Dispatch, Event, Metadata, Subscriber};
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::{Layer, Registry, reload};
@@ -25,6 +26,9 @@ const QUEUE: usize = 1024;
 
 /// The most fields of one event, its message included.
 const FIELDS_MAX: usize = 16;
+
+/// The target of audit records. They are logged whatever the level is, and counted on their own when dropped.
+pub const AUDIT: &str = "audit";
 
 /// How long a stop waits for the last events to be written.
 const FLUSH: Duration = Duration::from_secs(1);
@@ -52,13 +56,63 @@ impl fmt::Display for LogLevel {
     }
 }
 
+/// How many events were dropped since the start.
+#[derive(Debug, Default)]
+pub struct Dropped {
+    events: AtomicU64,
+    audit_records: AtomicU64,
+}
+
+impl Dropped {
+    /// Counts one.
+    pub fn count(&self, is_audit: bool) {
+        let count = if is_audit { &self.audit_records } else { &self.events };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Those that were no audit records.
+    pub fn events(&self) -> u64 {
+        self.events.load(Ordering::Relaxed)
+    }
+
+    /// Audit records.
+    pub fn audit_records(&self) -> u64 {
+        self.audit_records.load(Ordering::Relaxed)
+    }
+}
+
+/// Lets through what is severe enough, and every audit record.
+#[derive(Debug)]
+struct Threshold(LevelFilter);
+
+impl Threshold {
+    fn passes(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target() == AUDIT || *metadata.level() <= self.0
+    }
+}
+
+impl<S: Subscriber> Layer<S> for Threshold {
+    fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
+        if self.passes(metadata) { Interest::always() } else { Interest::never() }
+    }
+
+    fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
+        self.passes(metadata)
+    }
+
+    /// Audit records have the level info.
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(self.0.max(LevelFilter::INFO))
+    }
+}
+
 /// The running log. Dropping it writes what is still queued, within a second.
 #[derive(Debug)]
 pub struct Log {
-    level: reload::Handle<LevelFilter, Registry>,
+    level: reload::Handle<Threshold, Registry>,
     end: SyncSender<Message>,
     written: Receiver<()>,
-    dropped: Arc<AtomicU64>,
+    dropped: Arc<Dropped>,
 }
 
 impl Log {
@@ -67,8 +121,8 @@ impl Log {
         let writer = writer();
         let (queue, events) = mpsc::sync_channel(QUEUE);
         let (done, written) = mpsc::sync_channel(1);
-        let (filter, handle) = reload::Layer::new(level.0);
-        let dropped = Arc::new(AtomicU64::new(0));
+        let (filter, handle) = reload::Layer::new(Threshold(level.0));
+        let dropped = Arc::new(Dropped::default());
         let log = Self { level: handle, end: queue.clone(), written, dropped: Arc::clone(&dropped) };
         thread::Builder::new()
             .name("log".into())
@@ -87,11 +141,11 @@ impl Log {
     /// Logs from `level` on, from now on.
     pub fn set_level(&self, level: LogLevel) {
         // It fails only when the subscriber is gone, and it is global.
-        let _ = self.level.reload(level.0);
+        let _ = self.level.reload(Threshold(level.0));
     }
 
-    /// The count of events that were dropped since the start.
-    pub fn dropped(&self) -> Arc<AtomicU64> {
+    /// What was dropped since the start.
+    pub fn dropped(&self) -> Arc<Dropped> {
         Arc::clone(&self.dropped)
     }
 }
@@ -145,7 +199,7 @@ impl fmt::Debug for Text {
 
 struct Queue {
     queue: SyncSender<Message>,
-    dropped: Arc<AtomicU64>,
+    dropped: Arc<Dropped>,
 }
 
 impl<S: Subscriber> Layer<S> for Queue {
@@ -153,7 +207,7 @@ impl<S: Subscriber> Layer<S> for Queue {
         let mut record = Record { metadata: event.metadata(), values: Vec::new() };
         event.record(&mut record);
         if self.queue.try_send(Message::Event(record)).is_err() {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.dropped.count(event.metadata().target() == AUDIT);
         }
     }
 }
@@ -200,14 +254,15 @@ mod tests {
     #[test]
     fn a_writer_that_hangs_drops_events_and_never_waits() {
         let (queue, _never_read) = mpsc::sync_channel(2);
-        let dropped = Arc::new(AtomicU64::new(0));
+        let dropped = Arc::new(Dropped::default());
         let queue = Queue { queue, dropped: Arc::clone(&dropped) };
         tracing::subscriber::with_default(Registry::default().with(queue), || {
             for n in 0..5 {
                 tracing::info!(n, "event");
+                tracing::info!(target: AUDIT, n, "record");
             }
         });
-        assert_eq!(dropped.load(Ordering::Relaxed), 3);
+        assert_eq!((dropped.events(), dropped.audit_records()), (4, 4), "each kind is counted on its own");
     }
 
     #[test]

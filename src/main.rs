@@ -4,13 +4,15 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use key_service::cli::{Cli, Command};
+use key_service::cli::{Cli, Command, TokenAction};
 use key_service::config::Config;
 use key_service::listener::Inherited;
 use key_service::logging::Log;
 use key_service::probe::Target;
-use key_service::random::Kernel;
+use key_service::random::{Generator, Kernel};
+use key_service::token::{Grant, Token};
 use key_service::{forbid_core_dumps, run, systemd};
+use zeroize::Zeroizing;
 
 /// Could not start or go on.
 const EXIT_FAILURE: u8 = 1;
@@ -21,6 +23,9 @@ const EXIT_CONFIG: u8 = 78;
 fn main() -> ExitCode {
     let cli = Cli::parse(); // wrong usage ends here, with status 2
     let (check, command) = (cli.check, cli.command.clone());
+    if let Some(Command::Token { action }) = command {
+        return new_token(action);
+    }
     let sources = cli.sources();
     // Who asks for health need not be allowed to read the service's key.
     let loaded = if command.is_some() { sources.settings() } else { sources.load() };
@@ -64,6 +69,23 @@ fn health(url: Option<String>, config: &Config) -> ExitCode {
         Ok(answer) => print(&format!("{answer}\n")),
         Err(error) => {
             eprintln!("key-service: {error}");
+            EXIT_FAILURE.into()
+        }
+    }
+}
+
+/// Prints a token and the line that grants it something. Neither is kept.
+fn new_token(
+    TokenAction::New { name, max_size, rate_requests, rate_bytes, expires }: TokenAction,
+) -> ExitCode {
+    match Generator::new(Kernel).and_then(|generator| Token::draw(&generator)) {
+        Ok(token) => {
+            let grant =
+                Grant { max_size, rate_requests, rate_bytes, expires, ..Grant::new(name, token.digest) };
+            print(&Zeroizing::new(format!("{}\n{grant}\n", *token.text)))
+        }
+        Err(failure) => {
+            eprintln!("key-service: no token can be made: {failure}");
             EXIT_FAILURE.into()
         }
     }

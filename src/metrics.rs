@@ -9,6 +9,7 @@ use prometheus::{
 };
 
 use crate::format::Format;
+use crate::logging::Dropped;
 use crate::process::Process;
 
 /// The statuses that are answered here; anything else would be counted as `other`.
@@ -62,10 +63,27 @@ pub enum Rejection {
     Generator,
     /// The service is stopping and the key would not be done in time.
     Draining,
+    /// No valid token where there must be one.
+    Unauthorized,
+    /// More requests or bytes than the client may have.
+    Rate,
+    /// More connections than the client may have.
+    ClientConnections,
+    /// As many long keys as may be are on their way.
+    Bulk,
 }
 
 impl Rejection {
-    const ALL: [Self; 4] = [Self::Connections, Self::Malformed, Self::Generator, Self::Draining];
+    const ALL: [Self; 8] = [
+        Self::Connections,
+        Self::Malformed,
+        Self::Generator,
+        Self::Draining,
+        Self::Unauthorized,
+        Self::Rate,
+        Self::ClientConnections,
+        Self::Bulk,
+    ];
 
     fn label(self) -> &'static str {
         match self {
@@ -73,6 +91,10 @@ impl Rejection {
             Self::Malformed => "malformed",
             Self::Generator => "generator",
             Self::Draining => "draining",
+            Self::Unauthorized => "unauthorized",
+            Self::Rate => "rate",
+            Self::ClientConnections => "client_connections",
+            Self::Bulk => "bulk",
         }
     }
 }
@@ -155,6 +177,7 @@ pub struct Metrics {
     generator_latency: Histogram,
     generator_healthy: IntGauge,
     log_events_dropped: IntCounter,
+    audit_records_dropped: IntCounter,
     /// Requests being answered now.
     pub requests_in_flight: IntGauge,
     /// Client connections that are open now.
@@ -272,6 +295,13 @@ impl Metrics {
                     "Log events dropped because the log's reader was slower than their writer.",
                 ),
             ),
+            audit_records_dropped: register(
+                &registry,
+                IntCounter::new(
+                    "audit_records_dropped_total",
+                    "Audit records dropped because the log's reader was slower than their writer.",
+                ),
+            ),
             requests_in_flight: int_gauge(
                 &registry,
                 "http_requests_in_flight",
@@ -360,11 +390,15 @@ impl Metrics {
         self.generator_healthy.set(0);
     }
 
-    /// The text exposition format, version 0.0.4. `log_events_dropped` is the log's own count so far.
-    pub fn render(&self, log_events_dropped: u64) -> String {
+    /// The text exposition format, version 0.0.4. `dropped` is the log's own count so far.
+    pub fn render(&self, dropped: &Dropped) -> String {
         self.process.refresh();
-        let news = log_events_dropped.saturating_sub(self.log_events_dropped.get());
-        self.log_events_dropped.inc_by(news);
+        for (counter, count) in [
+            (&self.log_events_dropped, dropped.events()),
+            (&self.audit_records_dropped, dropped.audit_records()),
+        ] {
+            counter.inc_by(count.saturating_sub(counter.get()));
+        }
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default() // writing into a String can't fail
     }
 }
@@ -436,7 +470,9 @@ mod tests {
 
     #[test]
     fn every_series_is_there_before_the_first_request() {
-        let text = Metrics::new().render(3);
+        let dropped = Dropped::default();
+        (0..3).for_each(|_| dropped.count(false));
+        let text = Metrics::new().render(&dropped);
         for series in [
             "http_responses_total{status_code=\"200\"} 0",
             "request_latency_seconds_count{endpoint=\"/key/{length}\"} 0",
@@ -444,6 +480,7 @@ mod tests {
             "http_rejections_total{reason=\"connections\"} 0",
             "generator_healthy 1",
             "log_events_dropped_total 3",
+            "audit_records_dropped_total 0",
             "build_info{version=",
         ] {
             assert!(text.contains(series), "{series} is missing:\n{text}");

@@ -35,6 +35,41 @@ pub struct Credentials {
     pub gid: u32,
 }
 
+/// Whom a limit is counted for. One host can't have many of them for nothing: an IPv6 network is one client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Client {
+    /// An IPv4 address.
+    V4(u32),
+    /// The first 64 bits of an IPv6 address: what a host or a household is given whole (RFC 6177, RFC 4291 section
+    /// 2.5.4), so that a limit on less can be walked around.
+    V6(u64),
+    /// A user of this host.
+    User(u32),
+    /// The bearer of a token, by a digest of the token's name.
+    Bearer(u64),
+}
+
+impl From<IpAddr> for Client {
+    fn from(ip: IpAddr) -> Self {
+        match ip.to_canonical() {
+            IpAddr::V4(ip) => Self::V4(ip.into()),
+            IpAddr::V6(ip) => {
+                let [a, b, c, d, ..] = ip.segments().map(u64::from);
+                Self::V6(a << 48 | b << 32 | c << 16 | d)
+            }
+        }
+    }
+}
+
+impl From<Origin> for Client {
+    fn from(origin: Origin) -> Self {
+        match origin {
+            Origin::Ip(ip) => ip.into(),
+            Origin::Unix(credentials) => Self::User(credentials.uid),
+        }
+    }
+}
+
 impl Peer {
     /// A client at an IP address.
     pub fn tcp(address: SocketAddr) -> Self {
@@ -49,5 +84,23 @@ impl Peer {
         let found = stream.peer_cred()?;
         let credentials = Credentials { pid: found.pid(), uid: found.uid(), gid: found.gid() };
         Ok(Self { origin: Origin::Unix(credentials), identity: None })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn client(ip: &str) -> Client {
+        ip.parse::<IpAddr>().unwrap().into()
+    }
+
+    #[test]
+    fn a_client_is_an_ipv4_address_or_an_ipv6_network() {
+        assert_ne!(client("192.0.2.1"), client("192.0.2.2"));
+        assert_eq!(client("192.0.2.1"), client("::ffff:192.0.2.1"), "the mapped form is the same address");
+        assert_eq!(client("2001:db8:1:2::1"), client("2001:db8:1:2:ffff:ffff:ffff:ffff"));
+        assert_ne!(client("2001:db8:1:2::1"), client("2001:db8:1:3::1"));
+        assert_ne!(client("0:0:c000:201::"), client("192.0.2.1"), "kinds don't meet");
     }
 }

@@ -1,8 +1,12 @@
 //! The one error type of the API: what a client is told when it gets no key, as RFC 9457 problem details.
 
-use axum::http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{
+    ALLOW, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE,
+};
 use axum::http::{HeaderValue, Response, StatusCode};
 use serde::Serialize;
+
+use crate::rate::Standing;
 
 /// The methods of every route here.
 const METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD");
@@ -24,7 +28,14 @@ pub struct Problem {
     retry_after: Option<u32>,
     #[serde(skip)]
     closes: bool,
+    /// Fields that go with it.
+    #[serde(skip)]
+    fields: Vec<(HeaderName, HeaderValue)>,
 }
+
+/// draft-ietf-httpapi-ratelimit-headers-11.
+const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
+const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 
 impl Problem {
     /// 400: the request names something that can't be.
@@ -35,6 +46,27 @@ impl Problem {
     /// 400 for a message that RFC 9112 does not allow; what follows on the connection can't be trusted.
     pub fn malformed(detail: impl Into<String>) -> Self {
         Self::bad_request(detail).closing()
+    }
+
+    /// 401 with its challenge; `is_given` says that there was a token (RFC 6750 section 3.1 names an error only then).
+    pub fn unauthorized(detail: &str, is_given: bool) -> Self {
+        let challenge = if is_given {
+            "Bearer realm=\"key-service\", error=\"invalid_token\""
+        } else {
+            "Bearer realm=\"key-service\""
+        };
+        let mut problem = Self::new(StatusCode::UNAUTHORIZED, detail);
+        problem.fields.push((WWW_AUTHENTICATE, HeaderValue::from_static(challenge)));
+        problem
+    }
+
+    /// 429: where a client stands that asked too often or for too much.
+    pub fn too_many_requests(standing: &Standing) -> Self {
+        let mut problem =
+            Self::new(StatusCode::TOO_MANY_REQUESTS, "Too many requests or too many bytes for now");
+        problem.retry_after = standing.retry_after();
+        problem.fields.extend(rate_fields(standing));
+        problem
     }
 
     /// 404.
@@ -112,6 +144,7 @@ impl Problem {
         if self.status == StatusCode::METHOD_NOT_ALLOWED {
             headers.insert(ALLOW, METHODS);
         }
+        headers.extend(self.fields.iter().cloned());
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
@@ -130,8 +163,20 @@ impl Problem {
             max: None,
             retry_after: None,
             closes: false,
+            fields: Vec::new(),
         }
     }
+}
+
+/// Tells a client where it stands.
+pub fn tell_rates(headers: &mut HeaderMap, standing: &Standing) {
+    headers.extend(rate_fields(standing));
+}
+
+fn rate_fields(standing: &Standing) -> [(HeaderName, HeaderValue); 2] {
+    let value =
+        |text: String| HeaderValue::try_from(text).expect("it has names, numbers and punctuation only");
+    [(RATE_LIMIT_POLICY, value(standing.rates.policy())), (RATE_LIMIT, value(standing.field()))]
 }
 
 fn code<S: serde::Serializer>(status: &StatusCode, serializer: S) -> Result<S::Ok, S::Error> {

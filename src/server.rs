@@ -21,6 +21,8 @@ use crate::deadline::{Patience, Timed};
 use crate::listener::{Acceptor, Listener, Stream};
 use crate::metrics::{AcceptError, Metrics, Rejection};
 use crate::peer::Peer;
+use crate::seal::{Sealed, Sealer};
+use crate::shares::{Share, Shares};
 use crate::tls::Tls;
 
 /// The largest request head, in bytes; hyper answers a larger one with 431.
@@ -52,6 +54,19 @@ pub enum Seat {
     Regular,
     /// All were taken: it may ask for health and is told 503 for the rest.
     Crowd,
+    /// Its client has its share already: the same.
+    Excess,
+}
+
+impl Seat {
+    /// Why what a connection asks for is refused; `None` if it is not.
+    pub fn rejection(self) -> Option<Rejection> {
+        match self {
+            Self::Regular => None,
+            Self::Crowd => Some(Rejection::Connections),
+            Self::Excess => Some(Rejection::ClientConnections),
+        }
+    }
 }
 
 /// The connection slots that the listeners of one role share.
@@ -134,6 +149,10 @@ pub struct Terms {
     pub gauge: Option<IntGauge>,
     /// Who the service is, where connections over TCP are encrypted. Those of Unix sockets never leave the host.
     pub tls: Option<Arc<Tls>>,
+    /// How many of them each client may have, where that is bounded.
+    pub shares: Option<Arc<Shares>>,
+    /// What keeps tokens out of what is read.
+    pub sealer: Option<Arc<Sealer>>,
 }
 
 impl Terms {
@@ -146,6 +165,8 @@ impl Terms {
             metrics,
             gauge: None,
             tls: None,
+            shares: None,
+            sealer: None,
         }
     }
 
@@ -160,6 +181,20 @@ impl Terms {
     #[must_use]
     pub fn counted_on(mut self, gauge: IntGauge) -> Self {
         self.gauge = Some(gauge);
+        self
+    }
+
+    /// Bounds the connections of each client.
+    #[must_use]
+    pub fn shared_by(mut self, shares: Option<Arc<Shares>>) -> Self {
+        self.shares = shares;
+        self
+    }
+
+    /// Keeps tokens out of what is read.
+    #[must_use]
+    pub fn sealed_by(mut self, sealer: Arc<Sealer>) -> Self {
+        self.sealer = Some(sealer);
         self
     }
 }
@@ -337,11 +372,19 @@ async fn accept<F, S>(
         };
         match accepted {
             Ok((stream, peer)) => {
-                let seat = terms.slots.seat();
-                let guard = Open::new(terms.clone(), alive.clone());
+                let Some(share) = Shares::take(terms.shares.as_ref(), peer.origin) else {
+                    // Those who were told 503 are many already; dropped here, it holds nothing.
+                    terms.metrics.rejected(Rejection::ClientConnections);
+                    continue;
+                };
+                let seat = match terms.slots.seat() {
+                    Seat::Regular if share.is_excess() => Seat::Excess,
+                    seat => seat,
+                };
+                let guard = Open::new(terms.clone(), alive.clone(), share);
                 let patience = match seat {
                     Seat::Regular => &terms.patience,
-                    Seat::Crowd => &terms.crowd_patience,
+                    Seat::Crowd | Seat::Excess => &terms.crowd_patience,
                 };
                 let timed = |stream| Timed::new(stream, Arc::clone(patience));
                 let phase = phase.clone();
@@ -356,6 +399,7 @@ async fn accept<F, S>(
                     (_, stream) => {
                         let (stream, service) = (timed(stream), service(seat, peer));
                         tokio::spawn(async move {
+                            let stream = Sealed::new(stream, guard.terms.sealer.clone());
                             connection(stream, service, phase, &guard.terms.metrics).await;
                         });
                     }
@@ -402,6 +446,7 @@ async fn encrypted<S>(
         }
     };
     if let Some((stream, identity)) = done {
+        let stream = Sealed::new(stream, terms.sealer.clone());
         connection(stream, service(identity), phase, &terms.metrics).await;
     }
 }
@@ -456,14 +501,15 @@ async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
 struct Open {
     terms: Terms,
     _alive: mpsc::Sender<Infallible>,
+    _share: Share,
 }
 
 impl Open {
-    fn new(terms: Terms, alive: mpsc::Sender<Infallible>) -> Self {
+    fn new(terms: Terms, alive: mpsc::Sender<Infallible>, share: Share) -> Self {
         if let Some(gauge) = &terms.gauge {
             gauge.inc();
         }
-        Self { terms, _alive: alive }
+        Self { terms, _alive: alive, _share: share }
     }
 }
 
@@ -479,7 +525,7 @@ impl Drop for Open {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::listener::Host;
+    use crate::listener::{Host, Mode};
     use hyper::service::service_fn;
     use hyper::{Request, Response};
     use std::io::Write;
@@ -489,7 +535,7 @@ mod tests {
     /// A server on a thread of its own, whose service does not return before it is told to.
     #[test]
     fn a_worker_that_is_blocked_gives_no_sign_of_life() {
-        let listener = Listener::bind(&"127.0.0.1".parse::<Host>().unwrap(), 0).unwrap();
+        let listener = Listener::bind(&"127.0.0.1".parse::<Host>().unwrap(), 0, Mode::default()).unwrap();
         let address = listener.to_string();
         let mut heartbeats = Heartbeats::new();
         let heartbeat = heartbeats.join();

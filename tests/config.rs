@@ -48,6 +48,17 @@ tls-cert = ""
 tls-key = ""
 tls-client-ca = ""
 tls-min-version = "1.3"
+tokens-file = ""
+unix-mode = "0660"
+unix-trust = false
+rate-requests = 0
+rate-bytes = 0
+rate-burst = 10
+trusted-proxies = []
+forwarded-header = "x-forwarded-for"
+max-connections-per-client = 256
+max-bulk-streams = 64
+audit = false
 "#;
 
 #[test]

@@ -46,7 +46,7 @@ fn the_manual_of_the_configuration_has_every_setting_with_its_default() {
 fn the_manual_of_the_command_has_every_flag() {
     let folder = Folder::new();
     let manual = shipped("packaging/man/key-service.8").replace("\\-", "-");
-    for arguments in [&["--help"][..], &["health", "--help"]] {
+    for arguments in [&["--help"][..], &["health", "--help"], &["token", "new", "--help"]] {
         let mut command = key_service(&folder);
         command.args(arguments);
         let help = String::from_utf8(run_to_end(command).stdout).unwrap();

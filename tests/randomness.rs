@@ -10,11 +10,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::Daemon;
+use key_service::admission::{Admission, Rules};
 use key_service::api::{Api, Routes, Site};
 use key_service::health::Health;
 use key_service::metrics::Metrics;
+use key_service::peer::Peer;
 use key_service::random::{Failure, Generator, Kernel, Source};
-use key_service::server::{Drain, connection};
+use key_service::seal::Sealer;
+use key_service::server::{Drain, Seat, connection};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// The kernel's bytes until it is told to break.
@@ -42,12 +45,14 @@ impl Service {
         let source = Breakable { is_broken: Arc::clone(&is_broken), broken };
         let generator = Arc::new(Generator::new(source).unwrap());
         let metrics = Arc::new(Metrics::new());
+        let admission = Admission::new(Rules::default(), Sealer::new(&generator).unwrap(), 64);
         let api = Api {
             max_size: AtomicU64::new(1 << 20),
             generator: Arc::clone(&generator),
             health: Arc::new(Health::new(generator)),
             metrics: Arc::clone(&metrics),
-            log_events_dropped: Arc::default(),
+            admission,
+            dropped: Arc::default(),
         };
         Self { site: Site::new(Routes::Both, Arc::new(api)), metrics, is_broken }
     }
@@ -56,7 +61,9 @@ impl Service {
     async fn get(&self, path: &str) -> Vec<u8> {
         let (mut client, server) = tokio::io::duplex(1 << 16);
         let drain = Drain::new();
-        let serving = connection(server, self.site.clone(), drain.watch(), &self.metrics);
+        let peer = Peer::tcp(([127, 0, 0, 1], 1).into());
+        let session = self.site.clone().serve(Seat::Regular, peer);
+        let serving = connection(server, session, drain.watch(), &self.metrics);
         let asking = async {
             let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
             client.write_all(request.as_bytes()).await.unwrap();

@@ -134,10 +134,28 @@ impl Daemon {
 
     /// As [`Daemon::run`], for a command whose standard output is a socket to hand over.
     pub fn run_keeping_stdout(folder: Folder, mut command: Command) -> Self {
+        command.stderr(std::fs::File::create(folder.file("stderr")).unwrap());
+        Self::spawn(folder, command)
+    }
+
+    /// As [`Daemon::start_with`], with a standard error of the test's.
+    pub fn start_with_stderr(
+        folder: Folder,
+        stderr: impl Into<Stdio>,
+        prepare: impl FnOnce(&mut Command),
+    ) -> Self {
+        let mut command = key_service(&folder);
+        command.arg("--config").arg(folder.file("config.toml")).stdout(Stdio::null());
+        prepare(&mut command);
+        command.stderr(stderr);
+        folder.write("stderr", "");
+        Self::spawn(folder, command)
+    }
+
+    fn spawn(folder: Folder, mut command: Command) -> Self {
         let (manager, notify) = Manager::new(&folder);
         let stderr = folder.file("stderr");
         command.env("NOTIFY_SOCKET", notify);
-        command.stderr(std::fs::File::create(&stderr).unwrap());
         let mut child = command.spawn().unwrap();
         manager.0.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         let since = Instant::now();
@@ -250,7 +268,11 @@ pub struct Client<S = TcpStream> {
 
 impl Client {
     pub fn connect(address: SocketAddr) -> Self {
-        let stream = TcpStream::connect(address).unwrap();
+        Self::on(TcpStream::connect(address).unwrap())
+    }
+
+    /// On a connection that is there.
+    pub fn on(stream: TcpStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();
         Self::over(stream)

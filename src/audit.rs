@@ -1,0 +1,85 @@
+//! The record that a key leaves, where that is asked for: who got how much, and whether all of it was sent. Never the
+//! key.
+
+use std::net::IpAddr;
+
+use tracing::info;
+
+use crate::admission::Visit;
+use crate::format::Format;
+use crate::logging::AUDIT;
+use crate::peer::{Origin, Peer};
+use crate::random::{Failure, Generator};
+
+/// A key on its way. The record is written when this is dropped, through the log's queue: nothing waits for it.
+#[derive(Debug)]
+pub struct Record {
+    /// 128 random bits; the client is told them too.
+    id: u128,
+    visit: Visit,
+    peer: Peer,
+    format: Format,
+    length: u64,
+    sent: u64,
+    is_complete: bool,
+}
+
+impl Record {
+    /// The record of a key of `length` bytes, none of which is sent.
+    ///
+    /// # Errors
+    /// The generator's failure.
+    pub fn start(
+        visit: Visit,
+        peer: Peer,
+        format: Format,
+        length: u64,
+        generator: &Generator,
+    ) -> Result<Self, Failure> {
+        let mut id = [0; 16];
+        generator.fill(&mut id)?;
+        Ok(Self { id: u128::from_be_bytes(id), visit, peer, format, length, sent: 0, is_complete: false })
+    }
+
+    /// The request's id, as it is written.
+    pub fn id(&self) -> String {
+        format!("{:032x}", self.id)
+    }
+
+    /// Notes that `bytes` more of the answer were handed to the connection; `is_last` says that none are left.
+    pub fn sent(&mut self, bytes: usize, is_last: bool) {
+        self.sent += bytes as u64;
+        self.is_complete = is_last;
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let proxy = self.visit.is_forwarded.then_some(self.peer.origin);
+        let (uid, gid, pid) = match self.peer.origin {
+            Origin::Unix(peer) => (Some(peer.uid), Some(peer.gid), peer.pid),
+            Origin::Ip(_) => (None, None, None),
+        };
+        let proxy = proxy.map(|origin| match origin {
+            Origin::Ip(ip) => ip.to_string(),
+            Origin::Unix(_) => "unix".into(),
+        });
+        info!(
+            target: AUDIT,
+            request_id = self.id(),
+            token = self.visit.bearer().map(|name| name.as_str()),
+            // A certificate may name anything; a line break must not begin another record.
+            certificate = self.peer.identity.as_ref().map(|name| name.escape_debug().to_string()),
+            peer_uid = uid,
+            peer_gid = gid,
+            peer_pid = pid,
+            address = self.visit.address.map(|ip: IpAddr| ip.to_string()),
+            proxy,
+            length = self.length,
+            format = self.format.name(),
+            sent = self.sent,
+            outcome = if self.is_complete { "complete" } else { "aborted" },
+            "key issued"
+        );
+    }
+}

@@ -1,0 +1,99 @@
+//! How many connections one client may have, so that it can't take all of them.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::forwarded::Proxies;
+use crate::peer::{Client, Origin};
+
+/// How many connections beyond its share a client may have to be told so; more are closed without a word.
+const EXCESS: u32 = 8;
+
+/// The connections of each client that has any. Takes no more memory than there are connections.
+#[derive(Debug)]
+pub struct Shares {
+    open: Mutex<HashMap<Client, u32>>,
+    limit: u32,
+    /// They have connections for many clients, and no bound.
+    proxies: Proxies,
+}
+
+impl Shares {
+    /// At most `limit` connections for each client but `proxies`.
+    pub fn new(limit: u32, proxies: Proxies) -> Self {
+        Self { open: Mutex::default(), limit, proxies }
+    }
+
+    /// Counts a connection from `origin`; `None` if there are so many that it must be closed. Where nothing is bounded,
+    /// as on a Unix socket, nothing is counted.
+    pub fn take(shares: Option<&Arc<Self>>, origin: Origin) -> Option<Share> {
+        let (Some(shares), Origin::Ip(ip)) = (shares, origin) else { return Some(Share(None)) };
+        if shares.proxies.trust(origin) {
+            return Some(Share(None));
+        }
+        let client = Client::from(ip);
+        let mut open = shares.lock();
+        let count = open.entry(client).or_insert(0);
+        if *count >= shares.limit.saturating_add(EXCESS) {
+            return None;
+        }
+        *count += 1;
+        let is_excess = *count > shares.limit;
+        drop(open);
+        Some(Share(Some((Arc::clone(shares), client, is_excess))))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Client, u32>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+    }
+}
+
+/// A connection that is counted until this is dropped.
+#[derive(Debug)]
+pub struct Share(Option<(Arc<Shares>, Client, bool)>);
+
+impl Share {
+    /// Whether it is more than the client may have.
+    pub fn is_excess(&self) -> bool {
+        self.0.as_ref().is_some_and(|(.., is_excess)| *is_excess)
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let Some((shares, client, _)) = &self.0 else { return };
+        if let Entry::Occupied(mut count) = shares.lock().entry(*client) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_has_its_share_a_little_more_to_be_told_so_and_no_others() {
+        let proxies = Proxies { trusted: vec!["10.0.0.0/8".parse().unwrap()], ..Proxies::default() };
+        let shares = Arc::new(Shares::new(2, proxies));
+        let take = |ip: &str| Shares::take(Some(&shares), Origin::Ip(ip.parse().unwrap()));
+        let mut held: Vec<_> = (0..10).map(|_| take("192.0.2.1").unwrap()).collect();
+        assert!(!held[1].is_excess() && held[2].is_excess() && held[9].is_excess());
+        assert!(take("192.0.2.1").is_none());
+        assert!(!take("192.0.2.2").unwrap().is_excess(), "others have their own");
+        let v6 = [take("2001:db8::1"), take("2001:db8::2"), take("2001:db8::3")];
+        assert!(v6[2].as_ref().unwrap().is_excess(), "a network of /64 is one client");
+        assert!(
+            (0..100).map(|_| take("10.1.2.3").unwrap()).all(|share| !share.is_excess()),
+            "a proxy is many"
+        );
+        held.truncate(1);
+        assert!(!take("192.0.2.1").unwrap().is_excess());
+        drop((held, v6));
+        assert!(shares.lock().is_empty(), "who has none is forgotten");
+    }
+}

@@ -1,0 +1,396 @@
+//! Bearer tokens: how one is made, the file of their hashes, and how one that comes in is recognised.
+//!
+//! A token is `ks_` and 64 hexadecimal digits: 256 random bits. Nobody can search that space, so a plain SHA-256 of it
+//! may lie in a file; a slow hash protects secrets that people choose, and would only make each request slow here.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::fs::{self, File};
+use std::io::Read;
+use std::num::NonZeroU64;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use sha2::{Digest as _, Sha256};
+use zeroize::Zeroizing;
+
+use crate::random::{Failure, Generator};
+
+/// What every token begins with, for scanners of leaked secrets to know it by: `ks_[0-9a-f]{64}`.
+pub const PREFIX: &str = "ks_";
+
+/// How long a token is, as text.
+pub const LENGTH: usize = PREFIX.len() + 2 * SECRET;
+
+/// How many random bytes are in it.
+const SECRET: usize = 32;
+
+/// The largest file of tokens that is read, in bytes: some 80,000 of them.
+const FILE_MAX: u64 = 8 << 20;
+
+/// The SHA-256 of something, or what stands for it.
+pub type Digest = [u8; 32];
+
+/// A token that was just made: its text, which is shown once, and its hash, which is kept.
+pub struct Token {
+    /// The text. It is wiped when dropped.
+    pub text: Zeroizing<String>,
+    /// Its hash.
+    pub digest: Digest,
+}
+
+impl Token {
+    /// A new token.
+    ///
+    /// # Errors
+    /// The generator's failure.
+    pub fn draw(generator: &Generator) -> Result<Self, Failure> {
+        let mut secret = Zeroizing::new([0; SECRET]);
+        generator.fill(&mut secret[..])?;
+        let mut text = Zeroizing::new(String::with_capacity(LENGTH)); // never moved by growing
+        text.push_str(PREFIX);
+        for byte in secret.iter() {
+            text.extend([byte >> 4, byte & 15].map(|digit| char::from(HEX[usize::from(digit)])));
+        }
+        let digest = Sha256::digest(text.as_bytes()).into();
+        Ok(Self { text, digest })
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token")
+    }
+}
+
+/// One line of the file: a token's hash, and what its bearer may.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// Whose it is; several tokens may have one name, so that a new one can replace an old one bit by bit.
+    pub name: Name,
+    /// The token's hash.
+    pub digest: Digest,
+    /// The largest key, where it is less than everyone's.
+    pub max_size: Option<u64>,
+    /// Requests a second, in place of those of an address.
+    pub rate_requests: Option<NonZeroU64>,
+    /// Key bytes a second, in place of those of an address.
+    pub rate_bytes: Option<NonZeroU64>,
+    /// The first day on which it is not valid any more.
+    pub expires: Option<Date>,
+}
+
+impl Grant {
+    /// A grant without bounds of its own.
+    pub fn new(name: Name, digest: Digest) -> Self {
+        Self { name, digest, max_size: None, rate_requests: None, rate_bytes: None, expires: None }
+    }
+
+    /// Whether it is over by now.
+    pub fn has_expired(&self) -> bool {
+        self.expires.is_some_and(|date| date.is_past(SystemTime::now()))
+    }
+
+    fn parse(line: &str) -> Result<Self, String> {
+        let mut words = line.split_ascii_whitespace();
+        let name =
+            words.next().unwrap_or_default().parse().map_err(|()| format!("expected {}", Name::GRAMMAR))?;
+        // What stands here may be a token by mistake, so it is never repeated.
+        let hash = words.next().unwrap_or_default();
+        if hash.starts_with(PREFIX) {
+            return Err("expected the hash of a token, found a token: it must not be in this file".into());
+        }
+        let digest = hash.strip_prefix("sha256:").and_then(|digits| from_hex(digits.as_bytes()));
+        let digest = digest.ok_or("expected sha256: and 64 hexadecimal digits after the name")?;
+        let mut grant = Self::new(name, digest);
+        let mut known = HashSet::new();
+        for word in words {
+            let (setting, value) = word.split_once('=').unwrap_or((word, ""));
+            if !known.insert(setting) {
+                return Err(format!("{setting} is given twice"));
+            }
+            let is_digits = value.bytes().all(|byte| byte.is_ascii_digit());
+            let whole = || value.parse::<NonZeroU64>().ok().filter(|_| is_digits);
+            let positive = || whole().ok_or_else(|| format!("{setting}: expected a whole number from 1"));
+            match setting {
+                "max-size" => grant.max_size = Some(positive()?.get()),
+                "rate-requests" => grant.rate_requests = Some(positive()?),
+                "rate-bytes" => grant.rate_bytes = Some(positive()?),
+                "expires" => {
+                    let date = value.parse().map_err(|()| "expires: expected a date such as 2027-01-31")?;
+                    grant.expires = Some(date);
+                }
+                _ => return Err("expected max-size=, rate-requests=, rate-bytes= or expires=".into()),
+            }
+        }
+        Ok(grant)
+    }
+}
+
+/// The line that the file has for it.
+impl fmt::Display for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} sha256:", self.name)?;
+        self.digest.iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
+        let number = |value: Option<NonZeroU64>| value.map(NonZeroU64::get);
+        for (setting, value) in [
+            ("max-size", self.max_size),
+            ("rate-requests", number(self.rate_requests)),
+            ("rate-bytes", number(self.rate_bytes)),
+        ] {
+            if let Some(value) = value {
+                write!(f, " {setting}={value}")?;
+            }
+        }
+        self.expires.map_or(Ok(()), |date| write!(f, " expires={date}"))
+    }
+}
+
+/// Whose a token is, for records: 1 to 64 letters, digits, dots, hyphens, underscores and at signs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Name(String);
+
+impl Name {
+    /// What a name is, in words.
+    pub const GRAMMAR: &str = "a name of 1 to 64 letters, digits, dots, hyphens, underscores or at signs";
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// A number that stands for it; another name has another one.
+    pub fn number(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = <[u8; 32]>::from(Sha256::digest(self.0.as_bytes()));
+        u64::from_be_bytes([a, b, c, d, e, f, g, h])
+    }
+}
+
+impl std::str::FromStr for Name {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let is_fine = |byte: u8| byte.is_ascii_alphanumeric() || b".-_@".contains(&byte);
+        let is_name =
+            (1..=64).contains(&text.len()) && text.bytes().all(is_fine) && !text.starts_with(PREFIX);
+        is_name.then(|| Self(text.to_owned())).ok_or(())
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A day, in UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Date {
+    year: u16,
+    month: u8,
+    day: u8,
+}
+
+impl Date {
+    fn is_past(self, now: SystemTime) -> bool {
+        let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        seconds >= self.days_since_epoch() * 86_400
+    }
+
+    /// Counts from 1970-01-01, the calendar's rules one by one: it is asked for rarely.
+    fn days_since_epoch(self) -> u64 {
+        let years: u64 = (1970..self.year).map(|year| if is_leap(year) { 366 } else { 365 }).sum();
+        let months: u64 = (1..self.month).map(|month| u64::from(days_of(self.year, month))).sum();
+        years + months + u64::from(self.day) - 1
+    }
+}
+
+impl std::str::FromStr for Date {
+    type Err = ();
+
+    /// `YYYY-MM-DD`, from 1970 to 9999 (RFC 3339, full-date).
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let bytes = text.as_bytes();
+        let is_shaped = bytes.len() == 10
+            && bytes.iter().enumerate().all(|(at, byte)| match at {
+                4 | 7 => *byte == b'-',
+                _ => byte.is_ascii_digit(),
+            });
+        if !is_shaped {
+            return Err(());
+        }
+        let part = |range: std::ops::Range<usize>| text[range].parse::<u16>().unwrap_or(0);
+        let small = |range| u8::try_from(part(range)).unwrap_or(0);
+        let date = Self { year: part(0..4), month: small(5..7), day: small(8..10) };
+        let exists = date.year >= 1970
+            && (1..=12).contains(&date.month)
+            && (1..=days_of(date.year, date.month)).contains(&date.day);
+        exists.then_some(date).ok_or(())
+    }
+}
+
+impl fmt::Display for Date {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04}-{:02}-{:02}", self.year, self.month, self.day)
+    }
+}
+
+fn is_leap(year: u16) -> bool {
+    year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+}
+
+fn days_of(year: u16, month: u8) -> u8 {
+    match month {
+        2 if is_leap(year) => 29,
+        2 => 28,
+        4 | 6 | 9 | 11 => 30,
+        _ => 31,
+    }
+}
+
+/// Reads a file of tokens: a line each, `NAME sha256:HEX` and what bounds it; blank lines and those that begin with `#`
+/// are passed over.
+///
+/// # Errors
+/// Every mistake there is, each with its line. A file that others may write to is one.
+pub fn read(path: &Path) -> Result<Vec<Grant>, Vec<String>> {
+    let mut text = String::new();
+    open(path)
+        .and_then(|file| file.take(FILE_MAX).read_to_string(&mut text).map_err(|error| error.to_string()))
+        .map_err(|problem| vec![format!("{}: {problem}", path.display())])?;
+    let mut grants = Vec::new();
+    let mut mistakes = Vec::new();
+    let mut lines = HashMap::new();
+    for (number, line) in text.lines().enumerate().map(|(index, line)| (index + 1, line.trim())) {
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let parsed = Grant::parse(line).and_then(|grant| match lines.insert(grant.digest, number) {
+            Some(earlier) => Err(format!("the hash of line {earlier} again")),
+            None => Ok(grant),
+        });
+        match parsed {
+            Ok(grant) => grants.push(grant),
+            Err(problem) => mistakes.push(format!("{}, line {number}: {problem}", path.display())),
+        }
+    }
+    if mistakes.is_empty() { Ok(grants) } else { Err(mistakes) }
+}
+
+/// Who may write to the file decides who gets keys, so that is looked at. Who may read it learns names and hashes, and
+/// from a hash nothing.
+fn open(path: &Path) -> Result<File, String> {
+    // Looked at before it is opened, since opening a FIFO waits for its writer.
+    let found = fs::metadata(path).map_err(|error| error.to_string())?;
+    if !found.is_file() {
+        return Err("expected a file".into());
+    }
+    let file = File::open(path).map_err(|error| error.to_string())?;
+    let found = file.metadata().map_err(|error| error.to_string())?;
+    match found.mode() {
+        mode if mode & 0o022 != 0 => Err(format!(
+            "expected a file that only its owner may write to, found mode {:04o} (chmod go-w)",
+            mode & 0o7777
+        )),
+        _ if found.size() > FILE_MAX => {
+            Err(format!("expected at most {FILE_MAX} bytes, found {}", found.size()))
+        }
+        _ => Ok(file),
+    }
+}
+
+const HEX: &[u8; 16] = b"0123456789abcdef";
+
+/// The 32 bytes that 64 digits stand for; letters are small.
+pub fn from_hex(digits: &[u8]) -> Option<Digest> {
+    let mut bytes = [0; 32];
+    if digits.len() != 2 * bytes.len() {
+        return None;
+    }
+    let value = |digit: u8| match digit {
+        b'0'..=b'9' => Some(digit - b'0'),
+        b'a'..=b'f' => Some(digit - b'a' + 10),
+        _ => None,
+    };
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = value(pair[0])? << 4 | value(pair[1])?;
+    }
+    Some(bytes)
+}
+
+/// The 64 digits of 32 bytes.
+pub fn to_hex(bytes: &Digest) -> [u8; 64] {
+    let mut digits = [0; 64];
+    for (pair, byte) in digits.chunks_exact_mut(2).zip(bytes) {
+        pair.copy_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
+    }
+    digits
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Kernel;
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_token_has_the_form_that_scanners_know_and_its_line_is_read_again() {
+        let generator = Generator::new(Kernel).unwrap();
+        let token = Token::draw(&generator).unwrap();
+        assert_eq!(token.text.len(), LENGTH);
+        assert!(from_hex(&token.text.as_bytes()[PREFIX.len()..]).is_some());
+        assert_ne!(token.digest, Token::draw(&generator).unwrap().digest);
+        let grant = Grant {
+            max_size: Some(64),
+            rate_requests: NonZeroU64::new(5),
+            rate_bytes: NonZeroU64::new(7),
+            expires: Some("2027-01-31".parse().unwrap()),
+            ..Grant::new("ci@build-1".parse().unwrap(), token.digest)
+        };
+        assert_eq!(Grant::parse(&grant.to_string()), Ok(grant));
+        assert_eq!(format!("{token:?}"), "Token");
+    }
+
+    #[test]
+    fn a_date_is_a_day_that_exists() {
+        for (text, days) in
+            [("1970-01-01", 0), ("1972-03-01", 790), ("2000-02-29", 11_016), ("2026-11-24", 20_781)]
+        {
+            let date: Date = text.parse().unwrap();
+            assert_eq!((date.days_since_epoch(), date.to_string().as_str()), (days, text));
+        }
+        for bad in [
+            "2027-02-29",
+            "2100-02-29",
+            "2027-13-01",
+            "2027-00-01",
+            "2027-01-00",
+            "27-01-01",
+            "2027-1-01",
+            "1969-12-31",
+            "",
+        ] {
+            assert!(bad.parse::<Date>().is_err(), "{bad}");
+        }
+        let date: Date = "1970-01-02".parse().unwrap();
+        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+        assert!(!date.is_past(at(86_399)) && date.is_past(at(86_400)), "from its midnight on");
+    }
+
+    proptest! {
+        #[test]
+        fn hexadecimal_digits_are_read_as_they_are_written(bytes: [u8; 32]) {
+            prop_assert_eq!(from_hex(&to_hex(&bytes)), Some(bytes));
+        }
+
+        #[test]
+        fn no_line_panics_and_no_mistake_repeats_what_was_in_it(secret in "ks_[0-9a-f]{64}", rest in "[ -~]{0,40}") {
+            for line in [format!("name {secret} {rest}"), format!("{secret} {rest}"), format!("name sha256:{secret}{rest}")] {
+                let mistake = Grant::parse(&line).unwrap_err();
+                prop_assert!(!mistake.contains(&secret[..12]), "{mistake}");
+            }
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! How much a client may have: rates, connections, long keys; and who the client is when a proxy speaks for it.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Instant;
+
+use common::{Client, Daemon, PATIENCE, Response, request, until};
+use socket2::{Domain, Socket, Type};
+
+/// A connection from an address of this host's.
+fn connect_from(source: &str, to: SocketAddr) -> TcpStream {
+    let source: SocketAddr = format!("{source}:0").parse().unwrap();
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&source.into()).unwrap();
+    socket.connect(&to.into()).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.into()
+}
+
+/// One exchange from an address of this host's.
+fn ask_from(source: &str, to: SocketAddr, request: &str) -> Response {
+    client(connect_from(source, to)).send(request).response()
+}
+
+fn client(stream: TcpStream) -> Client {
+    Client::on(stream)
+}
+
+fn forwarded(path: &str, field: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n")
+}
+
+#[test]
+fn each_address_has_a_rate_and_is_told_of_it() {
+    // A slow machine may add a request or two to the twenty; the refusal comes all the same.
+    let daemon = Daemon::start(&[("RATE_REQUESTS", "1"), ("RATE_BURST", "20"), ("RATE_BYTES", "1000000")]);
+    let first = ask_from("127.0.0.2", daemon.keys(), &request("/key/32"));
+    assert_eq!(first.status, 200);
+    assert_eq!(
+        first.header("ratelimit-policy"),
+        Some("\"requests\";q=20;w=20, \"bytes\";q=20000000;qu=\"content-bytes\";w=20")
+    );
+    assert_eq!(first.header("ratelimit"), Some("\"requests\";r=19;t=20, \"bytes\";r=19999968;t=20"));
+    let refused = until("a refusal", || {
+        let response = ask_from("127.0.0.2", daemon.keys(), &request("/key/32"));
+        (response.status != 200).then_some(response)
+    });
+    assert_eq!(refused.status, 429);
+    refused.problem();
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    assert!(refused.header("ratelimit").unwrap().starts_with("\"requests\";r=0;t=1, "));
+    assert!(refused.header("ratelimit-policy").is_some());
+    assert_eq!(ask_from("127.0.0.3", daemon.keys(), &request("/key/32")).status, 200, "others are not");
+    for path in ["/health", "/livez", "/readyz"] {
+        assert_eq!(ask_from("127.0.0.2", daemon.keys(), &request(path)).status, 200, "nor is health");
+    }
+    assert!(daemon.metric("http_rejections_total{reason=\"rate\"}") >= 1.0);
+    assert!(daemon.metric("http_responses_total{status_code=\"429\"}") >= 1.0);
+}
+
+#[test]
+fn bytes_are_counted_and_errors_and_heads_are_not() {
+    let daemon = Daemon::start(&[("RATE_BYTES", "1"), ("RATE_BURST", "1000"), ("MAX_SIZE", "100000")]);
+    let mut client = client(connect_from("127.0.0.2", daemon.keys()));
+    for _ in 0..20 {
+        assert_eq!(client.send(request("/key/0")).response().status, 400);
+        assert_eq!(client.send(request("/key/900").replace("GET", "HEAD")).head_response().status, 200);
+    }
+    assert_eq!(client.send(request("/key/900")).response().status, 200);
+    let refused = client.send(request("/key/900")).response();
+    assert_eq!(refused.status, 429);
+    let wait: u32 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((700..=800).contains(&wait), "{wait}");
+    // More than it could ever save up takes all that it can save up.
+    let large = ask_from("127.0.0.3", daemon.keys(), &request("/key/100000"));
+    assert_eq!((large.status, large.body.len()), (200, 100_000));
+    let after = ask_from("127.0.0.3", daemon.keys(), &request("/key/1"));
+    let wait: u32 = after.header("retry-after").unwrap().parse().unwrap();
+    assert!((98_000..=99_001).contains(&wait), "and is paid in full: {wait}");
+}
+
+#[test]
+fn rates_change_at_a_reload() {
+    let folder = common::Folder::new();
+    let file = folder.write("config.toml", "");
+    let daemon = Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    });
+    let statuses = || (0..30).map(|_| daemon.get("/key/1").status).collect::<Vec<_>>();
+    assert_eq!(statuses(), [200; 30]);
+    for (text, is_refused) in [("rate-requests = 1\nrate-burst = 3\n", true), ("", false)] {
+        std::fs::write(&file, text).unwrap();
+        daemon.signal("HUP");
+        daemon.manager.wait_for("RELOADING=1");
+        daemon.manager.wait_for("READY=1");
+        assert_eq!(statuses().contains(&429), is_refused, "{text}");
+    }
+}
+
+#[test]
+fn only_a_trusted_proxy_says_who_its_client_is() {
+    let settings = [("RATE_REQUESTS", "1"), ("RATE_BURST", "2"), ("TRUSTED_PROXIES", "127.0.0.8/29, ::1")];
+    let daemon = Daemon::start(&settings);
+    // Whoever is refused here was counted as one client; thirty different ones are not.
+    let refused = |source: &str, field: &dyn Fn(usize) -> String| {
+        (0..30)
+            .filter(|n| {
+                let request = forwarded("/key/1", &field(*n));
+                ask_from(source, daemon.keys(), &request).status == 429
+            })
+            .count()
+    };
+    assert_eq!(refused("127.0.0.9", &|n| format!("X-Forwarded-For: 192.0.2.{n}")), 0);
+    assert!(refused("127.0.0.2", &|n| format!("X-Forwarded-For: 192.0.2.{n}")) > 0, "not a proxy");
+    assert!(
+        refused("127.0.0.9", &|n| format!("X-Forwarded-For: 198.51.100.{n}, 203.0.113.1")) > 0,
+        "rightmost"
+    );
+    assert_eq!(
+        refused("127.0.0.9", &|n| format!("X-Forwarded-For: 203.0.114.{n}, 127.0.0.10")),
+        0,
+        "through two"
+    );
+    assert!(
+        refused("127.0.0.9", &|n| format!("X-Forwarded-For: 2001:db8::{n}")) > 0,
+        "an IPv6 network is one"
+    );
+    assert!(
+        refused("127.0.0.11", &|n| format!("X-Forwarded-For: made-up-{n}")) > 0,
+        "malformed is the proxy itself"
+    );
+    assert!(
+        refused("127.0.0.12", &|n| format!("Forwarded: for=192.0.3.{n}")) > 0,
+        "the other field is not read"
+    );
+}
+
+#[test]
+fn a_million_forwarded_addresses_take_no_more_memory_and_free_nobody() {
+    const CLIENTS: u32 = 1_000_000;
+    let settings = [
+        ("RATE_REQUESTS", "1"),
+        ("RATE_BURST", "3600"),
+        ("RATE_BYTES", "1"),
+        ("TRUSTED_PROXIES", "127.0.0.1"),
+        ("MAX_SIZE", "4000"),
+        ("LOG_LEVEL", "error"),
+    ];
+    let daemon = Daemon::start(&settings);
+    let spend = forwarded("/key/3600", "X-Forwarded-For: 203.0.113.7");
+    assert_eq!(ask_from("127.0.0.1", daemon.keys(), &spend).status, 200);
+    assert_eq!(ask_from("127.0.0.1", daemon.keys(), &spend).status, 429);
+    let before = daemon.metric("process_resident_memory_bytes");
+    let started = Instant::now();
+    let stream = TcpStream::connect(daemon.keys()).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut writer = stream.try_clone().unwrap();
+    let mut reader = BufReader::new(stream);
+    // HEAD and pipelined: a million answers without a body in a few seconds.
+    let sending = std::thread::spawn(move || {
+        for chunk in 0..CLIENTS / 1000 {
+            let mut batch = String::new();
+            for n in 0..1000 {
+                let [a, b, c, d] = (0x6400_0000 + chunk * 1000 + n).to_be_bytes();
+                batch.push_str(&format!(
+                    "HEAD /key/1 HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: {a}.{b}.{c}.{d}\r\n\r\n"
+                ));
+            }
+            writer.write_all(batch.as_bytes()).unwrap();
+        }
+    });
+    let mut answers = [0u32; 2];
+    let mut line = String::new();
+    while answers.iter().sum::<u32>() < CLIENTS {
+        line.clear();
+        assert!(reader.read_line(&mut line).unwrap() > 0, "the connection ended after {answers:?}");
+        match line.trim_end() {
+            "HTTP/1.1 200 OK" => answers[0] += 1,
+            "HTTP/1.1 429 Too Many Requests" => answers[1] += 1,
+            other => assert!(!other.starts_with("HTTP/"), "{other}"),
+        }
+    }
+    sending.join().unwrap();
+    let after = daemon.metric("process_resident_memory_bytes");
+    eprintln!(
+        "{CLIENTS} forwarded addresses in {:.1?}: {} answered 200, {} answered 429; resident before {:.1} MB, after {:.1} MB",
+        started.elapsed(),
+        answers[0],
+        answers[1],
+        before / 1e6,
+        after / 1e6
+    );
+    assert!(after - before < 16e6, "{before} {after}");
+    assert_eq!(ask_from("127.0.0.1", daemon.keys(), &spend).status, 429, "who was in debt still is");
+}
+
+#[test]
+fn one_address_can_not_take_every_connection() {
+    let daemon = Daemon::start(&[("MAX_CONNECTIONS_PER_CLIENT", "3"), ("HEAD_TIMEOUT", "3600")]);
+    let mut held: Vec<_> = (0..3).map(|_| client(connect_from("127.0.0.2", daemon.keys()))).collect();
+    for client in &mut held {
+        assert_eq!(client.send(request("/key/32")).response().status, 200);
+    }
+    let mut excess = client(connect_from("127.0.0.2", daemon.keys()));
+    let refused = excess.send(request("/key/32")).response();
+    assert_eq!((refused.status, refused.header("connection")), (503, Some("close")));
+    assert!(refused.header("retry-after").is_some());
+    assert_eq!(ask_from("127.0.0.2", daemon.keys(), &request("/health")).status, 200, "health is answered");
+    assert_eq!(ask_from("127.0.0.3", daemon.keys(), &request("/key/32")).status, 200, "others are served");
+    // So many that nobody is told any more: closed, and still no slot of others' taken.
+    let mut flood: Vec<_> = (0..100).map(|_| connect_from("127.0.0.2", daemon.keys())).collect();
+    until("the rest to be closed", || {
+        (daemon.metric("http_rejections_total{reason=\"client_connections\"}") >= 80.0).then_some(())
+    });
+    assert!(daemon.metric("http_connections") <= 3.0 + 8.0);
+    let closed = flood
+        .iter_mut()
+        .map(|stream| stream.read(&mut [0]))
+        .filter(|read| matches!(read, Ok(0) | Err(_)))
+        .count();
+    assert_eq!(closed, 100, "those who were let in to be told are closed after a second of silence");
+    drop((held, flood));
+    until("a free share", || {
+        (ask_from("127.0.0.2", daemon.keys(), &request("/key/32")).status == 200).then_some(())
+    });
+}
+
+#[test]
+fn a_trusted_proxy_has_connections_for_many() {
+    let daemon = Daemon::start(&[("MAX_CONNECTIONS_PER_CLIENT", "1"), ("TRUSTED_PROXIES", "127.0.0.9")]);
+    let held: Vec<_> = (0..50)
+        .map(|_| {
+            let mut client = client(connect_from("127.0.0.9", daemon.keys()));
+            assert_eq!(client.send(request("/key/1")).response().status, 200);
+            client
+        })
+        .collect();
+    drop(held);
+}
+
+#[test]
+fn long_keys_have_permits_and_beyond_them_503_comes_at_once() {
+    let daemon =
+        Daemon::start(&[("MAX_SIZE", "1073741824"), ("MAX_BULK_STREAMS", "8"), ("RATE_REQUESTS", "1000000")]);
+    let mut held: Vec<_> = (0..8)
+        .map(|_| {
+            let mut stream = TcpStream::connect(daemon.keys()).unwrap();
+            stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
+            stream.read_exact(&mut [0; 16]).unwrap();
+            stream
+        })
+        .collect();
+    let mut times = Vec::new();
+    for _ in 0..50 {
+        let started = Instant::now();
+        let refused = daemon.get("/key/65537");
+        times.push(started.elapsed());
+        assert_eq!(refused.status, 503);
+        assert_eq!(refused.problem(), "Too many long keys are being sent");
+        assert!(refused.header("retry-after").is_some());
+        assert_eq!(daemon.get("/key/65536").status, 200, "short keys need no permit");
+    }
+    times.sort();
+    let started = Instant::now();
+    assert_eq!(daemon.get("/health").status, 200);
+    eprintln!(
+        "with every permit taken: 503 after {:.2?} in the median, {:.2?} at most (of {}); /health after {:.2?}",
+        times[times.len() / 2],
+        times[times.len() - 1],
+        times.len(),
+        started.elapsed()
+    );
+    let head = request("/key/65537").replace("GET", "HEAD");
+    assert_eq!(Client::connect(daemon.keys()).send(head).head_response().status, 200, "nor does a head");
+    assert_eq!(daemon.metric("http_rejections_total{reason=\"bulk\"}"), 50.0);
+    drop(held.pop());
+    until("the permit of a client that is gone", || (daemon.get("/key/65537").status == 200).then_some(()));
+    // One that was read to its end is given back as well.
+    for _ in 0..5 {
+        until("the permit", || (daemon.get("/key/100000").status == 200).then_some(()));
+    }
+}
+
+#[test]
+fn the_new_settings_are_checked() {
+    for (name, value, expected) in [
+        ("RATE_REQUESTS", "-1", "expected a whole number from 0"),
+        ("RATE_BURST", "0", "expected a whole number from 1 to 3600"),
+        ("TRUSTED_PROXIES", "localhost", "expected a list of IP addresses, networks"),
+        ("TRUSTED_PROXIES", "10.0.0.0/33", "expected a list of IP addresses, networks"),
+        ("FORWARDED_HEADER", "x-real-ip", "expected one of x-forwarded-for, forwarded"),
+        ("MAX_BULK_STREAMS", "0", "expected a whole number from 1"),
+        ("UNIX_MODE", "0888", "expected a mode in octal digits"),
+        ("UNIX_MODE", "7777", "expected a mode in octal digits"),
+        ("AUDIT", "yes", "expected true or false"),
+    ] {
+        let folder = common::Folder::new();
+        let mut command = common::key_service(&folder);
+        command.arg("--check").env(format!("KEYSERVICE_{name}"), value);
+        let ended = common::run_to_end(command);
+        let errors = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(78), "{name}={value}");
+        assert!(errors.contains(expected) && errors.contains(&format!("(KEYSERVICE_{name})")), "{errors}");
+    }
+    let folder = common::Folder::new();
+    let mut command = common::key_service(&folder);
+    command.arg("--check").env("KEYSERVICE_UNIX_TRUST", "true").env("KEYSERVICE_TRUSTED_PROXIES", "unix");
+    let errors = String::from_utf8(common::run_to_end(command).stderr).unwrap();
+    assert!(errors.contains("unix-trust: expected false where trusted-proxies has unix"), "{errors}");
+    let file = "trusted-proxies = [\"10.0.0.1\", \"2001:db8::/32\", \"unix\"]\nunix-mode = \"600\"\n";
+    let mut command = common::key_service(&folder);
+    command.arg("--check").arg("--config").arg(folder.write("config.toml", file));
+    let printed = String::from_utf8(common::run_to_end(command).stdout).unwrap();
+    assert!(
+        printed.contains("trusted-proxies = [\"10.0.0.1/32\", \"2001:db8::/32\", \"unix\"]\n"),
+        "{printed}"
+    );
+    assert!(printed.contains("unix-mode = \"0600\"\n"), "{printed}");
+}

@@ -1,0 +1,118 @@
+//! The record that each key leaves, where it is asked for.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+
+use common::{Client, Daemon, Folder, exchange, request, until};
+
+/// The records so far.
+fn records(daemon: &Daemon) -> Vec<String> {
+    daemon.log().lines().filter(|line| line.contains("key issued")).map(str::to_owned).collect()
+}
+
+fn wait_for_records(daemon: &Daemon, count: usize) -> Vec<String> {
+    until("the records", || Some(records(daemon)).filter(|records| records.len() >= count))
+}
+
+#[test]
+fn without_audit_nothing_is_recorded_and_no_id_is_sent() {
+    let daemon = Daemon::start(&[("LOG_LEVEL", "trace")]);
+    assert_eq!(daemon.get("/key/32").header("x-request-id"), None);
+    assert!(records(&daemon).is_empty());
+}
+
+#[test]
+fn each_key_leaves_one_record_whatever_the_log_level_is() {
+    for level in ["off", "error", "info", "trace"] {
+        let daemon =
+            Daemon::start(&[("AUDIT", "true"), ("LOG_LEVEL", level), ("TRUSTED_PROXIES", "127.0.0.1")]);
+        let key = daemon.get("/key/48");
+        let id = key.header("x-request-id").unwrap();
+        assert!(id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{id}");
+        let sent =
+            "GET /key/16 HTTP/1.1\r\nHost: a\r\nX-Request-Id: mine\r\nX-Forwarded-For: 192.0.2.7\r\n\r\n";
+        let second = exchange(daemon.keys(), sent);
+        assert_ne!(second.header("x-request-id"), Some("mine"), "a client's own is not taken");
+        // Neither of these is a key.
+        assert_eq!(daemon.get("/key/0").header("x-request-id"), None);
+        Client::connect(daemon.keys()).send(request("/key/8").replace("GET", "HEAD")).head_response();
+        daemon.get("/health");
+        assert_eq!(daemon.get("/key/24").status, 200);
+        let records = wait_for_records(&daemon, 3);
+        assert_eq!(records.len(), 3, "{records:?}");
+        for part in [
+            "INFO",
+            &format!("request_id={id}"),
+            "address=127.0.0.1",
+            "length=48",
+            "format=raw",
+            "sent=48",
+            "outcome=complete",
+        ] {
+            assert!(records[0].contains(part), "{part}: {}", records[0]);
+        }
+        assert!(records[1].contains("address=192.0.2.7 proxy=127.0.0.1"), "{}", records[1]);
+        let hex: String = key.body.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert!(!daemon.log().contains(&hex[..12]));
+        assert_eq!(
+            daemon.log().contains("Keys on"),
+            ["info", "trace"].contains(&level),
+            "other events keep to the level"
+        );
+        assert_eq!(daemon.metric("audit_records_dropped_total"), 0.0);
+    }
+}
+
+#[test]
+fn a_key_that_its_client_left_is_recorded_as_aborted() {
+    let daemon = Daemon::start(&[("AUDIT", "true"), ("MAX_SIZE", "1073741824")]);
+    let mut stream = TcpStream::connect(daemon.keys()).unwrap();
+    stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
+    stream.read_exact(&mut [0; 100_000]).unwrap();
+    drop(stream);
+    assert!(wait_for_records(&daemon, 1)[0].contains("outcome=aborted"));
+    assert_eq!(daemon.get("/key/300000").body.len(), 300_000);
+    let record = wait_for_records(&daemon, 2).remove(1);
+    assert!(record.contains("length=300000") && record.contains("sent=300000 outcome=complete"), "{record}");
+}
+
+#[test]
+fn a_process_at_the_unix_socket_is_named_by_its_user() {
+    let folder = Folder::new();
+    let socket = folder.file("socket");
+    let daemon = Daemon::start_with(folder, |command| {
+        command.env("KEYSERVICE_HOST", format!("unix:{}", socket.display())).env("KEYSERVICE_AUDIT", "true");
+        command.args(["--metrics-port", "0"]);
+    });
+    let mut stream = UnixStream::connect(&socket).unwrap();
+    stream.write_all(b"GET /key/32 HTTP/1.0\r\n\r\n").unwrap();
+    stream.read_to_end(&mut Vec::new()).unwrap();
+    let record = wait_for_records(&daemon, 1).remove(0);
+    let pid = format!("peer_pid={}", std::process::id());
+    let uid = std::process::Command::new("id").arg("-u").output().unwrap().stdout;
+    let uid = format!("peer_uid={}", String::from_utf8(uid).unwrap().trim());
+    assert!(record.contains(&pid) && record.contains(&uid) && !record.contains("address="), "{record}");
+}
+
+#[test]
+fn a_log_that_nobody_reads_stalls_no_key_and_lost_records_are_counted() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let daemon = Daemon::start_with_stderr(Folder::new(), writer, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+        command.env("KEYSERVICE_AUDIT", "true").env("KEYSERVICE_LOG_LEVEL", "error");
+    });
+    let mut client = Client::connect(daemon.keys());
+    for _ in 0..5000 {
+        assert_eq!(client.send(request("/key/16")).response().status, 200);
+    }
+    let lost = daemon.metric("audit_records_dropped_total");
+    assert!(lost > 1000.0, "{lost}: the queue and the pipe hold fewer than 4,000");
+    assert_eq!(daemon.metric("log_events_dropped_total"), 0.0, "they are counted on their own");
+    eprintln!("5,000 keys with a log that is not read: {lost} records dropped, no key delayed");
+    drop(reader);
+}
