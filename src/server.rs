@@ -3,12 +3,13 @@
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
-use hyper::service::HttpService;
+use hyper::service::Service;
+use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use prometheus::IntGauge;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -296,7 +297,7 @@ impl Heartbeat {
 ///
 /// # Errors
 /// When the runtime can't take a listener.
-pub async fn serve<F, S>(
+pub async fn serve<F, S, B>(
     listeners: Vec<(Listener, Heartbeat)>,
     service: F,
     terms: Terms,
@@ -304,11 +305,11 @@ pub async fn serve<F, S>(
 ) -> io::Result<()>
 where
     F: Fn(Seat, Peer) -> S + Clone + Send + 'static,
-    S: HttpService<Incoming, Error = Infallible> + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
     S::Future: Send,
-    S::ResBody: Send + 'static,
-    <S::ResBody as Body>::Data: Send,
-    <S::ResBody as Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    B: Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     // Every accept loop and connection holds a sender; nothing is ever sent.
     let (alive, mut all_gone) = mpsc::channel::<Infallible>(1);
@@ -328,7 +329,7 @@ where
     Ok(())
 }
 
-async fn accept<F, S>(
+async fn accept<F, S, B>(
     acceptor: Acceptor,
     mut heartbeat: Heartbeat,
     service: F,
@@ -337,11 +338,11 @@ async fn accept<F, S>(
     alive: mpsc::Sender<Infallible>,
 ) where
     F: Fn(Seat, Peer) -> S + Clone + Send + 'static,
-    S: HttpService<Incoming, Error = Infallible> + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
     S::Future: Send,
-    S::ResBody: Send + 'static,
-    <S::ResBody as Body>::Data: Send,
-    <S::ResBody as Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    B: Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let mut complained: Option<Instant> = None;
     let mut sweeping: Option<Instant> = None;
@@ -424,16 +425,16 @@ async fn accept<F, S>(
 }
 
 /// Serves one connection to its end: TLS, and HTTP/1.1 inside. The deadlines are below both, as stalls are.
-async fn encrypted<S>(
+async fn encrypted<S, B>(
     stream: Timed<Stream>,
     tls: &Tls,
     service: impl FnOnce(Option<Arc<str>>) -> S,
     mut phase: watch::Receiver<Phase>,
     terms: &Terms,
 ) where
-    S: HttpService<Incoming, Error = Infallible>,
-    S::ResBody: 'static,
-    <S::ResBody as Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+    B: Body + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let patience = stream.patience().head();
     let done = {
@@ -452,24 +453,29 @@ async fn encrypted<S>(
 }
 
 /// Serves one connection to its end: HTTP/1.1, as strictly as the service wants it.
-pub async fn connection<I, S>(io: I, service: S, mut phase: watch::Receiver<Phase>, metrics: &Metrics)
+pub async fn connection<I, S, B>(io: I, service: S, mut phase: watch::Receiver<Phase>, metrics: &Metrics)
 where
     I: AsyncRead + AsyncWrite + Unpin,
-    S: HttpService<Incoming, Error = Infallible>,
-    S::ResBody: 'static,
-    <S::ResBody as Body>::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+    B: Body + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    let asked = AtomicBool::new(false);
     let connection = http1::Builder::new()
         .max_buf_size(HEAD_MAX)
         // A client may close its sending side after its request and still read the answer.
         .half_close(true)
-        .serve_connection(TokioIo::new(io), service);
+        .serve_connection(TokioIo::new(io), Noting { service, asked: &asked });
     pin!(connection);
     let result = tokio::select! {
         biased;
         result = connection.as_mut() => result,
         () = reached(&mut phase, Phase::Closing) => {
-            connection.as_mut().graceful_shutdown();
+            // Who has just come would be closed unheard. Its first request is still waited for, as long as a head may
+            // take by now, and its answer ends the connection.
+            if asked.load(Ordering::Relaxed) {
+                connection.as_mut().graceful_shutdown();
+            }
             connection.await
         }
     };
@@ -479,6 +485,23 @@ where
             metrics.rejected(Rejection::Malformed);
         }
         debug!(error = %problem, "a connection ended early");
+    }
+}
+
+/// A service that notes on its way whether anything was ever asked of it.
+struct Noting<'a, S> {
+    service: S,
+    asked: &'a AtomicBool,
+}
+
+impl<S: Service<Request<Incoming>>> Service<Request<Incoming>> for Noting<'_, S> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn call(&self, request: Request<Incoming>) -> S::Future {
+        self.asked.store(true, Ordering::Relaxed);
+        self.service.call(request)
     }
 }
 
@@ -527,7 +550,6 @@ mod tests {
     use super::*;
     use crate::listener::{Host, Mode};
     use hyper::service::service_fn;
-    use hyper::{Request, Response};
     use std::io::Write;
     use std::sync::mpsc as blocking;
     use std::thread;
@@ -573,6 +595,33 @@ mod tests {
         assert!(!heartbeats.all_answered());
         release.send(()).unwrap();
         assert!(answers(&heartbeats), "and does again");
+    }
+
+    #[tokio::test]
+    async fn who_has_just_come_when_the_drain_closes_is_heard_and_who_was_answered_is_let_go() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let drain = Drain::new();
+        let metrics = Metrics::new();
+        let serve = |io| {
+            let service =
+                service_fn(|_: Request<Incoming>| async { Ok(Response::new(String::from("heard"))) });
+            connection(io, service, drain.watch(), &metrics)
+        };
+        let ask = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+        let (mut new, theirs) = tokio::io::duplex(1024);
+        let (mut old, others) = tokio::io::duplex(1024);
+        let clients = async {
+            old.write_all(ask).await.unwrap();
+            let mut answer = [0; 1024];
+            assert!(old.read(&mut answer).await.unwrap() > 0);
+            drain.0.send_replace(Phase::Closing);
+            assert_eq!(old.read(&mut answer).await.unwrap(), 0, "it is let go");
+            new.write_all(ask).await.unwrap();
+            let length = new.read(&mut answer).await.unwrap();
+            assert!(answer[..length].ends_with(b"heard"));
+            drop(new);
+        };
+        tokio::join!(clients, serve(theirs), serve(others));
     }
 
     #[test]

@@ -226,9 +226,10 @@ fn biased_bytes_do_not_look_random() {
         good.iter().enumerate().map(|(at, byte)| change(at, *byte)).collect()
     };
     let exceeds = |bytes: &[u8]| deviations(bytes).map(|deviation| deviation.abs() > LIMIT);
+    // 16 standard deviations on average: one run in 10^18 would find less than the limit.
     assert!(
-        exceeds(&broken(|at, byte| if at % 16 == 0 { byte | 1 } else { byte }))[0],
-        "one bit in 128 is always set"
+        exceeds(&broken(|at, byte| if at % 8 == 0 { byte | 1 } else { byte }))[0],
+        "one bit in 64 is always set"
     );
     assert!(
         exceeds(&broken(|at, byte| if at % 8 == 0 { 0xaa } else { byte }))[1],

@@ -224,7 +224,7 @@ def custom_models(release):
 RELABEL = {"sourceLabels": 0, "separator": 0, "targetLabel": 0, "regex": 0, "modulus": 0, "replacement": 0, "action": 0}
 CUSTOM_FIELDS = {
     "ServiceMonitor": {"spec": {"namespaceSelector": {"matchNames": 0}, "selector": {"matchLabels": None}, "endpoints": {
-        "port": 0, "path": 0, "interval": 0, "scrapeTimeout": 0, 
+        "port": 0, "path": 0, "interval": 0, "scrapeTimeout": 0, "honorLabels": 0,
         "relabelings": RELABEL, "metricRelabelings": RELABEL}}},
     "PrometheusRule": {"spec": {"groups": {"name": 0, "interval": 0, "limit": 0, "rules": {
         "alert": 0, "record": 0, "expr": 0, "for": 0, "keep_firing_for": 0, "labels": None, "annotations": None}}}},
@@ -516,6 +516,8 @@ def monitors(release):
             for endpoint in monitor["spec"]["endpoints"]:
                 if {"targetLabel": "job", "replacement": "key-service"} not in endpoint.get("relabelings", []):
                     yield f"{name(monitor)}: expected the job key-service"
+                if endpoint.get("honorLabels") is not True:
+                    yield f"{name(monitor)}: expected the route's label endpoint to win over the operator's of that name"
                 if endpoint["port"] not in [port["name"] for port in service["spec"]["ports"]]:
                     yield f"{name(monitor)}: {name(service)} has no port {endpoint['port']}"
 

@@ -128,6 +128,7 @@ change("monitors", "it selects nothing", "ServiceMonitor", "spec", "selector", "
 change("monitors", "it selects both Services", "ServiceMonitor", "spec", "selector", "matchLabels", "app.kubernetes.io/component", drop=True)
 change("monitors", "a port that isn't there", "ServiceMonitor", "spec", "endpoints", 0, "port", to="http")
 change("monitors", "another job", "ServiceMonitor", "spec", "endpoints", 0, "relabelings", 0, "replacement", to="keys")
+change("monitors", "the route's label loses", "ServiceMonitor", "spec", "endpoints", 0, "honorLabels", to=False)
 change("monitors", "another namespace", "ServiceMonitor", "spec", "namespaceSelector", "matchNames", 0, to="default")
 change("prometheus_rules", "an expression that does not parse", "PrometheusRule", "spec", "groups", 0, "rules", 0, "expr", to="rate(x[5m)")
 
