@@ -1,14 +1,14 @@
 //! What random bytes cost, by size and by where they come from: `cargo bench --bench generator`.
 //!
-//! `kernel` reads all of them by getrandom(2); `expanded` reads a 32-byte seed and makes the rest with `ChaCha20`;
+//! `kernel` reads all of them by getrandom(2); `expanded` reads a 32-byte seed and makes AES-256-CTR key stream of it;
 //! `generator` is what the daemon does, self tests included, and should follow the cheaper of the two.
 //! `random::DIRECT_MAX` is the size where the first two cross.
 
 use std::hint::black_box;
 use std::time::Duration;
 
-use chacha20::ChaCha20;
-use chacha20::cipher::{KeyIvInit, StreamCipher};
+use aes::Aes256;
+use aes::cipher::{Array, BlockCipherEncrypt, KeyInit};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use key_service::random::{CHUNK, Generator, Kernel, Source};
 use zeroize::Zeroizing;
@@ -63,5 +63,7 @@ fn kernel(key: &mut [u8]) {
 fn expanded(chunk: &mut [u8]) {
     let mut seed = Zeroizing::new([0; 32]);
     kernel(&mut seed[..]);
-    ChaCha20::new((&*seed).into(), &[0; 12].into()).write_keystream(chunk);
+    let (blocks, _) = chunk.as_chunks_mut::<16>();
+    (0_u128..).zip(&mut *blocks).for_each(|(counter, block)| *block = counter.to_be_bytes());
+    Aes256::new((&*seed).into()).encrypt_blocks(Array::cast_slice_from_core_mut(blocks));
 }

@@ -335,24 +335,26 @@ fn check_message<B>(request: &Request<B>) -> Result<(), Problem> {
     if headers.len() > FIELDS_MAX {
         return Err(Problem::too_many_fields(FIELDS_MAX));
     }
-    // RFC 9112 section 6.1: a request with both lengths may be smuggled; hyper hides one of them, and none is needed.
-    if headers.contains_key(TRANSFER_ENCODING) {
-        return Err(Problem::malformed("Transfer-Encoding is not accepted: requests have no body here"));
-    }
-    check_host(headers, request.version())
-}
-
-/// RFC 9112 section 3.2: HTTP/1.1 has exactly one Host field, of host characters (RFC 3986 section 3.2).
-fn check_host(headers: &HeaderMap, version: Version) -> Result<(), Problem> {
-    let mut hosts = headers.get_all(HOST).iter();
-    match (hosts.next(), hosts.next()) {
-        (Some(host), None) if host.as_bytes().iter().all(|byte| HOST_CHARACTERS[usize::from(*byte)]) => {
-            Ok(())
+    let mut hosts = 0;
+    // One pass: each look-up by name would cost as much.
+    for (name, value) in headers {
+        if name == HOST {
+            hosts += 1;
+            // RFC 3986 section 3.2: host characters.
+            if !value.as_bytes().iter().all(|byte| HOST_CHARACTERS[usize::from(*byte)]) {
+                return Err(Problem::malformed("The Host field is not a host"));
+            }
+        } else if name == TRANSFER_ENCODING {
+            // RFC 9112 section 6.1: a request with both lengths may be smuggled; hyper hides one, and none is needed.
+            return Err(Problem::malformed("Transfer-Encoding is not accepted: requests have no body here"));
         }
-        (None, _) if version < Version::HTTP_11 => Ok(()),
-        (None, _) => Err(Problem::malformed("The Host field is missing")),
-        (Some(_), None) => Err(Problem::malformed("The Host field is not a host")),
-        (Some(_), Some(_)) => Err(Problem::malformed("The Host field is given more than once")),
+    }
+    // RFC 9112 section 3.2: HTTP/1.1 has exactly one.
+    match hosts {
+        1 => Ok(()),
+        0 if request.version() < Version::HTTP_11 => Ok(()),
+        0 => Err(Problem::malformed("The Host field is missing")),
+        _ => Err(Problem::malformed("The Host field is given more than once")),
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use zeroize::Zeroizing;
+use zeroize::Zeroize;
 
 use crate::random::{CHUNK, Failure, Generator};
 
@@ -69,7 +69,23 @@ impl fmt::Display for LengthError {
 }
 
 /// A whole key, of at most one chunk. Wiped when the last use of its bytes is dropped; it can't be printed.
-pub struct Key(Zeroizing<Vec<u8>>);
+pub struct Key(Wiped);
+
+/// Bytes that are wiped when they are dropped. `Zeroizing<Vec<u8>>` does the same a byte at a time, as a vector's
+/// elements; the slice is wiped in one go.
+struct Wiped(Vec<u8>);
+
+impl Drop for Wiped {
+    fn drop(&mut self) {
+        self.0.as_mut_slice().zeroize();
+    }
+}
+
+impl AsRef<[u8]> for Wiped {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
 
 impl Key {
     /// Draws a key of `length` bytes, or the first chunk's worth of it.
@@ -78,8 +94,8 @@ impl Key {
     /// The generator's failure.
     pub fn draw(length: KeyLength, generator: &Generator) -> Result<Self, Failure> {
         let size = usize::try_from(length.0).map_or(CHUNK, |length| length.min(CHUNK));
-        let mut bytes = Zeroizing::new(vec![0; size]);
-        generator.fill(&mut bytes)?;
+        let mut bytes = Wiped(vec![0; size]);
+        generator.fill(&mut bytes.0)?;
         Ok(Self(bytes))
     }
 
@@ -91,7 +107,7 @@ impl Key {
 
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Key({} bytes)", self.0.len())
+        write!(f, "Key({} bytes)", self.0.0.len())
     }
 }
 
@@ -133,7 +149,7 @@ impl Iterator for KeyStream {
         let drawn = self.drawn.take();
         let piece = drawn.map_or_else(|| Key::draw(KeyLength(self.remaining), &self.generator), Ok);
         if let Ok(key) = &piece {
-            self.remaining -= key.0.len() as u64;
+            self.remaining -= key.0.0.len() as u64;
         }
         Some(piece)
     }
@@ -156,7 +172,7 @@ mod tests {
         let generator = Arc::new(Generator::new(Kernel).unwrap());
         for length in [1, CHUNK as u64, CHUNK as u64 + 1, 3 * CHUNK as u64 - 1] {
             let stream = KeyStream::start(KeyLength(length), Arc::clone(&generator)).unwrap();
-            let sizes: Vec<_> = stream.map(|piece| piece.unwrap().0.len() as u64).collect();
+            let sizes: Vec<_> = stream.map(|piece| piece.unwrap().0.0.len() as u64).collect();
             assert_eq!(sizes.iter().sum::<u64>(), length);
         }
     }

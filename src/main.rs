@@ -12,6 +12,7 @@ use key_service::probe::Target;
 use key_service::random::{Generator, Kernel};
 use key_service::token::{Grant, Token};
 use key_service::{forbid_core_dumps, run, systemd};
+use mimalloc::MiMalloc;
 use zeroize::Zeroizing;
 
 /// Could not start or go on.
@@ -19,6 +20,10 @@ const EXIT_FAILURE: u8 = 1;
 
 /// sysexits.h, EX_CONFIG: something is wrong with the configuration.
 const EXIT_CONFIG: u8 = 78;
+
+/// glibc's takes a tenth more instructions for a key.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse(); // wrong usage ends here, with status 2

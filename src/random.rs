@@ -1,9 +1,10 @@
 //! The one place that makes random bytes, with its self tests and its failure latch.
 //!
-//! Small keys are the kernel's own bytes (getrandom(2)); larger ones are `ChaCha20` key stream under a key of 32 kernel
-//! bytes that is used for one chunk and wiped. Nothing is pooled and no generator state outlives a call, so neither a
-//! fork nor a restored snapshot of a virtual machine can repeat a key. Expanded bytes have 256-bit computational
-//! security, as the kernel's own generator has.
+//! Small keys are the kernel's own bytes (getrandom(2)); larger ones are AES-256-CTR key stream (NIST SP 800-38A) under a
+//! key of 32 kernel bytes that is used for one chunk and wiped. Nothing is pooled and no generator state outlives a call,
+//! so neither a fork nor a restored snapshot of a virtual machine can repeat a key. Expanded bytes have 256-bit
+//! computational security, as the kernel's own generator has; that blocks of one chunk never repeat, as some of truly
+//! random bytes would, tells the 4,096 blocks of a chunk from those with a probability below 2⁻¹⁰⁴.
 //!
 //! The tests here catch a source that is broken altogether: unreadable, constant, or repeating. They say nothing about
 //! entropy and claim no conformance to SP 800-90B, AIS 31 or FIPS 140.
@@ -14,8 +15,8 @@ use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use chacha20::ChaCha20;
-use chacha20::cipher::{KeyIvInit, StreamCipher, StreamCipherSeek};
+use aes::Aes256;
+use aes::cipher::{Array, BlockCipherEncrypt, KeyInit};
 use rand::TryRng;
 use rand::rngs::SysRng;
 use zeroize::{Zeroize, Zeroizing};
@@ -29,6 +30,9 @@ pub const DIRECT_MAX: usize = 128;
 
 /// Bytes of a seed, and of the block that each test looks at.
 const SEED: usize = 32;
+
+/// Bytes of a block of AES.
+const BLOCK: usize = 16;
 
 /// How many recent blocks the repetition test remembers. A draw from a healthy source repeats one of them by chance
 /// with a probability of 2⁻⁵⁴.
@@ -70,7 +74,7 @@ pub enum Failure {
     Constant,
     /// A block of 32 bytes came a second time.
     Repeated,
-    /// `ChaCha20` did not give the key stream that RFC 8439 prints.
+    /// AES-256-CTR did not give the key stream that SP 800-38A prints.
     WrongCipher,
 }
 
@@ -84,7 +88,7 @@ impl fmt::Display for Failure {
             Self::Exhausted => f.write_str("the random source gave fewer bytes than asked for"),
             Self::Constant => f.write_str("the random source gave a constant block"),
             Self::Repeated => f.write_str("the random source repeated a block"),
-            Self::WrongCipher => f.write_str("ChaCha20 failed its known-answer test (RFC 8439)"),
+            Self::WrongCipher => f.write_str("AES-256-CTR failed its known-answer test (SP 800-38A)"),
         }
     }
 }
@@ -175,8 +179,8 @@ impl Generator {
     fn expand(&self, chunk: &mut [u8]) -> Result<(), Failure> {
         let mut seed = Zeroizing::new([0; SEED]);
         self.draw(&mut seed[..])?;
-        // The key is used for this chunk only, so the nonce may be constant (RFC 8439 section 2.3 counts from it).
-        ChaCha20::new((&*seed).into(), &[0; 12].into()).write_keystream(chunk);
+        // The key is used for this chunk only, so the first counter may be constant.
+        key_stream(&seed, 0, chunk);
         scrub_stack();
         Ok(())
     }
@@ -220,21 +224,47 @@ fn scrub_stack() {
     std::hint::black_box(&mut [0_u8; 16 * 1024]);
 }
 
-/// RFC 8439 section 2.3.2: the key stream for this key, nonce and block counter 1.
+/// Overwrites `bytes` with AES-256-CTR key stream: counters, encrypted where they stand. The key schedule is wiped.
+fn key_stream(key: &[u8; SEED], first: u128, bytes: &mut [u8]) {
+    let (blocks, tail) = bytes.as_chunks_mut::<BLOCK>();
+    let mut counter = first;
+    for block in &mut *blocks {
+        *block = counter.to_be_bytes();
+        counter = counter.wrapping_add(1);
+    }
+    let cipher = Aes256::new(key.into());
+    cipher.encrypt_blocks(Array::cast_slice_from_core_mut(blocks));
+    if !tail.is_empty() {
+        let mut last = Zeroizing::new(counter.to_be_bytes());
+        cipher.encrypt_block((&mut *last).into());
+        tail.copy_from_slice(&last[..tail.len()]);
+    }
+}
+
+/// SP 800-38A section F.5.5: key, first counter, plaintext and ciphertext.
 fn known_answer() -> Result<(), Failure> {
-    let key: [u8; 32] = std::array::from_fn(|i| u8::try_from(i).expect("below 32"));
-    let nonce = [0, 0, 0, 9, 0, 0, 0, 0x4a, 0, 0, 0, 0];
-    let expected = [
-        0x10, 0xf1, 0xe7, 0xe4, 0xd1, 0x3b, 0x59, 0x15, 0x50, 0x0f, 0xdd, 0x1f, 0xa3, 0x20, 0x71, 0xc4, 0xc7,
-        0xd1, 0xf4, 0xc7, 0x33, 0xc0, 0x68, 0x03, 0x04, 0x22, 0xaa, 0x9a, 0xc3, 0xd4, 0x6c, 0x4e, 0xd2, 0x82,
-        0x64, 0x46, 0x07, 0x9f, 0xaa, 0x09, 0x14, 0xc2, 0xd7, 0x05, 0xd9, 0x8b, 0x02, 0xa2, 0xb5, 0x12, 0x9c,
-        0xd1, 0xde, 0x16, 0x4e, 0xb9, 0xcb, 0xd0, 0x83, 0xe8, 0xa2, 0x50, 0x3c, 0x4e,
+    let key = [
+        0x60, 0x3d, 0xeb, 0x10, 0x15, 0xca, 0x71, 0xbe, 0x2b, 0x73, 0xae, 0xf0, 0x85, 0x7d, 0x77, 0x81, 0x1f,
+        0x35, 0x2c, 0x07, 0x3b, 0x61, 0x08, 0xd7, 0x2d, 0x98, 0x10, 0xa3, 0x09, 0x14, 0xdf, 0xf4,
     ];
-    let mut cipher = ChaCha20::new(&key.into(), &nonce.into());
-    cipher.seek(64_u32);
-    let mut stream = [0xff; 64];
-    cipher.write_keystream(&mut stream);
-    if stream == expected { Ok(()) } else { Err(Failure::WrongCipher) }
+    let first = 0xf0f1_f2f3_f4f5_f6f7_f8f9_fafb_fcfd_feff;
+    let plaintext = [
+        0x6b, 0xc1, 0xbe, 0xe2, 0x2e, 0x40, 0x9f, 0x96, 0xe9, 0x3d, 0x7e, 0x11, 0x73, 0x93, 0x17, 0x2a, 0xae,
+        0x2d, 0x8a, 0x57, 0x1e, 0x03, 0xac, 0x9c, 0x9e, 0xb7, 0x6f, 0xac, 0x45, 0xaf, 0x8e, 0x51, 0x30, 0xc8,
+        0x1c, 0x46, 0xa3, 0x5c, 0xe4, 0x11, 0xe5, 0xfb, 0xc1, 0x19, 0x1a, 0x0a, 0x52, 0xef, 0xf6, 0x9f, 0x24,
+        0x45, 0xdf, 0x4f, 0x9b, 0x17, 0xad, 0x2b, 0x41, 0x7b, 0xe6, 0x6c, 0x37, 0x10,
+    ];
+    let ciphertext = [
+        0x60, 0x1e, 0xc3, 0x13, 0x77, 0x57, 0x89, 0xa5, 0xb7, 0xa7, 0xf5, 0x04, 0xbb, 0xf3, 0xd2, 0x28, 0xf4,
+        0x43, 0xe3, 0xca, 0x4d, 0x62, 0xb5, 0x9a, 0xca, 0x84, 0xe9, 0x90, 0xca, 0xca, 0xf5, 0xc5, 0x2b, 0x09,
+        0x30, 0xda, 0xa2, 0x3d, 0xe9, 0x4c, 0xe8, 0x70, 0x17, 0xba, 0x2d, 0x84, 0x98, 0x8d, 0xdf, 0xc9, 0xc5,
+        0x8d, 0xb6, 0x7a, 0xad, 0xa6, 0x13, 0xc2, 0xdd, 0x08, 0x45, 0x79, 0x41, 0xa6,
+    ];
+    // One byte short of its four blocks, so that the way of whole blocks and that of the last one are both taken.
+    let mut text = [0xff; 63];
+    key_stream(&key, first, &mut text);
+    text.iter_mut().zip(plaintext).for_each(|(byte, plain)| *byte ^= plain);
+    if text == ciphertext[..63] { Ok(()) } else { Err(Failure::WrongCipher) }
 }
 
 #[cfg(test)]
