@@ -10,7 +10,6 @@
 //! entropy and claim no conformance to SP 800-90B, AIS 31 or FIPS 140.
 
 use std::fmt;
-use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,6 +18,7 @@ use aes::Aes256;
 use aes::cipher::{Array, BlockCipherEncrypt, KeyInit};
 use rand::TryRng;
 use rand::rngs::SysRng;
+use siphasher::sip::SipHasher13;
 use zeroize::{Zeroize, Zeroizing};
 
 /// A larger request is made of chunks of at most this many bytes, each under a kernel seed of its own.
@@ -101,7 +101,7 @@ pub struct Generator {
     failure: OnceLock<Failure>,
     reported: AtomicBool,
     /// Keyed 64-bit fingerprints of recent blocks, under a key that only this process has had; 0 is an empty slot.
-    fingerprints: RandomState,
+    fingerprints: SipHasher13,
     recent: Box<[AtomicU64]>,
 }
 
@@ -118,12 +118,14 @@ impl Generator {
     /// What was found wrong; nothing must be served then.
     pub fn new(source: impl Source) -> Result<Self, Failure> {
         let mut probe = Zeroizing::new([0; SEED]);
-        read_full(&source, &mut probe[..])?; // before RandomState, which would fall back to /dev/urandom
+        read_full(&source, &mut probe[..])?;
+        let mut key = Zeroizing::new([0; 16]);
+        read_full(&source, &mut key[..])?;
         let generator = Self {
             source: Box::new(source),
             failure: OnceLock::new(),
             reported: AtomicBool::new(false),
-            fingerprints: RandomState::new(),
+            fingerprints: SipHasher13::new_with_key(&key),
             recent: (0..REMEMBERED).map(|_| AtomicU64::new(0)).collect(),
         };
         known_answer()?;
@@ -196,7 +198,7 @@ impl Generator {
         if words.iter().all(|word| word == &words[0]) {
             return Err(Failure::Constant);
         }
-        let fingerprint = self.fingerprints.hash_one(block).max(1);
+        let fingerprint = self.fingerprints.hash(block).max(1);
         let slot = usize::try_from(fingerprint % REMEMBERED as u64).expect("below REMEMBERED");
         if self.recent[slot].swap(fingerprint, Ordering::Relaxed) == fingerprint {
             return Err(Failure::Repeated);
@@ -328,7 +330,7 @@ mod tests {
             (denied, Failure::Unreadable(Some(1))),
         ] {
             for size in [16, 32, 100, 4096, 3 * CHUNK] {
-                let generator = Generator::new(breaks(65, broken)).unwrap();
+                let generator = Generator::new(breaks(66, broken)).unwrap();
                 let mut key = vec![0xaa; size];
                 let failure = (0..3).find_map(|_| generator.fill(&mut key).err());
                 assert_eq!(failure, Some(expected), "{size}");
@@ -360,7 +362,7 @@ mod tests {
     fn a_source_that_repeats_with_a_period_is_caught() {
         for period in [1, 2, 63, 500] {
             let at = AtomicUsize::new(0);
-            let source = breaks(65, move |buffer: &mut [u8]| {
+            let source = breaks(66, move |buffer: &mut [u8]| {
                 let n = at.fetch_add(1, Ordering::Relaxed) % period;
                 for (i, byte) in buffer.iter_mut().enumerate() {
                     *byte = u8::try_from((n * 7 + i * (n + 3)) % 256).unwrap();

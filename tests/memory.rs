@@ -14,10 +14,11 @@ use rustls::version::{TLS12, TLS13};
 /// How many bytes in a row have to be found for a key to have been kept: 16 bytes match by chance never.
 const WINDOW: usize = 16;
 
-/// Every readable byte of a process, region by region.
+/// Every byte of a process that is anywhere, run of pages by run of pages. What it reserved and never touched is nowhere.
 fn memory(pid: u32) -> Vec<Vec<u8>> {
-    let memory =
-        File::open(format!("/proc/{pid}/mem")).expect("the memory of a child of one's own may be read");
+    let open = |name| File::open(format!("/proc/{pid}/{name}")).expect("a child of one's own may be read");
+    let (memory, pages) = (open("mem"), open("pagemap"));
+    let page = rustix::param::page_size() as u64;
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
     let regions = maps.lines().filter_map(|line| {
         let (range, rest) = line.split_once(' ')?;
@@ -26,13 +27,26 @@ fn memory(pid: u32) -> Vec<Vec<u8>> {
         let number = |text| u64::from_str_radix(text, 16).unwrap();
         (rest.starts_with('r') && !is_special).then(|| (number(start), number(end)))
     });
-    regions
-        .filter_map(|(start, end)| {
-            let mut bytes = vec![0; usize::try_from(end - start).unwrap()];
-            memory.read_exact_at(&mut bytes, start).ok()?; // a region may be gone by now
-            Some(bytes)
-        })
-        .collect()
+    // proc_pid_pagemap(5): eight bytes for each page; it is in memory or in swap.
+    let is_somewhere = |entry: &[u8; 8]| u64::from_ne_bytes(*entry) >> 62 != 0;
+    let runs = regions.flat_map(|(start, end)| {
+        let mut entries = vec![0; usize::try_from((end - start) / page * 8).unwrap()];
+        pages.read_exact_at(&mut entries, start / page * 8).unwrap();
+        let (entries, _) = entries.as_chunks::<8>();
+        let mut at = start;
+        let runs = entries.chunk_by(|one, next| is_somewhere(one) == is_somewhere(next)).filter_map(|run| {
+            let begin = at;
+            at += run.len() as u64 * page;
+            is_somewhere(&run[0]).then_some((begin, at))
+        });
+        runs.collect::<Vec<_>>()
+    });
+    runs.filter_map(|(start, end)| {
+        let mut bytes = vec![0; usize::try_from(end - start).unwrap()];
+        memory.read_exact_at(&mut bytes, start).ok()?; // it may be gone by now
+        Some(bytes)
+    })
+    .collect()
 }
 
 /// How many of `keys` the memory holds a window of: its beginning, its middle or its end.
