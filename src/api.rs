@@ -24,13 +24,14 @@ use tracing::error;
 use crate::admission::Admission;
 use crate::audit::Record;
 use crate::body::{Answer, Body};
-use crate::format::{Format, Unsatisfied};
+use crate::format::{BATCH_MAX, BatchError, COUNT_MAX, Format, Shape, Writing};
 use crate::health::{self, Health};
-use crate::key::{Key, KeyLength, KeyStream, LengthError};
+use crate::key::{KeyLength, LengthError};
 use crate::logging::Dropped;
 use crate::metrics::{Endpoint, Metrics, Rejection};
 use crate::peer::Peer;
 use crate::problem::{self, Problem};
+use crate::query::{self, Unsatisfied, Wish};
 use crate::random::{Failure, Generator};
 use crate::server::Seat;
 
@@ -180,10 +181,10 @@ const COMMON: [(HeaderName, HeaderValue); 2] = [
     (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
 ];
 
-/// The header of a key, but for its length. It is made once and cloned: five insertions cost more than the key.
+/// The header of a raw key, but for its length. It is made once and cloned: five insertions cost more than the key.
 static KEY_HEADERS: LazyLock<HeaderMap> = LazyLock::new(|| {
     let mut headers = HeaderMap::from_iter(COMMON);
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(Format::Raw.media_type()));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(Format::Raw.media_type(false)));
     headers.insert(ACCEPT_RANGES, HeaderValue::from_static("none"));
     headers.insert(VARY, HeaderValue::from_static("Accept"));
     headers
@@ -233,12 +234,13 @@ impl Api {
         let limit = visit.as_ref().map_or(limit, |visit| visit.max_size(limit));
         let length = KeyLength::parse(length, limit).map_err(refuse_length)?;
         let accept = request.headers().get_all(ACCEPT);
-        let format = Format::negotiate(request.uri().query(), accept).map_err(refuse_format)?;
+        let wish = Wish::read(request.uri().query(), accept).map_err(refuse_wish)?;
+        let shape = Shape::new(length, wish.format, wish.count).map_err(refuse_batch)?;
         if let Some(failure) = self.generator.failure() {
             return Err(self.refuse_failed(failure));
         }
         let is_head = request.method() == Method::HEAD;
-        let is_bulk = length.is_bulk() && !is_head;
+        let is_bulk = shape.is_bulk() && !is_head;
         if is_bulk && self.health.is_stopping() {
             self.metrics.rejected(Rejection::Draining);
             return Err(health::draining());
@@ -250,33 +252,36 @@ impl Api {
             None
         };
         if let Some(visit) = &mut visit {
-            let bytes = if is_head { 0 } else { length.bytes() };
+            let bytes = if is_head { 0 } else { shape.key_bytes() };
             let charged = self.admission.charge(visit, peer, bytes);
             charged.inspect_err(|_| self.metrics.rejected(Rejection::Rate))?;
         }
         let body = if is_head {
             Body::empty()
         } else if let Some(permit) = permit {
-            let stream = KeyStream::start(length, Arc::clone(&self.generator))
+            let writing = Writing::start(&shape, Arc::clone(&self.generator))
                 .map_err(|failure| self.refuse_failed(failure))?;
             self.metrics.key_served(length.bytes());
-            Body::stream(stream, permit)
+            Body::stream(writing, permit)
         } else {
             let started = Instant::now();
-            let key = Key::draw(length, &self.generator).map_err(|failure| self.refuse_failed(failure))?;
+            let bytes = shape.draw(&self.generator).map_err(|failure| self.refuse_failed(failure))?;
             self.metrics.generated(started);
-            self.metrics.key_served(length.bytes());
-            self.metrics.key_bytes_served(format, length.bytes());
-            Body::whole(key.into_bytes())
+            (0..shape.keys()).for_each(|_| self.metrics.key_served(length.bytes()));
+            self.metrics.key_bytes_served(shape.format(), shape.key_bytes());
+            Body::whole(bytes)
         };
         let mut response = Response::new(body);
         *response.headers_mut() = KEY_HEADERS.clone();
+        if shape.format() != Format::Raw {
+            response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(shape.content_type()));
+        }
         if let Some(visit) = visit {
             if let Some(standing) = &visit.standing {
                 problem::tell_rates(response.headers_mut(), standing);
             }
             if visit.audit && !is_head {
-                let record = Record::start(*visit, peer.clone(), format, length.bytes(), &self.generator)
+                let record = Record::start(*visit, peer.clone(), shape, &self.generator)
                     .map_err(|failure| self.refuse_failed(failure))?;
                 let id = HeaderValue::try_from(record.id()).expect("an id has hexadecimal digits only");
                 response.headers_mut().insert(REQUEST_ID, id);
@@ -284,7 +289,7 @@ impl Api {
             }
         }
         if is_head {
-            response.headers_mut().insert(CONTENT_LENGTH, length.bytes().into()); // of a body it follows from itself
+            response.headers_mut().insert(CONTENT_LENGTH, shape.size().into()); // of a body it follows from itself
         }
         Ok(response)
     }
@@ -313,11 +318,12 @@ fn refuse_length(error: LengthError) -> Problem {
     }
 }
 
-fn refuse_format(error: Unsatisfied) -> Problem {
+fn refuse_wish(error: Unsatisfied) -> Problem {
     match error {
-        Unsatisfied::Parameter(name) => {
-            Problem::bad_request(format!("Unknown query parameter \"{name}\"; known: format"))
-        }
+        Unsatisfied::Parameter(name) => Problem::bad_request(format!(
+            "Unknown query parameter \"{name}\"; known: {}",
+            query::PARAMETERS.join(", ")
+        )),
         Unsatisfied::Twice(name) => {
             Problem::bad_request(format!("Query parameter \"{name}\" is given twice"))
         }
@@ -325,7 +331,31 @@ fn refuse_format(error: Unsatisfied) -> Problem {
             "Unknown format \"{value}\"; known: {}",
             Format::ALL.map(Format::name).join(", ")
         )),
-        Unsatisfied::Accept => Problem::not_acceptable(&Format::offered()),
+        Unsatisfied::Count(value) => Problem::bad_request(format!(
+            "Invalid count \"{value}\": must be an integer from 1 to {COUNT_MAX}, in decimal digits"
+        ))
+        .with_min(1)
+        .with_max(COUNT_MAX),
+        Unsatisfied::Accept(is_batch) => Problem::not_acceptable(&query::offered(is_batch)),
+    }
+}
+
+fn refuse_batch(error: BatchError) -> Problem {
+    match error {
+        BatchError::Unseparable(format) => Problem::bad_request(format!(
+            "Keys in format {} can't be told apart in a batch; formats that have a count: {}",
+            format.name(),
+            Format::ALL
+                .into_iter()
+                .filter(|f| f.has_batches())
+                .map(Format::name)
+                .collect::<Vec<_>>()
+                .join(", ")
+        )),
+        BatchError::TooLarge => {
+            Problem::too_large(format!("Length times count exceeds the maximum size of a batch, {BATCH_MAX}"))
+                .with_max(BATCH_MAX)
+        }
     }
 }
 

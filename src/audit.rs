@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use tracing::info;
 
 use crate::admission::Visit;
-use crate::format::Format;
+use crate::format::Shape;
 use crate::logging::AUDIT;
 use crate::peer::{Origin, Peer};
 use crate::random::{Failure, Generator};
@@ -18,27 +18,20 @@ pub struct Record {
     id: u128,
     visit: Visit,
     peer: Peer,
-    format: Format,
-    length: u64,
+    shape: Shape,
     sent: u64,
     is_complete: bool,
 }
 
 impl Record {
-    /// The record of a key of `length` bytes, none of which is sent.
+    /// The record of keys of `shape`, none of which is sent.
     ///
     /// # Errors
     /// The generator's failure.
-    pub fn start(
-        visit: Visit,
-        peer: Peer,
-        format: Format,
-        length: u64,
-        generator: &Generator,
-    ) -> Result<Self, Failure> {
+    pub fn start(visit: Visit, peer: Peer, shape: Shape, generator: &Generator) -> Result<Self, Failure> {
         let mut id = [0; 16];
         generator.fill(&mut id)?;
-        Ok(Self { id: u128::from_be_bytes(id), visit, peer, format, length, sent: 0, is_complete: false })
+        Ok(Self { id: u128::from_be_bytes(id), visit, peer, shape, sent: 0, is_complete: false })
     }
 
     /// The request's id, as it is written.
@@ -75,8 +68,9 @@ impl Drop for Record {
             peer_pid = pid,
             address = self.visit.address.map(|ip: IpAddr| ip.to_string()),
             proxy,
-            length = self.length,
-            format = self.format.name(),
+            length = self.shape.length().bytes(),
+            count = self.shape.count(),
+            format = self.shape.format().name(),
             sent = self.sent,
             outcome = if self.is_complete { "complete" } else { "aborted" },
             "key issued"

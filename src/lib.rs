@@ -6,7 +6,8 @@
 //! | [`config`] | defaults, file, environment and flags, into a configuration that is always valid |
 //! | [`random`] | the one place that makes random bytes |
 //! | [`key`] | a key and its length |
-//! | [`mod@format`] | how a key is written, and negotiation |
+//! | [`mod@format`] | how a key is written |
+//! | [`query`] | what a request asks for |
 //! | [`api`] | the routes |
 //! | [`body`] | what is sent back, until its last byte |
 //! | [`health`] | whether the service is well |
@@ -48,6 +49,7 @@ pub mod peer;
 pub mod probe;
 pub mod problem;
 mod process;
+pub mod query;
 pub mod random;
 pub mod rate;
 pub mod seal;

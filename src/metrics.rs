@@ -269,7 +269,7 @@ impl Metrics {
             generator_latency: histogram(
                 &registry,
                 "generator_latency_seconds",
-                "Seconds to make a key, or one 64 KiB piece of it.",
+                "Seconds to make a key, a batch, or one piece of a long key.",
                 vec![
                     0.000_000_5,
                     0.000_001,

@@ -7,6 +7,7 @@ mod common;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
+use common::shapes::{FORMATS, batch, key};
 use common::tls::{Authority, connect, trusting};
 use common::{Client, Daemon, Folder, find, key_service, request, run_to_end};
 use rustls::version::{TLS12, TLS13};
@@ -89,6 +90,38 @@ fn no_key_is_in_memory_after_its_response() {
         common::until("the keys to be gone", || {
             (found(&self::memory(daemon.pid()), &keys) == 0).then_some(())
         });
+    }
+}
+
+/// The runs of digits in a text that could be keys: longer than any of its words.
+fn digits(text: &str) -> Vec<Vec<u8>> {
+    let is_digit = |c: char| c.is_ascii_alphanumeric() || "+/=-_".contains(c);
+    let runs = text.split(|c| !is_digit(c)).filter(|run| run.len() > 2 * WINDOW);
+    runs.map(|run| run.as_bytes().to_vec()).collect()
+}
+
+#[test]
+fn no_key_is_in_memory_in_any_format_neither_as_it_was_written_nor_as_it_was_drawn() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
+    let mut client = Client::connect(daemon.keys());
+    for format in &FORMATS[1..] {
+        for length in [32, 300_000] {
+            let answers: Vec<_> = (0..20)
+                .map(|_| client.send(request(&format!("/key/{length}?format={format}"))).response())
+                .collect();
+            let mut secrets: Vec<_> = answers.iter().map(|answer| key(format, answer)).collect();
+            secrets.extend(answers.iter().flat_map(|answer| digits(&answer.text())));
+            assert_eq!(secrets.len(), 40, "a key and its digits");
+            if length == 32 {
+                let answer = client.send(request(&format!("/key/32?format={format}&count=100"))).response();
+                secrets.extend(batch(format, &answer));
+                secrets.extend(digits(&answer.text()));
+                assert_eq!(secrets.len(), 240);
+            }
+            common::until("the keys to be gone", || {
+                (found(&memory(daemon.pid()), &secrets) == 0).then_some(())
+            });
+        }
     }
 }
 
