@@ -24,11 +24,12 @@ use tracing::error;
 use crate::admission::Admission;
 use crate::audit::Record;
 use crate::body::{Answer, Body};
-use crate::format::{BATCH_MAX, BatchError, COUNT_MAX, Format, Shape, Writing};
+use crate::format::{BATCH_MAX, BatchError, COUNT_MAX, Format, Kind, Shape, Writing};
 use crate::health::{self, Health};
 use crate::key::{KeyLength, LengthError};
 use crate::logging::Dropped;
 use crate::metrics::{Endpoint, Metrics, Rejection};
+use crate::password::Alphabet;
 use crate::peer::Peer;
 use crate::problem::{self, Problem};
 use crate::query::{self, Unsatisfied, Wish};
@@ -40,6 +41,9 @@ const FIELDS_MAX: usize = 32;
 
 /// The path of a key, up to its length.
 const KEY: &str = "/key/";
+
+/// The path of a password, up to its length.
+const PASSWORD: &str = "/password/";
 
 /// What the routes need: values, shared by every connection.
 #[derive(Debug)]
@@ -114,8 +118,12 @@ impl Session {
         let Site { api, router, has_keys } = &self.site;
         let metrics = &api.metrics;
         let path = request.uri().path();
-        let length = path.strip_prefix(KEY).filter(|length| *has_keys && !length.contains('/'));
-        let endpoint = length.map_or_else(|| Endpoint::of(path), |_| Endpoint::Key);
+        let asked = if *has_keys { asked(path) } else { None };
+        let endpoint = match asked {
+            Some((Kind::Key, _)) => Endpoint::Key,
+            Some((Kind::Password(_), _)) => Endpoint::Password,
+            None => Endpoint::of(path),
+        };
         let answer = Answer::start(Arc::clone(metrics), endpoint);
         let is_head = request.method() == Method::HEAD;
         let is_closing = self.seat != Seat::Regular || api.health.is_draining();
@@ -127,8 +135,8 @@ impl Session {
         {
             metrics.rejected(reason);
             refusal(&health::full())
-        } else if let Some(length) = length {
-            api.key(&request, length, &self.peer).unwrap_or_else(|problem| refusal(&problem))
+        } else if let Some((kind, length)) = asked {
+            api.key(&request, kind, length, &self.peer).unwrap_or_else(|problem| refusal(&problem))
         } else {
             // No route takes a body, so none is handed on.
             let routed = router.clone().call(request.map(|_| axum::body::Body::empty()));
@@ -139,6 +147,15 @@ impl Session {
         };
         Answering::Ready(Some(finish(response, answer, is_head, is_closing)))
     }
+}
+
+/// What a path asks for, and the text of its length; `None` where it asks for nothing that is drawn.
+fn asked(path: &str) -> Option<(Kind, &str)> {
+    let (kind, length) = match path.strip_prefix(KEY) {
+        Some(length) => (Kind::Key, length),
+        None => (Kind::Password(Alphabet::default()), path.strip_prefix(PASSWORD)?),
+    };
+    (!length.contains('/')).then_some((kind, length))
 }
 
 impl<B: Send + 'static> Service<Request<B>> for Session {
@@ -174,6 +191,9 @@ impl Future for Answering {
 
 /// Names a key's audit record to its client. One that a client sends is not looked at.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Of each password of an answer.
+const ENTROPY_BITS: HeaderName = HeaderName::from_static("entropy-bits");
 
 /// What every answer has, whoever made it.
 const COMMON: [(HeaderName, HeaderValue); 2] = [
@@ -220,7 +240,13 @@ fn finish(mut response: Response<Body>, answer: Answer, is_head: bool, is_closin
 
 impl Api {
     /// The hot path: from a checked request to a key.
-    fn key<B>(&self, request: &Request<B>, length: &str, peer: &Peer) -> Result<Response<Body>, Problem> {
+    fn key<B>(
+        &self,
+        request: &Request<B>,
+        kind: Kind,
+        length: &str,
+        peer: &Peer,
+    ) -> Result<Response<Body>, Problem> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             return Err(Problem::method_not_allowed());
         }
@@ -232,10 +258,12 @@ impl Api {
         };
         let limit = self.max_size.load(Ordering::Relaxed);
         let limit = visit.as_ref().map_or(limit, |visit| visit.max_size(limit));
-        let length = KeyLength::parse(length, limit).map_err(refuse_length)?;
+        let length = KeyLength::parse(length, kind.length_max(limit)).map_err(refuse_length)?;
         let accept = request.headers().get_all(ACCEPT);
-        let wish = Wish::read(request.uri().query(), accept).map_err(refuse_wish)?;
-        let shape = Shape::new(length, wish.format, wish.count).map_err(refuse_batch)?;
+        let wish =
+            Wish::read(kind, request.uri().query(), accept).map_err(|error| refuse_wish(kind, error))?;
+        let shape = Shape::new(wish.kind, length, wish.format, wish.count)
+            .map_err(|error| refuse_batch(kind, error))?;
         if let Some(failure) = self.generator.failure() {
             return Err(self.refuse_failed(failure));
         }
@@ -275,6 +303,11 @@ impl Api {
         *response.headers_mut() = KEY_HEADERS.clone();
         if shape.format() != Format::Raw {
             response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(shape.content_type()));
+        }
+        if let Kind::Password(alphabet) = shape.kind() {
+            let bits = format!("{:.1}", alphabet.entropy_bits(length));
+            let bits = HeaderValue::try_from(bits).expect("a number has digits and a point only");
+            response.headers_mut().insert(ENTROPY_BITS, bits);
         }
         if let Some(visit) = visit {
             if let Some(standing) = &visit.standing {
@@ -318,39 +351,43 @@ fn refuse_length(error: LengthError) -> Problem {
     }
 }
 
-fn refuse_wish(error: Unsatisfied) -> Problem {
+/// Names, for an error to list.
+fn names(names: impl Iterator<Item = &'static str>) -> String {
+    names.collect::<Vec<_>>().join(", ")
+}
+
+fn refuse_wish(kind: Kind, error: Unsatisfied) -> Problem {
     match error {
         Unsatisfied::Parameter(name) => Problem::bad_request(format!(
             "Unknown query parameter \"{name}\"; known: {}",
-            query::PARAMETERS.join(", ")
+            query::parameters(kind).join(", ")
         )),
         Unsatisfied::Twice(name) => {
             Problem::bad_request(format!("Query parameter \"{name}\" is given twice"))
         }
         Unsatisfied::Format(value) => Problem::bad_request(format!(
             "Unknown format \"{value}\"; known: {}",
-            Format::ALL.map(Format::name).join(", ")
+            names(kind.formats().iter().map(|format| format.name()))
+        )),
+        Unsatisfied::Alphabet(value) => Problem::bad_request(format!(
+            "Unknown alphabet \"{value}\"; known: {}",
+            names(Alphabet::ALL.into_iter().map(Alphabet::name))
         )),
         Unsatisfied::Count(value) => Problem::bad_request(format!(
             "Invalid count \"{value}\": must be an integer from 1 to {COUNT_MAX}, in decimal digits"
         ))
         .with_min(1)
         .with_max(COUNT_MAX),
-        Unsatisfied::Accept(is_batch) => Problem::not_acceptable(&query::offered(is_batch)),
+        Unsatisfied::Accept(is_batch) => Problem::not_acceptable(&query::offered(kind, is_batch)),
     }
 }
 
-fn refuse_batch(error: BatchError) -> Problem {
+fn refuse_batch(kind: Kind, error: BatchError) -> Problem {
     match error {
         BatchError::Unseparable(format) => Problem::bad_request(format!(
             "Keys in format {} can't be told apart in a batch; formats that have a count: {}",
             format.name(),
-            Format::ALL
-                .into_iter()
-                .filter(|f| f.has_batches())
-                .map(Format::name)
-                .collect::<Vec<_>>()
-                .join(", ")
+            names(kind.formats().iter().filter(|format| format.has_batches()).map(|format| format.name()))
         )),
         BatchError::TooLarge => {
             Problem::too_large(format!("Length times count exceeds the maximum size of a batch, {BATCH_MAX}"))

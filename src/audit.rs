@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use tracing::info;
 
 use crate::admission::Visit;
-use crate::format::Shape;
+use crate::format::{Kind, Shape};
 use crate::logging::AUDIT;
 use crate::peer::{Origin, Peer};
 use crate::random::{Failure, Generator};
@@ -49,6 +49,10 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         let proxy = self.visit.is_forwarded.then_some(self.peer.origin);
+        let alphabet = match self.shape.kind() {
+            Kind::Key => None,
+            Kind::Password(alphabet) => Some(alphabet.name()),
+        };
         let (uid, gid, pid) = match self.peer.origin {
             Origin::Unix(peer) => (Some(peer.uid), Some(peer.gid), peer.pid),
             Origin::Ip(_) => (None, None, None),
@@ -71,6 +75,7 @@ impl Drop for Record {
             length = self.shape.length().bytes(),
             count = self.shape.count(),
             format = self.shape.format().name(),
+            alphabet,
             sent = self.sent,
             outcome = if self.is_complete { "complete" } else { "aborted" },
             "key issued"

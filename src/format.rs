@@ -8,6 +8,7 @@ use bytes::Bytes;
 use zeroize::Zeroizing;
 
 use crate::key::{Key, KeyLength, KeyStream};
+use crate::password::{self, Alphabet, PASSWORD_MAX};
 use crate::random::{CHUNK, Failure, Generator};
 
 /// The most keys of one batch.
@@ -16,31 +17,64 @@ pub const COUNT_MAX: u64 = 1024;
 /// The most key bytes of one batch, which is held in memory whole.
 pub const BATCH_MAX: u64 = CHUNK as u64;
 
-/// A way of writing a key.
+/// What is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Random bytes.
+    Key,
+    /// Random characters of an alphabet.
+    Password(Alphabet),
+}
+
+impl Kind {
+    /// The formats that it is written in, the default one first.
+    pub fn formats(self) -> &'static [Format] {
+        match self {
+            Self::Key => {
+                &[Format::Raw, Format::Hex, Format::Base64, Format::Base64Url, Format::Json, Format::Jwk]
+            }
+            Self::Password(_) => &[Format::Text, Format::Json],
+        }
+    }
+
+    /// The largest length that it may have where keys may have `max_size`.
+    pub fn length_max(self, max_size: u64) -> u64 {
+        match self {
+            Self::Key => max_size,
+            Self::Password(_) => max_size.min(PASSWORD_MAX),
+        }
+    }
+}
+
+/// A way of writing a key or a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// The bytes as they are.
     Raw,
+    /// The characters of a password and a newline.
+    Text,
     /// Lower-case hexadecimal digits and a newline.
     Hex,
     /// Base64 with padding (RFC 4648 section 4) and a newline.
     Base64,
     /// The URL-safe alphabet without padding (RFC 4648 section 5, as RFC 7515 has it) and a newline.
     Base64Url,
-    /// An object of `length`, `encoding` and `key`.
+    /// An object of `length`, `encoding` and `key`; of `length`, `alphabet`, `entropy_bits` and `password`.
     Json,
     /// A JSON Web Key (RFC 7517) of type `oct`, with a random `kid`.
     Jwk,
 }
 
 impl Format {
-    /// Every format, the default one first.
-    pub const ALL: [Self; 6] = [Self::Raw, Self::Hex, Self::Base64, Self::Base64Url, Self::Json, Self::Jwk];
+    /// Every format.
+    pub const ALL: [Self; 7] =
+        [Self::Raw, Self::Text, Self::Hex, Self::Base64, Self::Base64Url, Self::Json, Self::Jwk];
 
     /// The value of `?format=` that asks for it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
+            Self::Text => "text",
             Self::Hex => "hex",
             Self::Base64 => "base64",
             Self::Base64Url => "base64url",
@@ -53,7 +87,7 @@ impl Format {
     pub fn media_type(self, is_batch: bool) -> &'static str {
         match self {
             Self::Raw => "application/octet-stream",
-            Self::Hex | Self::Base64 | Self::Base64Url => "text/plain",
+            Self::Text | Self::Hex | Self::Base64 | Self::Base64Url => "text/plain",
             Self::Json => "application/json",
             Self::Jwk if is_batch => "application/jwk-set+json",
             Self::Jwk => "application/jwk+json",
@@ -65,52 +99,12 @@ impl Format {
         self != Self::Raw
     }
 
-    /// How many characters `bytes` bytes take.
-    fn digits(self, bytes: u64) -> u64 {
-        match self {
-            Self::Raw => bytes,
-            Self::Hex => 2 * bytes,
-            Self::Base64 | Self::Json => bytes.div_ceil(3) * 4,
-            Self::Base64Url | Self::Jwk => (bytes * 4).div_ceil(3),
-        }
-    }
-
     /// How many bytes of a long key are written at a time: as many as fill a chunk. Base64 takes them by threes.
     fn piece(self) -> usize {
         match self {
-            Self::Raw => CHUNK,
+            Self::Raw | Self::Text => CHUNK,
             Self::Hex => CHUNK / 2,
             Self::Base64 | Self::Base64Url | Self::Json | Self::Jwk => CHUNK / 4 * 3,
-        }
-    }
-
-    /// Appends the characters for `bytes` to `text`, which has the room for them.
-    fn append(self, bytes: &[u8], text: &mut Vec<u8>) {
-        let start = text.len();
-        text.resize(start + whole(self.digits(bytes.len() as u64)), 0);
-        let room = &mut text[start..];
-        let fits = match self {
-            Self::Raw => {
-                room.copy_from_slice(bytes);
-                true
-            }
-            Self::Hex => base16ct::lower::encode(bytes, room).is_ok(),
-            Self::Base64 | Self::Json => Base64::encode(bytes, room).is_ok(),
-            Self::Base64Url | Self::Jwk => Base64UrlUnpadded::encode(bytes, room).is_ok(),
-        };
-        assert!(fits, "the room is measured by digits(), which a test holds to the encoders");
-    }
-
-    /// What stands before the characters of a key, and after them.
-    fn around(self, length: KeyLength, id: &str) -> (String, &'static str) {
-        match self {
-            Self::Raw => (String::new(), ""),
-            Self::Hex | Self::Base64 | Self::Base64Url => (String::new(), "\n"),
-            Self::Json => {
-                let before = format!(r#"{{"length":{},"encoding":"base64","key":""#, length.bytes());
-                (before, r#""}"#)
-            }
-            Self::Jwk => (format!(r#"{{"kty":"oct","kid":"{id}","k":""#), r#""}"#),
         }
     }
 
@@ -132,7 +126,7 @@ impl Format {
     /// What stands before the keys of a batch, between two of them, and after all.
     fn around_batch(self) -> (&'static str, &'static str, &'static str) {
         match self {
-            Self::Raw | Self::Hex | Self::Base64 | Self::Base64Url => ("", "", ""),
+            Self::Raw | Self::Text | Self::Hex | Self::Base64 | Self::Base64Url => ("", "", ""),
             Self::Json => ("[", ",", "]"),
             Self::Jwk => (r#"{"keys":["#, ",", "]}"),
         }
@@ -142,9 +136,72 @@ impl Format {
 /// Random bytes in the `kid` of a JWK.
 const ID: usize = 16;
 
-/// What is handed out: how long a key is, how it is written, and how many there are.
+/// How bytes become characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Script {
+    /// As they are.
+    Same,
+    /// Lower-case hexadecimal digits.
+    Hex,
+    /// Base64 with padding.
+    Base64,
+    /// URL-safe base64 without.
+    Base64Url,
+    /// A JSON string with its quotes, of ASCII characters that each take up to `widest`. Where escapes make it shorter
+    /// than it might be, spaces stand before it: the length of an answer says nothing of the password.
+    Quoted { widest: u64 },
+}
+
+impl Script {
+    /// How many characters `bytes` bytes take.
+    fn digits(self, bytes: u64) -> u64 {
+        match self {
+            Self::Same => bytes,
+            Self::Hex => 2 * bytes,
+            Self::Base64 => bytes.div_ceil(3) * 4,
+            Self::Base64Url => (bytes * 4).div_ceil(3),
+            Self::Quoted { widest } => widest * bytes + 2,
+        }
+    }
+
+    /// Appends the characters for `bytes` to `text`, which has the room for them.
+    fn append(self, bytes: &[u8], text: &mut Vec<u8>) {
+        let start = text.len();
+        text.resize(start + whole(self.digits(bytes.len() as u64)), b' ');
+        let room = &mut text[start..];
+        let fits = match self {
+            Self::Same => {
+                room.copy_from_slice(bytes);
+                true
+            }
+            Self::Hex => base16ct::lower::encode(bytes, room).is_ok(),
+            Self::Base64 => Base64::encode(bytes, room).is_ok(),
+            Self::Base64Url => Base64UrlUnpadded::encode(bytes, room).is_ok(),
+            Self::Quoted { .. } => {
+                let escaped = bytes.iter().flat_map(|byte| {
+                    let escape = is_escaped(byte).then_some(b'\\');
+                    escape.into_iter().chain([*byte])
+                });
+                let length = 2 + bytes.len() + bytes.iter().filter(|byte| is_escaped(byte)).count();
+                let padding = room.len() - length;
+                let quoted = [b'"'].into_iter().chain(escaped).chain([b'"']);
+                room[padding..].iter_mut().zip(quoted).for_each(|(place, character)| *place = character);
+                true
+            }
+        };
+        assert!(fits, "the room is measured by digits(), which a test holds to the encoders");
+    }
+}
+
+/// Whether JSON has a printing character of ASCII escaped (RFC 8259 section 7).
+fn is_escaped(byte: &u8) -> bool {
+    matches!(byte, b'"' | b'\\')
+}
+
+/// What is handed out: what is drawn, how long it is, how it is written, and how many there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
+    kind: Kind,
     length: KeyLength,
     format: Format,
     /// `None` is one key that is not in a batch.
@@ -165,8 +222,13 @@ impl Shape {
     ///
     /// # Errors
     /// A batch that can't be.
-    pub fn new(length: KeyLength, format: Format, count: Option<u64>) -> Result<Self, BatchError> {
-        let shape = Self { length, format, count };
+    pub fn new(
+        kind: Kind,
+        length: KeyLength,
+        format: Format,
+        count: Option<u64>,
+    ) -> Result<Self, BatchError> {
+        let shape = Self { kind, length, format, count };
         match count {
             None => Ok(shape),
             Some(_) if !format.has_batches() => Err(BatchError::Unseparable(format)),
@@ -175,7 +237,12 @@ impl Shape {
         }
     }
 
-    /// How long each key is.
+    /// What is drawn.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// How long each key is, in bytes, or in characters that are a byte each.
     pub fn length(&self) -> KeyLength {
         self.length
     }
@@ -215,8 +282,8 @@ impl Shape {
 
     /// How many bytes it takes written, known before a key is drawn.
     pub fn size(&self) -> u64 {
-        let (before, after) = self.format.around(self.length, &self.format.measure_of_id());
-        let one = (before.len() + after.len()) as u64 + self.format.digits(self.length.bytes());
+        let (before, after) = self.around(&self.format.measure_of_id());
+        let one = (before.len() + after.len()) as u64 + self.script().digits(self.length.bytes());
         let Some(count) = self.count else {
             return one;
         };
@@ -230,7 +297,7 @@ impl Shape {
     /// The generator's failure.
     pub fn draw(&self, generator: &Generator) -> Result<Bytes, Failure> {
         if self.format == Format::Raw {
-            return Ok(Key::draw(self.length, generator)?.into_bytes());
+            return Ok(self.draw_one(generator)?.into_bytes());
         }
         let size = whole(self.size());
         let mut text = Zeroizing::new(Vec::with_capacity(size));
@@ -243,15 +310,55 @@ impl Shape {
             if n > 0 {
                 text.extend_from_slice(between.as_bytes());
             }
-            let (before, after) = self.format.around(self.length, &self.format.id(generator)?);
-            let key = Key::draw(self.length, generator)?;
+            let (before, after) = self.around(&self.format.id(generator)?);
+            let key = self.draw_one(generator)?;
             text.extend_from_slice(before.as_bytes());
-            self.format.append(key.as_bytes(), &mut text);
+            self.script().append(key.as_bytes(), &mut text);
             text.extend_from_slice(after.as_bytes());
         }
         text.extend_from_slice(close.as_bytes());
         debug_assert_eq!(text.len(), size, "it was promised to the client, and never grows");
         Ok(Bytes::from_owner(text))
+    }
+
+    fn draw_one(&self, generator: &Generator) -> Result<Key, Failure> {
+        match self.kind {
+            Kind::Key => Key::draw(self.length, generator),
+            Kind::Password(alphabet) => password::draw(self.length, alphabet, generator),
+        }
+    }
+
+    fn script(&self) -> Script {
+        match (self.format, self.kind) {
+            (Format::Raw | Format::Text, _) => Script::Same,
+            (Format::Hex, _) => Script::Hex,
+            (Format::Base64, _) | (Format::Json, Kind::Key) => Script::Base64,
+            (Format::Base64Url | Format::Jwk, _) => Script::Base64Url,
+            (Format::Json, Kind::Password(alphabet)) => {
+                let is_wide = alphabet.characters().iter().any(is_escaped);
+                Script::Quoted { widest: if is_wide { 2 } else { 1 } }
+            }
+        }
+    }
+
+    /// What stands before the characters of a key, and after them.
+    fn around(&self, id: &str) -> (String, &'static str) {
+        let length = self.length.bytes();
+        match (self.format, self.kind) {
+            (Format::Raw, _) => (String::new(), ""),
+            (Format::Text | Format::Hex | Format::Base64 | Format::Base64Url, _) => (String::new(), "\n"),
+            (Format::Json, Kind::Key) => {
+                (format!(r#"{{"length":{length},"encoding":"base64","key":""#), r#""}"#)
+            }
+            (Format::Json, Kind::Password(alphabet)) => {
+                let (name, bits) = (alphabet.name(), alphabet.entropy_bits(self.length));
+                let before = format!(
+                    r#"{{"length":{length},"alphabet":"{name}","entropy_bits":{bits:.1},"password":"#
+                );
+                (before, "}")
+            }
+            (Format::Jwk, _) => (format!(r#"{{"kty":"oct","kid":"{id}","k":""#), r#""}"#),
+        }
     }
 }
 
@@ -260,6 +367,7 @@ impl Shape {
 pub struct Writing {
     keys: KeyStream,
     format: Format,
+    script: Script,
     /// Taken by the first piece.
     before: String,
     after: &'static str,
@@ -283,9 +391,9 @@ impl Writing {
     /// The generator's failure.
     pub fn start(shape: &Shape, generator: Arc<Generator>) -> Result<Self, Failure> {
         let format = shape.format;
-        let (before, after) = format.around(shape.length, &format.id(&generator)?);
+        let (before, after) = shape.around(&format.id(&generator)?);
         let keys = KeyStream::start(shape.length, format.piece(), generator)?;
-        Ok(Self { keys, format, before, after, remaining: shape.size() })
+        Ok(Self { keys, format, script: shape.script(), before, after, remaining: shape.size() })
     }
 
     /// How it is written.
@@ -305,10 +413,10 @@ impl Writing {
         }
         let before = std::mem::take(&mut self.before);
         let after = if self.keys.remaining() == 0 { self.after } else { "" };
-        let size = before.len() + whole(self.format.digits(key_bytes)) + after.len();
+        let size = before.len() + whole(self.script.digits(key_bytes)) + after.len();
         let mut text = Zeroizing::new(Vec::with_capacity(size));
         text.extend_from_slice(before.as_bytes());
-        self.format.append(key.as_bytes(), &mut text);
+        self.script.append(key.as_bytes(), &mut text);
         text.extend_from_slice(after.as_bytes());
         Piece { bytes: Bytes::from_owner(text), key_bytes }
     }
@@ -341,9 +449,9 @@ mod tests {
         KeyLength::parse(&bytes.to_string(), u64::MAX).unwrap()
     }
 
-    fn written(format: Format, bytes: &[u8]) -> String {
+    fn written(script: Script, bytes: &[u8]) -> String {
         let mut text = Vec::new();
-        format.append(bytes, &mut text);
+        script.append(bytes, &mut text);
         String::from_utf8(text).unwrap()
     }
 
@@ -357,24 +465,31 @@ mod tests {
             (b"foobar", "666f6f626172", "Zm9vYmFy", "Zm9vYmFy"),
             (&[0xfb, 0xff, 0xbf], "fbffbf", "+/+/", "-_-_"),
         ] {
-            assert_eq!(written(Format::Hex, bytes), hex);
-            assert_eq!(written(Format::Base64, bytes), base64);
-            assert_eq!(written(Format::Base64Url, bytes), base64url);
-            assert_eq!(written(Format::Json, bytes), base64);
-            assert_eq!(written(Format::Jwk, bytes), base64url);
+            assert_eq!(written(Script::Hex, bytes), hex);
+            assert_eq!(written(Script::Base64, bytes), base64);
+            assert_eq!(written(Script::Base64Url, bytes), base64url);
         }
+    }
+
+    #[test]
+    fn a_quoted_password_is_as_long_as_any_other() {
+        let quoted = |bytes| written(Script::Quoted { widest: 2 }, bytes);
+        assert_eq!(quoted(b"abc"), r#"   "abc""#);
+        assert_eq!(quoted(br#"a"c"#), r#"  "a\"c""#);
+        assert_eq!(quoted(br#"\"\"#), r#""\\\"\\""#);
+        assert_eq!(written(Script::Quoted { widest: 1 }, b"abc"), r#""abc""#);
     }
 
     #[test]
     fn the_size_is_known_before_anything_is_drawn() {
         let generator = Arc::new(Generator::new(Kernel).unwrap());
-        for format in Format::ALL {
+        for format in Kind::Key.formats().iter().copied() {
             for bytes in [1, 2, 3, 4, 31, 32, 33, 100, 1024, 65_535, 65_536] {
-                let shape = Shape::new(length(bytes), format, None).unwrap();
+                let shape = Shape::new(Kind::Key, length(bytes), format, None).unwrap();
                 assert_eq!(shape.draw(&generator).unwrap().len() as u64, shape.size(), "{shape:?}");
             }
             for bytes in [65_537, 98_304, 98_305, 300_000] {
-                let shape = Shape::new(length(bytes), format, None).unwrap();
+                let shape = Shape::new(Kind::Key, length(bytes), format, None).unwrap();
                 let mut writing = Writing::start(&shape, Arc::clone(&generator)).unwrap();
                 let pieces: Vec<_> = writing.by_ref().map(Result::unwrap).collect();
                 assert_eq!(pieces.iter().map(|piece| piece.bytes.len() as u64).sum::<u64>(), shape.size());
@@ -383,19 +498,34 @@ mod tests {
                 assert!(pieces.iter().all(|piece| piece.bytes.len() <= CHUNK + 100), "{shape:?}");
             }
         }
-        for format in Format::ALL.into_iter().filter(|format| format.has_batches()) {
+        for format in Kind::Key.formats().iter().copied().filter(|format| format.has_batches()) {
             for (bytes, count) in [(1, 1), (1, 1024), (32, 5), (64, 1024), (65_536, 1)] {
-                let shape = Shape::new(length(bytes), format, Some(count)).unwrap();
+                let shape = Shape::new(Kind::Key, length(bytes), format, Some(count)).unwrap();
                 assert_eq!(shape.draw(&generator).unwrap().len() as u64, shape.size(), "{shape:?}");
+            }
+        }
+        for alphabet in Alphabet::ALL {
+            for format in Kind::Password(alphabet).formats() {
+                for (bytes, count) in [(1, None), (24, None), (1024, None), (24, Some(100))] {
+                    let kind = Kind::Password(alphabet);
+                    let shape = Shape::new(kind, length(bytes), *format, count).unwrap();
+                    assert_eq!(shape.draw(&generator).unwrap().len() as u64, shape.size(), "{shape:?}");
+                }
             }
         }
     }
 
     #[test]
     fn a_batch_has_bounds() {
-        assert_eq!(Shape::new(length(32), Format::Raw, Some(1)), Err(BatchError::Unseparable(Format::Raw)));
+        assert_eq!(
+            Shape::new(Kind::Key, length(32), Format::Raw, Some(1)),
+            Err(BatchError::Unseparable(Format::Raw))
+        );
         for (bytes, count) in [(65, 1024), (65_537, 1), (u64::MAX, 2)] {
-            assert_eq!(Shape::new(length(bytes), Format::Hex, Some(count)), Err(BatchError::TooLarge));
+            assert_eq!(
+                Shape::new(Kind::Key, length(bytes), Format::Hex, Some(count)),
+                Err(BatchError::TooLarge)
+            );
         }
     }
 }

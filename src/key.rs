@@ -98,6 +98,13 @@ impl Key {
     }
 }
 
+/// Of bytes that were drawn in another way than [`Key::draw`] does, such as the characters of a password.
+impl From<Zeroizing<Vec<u8>>> for Key {
+    fn from(bytes: Zeroizing<Vec<u8>>) -> Self {
+        Self(bytes)
+    }
+}
+
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Key({} bytes)", self.0.len())

@@ -7,6 +7,7 @@
 //! | [`random`] | the one place that makes random bytes |
 //! | [`key`] | a key and its length |
 //! | [`mod@format`] | how a key is written |
+//! | [`password`] | alphabets, and passwords of them |
 //! | [`query`] | what a request asks for |
 //! | [`api`] | the routes |
 //! | [`body`] | what is sent back, until its last byte |
@@ -45,6 +46,7 @@ pub mod key;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod password;
 pub mod peer;
 pub mod probe;
 pub mod problem;

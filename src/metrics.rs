@@ -20,6 +20,8 @@ const STATUSES: [u16; 10] = [200, 400, 401, 404, 405, 406, 413, 429, 431, 503];
 pub enum Endpoint {
     /// `/key/{length}`
     Key,
+    /// `/password/{length}`
+    Password,
     /// `/health`
     Health,
     /// `/livez`
@@ -33,7 +35,8 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    const ALL: [Self; 6] = [Self::Key, Self::Health, Self::Livez, Self::Readyz, Self::Metrics, Self::Other];
+    const ALL: [Self; 7] =
+        [Self::Key, Self::Password, Self::Health, Self::Livez, Self::Readyz, Self::Metrics, Self::Other];
 
     /// The route of `path`.
     pub fn of(path: &str) -> Self {
@@ -43,6 +46,7 @@ impl Endpoint {
     fn label(self) -> &'static str {
         match self {
             Self::Key => "/key/{length}",
+            Self::Password => "/password/{length}",
             Self::Health => "/health",
             Self::Livez => "/livez",
             Self::Readyz => "/readyz",
@@ -494,6 +498,9 @@ mod tests {
         }
         for (place, reason) in Rejection::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, place);
+        }
+        for (place, format) in Format::ALL.into_iter().enumerate() {
+            assert_eq!(format as usize, place);
         }
         for (place, reason) in HandshakeFailure::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, place);

@@ -2,18 +2,27 @@
 
 use axum::http::header::HeaderValue;
 
-use crate::format::{COUNT_MAX, Format};
+use crate::format::{COUNT_MAX, Format, Kind};
 use crate::key::KeyLength;
+use crate::password::Alphabet;
 
 /// The query parameters that are known.
-pub const PARAMETERS: [&str; 2] = [FORMAT, COUNT];
+pub fn parameters(kind: Kind) -> &'static [&'static str] {
+    match kind {
+        Kind::Key => &[FORMAT, COUNT],
+        Kind::Password(_) => &[ALPHABET, FORMAT, COUNT],
+    }
+}
 
 const FORMAT: &str = "format";
 const COUNT: &str = "count";
+const ALPHABET: &str = "alphabet";
 
 /// What a request asks for, beside a length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wish {
+    /// What is to be drawn.
+    pub kind: Kind,
     /// How the key is to be written.
     pub format: Format,
     /// How many there are to be, 1 to [`COUNT_MAX`]; `None` is one that is no batch.
@@ -22,26 +31,30 @@ pub struct Wish {
 
 impl Wish {
     /// Reads it. The query wins over `Accept` (RFC 9110 section 12.5.1), whose weights are honoured; of formats with
-    /// equal weights the first in [`Format::ALL`] is taken.
+    /// equal weights the first in [`Kind::formats`] is taken. `kind` is what the path names, with the default alphabet.
     ///
     /// # Errors
     /// What can't be had.
     pub fn read<'a>(
+        kind: Kind,
         query: Option<&str>,
         accept: impl IntoIterator<Item = &'a HeaderValue>,
     ) -> Result<Self, Unsatisfied> {
-        let (format, count) = query.map_or(Ok((None, None)), from_query)?;
-        let format = match format {
-            Some(format) => format,
-            None => negotiate(accept, count.is_some())?,
+        let asked = match query {
+            Some(query) => from_query(kind, query)?,
+            None => Asked::default(),
         };
-        Ok(Self { format, count })
+        let format = match asked.format {
+            Some(format) => format,
+            None => negotiate(kind, accept, asked.count.is_some())?,
+        };
+        Ok(Self { kind: asked.alphabet.map_or(kind, Kind::Password), format, count: asked.count })
     }
 }
 
 /// The media types of every format, for an error to list.
-pub fn offered(is_batch: bool) -> String {
-    let mut types: Vec<_> = Format::ALL.map(|format| format.media_type(is_batch)).into();
+pub fn offered(kind: Kind, is_batch: bool) -> String {
+    let mut types: Vec<_> = kind.formats().iter().map(|format| format.media_type(is_batch)).collect();
     types.dedup();
     types.join(", ")
 }
@@ -55,23 +68,37 @@ pub enum Unsatisfied {
     Twice(String),
     /// A value of `format` that is not known here.
     Format(String),
+    /// A value of `alphabet` that is not known here.
+    Alphabet(String),
     /// A value of `count` that is no number from 1 to [`COUNT_MAX`].
     Count(String),
     /// No range of the `Accept` fields has a format here; of a batch, or not.
     Accept(bool),
 }
 
-fn from_query(query: &str) -> Result<(Option<Format>, Option<u64>), Unsatisfied> {
-    let (mut format, mut count) = (None, None);
+/// What a query asks for.
+#[derive(Default)]
+struct Asked {
+    format: Option<Format>,
+    count: Option<u64>,
+    alphabet: Option<Alphabet>,
+}
+
+fn from_query(kind: Kind, query: &str) -> Result<Asked, Unsatisfied> {
+    let mut asked = Asked::default();
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
         let is_new = match &*name {
             FORMAT => {
-                let known = Format::ALL.into_iter().find(|format| format.name() == value);
-                format.replace(known.ok_or_else(|| Unsatisfied::Format(value.into()))?).is_none()
+                let known = kind.formats().iter().copied().find(|format| format.name() == value);
+                asked.format.replace(known.ok_or_else(|| Unsatisfied::Format(value.into()))?).is_none()
             }
             COUNT => {
                 let number = KeyLength::parse(&value, COUNT_MAX).map(KeyLength::bytes);
-                count.replace(number.map_err(|_| Unsatisfied::Count(value.into()))?).is_none()
+                asked.count.replace(number.map_err(|_| Unsatisfied::Count(value.into()))?).is_none()
+            }
+            ALPHABET if kind != Kind::Key => {
+                let known = Alphabet::ALL.into_iter().find(|alphabet| alphabet.name() == value);
+                asked.alphabet.replace(known.ok_or_else(|| Unsatisfied::Alphabet(value.into()))?).is_none()
             }
             _ => return Err(Unsatisfied::Parameter(name.into())),
         };
@@ -79,18 +106,20 @@ fn from_query(query: &str) -> Result<(Option<Format>, Option<u64>), Unsatisfied>
             return Err(Unsatisfied::Twice(name.into()));
         }
     }
-    Ok((format, count))
+    Ok(asked)
 }
 
 fn negotiate<'a>(
+    kind: Kind,
     accept: impl IntoIterator<Item = &'a HeaderValue>,
     is_batch: bool,
 ) -> Result<Format, Unsatisfied> {
+    let formats = kind.formats();
     let mut accept = accept.into_iter();
     let (first, second) = (accept.next(), accept.next());
     // Most requests say nothing, or `*/*` as curl does; reading that as a list took a tenth of all instructions.
     if first.is_none_or(|first| first == "*/*") && second.is_none() {
-        return Ok(Format::ALL[0]);
+        return Ok(formats[0]);
     }
     let ranges: Vec<Range<'_>> = first
         .into_iter()
@@ -101,8 +130,9 @@ fn negotiate<'a>(
         .filter_map(Range::parse)
         .collect();
     let weight = |format: &Format| weight(format.media_type(is_batch), &ranges);
-    Format::ALL
-        .into_iter()
+    formats
+        .iter()
+        .copied()
         .rev() // of equal weights the last one wins in max_by_key, which must be the default
         .max_by_key(weight)
         .filter(|format| weight(format) > 0)
@@ -171,7 +201,7 @@ mod tests {
 
     fn read(query: Option<&str>, accept: &[&str]) -> Result<Wish, Unsatisfied> {
         let accept: Vec<_> = accept.iter().map(|text| HeaderValue::from_str(text).unwrap()).collect();
-        Wish::read(query, &accept)
+        Wish::read(Kind::Key, query, &accept)
     }
 
     fn format(query: Option<&str>, accept: &[&str]) -> Result<Format, Unsatisfied> {
@@ -180,7 +210,7 @@ mod tests {
 
     #[test]
     fn without_a_wish_the_bytes_come_as_they_are() {
-        let default = Ok(Wish { format: Format::Raw, count: None });
+        let default = Ok(Wish { kind: Kind::Key, format: Format::Raw, count: None });
         assert_eq!(read(None, &[]), default);
         assert_eq!(read(Some(""), &["*/*"]), default);
     }
@@ -223,20 +253,22 @@ mod tests {
     fn a_batch_of_jwks_is_a_set() {
         assert_eq!(format(Some("count=2"), &["application/jwk-set+json"]), Ok(Format::Jwk));
         assert_eq!(format(Some("count=2"), &["application/jwk+json"]), Err(Unsatisfied::Accept(true)));
-        assert!(offered(true).contains("jwk-set+json") && !offered(false).contains("jwk-set+json"));
+        assert!(offered(Kind::Key, true).contains("jwk-set+json"));
     }
 
     #[test]
     fn the_query_wins_and_its_errors_name_what_is_wrong() {
-        for known in Format::ALL {
-            assert_eq!(format(Some(&format!("format={}", known.name())), &["text/html"]), Ok(known));
+        for known in Kind::Key.formats() {
+            assert_eq!(format(Some(&format!("format={}", known.name())), &["text/html"]), Ok(*known));
         }
         assert_eq!(format(Some("format=%72aw"), &[]), Ok(Format::Raw));
         assert_eq!(format(Some("format=hax"), &[]), Err(Unsatisfied::Format("hax".into())));
+        assert_eq!(format(Some("format=text"), &[]), Err(Unsatisfied::Format("text".into())));
+        assert_eq!(format(Some("alphabet=hex"), &[]), Err(Unsatisfied::Parameter("alphabet".into())));
         assert_eq!(format(Some("format=Hex"), &[]), Err(Unsatisfied::Format("Hex".into())));
         assert_eq!(format(Some("size=1"), &[]), Err(Unsatisfied::Parameter("size".into())));
         assert_eq!(format(Some("format=raw&format=raw"), &[]), Err(Unsatisfied::Twice("format".into())));
-        let wish = Wish { format: Format::Hex, count: Some(1024) };
+        let wish = Wish { kind: Kind::Key, format: Format::Hex, count: Some(1024) };
         assert_eq!(read(Some("count=1024&format=hex"), &[]), Ok(wish));
         for count in ["0", "1025", "01", "-1", "x", "", "99999999999999999999999"] {
             let refused = Err(Unsatisfied::Count(count.into()));

@@ -103,9 +103,10 @@ fn digits(text: &str) -> Vec<Vec<u8>> {
 #[test]
 fn no_key_is_in_memory_in_any_format_neither_as_it_was_written_nor_as_it_was_drawn() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
-    let mut client = Client::connect(daemon.keys());
     for format in &FORMATS[1..] {
         for length in [32, 300_000] {
+            // A scan may take longer than an idle connection is kept.
+            let mut client = Client::connect(daemon.keys());
             let answers: Vec<_> = (0..20)
                 .map(|_| client.send(request(&format!("/key/{length}?format={format}"))).response())
                 .collect();
@@ -119,6 +120,30 @@ fn no_key_is_in_memory_in_any_format_neither_as_it_was_written_nor_as_it_was_dra
                 assert_eq!(secrets.len(), 240);
             }
             common::until("the keys to be gone", || {
+                (found(&memory(daemon.pid()), &secrets) == 0).then_some(())
+            });
+        }
+    }
+}
+
+#[test]
+fn no_password_is_in_memory_after_its_response() {
+    let daemon = Daemon::start(&[]);
+    for format in ["text", "json"] {
+        for alphabet in ["alnum", "ascii"] {
+            let mut client = Client::connect(daemon.keys());
+            let path = format!("/password/100?alphabet={alphabet}&count=20&format={format}");
+            let answer = client.send(request(&path)).response();
+            let secrets: Vec<_> = match format {
+                "text" => answer.text().lines().map(|line| line.as_bytes().to_vec()).collect(),
+                _ => {
+                    let json = answer.json();
+                    let all = json.as_array().unwrap().iter();
+                    all.map(|one| one["password"].as_str().unwrap().as_bytes().to_vec()).collect()
+                }
+            };
+            assert!(secrets.len() == 20 && secrets.iter().all(|secret| secret.len() == 100));
+            common::until("the passwords to be gone", || {
                 (found(&memory(daemon.pid()), &secrets) == 0).then_some(())
             });
         }
