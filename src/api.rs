@@ -22,7 +22,7 @@ use tower_service::Service as _;
 use tracing::error;
 
 use crate::admission::Admission;
-use crate::audit::Record;
+use crate::audit::{Recipient, Record};
 use crate::body::{Answer, Body};
 use crate::format::{BATCH_MAX, BatchError, COUNT_MAX, Format, Kind, Shape, Writing};
 use crate::health::{self, Health};
@@ -314,7 +314,7 @@ impl Api {
                 problem::tell_rates(response.headers_mut(), standing);
             }
             if visit.audit && !is_head {
-                let record = Record::start(*visit, peer.clone(), shape, &self.generator)
+                let record = Record::start(Recipient::Client(*visit), peer.clone(), shape, &self.generator)
                     .map_err(|failure| self.refuse_failed(failure))?;
                 let id = HeaderValue::try_from(record.id()).expect("an id has hexadecimal digits only");
                 response.headers_mut().insert(REQUEST_ID, id);

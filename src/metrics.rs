@@ -123,6 +123,32 @@ impl AcceptError {
     }
 }
 
+/// How a connection to the credential socket ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CredentialOutcome {
+    /// Its unit has its key.
+    Served,
+    /// It was not of a unit.
+    Malformed,
+    /// The generator is out of service.
+    Failed,
+    /// It was gone before it had all of its key.
+    Aborted,
+}
+
+impl CredentialOutcome {
+    const ALL: [Self; 4] = [Self::Served, Self::Malformed, Self::Failed, Self::Aborted];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Served => "served",
+            Self::Malformed => "malformed",
+            Self::Failed => "failed",
+            Self::Aborted => "aborted",
+        }
+    }
+}
+
 /// Why a TLS handshake failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HandshakeFailure {
@@ -176,6 +202,7 @@ pub struct Metrics {
     latency: [Histogram; Endpoint::ALL.len()],
     rejections: [IntCounter; Rejection::ALL.len()],
     accept_errors: [IntCounter; AcceptError::ALL.len()],
+    credentials: [IntCounter; CredentialOutcome::ALL.len()],
     key_bytes: [IntCounter; Format::ALL.len()],
     key_length: Histogram,
     generator_latency: Histogram,
@@ -221,6 +248,12 @@ impl Metrics {
         );
         let accept_errors =
             counters(&registry, "accept_errors_total", "Failures of accept(2), by kind.", "kind");
+        let credentials = counters(
+            &registry,
+            "credentials_total",
+            "Connections to the credential socket, by how they ended.",
+            "outcome",
+        );
         let key_bytes = counters(&registry, "key_bytes_total", "Key bytes handed out, by format.", "format");
         let build = register(
             &registry,
@@ -246,6 +279,8 @@ impl Metrics {
             latency: Endpoint::ALL.map(|endpoint| latency.with_label_values(&[endpoint.label()])),
             rejections: Rejection::ALL.map(|reason| rejections.with_label_values(&[reason.label()])),
             accept_errors: AcceptError::ALL.map(|kind| accept_errors.with_label_values(&[kind.label()])),
+            credentials: CredentialOutcome::ALL
+                .map(|outcome| credentials.with_label_values(&[outcome.label()])),
             key_bytes: Format::ALL.map(|format| key_bytes.with_label_values(&[format.name()])),
             key_length: histogram(
                 &registry,
@@ -366,6 +401,11 @@ impl Metrics {
     /// Counts a refusal.
     pub fn rejected(&self, reason: Rejection) {
         self.rejections[reason as usize].inc();
+    }
+
+    /// Counts a connection to the credential socket.
+    pub fn credential(&self, outcome: CredentialOutcome) {
+        self.credentials[outcome as usize].inc();
     }
 
     /// Counts a failure of accept(2).
@@ -501,6 +541,9 @@ mod tests {
         }
         for (place, format) in Format::ALL.into_iter().enumerate() {
             assert_eq!(format as usize, place);
+        }
+        for (place, outcome) in CredentialOutcome::ALL.into_iter().enumerate() {
+            assert_eq!(outcome as usize, place);
         }
         for (place, reason) in HandshakeFailure::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, place);

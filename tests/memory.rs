@@ -7,6 +7,7 @@ mod common;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
+use common::credential::{fetch, start};
 use common::shapes::{FORMATS, batch, key};
 use common::tls::{Authority, connect, trusting};
 use common::{Client, Daemon, Folder, find, key_service, request, run_to_end};
@@ -148,6 +149,19 @@ fn no_password_is_in_memory_after_its_response() {
             });
         }
     }
+}
+
+#[test]
+fn no_credential_is_in_memory_after_its_unit_has_it() {
+    let daemon = start("[credentials]\nhex = { format = \"hex\" }\nbig = { length = 4096 }\n", &[]);
+    let mut secrets = Vec::new();
+    for credential in ["raw", "hex", "big"] {
+        secrets.extend((0..20).map(|_| fetch(&daemon.folder, "web.service", credential)));
+    }
+    assert!(secrets.iter().all(|secret| secret.len() >= 32));
+    common::until("the credentials to be gone", || {
+        (found(&memory(daemon.pid()), &secrets) == 0).then_some(())
+    });
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses a part of this")]
 
+pub mod credential;
 pub mod shapes;
 pub mod tls;
 
