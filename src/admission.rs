@@ -94,6 +94,11 @@ impl Admission {
         self.is_open.load(Ordering::Relaxed)
     }
 
+    /// Whether each key leaves a record.
+    pub fn audits(&self) -> bool {
+        self.books.read().unwrap_or_else(PoisonError::into_inner).rules.audit
+    }
+
     /// Lets a request for a key in.
     ///
     /// # Errors

@@ -22,15 +22,17 @@ use tower_service::Service as _;
 use tracing::error;
 
 use crate::admission::Admission;
-use crate::audit::Record;
+use crate::audit::{Recipient, Record};
 use crate::body::{Answer, Body};
-use crate::format::{Format, Unsatisfied};
+use crate::format::{BATCH_MAX, BatchError, COUNT_MAX, Format, Kind, Shape, Writing};
 use crate::health::{self, Health};
-use crate::key::{Key, KeyLength, KeyStream, LengthError};
+use crate::key::{KeyLength, LengthError};
 use crate::logging::Dropped;
 use crate::metrics::{Endpoint, Metrics, Rejection};
+use crate::password::Alphabet;
 use crate::peer::Peer;
 use crate::problem::{self, Problem};
+use crate::query::{self, Unsatisfied, Wish};
 use crate::random::{Failure, Generator};
 use crate::server::Seat;
 
@@ -39,6 +41,9 @@ const FIELDS_MAX: usize = 32;
 
 /// The path of a key, up to its length.
 const KEY: &str = "/key/";
+
+/// The path of a password, up to its length.
+const PASSWORD: &str = "/password/";
 
 /// What the routes need: values, shared by every connection.
 #[derive(Debug)]
@@ -113,21 +118,28 @@ impl Session {
         let Site { api, router, has_keys } = &self.site;
         let metrics = &api.metrics;
         let path = request.uri().path();
-        let length = path.strip_prefix(KEY).filter(|length| *has_keys && !length.contains('/'));
-        let endpoint = length.map_or_else(|| Endpoint::of(path), |_| Endpoint::Key);
+        let asked = if *has_keys { asked(path) } else { None };
+        let endpoint = match asked {
+            Some((Kind::Key, _)) => Endpoint::Key,
+            Some((Kind::Password(_), _)) => Endpoint::Password,
+            None => Endpoint::of(path),
+        };
         let answer = Answer::start(Arc::clone(metrics), endpoint);
         let is_head = request.method() == Method::HEAD;
         let is_closing = self.seat != Seat::Regular || api.health.is_draining();
-        let response = if let Err(problem) = check_message(&request) {
+        let checked = check_message(&request);
+        let response = if let Err(problem) = &checked {
             metrics.rejected(Rejection::Malformed);
-            refusal(&problem)
+            refusal(problem)
         } else if let Some(reason) = self.seat.rejection()
             && !matches!(endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz)
         {
             metrics.rejected(reason);
             refusal(&health::full())
-        } else if let Some(length) = length {
-            api.key(&request, length, &self.peer).unwrap_or_else(|problem| refusal(&problem))
+        } else if let Some((kind, length)) = asked {
+            let is_choosy = checked.is_ok_and(|is_choosy| is_choosy);
+            let response = api.key(&request, kind, length, &self.peer, is_choosy);
+            response.unwrap_or_else(|problem| refusal(&problem))
         } else {
             // No route takes a body, so none is handed on.
             let routed = router.clone().call(request.map(|_| axum::body::Body::empty()));
@@ -138,6 +150,15 @@ impl Session {
         };
         Answering::Ready(Some(finish(response, answer, is_head, is_closing)))
     }
+}
+
+/// What a path asks for, and the text of its length; `None` where it asks for nothing that is drawn.
+fn asked(path: &str) -> Option<(Kind, &str)> {
+    let (kind, length) = match path.strip_prefix(KEY) {
+        Some(length) => (Kind::Key, length),
+        None => (Kind::Password(Alphabet::default()), path.strip_prefix(PASSWORD)?),
+    };
+    (!length.contains('/')).then_some((kind, length))
 }
 
 impl<B: Send + 'static> Service<Request<B>> for Session {
@@ -174,16 +195,19 @@ impl Future for Answering {
 /// Names a key's audit record to its client. One that a client sends is not looked at.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// Of each password of an answer.
+const ENTROPY_BITS: HeaderName = HeaderName::from_static("entropy-bits");
+
 /// What every answer has, whoever made it.
 const COMMON: [(HeaderName, HeaderValue); 2] = [
     (CACHE_CONTROL, HeaderValue::from_static("no-store")),
     (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
 ];
 
-/// The header of a key, but for its length. It is made once and cloned: five insertions cost more than the key.
+/// The header of a raw key, but for its length. It is made once and cloned: five insertions cost more than the key.
 static KEY_HEADERS: LazyLock<HeaderMap> = LazyLock::new(|| {
     let mut headers = HeaderMap::from_iter(COMMON);
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(Format::Raw.media_type()));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(Format::Raw.media_type(false)));
     headers.insert(ACCEPT_RANGES, HeaderValue::from_static("none"));
     headers.insert(VARY, HeaderValue::from_static("Accept"));
     headers
@@ -219,7 +243,14 @@ fn finish(mut response: Response<Body>, answer: Answer, is_head: bool, is_closin
 
 impl Api {
     /// The hot path: from a checked request to a key.
-    fn key<B>(&self, request: &Request<B>, length: &str, peer: &Peer) -> Result<Response<Body>, Problem> {
+    fn key<B>(
+        &self,
+        request: &Request<B>,
+        kind: Kind,
+        length: &str,
+        peer: &Peer,
+        is_choosy: bool,
+    ) -> Result<Response<Body>, Problem> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             return Err(Problem::method_not_allowed());
         }
@@ -231,14 +262,17 @@ impl Api {
         };
         let limit = self.max_size.load(Ordering::Relaxed);
         let limit = visit.as_ref().map_or(limit, |visit| visit.max_size(limit));
-        let length = KeyLength::parse(length, limit).map_err(refuse_length)?;
-        let accept = request.headers().get_all(ACCEPT);
-        let format = Format::negotiate(request.uri().query(), accept).map_err(refuse_format)?;
+        let length = KeyLength::parse(length, kind.length_max(limit)).map_err(refuse_length)?;
+        let accept = is_choosy.then(|| request.headers().get_all(ACCEPT)).into_iter().flatten();
+        let wish =
+            Wish::read(kind, request.uri().query(), accept).map_err(|error| refuse_wish(kind, error))?;
+        let shape = Shape::new(wish.kind, length, wish.format, wish.count)
+            .map_err(|error| refuse_batch(kind, error))?;
         if let Some(failure) = self.generator.failure() {
             return Err(self.refuse_failed(failure));
         }
         let is_head = request.method() == Method::HEAD;
-        let is_bulk = length.is_bulk() && !is_head;
+        let is_bulk = shape.is_bulk() && !is_head;
         if is_bulk && self.health.is_stopping() {
             self.metrics.rejected(Rejection::Draining);
             return Err(health::draining());
@@ -250,33 +284,41 @@ impl Api {
             None
         };
         if let Some(visit) = &mut visit {
-            let bytes = if is_head { 0 } else { length.bytes() };
+            let bytes = if is_head { 0 } else { shape.key_bytes() };
             let charged = self.admission.charge(visit, peer, bytes);
             charged.inspect_err(|_| self.metrics.rejected(Rejection::Rate))?;
         }
         let body = if is_head {
             Body::empty()
         } else if let Some(permit) = permit {
-            let stream = KeyStream::start(length, Arc::clone(&self.generator))
+            let writing = Writing::start(&shape, Arc::clone(&self.generator))
                 .map_err(|failure| self.refuse_failed(failure))?;
             self.metrics.key_served(length.bytes());
-            Body::stream(stream, permit)
+            Body::stream(writing, permit)
         } else {
             let started = Instant::now();
-            let key = Key::draw(length, &self.generator).map_err(|failure| self.refuse_failed(failure))?;
+            let bytes = shape.draw(&self.generator).map_err(|failure| self.refuse_failed(failure))?;
             self.metrics.generated(started);
-            self.metrics.key_served(length.bytes());
-            self.metrics.key_bytes_served(format, length.bytes());
-            Body::whole(key.into_bytes())
+            (0..shape.keys()).for_each(|_| self.metrics.key_served(length.bytes()));
+            self.metrics.key_bytes_served(shape.format(), shape.key_bytes());
+            Body::whole(bytes)
         };
         let mut response = Response::new(body);
         *response.headers_mut() = KEY_HEADERS.clone();
+        if shape.format() != Format::Raw {
+            response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(shape.content_type()));
+        }
+        if let Kind::Password(alphabet) = shape.kind() {
+            let bits = format!("{:.1}", alphabet.entropy_bits(length));
+            let bits = HeaderValue::try_from(bits).expect("a number has digits and a point only");
+            response.headers_mut().insert(ENTROPY_BITS, bits);
+        }
         if let Some(visit) = visit {
             if let Some(standing) = &visit.standing {
                 problem::tell_rates(response.headers_mut(), standing);
             }
             if visit.audit && !is_head {
-                let record = Record::start(*visit, peer.clone(), format, length.bytes(), &self.generator)
+                let record = Record::start(Recipient::Client(*visit), peer.clone(), shape, &self.generator)
                     .map_err(|failure| self.refuse_failed(failure))?;
                 let id = HeaderValue::try_from(record.id()).expect("an id has hexadecimal digits only");
                 response.headers_mut().insert(REQUEST_ID, id);
@@ -284,7 +326,7 @@ impl Api {
             }
         }
         if is_head {
-            response.headers_mut().insert(CONTENT_LENGTH, length.bytes().into()); // of a body it follows from itself
+            response.headers_mut().insert(CONTENT_LENGTH, shape.size().into()); // of a body it follows from itself
         }
         Ok(response)
     }
@@ -313,29 +355,58 @@ fn refuse_length(error: LengthError) -> Problem {
     }
 }
 
-fn refuse_format(error: Unsatisfied) -> Problem {
+/// Names, for an error to list.
+fn names(names: impl Iterator<Item = &'static str>) -> String {
+    names.collect::<Vec<_>>().join(", ")
+}
+
+fn refuse_wish(kind: Kind, error: Unsatisfied) -> Problem {
     match error {
-        Unsatisfied::Parameter(name) => {
-            Problem::bad_request(format!("Unknown query parameter \"{name}\"; known: format"))
-        }
+        Unsatisfied::Parameter(name) => Problem::bad_request(format!(
+            "Unknown query parameter \"{name}\"; known: {}",
+            query::parameters(kind).join(", ")
+        )),
         Unsatisfied::Twice(name) => {
             Problem::bad_request(format!("Query parameter \"{name}\" is given twice"))
         }
         Unsatisfied::Format(value) => Problem::bad_request(format!(
             "Unknown format \"{value}\"; known: {}",
-            Format::ALL.map(Format::name).join(", ")
+            names(kind.formats().iter().map(|format| format.name()))
         )),
-        Unsatisfied::Accept => Problem::not_acceptable(&Format::offered()),
+        Unsatisfied::Alphabet(value) => Problem::bad_request(format!(
+            "Unknown alphabet \"{value}\"; known: {}",
+            names(Alphabet::ALL.into_iter().map(Alphabet::name))
+        )),
+        Unsatisfied::Count(value) => Problem::bad_request(format!(
+            "Invalid count \"{value}\": must be an integer from 1 to {COUNT_MAX}, in decimal digits"
+        ))
+        .with_min(1)
+        .with_max(COUNT_MAX),
+        Unsatisfied::Accept(is_batch) => Problem::not_acceptable(&query::offered(kind, is_batch)),
     }
 }
 
-/// What hyper lets pass and RFC 9112 does not, and what no route here needs.
-fn check_message<B>(request: &Request<B>) -> Result<(), Problem> {
+fn refuse_batch(kind: Kind, error: BatchError) -> Problem {
+    match error {
+        BatchError::Unseparable(format) => Problem::bad_request(format!(
+            "Keys in format {} can't be told apart in a batch; formats that have a count: {}",
+            format.name(),
+            names(kind.formats().iter().filter(|format| format.has_batches()).map(|format| format.name()))
+        )),
+        BatchError::TooLarge => {
+            Problem::too_large(format!("Length times count exceeds the maximum size of a batch, {BATCH_MAX}"))
+                .with_max(BATCH_MAX)
+        }
+    }
+}
+
+/// What hyper lets pass and RFC 9112 does not, and what no route here needs. Whether it wants anything but `*/*`.
+fn check_message<B>(request: &Request<B>) -> Result<bool, Problem> {
     let headers = request.headers();
     if headers.len() > FIELDS_MAX {
         return Err(Problem::too_many_fields(FIELDS_MAX));
     }
-    let mut hosts = 0;
+    let (mut hosts, mut is_choosy) = (0, false);
     // One pass: each look-up by name would cost as much.
     for (name, value) in headers {
         if name == HOST {
@@ -344,6 +415,8 @@ fn check_message<B>(request: &Request<B>) -> Result<(), Problem> {
             if !value.as_bytes().iter().all(|byte| HOST_CHARACTERS[usize::from(*byte)]) {
                 return Err(Problem::malformed("The Host field is not a host"));
             }
+        } else if name == ACCEPT {
+            is_choosy |= value != "*/*";
         } else if name == TRANSFER_ENCODING {
             // RFC 9112 section 6.1: a request with both lengths may be smuggled; hyper hides one, and none is needed.
             return Err(Problem::malformed("Transfer-Encoding is not accepted: requests have no body here"));
@@ -351,8 +424,8 @@ fn check_message<B>(request: &Request<B>) -> Result<(), Problem> {
     }
     // RFC 9112 section 3.2: HTTP/1.1 has exactly one.
     match hosts {
-        1 => Ok(()),
-        0 if request.version() < Version::HTTP_11 => Ok(()),
+        1 => Ok(is_choosy),
+        0 if request.version() < Version::HTTP_11 => Ok(is_choosy),
         0 => Err(Problem::malformed("The Host field is missing")),
         _ => Err(Problem::malformed("The Host field is given more than once")),
     }

@@ -6,39 +6,47 @@ use std::net::IpAddr;
 use tracing::info;
 
 use crate::admission::Visit;
-use crate::format::Format;
+use crate::credential;
+use crate::format::{Kind, Shape};
 use crate::logging::AUDIT;
 use crate::peer::{Origin, Peer};
 use crate::random::{Failure, Generator};
+
+/// Who gets a key.
+#[derive(Debug)]
+pub enum Recipient {
+    /// Someone who asked over HTTP.
+    Client(Visit),
+    /// A unit of this host, through systemd.
+    Unit(credential::Recipient),
+}
 
 /// A key on its way. The record is written when this is dropped, through the log's queue: nothing waits for it.
 #[derive(Debug)]
 pub struct Record {
     /// 128 random bits; the client is told them too.
     id: u128,
-    visit: Visit,
+    recipient: Recipient,
     peer: Peer,
-    format: Format,
-    length: u64,
+    shape: Shape,
     sent: u64,
     is_complete: bool,
 }
 
 impl Record {
-    /// The record of a key of `length` bytes, none of which is sent.
+    /// The record of keys of `shape`, none of which is sent.
     ///
     /// # Errors
     /// The generator's failure.
     pub fn start(
-        visit: Visit,
+        recipient: Recipient,
         peer: Peer,
-        format: Format,
-        length: u64,
+        shape: Shape,
         generator: &Generator,
     ) -> Result<Self, Failure> {
         let mut id = [0; 16];
         generator.fill(&mut id)?;
-        Ok(Self { id: u128::from_be_bytes(id), visit, peer, format, length, sent: 0, is_complete: false })
+        Ok(Self { id: u128::from_be_bytes(id), recipient, peer, shape, sent: 0, is_complete: false })
     }
 
     /// The request's id, as it is written.
@@ -55,7 +63,15 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        let proxy = self.visit.is_forwarded.then_some(self.peer.origin);
+        let (visit, unit) = match &self.recipient {
+            Recipient::Client(visit) => (Some(visit), None),
+            Recipient::Unit(unit) => (None, Some(unit)),
+        };
+        let proxy = visit.filter(|visit| visit.is_forwarded).map(|_| self.peer.origin);
+        let alphabet = match self.shape.kind() {
+            Kind::Key => None,
+            Kind::Password(alphabet) => Some(alphabet.name()),
+        };
         let (uid, gid, pid) = match self.peer.origin {
             Origin::Unix(peer) => (Some(peer.uid), Some(peer.gid), peer.pid),
             Origin::Ip(_) => (None, None, None),
@@ -67,16 +83,20 @@ impl Drop for Record {
         info!(
             target: AUDIT,
             request_id = self.id(),
-            token = self.visit.bearer().map(|name| name.as_str()),
+            unit = unit.map(|recipient| recipient.unit.as_str()),
+            credential = unit.map(|recipient| recipient.credential.as_str()),
+            token = visit.and_then(Visit::bearer).map(|name| name.as_str()),
             // A certificate may name anything; a line break must not begin another record.
             certificate = self.peer.identity.as_ref().map(|name| name.escape_debug().to_string()),
             peer_uid = uid,
             peer_gid = gid,
             peer_pid = pid,
-            address = self.visit.address.map(|ip: IpAddr| ip.to_string()),
+            address = visit.and_then(|visit| visit.address).map(|ip: IpAddr| ip.to_string()),
             proxy,
-            length = self.length,
-            format = self.format.name(),
+            length = self.shape.length().bytes(),
+            count = self.shape.count(),
+            format = self.shape.format().name(),
+            alphabet,
             sent = self.sent,
             outcome = if self.is_complete { "complete" } else { "aborted" },
             "key issued"

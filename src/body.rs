@@ -12,8 +12,7 @@ use http_body::{Frame, SizeHint};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::audit::Record;
-use crate::format::Format;
-use crate::key::KeyStream;
+use crate::format::{Piece, Writing};
 use crate::metrics::{Endpoint, Metrics};
 use crate::random::Failure;
 
@@ -40,7 +39,7 @@ enum Content {
 /// A long key, with the permit that it has until its end.
 #[derive(Debug)]
 struct Bulk {
-    stream: KeyStream,
+    writing: Writing,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -50,15 +49,15 @@ impl Body {
         Content::Nothing.into()
     }
 
-    /// Bytes that are sent as they are. Those of a key come from [`crate::key::Key::into_bytes`], which wipes them.
+    /// Bytes that are sent as they are. Those of a key come from [`crate::format::Shape::draw`] and are wiped.
     pub fn whole(bytes: Bytes) -> Self {
         Content::Whole(bytes).into()
     }
 
     /// A key in pieces, drawn as fast as the client reads. `permit` is given back when the last piece is, or the body
     /// is dropped.
-    pub fn stream(stream: KeyStream, permit: OwnedSemaphorePermit) -> Self {
-        Content::Stream(Box::new(Bulk { stream, _permit: permit })).into()
+    pub fn stream(writing: Writing, permit: OwnedSemaphorePermit) -> Self {
+        Content::Stream(Box::new(Bulk { writing, _permit: permit })).into()
     }
 
     /// Leaves `record` when this body ends.
@@ -119,21 +118,21 @@ impl http_body::Body for Body {
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
             }
             Content::Stream(bulk) => {
-                let stream = &mut bulk.stream;
+                let writing = &mut bulk.writing;
                 let started = Instant::now();
-                let piece = stream.next().map(|piece| {
-                    piece.map(|key| Frame::data(key.into_bytes())).map_err(BodyError::Generator)
-                });
-                if let (Some(Ok(frame)), Some(answer)) = (&piece, &this._answer) {
-                    let bytes = frame.data_ref().map_or(0, Bytes::len);
+                let piece = writing.next();
+                if let (Some(Ok(piece)), Some(answer)) = (&piece, &this._answer) {
                     answer.metrics.generated(started);
-                    answer.metrics.key_bytes_served(Format::Raw, bytes as u64);
-                    let is_last = stream.remaining() == 0;
+                    answer.metrics.key_bytes_served(writing.format(), piece.key_bytes);
+                    let is_last = writing.remaining() == 0;
                     if let Some(record) = &mut this.record {
-                        record.sent(bytes, is_last);
+                        record.sent(piece.bytes.len(), is_last);
                     }
                 }
-                Poll::Ready(piece)
+                let frame = |piece: Result<Piece, Failure>| {
+                    piece.map(|piece| Frame::data(piece.bytes)).map_err(BodyError::Generator)
+                };
+                Poll::Ready(piece.map(frame))
             }
             Content::Page(page) => Pin::new(page).poll_frame(cx).map_err(BodyError::Page),
         }
@@ -143,7 +142,7 @@ impl http_body::Body for Body {
         match &self.content {
             Content::Nothing => true,
             Content::Whole(bytes) => bytes.is_empty(),
-            Content::Stream(bulk) => bulk.stream.remaining() == 0,
+            Content::Stream(bulk) => bulk.writing.remaining() == 0,
             Content::Page(page) => page.is_end_stream(),
         }
     }
@@ -152,7 +151,7 @@ impl http_body::Body for Body {
         match &self.content {
             Content::Nothing => SizeHint::with_exact(0),
             Content::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Content::Stream(bulk) => SizeHint::with_exact(bulk.stream.remaining()),
+            Content::Stream(bulk) => SizeHint::with_exact(bulk.writing.remaining()),
             Content::Page(page) => page.size_hint(),
         }
     }

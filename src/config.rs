@@ -2,6 +2,7 @@
 //!
 //! Every mistake is reported, each with where it stands; nothing is started while there is one.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -18,9 +19,13 @@ use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider, Source};
 
 use crate::admission::Rules;
+use crate::credential;
+use crate::format::{Kind, Shape};
 use crate::forwarded::{Field, Proxies, Proxy};
+use crate::key::KeyLength;
 use crate::listener::{Host, Mode};
 use crate::logging::LogLevel;
+use crate::password::Alphabet;
 use crate::rate::Rates;
 use crate::tls::{self, Location, MinVersion, Part};
 use crate::token::{self, Grant};
@@ -84,6 +89,8 @@ pub struct Config {
     pub max_bulk_streams: usize,
     /// Whether each key leaves a record.
     pub audit: bool,
+    /// What units get that load a credential.
+    pub credentials: credential::Rules,
 }
 
 /// The file of tokens, read.
@@ -99,7 +106,7 @@ pub struct TokensFile {
 const CREDENTIAL: &str = "credential:";
 
 /// The names of all settings, as TOML has them.
-const NAMES: [&str; 28] = [
+const NAMES: [&str; 29] = [
     "host",
     "srv-port",
     "max-size",
@@ -128,11 +135,20 @@ const NAMES: [&str; 28] = [
     "max-connections-per-client",
     "max-bulk-streams",
     "audit",
+    "credentials",
 ];
 
 /// The settings that a running service takes on at a reload.
-const LIVE: [&str; 7] =
-    ["max-size", "log-level", "tokens-file", "rate-requests", "rate-bytes", "rate-burst", "audit"];
+const LIVE: [&str; 8] = [
+    "max-size",
+    "log-level",
+    "tokens-file",
+    "rate-requests",
+    "rate-bytes",
+    "rate-burst",
+    "audit",
+    "credentials",
+];
 
 /// Those that it takes on too while TLS stays on.
 const LIVE_TLS: [&str; 4] = ["tls-cert", "tls-key", "tls-client-ca", "tls-min-version"];
@@ -161,6 +177,7 @@ impl Config {
         self.tokens.clone_from(&new.tokens);
         self.rates = new.rates;
         self.audit = new.audit;
+        self.credentials.clone_from(&new.credentials);
     }
 
     /// The settings that differ in `new` and that only a restart takes on.
@@ -210,6 +227,11 @@ impl Config {
             u64::from(self.max_connections_per_client.unwrap_or(0)).into(),
             (self.max_bulk_streams as u64).into(),
             self.audit.into(),
+            self.credentials
+                .iter()
+                .map(|(name, shape)| (name.to_owned(), credential_value(shape)))
+                .collect::<Dict>()
+                .into(),
         ];
         let mut names = NAMES.into_iter();
         values.map(|value| (names.next().expect("as many names as values"), value))
@@ -344,6 +366,7 @@ impl Reader {
         let max_connections_per_client = self.whole("max-connections-per-client", 256, 0..=1_000_000);
         let max_bulk_streams = self.whole("max-bulk-streams", 64, 1..=1_000_000);
         let audit = self.truth("audit");
+        let credentials = self.credentials();
         let proxies = Proxies { trusted: trusted?, field: field? };
         if unix_trust? && proxies.trusted.contains(&Proxy::Unix) {
             // Clients of a proxy behind the socket would need no token either, which nobody can want.
@@ -378,6 +401,7 @@ impl Reader {
                 .filter(|limit| *limit > 0),
             max_bulk_streams: max_bulk_streams?.try_into().ok()?,
             audit: audit?,
+            credentials: credentials?,
         })
     }
 
@@ -518,6 +542,29 @@ impl Reader {
         }
     }
 
+    fn credentials(&mut self) -> Option<credential::Rules> {
+        let name = "credentials";
+        let Ok(value) = self.figment.find_value(name) else {
+            return Some(credential::Rules::default());
+        };
+        let Value::Dict(_, entries) = &value else {
+            return self.refuse(name, &value, "a table of credentials");
+        };
+        let mut rules = BTreeMap::new();
+        for (selector, entry) in entries {
+            match credential_rule(selector, entry) {
+                Ok(shape) => {
+                    rules.insert(selector.clone(), shape);
+                }
+                Err(mistake) => {
+                    let source = self.source(name, entry);
+                    self.mistakes.push(format!("{name}: {selector:?}: {mistake} ({source})"));
+                }
+            }
+        }
+        (rules.len() == entries.len()).then(|| credential::Rules::new(rules))
+    }
+
     fn parsed<T: FromStr>(&mut self, name: &'static str, default: T, expected: &str) -> Option<T> {
         let Ok(value) = self.figment.find_value(name) else {
             return Some(default);
@@ -564,6 +611,71 @@ impl Reader {
     }
 }
 
+const LENGTH: &str = "length";
+const FORMAT: &str = "format";
+const ALPHABET: &str = "alphabet";
+
+/// What a unit gets, out of its table.
+fn credential_rule(selector: &str, entry: &Value) -> Result<Shape, String> {
+    let quotation = "a name with a dot stands in quotation marks";
+    if !credential::is_selector(selector) {
+        return Err("expected the name of a credential, or UNIT:NAME with the unit's suffix".into());
+    }
+    let Value::Dict(_, fields) = entry else {
+        let expected = "expected a table such as { length = 32, format = \"hex\" }";
+        return Err(format!("{expected}, found {}; {quotation}", shown(entry)));
+    };
+    let known = [LENGTH, FORMAT, ALPHABET];
+    if let Some(unknown) = fields.keys().find(|name| !known.contains(&name.as_str())) {
+        return Err(format!("expected {}, found {unknown:?}; {quotation}", known.join(", ")));
+    }
+    let kind =
+        match fields.get(ALPHABET) {
+            None => Kind::Key,
+            Some(value) => {
+                let named = |alphabet: &Alphabet| value.as_str() == Some(alphabet.name());
+                let names = Alphabet::ALL.map(Alphabet::name).join(", ");
+                let alphabet = Alphabet::ALL.into_iter().find(named);
+                Kind::Password(alphabet.ok_or_else(|| {
+                    format!("expected alphabet to be one of {names}, found {}", shown(value))
+                })?)
+            }
+        };
+    let most = kind.length_max(credential::LENGTH_MAX);
+    let length = match fields.get(LENGTH) {
+        None => Some(credential::LENGTH_DEFAULT),
+        Some(value) => whole_number(value),
+    };
+    let length = length.and_then(|length| KeyLength::parse(&length.to_string(), most).ok());
+    let length = length.ok_or_else(|| {
+        let found = fields.get(LENGTH).map_or_else(String::new, shown);
+        format!("expected length to be a whole number from 1 to {most}, found {found}")
+    })?;
+    let format = match fields.get(FORMAT) {
+        None => kind.formats()[0],
+        Some(value) => {
+            let named = kind.formats().iter().find(|format| value.as_str() == Some(format.name()));
+            let names: Vec<_> = kind.formats().iter().map(|format| format.name()).collect();
+            *named.ok_or_else(|| {
+                format!("expected format to be one of {}, found {}", names.join(", "), shown(value))
+            })?
+        }
+    };
+    Ok(Shape::new(kind, length, format, None).expect("only a batch can be too large"))
+}
+
+/// The table of which [`credential_rule`] makes the same.
+fn credential_value(shape: &Shape) -> Value {
+    let mut fields = Dict::from([
+        (LENGTH.to_owned(), shape.length().bytes().into()),
+        (FORMAT.to_owned(), shape.format().name().into()),
+    ]);
+    if let Kind::Password(alphabet) = shape.kind() {
+        fields.insert(ALPHABET.to_owned(), alphabet.name().into());
+    }
+    fields.into()
+}
+
 const FLAG: &str = "flag";
 
 /// Flags as a layer: read the way the environment is, so that a value means the same in both.
@@ -593,7 +705,16 @@ fn shown(value: &Value) -> String {
     match value {
         Value::String(_, text) => format!("{text:?}"),
         Value::Bool(_, truth) => truth.to_string(),
-        Value::Dict(..) => "a table".into(),
+        Value::Dict(_, entries) if entries.is_empty() => "{}".into(),
+        Value::Dict(_, entries) => {
+            let is_bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+            let name = |name: &str| match name.chars().all(is_bare) && !name.is_empty() {
+                true => name.to_owned(),
+                false => format!("{name:?}"),
+            };
+            let entry = |(key, value): (&String, &Value)| format!("{} = {}", name(key), shown(value));
+            format!("{{ {} }}", entries.iter().map(entry).collect::<Vec<_>>().join(", "))
+        }
         Value::Array(_, items) => format!("[{}]", items.iter().map(shown).collect::<Vec<_>>().join(", ")),
         Value::Char(_, char) => format!("\"{char}\""),
         Value::Empty(..) => "nothing".into(),

@@ -1,202 +1,532 @@
-//! How a key is written, and which way of writing a request asks for.
+//! How a key is written: the one layer that every outlet uses. What held a key, in whatever form, is wiped when it is
+//! dropped; encodings are constant-time, and no buffer grows, since one that grows leaves a copy behind.
 
-use axum::http::header::HeaderValue;
+use std::sync::Arc;
 
-/// A way of writing a key.
+use base64ct::{Base64, Base64UrlUnpadded, Encoding};
+use bytes::Bytes;
+
+use crate::key::{Key, KeyLength, KeyStream, Wiped};
+use crate::password::{self, Alphabet, PASSWORD_MAX};
+use crate::random::{CHUNK, Failure, Generator};
+
+/// The most keys of one batch.
+pub const COUNT_MAX: u64 = 1024;
+
+/// The most key bytes of one batch, which is held in memory whole.
+pub const BATCH_MAX: u64 = CHUNK as u64;
+
+/// What is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Random bytes.
+    Key,
+    /// Random characters of an alphabet.
+    Password(Alphabet),
+}
+
+impl Kind {
+    /// The formats that it is written in, the default one first.
+    pub fn formats(self) -> &'static [Format] {
+        match self {
+            Self::Key => {
+                &[Format::Raw, Format::Hex, Format::Base64, Format::Base64Url, Format::Json, Format::Jwk]
+            }
+            Self::Password(_) => &[Format::Text, Format::Json],
+        }
+    }
+
+    /// The largest length that it may have where keys may have `max_size`.
+    pub fn length_max(self, max_size: u64) -> u64 {
+        match self {
+            Self::Key => max_size,
+            Self::Password(_) => max_size.min(PASSWORD_MAX),
+        }
+    }
+}
+
+/// A way of writing a key or a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// The bytes as they are.
     Raw,
+    /// The characters of a password and a newline.
+    Text,
+    /// Lower-case hexadecimal digits and a newline.
+    Hex,
+    /// Base64 with padding (RFC 4648 section 4) and a newline.
+    Base64,
+    /// The URL-safe alphabet without padding (RFC 4648 section 5, as RFC 7515 has it) and a newline.
+    Base64Url,
+    /// An object of `length`, `encoding` and `key`; of `length`, `alphabet`, `entropy_bits` and `password`.
+    Json,
+    /// A JSON Web Key (RFC 7517) of type `oct`, with a random `kid`.
+    Jwk,
 }
 
 impl Format {
-    /// Every format, the default one first.
-    pub const ALL: [Self; 1] = [Self::Raw];
+    /// Every format.
+    pub const ALL: [Self; 7] =
+        [Self::Raw, Self::Text, Self::Hex, Self::Base64, Self::Base64Url, Self::Json, Self::Jwk];
 
     /// The value of `?format=` that asks for it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
+            Self::Text => "text",
+            Self::Hex => "hex",
+            Self::Base64 => "base64",
+            Self::Base64Url => "base64url",
+            Self::Json => "json",
+            Self::Jwk => "jwk",
         }
     }
 
-    /// Its media type, in lower case.
-    pub fn media_type(self) -> &'static str {
+    /// Its media type, in lower case; several formats may share one. A batch of JWKs is a set, which has its own.
+    pub fn media_type(self, is_batch: bool) -> &'static str {
         match self {
             Self::Raw => "application/octet-stream",
+            Self::Text | Self::Hex | Self::Base64 | Self::Base64Url => "text/plain",
+            Self::Json => "application/json",
+            Self::Jwk if is_batch => "application/jwk-set+json",
+            Self::Jwk => "application/jwk+json",
         }
     }
 
-    /// The format that a request asks for: by its query, else by its `Accept` fields, else the default.
+    /// Whether keys of it may follow one another: raw ones could not be told apart.
+    pub fn has_batches(self) -> bool {
+        self != Self::Raw
+    }
+
+    /// How many bytes of a long key are written at a time: as many as fill a chunk. Base64 takes them by threes.
+    fn piece(self) -> usize {
+        match self {
+            Self::Raw | Self::Text => CHUNK,
+            Self::Hex => CHUNK / 2,
+            Self::Base64 | Self::Base64Url | Self::Json | Self::Jwk => CHUNK / 4 * 3,
+        }
+    }
+
+    /// A name for a key, where the format has one. It is drawn, so that it says nothing of the key.
+    fn id(self, generator: &Generator) -> Result<String, Failure> {
+        if self != Self::Jwk {
+            return Ok(String::new());
+        }
+        let mut id = [0; ID];
+        generator.fill(&mut id)?;
+        Ok(Base64UrlUnpadded::encode_string(&id))
+    }
+
+    /// A text as long as [`Format::id`] is.
+    fn measure_of_id(self) -> String {
+        if self == Self::Jwk { Base64UrlUnpadded::encode_string(&[0; ID]) } else { String::new() }
+    }
+
+    /// What stands before the keys of a batch, between two of them, and after all.
+    fn around_batch(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Self::Raw | Self::Text | Self::Hex | Self::Base64 | Self::Base64Url => ("", "", ""),
+            Self::Json => ("[", ",", "]"),
+            Self::Jwk => (r#"{"keys":["#, ",", "]}"),
+        }
+    }
+}
+
+/// Random bytes in the `kid` of a JWK.
+const ID: usize = 16;
+
+/// How bytes become characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Script {
+    /// As they are.
+    Same,
+    /// Lower-case hexadecimal digits.
+    Hex,
+    /// Base64 with padding.
+    Base64,
+    /// URL-safe base64 without.
+    Base64Url,
+    /// A JSON string with its quotes, of ASCII characters that each take up to `widest`. Where escapes make it shorter
+    /// than it might be, spaces stand before it: the length of an answer says nothing of the password.
+    Quoted { widest: u64 },
+}
+
+impl Script {
+    /// How many characters `bytes` bytes take.
+    fn digits(self, bytes: u64) -> u64 {
+        match self {
+            Self::Same => bytes,
+            Self::Hex => 2 * bytes,
+            Self::Base64 => bytes.div_ceil(3) * 4,
+            Self::Base64Url => (bytes * 4).div_ceil(3),
+            Self::Quoted { widest } => widest * bytes + 2,
+        }
+    }
+
+    /// Appends the characters for `bytes` to `text`, which has the room for them.
+    fn append(self, bytes: &[u8], text: &mut Vec<u8>) {
+        let start = text.len();
+        text.resize(start + whole(self.digits(bytes.len() as u64)), b' ');
+        let room = &mut text[start..];
+        let fits = match self {
+            Self::Same => {
+                room.copy_from_slice(bytes);
+                true
+            }
+            Self::Hex => base16ct::lower::encode(bytes, room).is_ok(),
+            Self::Base64 => Base64::encode(bytes, room).is_ok(),
+            Self::Base64Url => Base64UrlUnpadded::encode(bytes, room).is_ok(),
+            Self::Quoted { .. } => {
+                let escaped = bytes.iter().flat_map(|byte| {
+                    let escape = is_escaped(byte).then_some(b'\\');
+                    escape.into_iter().chain([*byte])
+                });
+                let length = 2 + bytes.len() + bytes.iter().filter(|byte| is_escaped(byte)).count();
+                let padding = room.len() - length;
+                let quoted = [b'"'].into_iter().chain(escaped).chain([b'"']);
+                room[padding..].iter_mut().zip(quoted).for_each(|(place, character)| *place = character);
+                true
+            }
+        };
+        assert!(fits, "the room is measured by digits(), which a test holds to the encoders");
+    }
+}
+
+/// Whether JSON has a printing character of ASCII escaped (RFC 8259 section 7).
+fn is_escaped(byte: &u8) -> bool {
+    matches!(byte, b'"' | b'\\')
+}
+
+/// What is handed out: what is drawn, how long it is, how it is written, and how many there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    kind: Kind,
+    length: KeyLength,
+    format: Format,
+    /// `None` is one key that is not in a batch.
+    count: Option<u64>,
+}
+
+/// Why there is no such batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchError {
+    /// Keys of this format could not be told apart.
+    Unseparable(Format),
+    /// More than [`BATCH_MAX`] bytes in all.
+    TooLarge,
+}
+
+impl Shape {
+    /// `count` keys of `length` bytes each; without a count, one that is no batch.
     ///
     /// # Errors
-    /// What no format here satisfies.
-    pub fn negotiate<'a>(
-        query: Option<&str>,
-        accept: impl IntoIterator<Item = &'a HeaderValue>,
-    ) -> Result<Self, Unsatisfied> {
-        if let Some(format) = query.map_or(Ok(None), from_query)? {
-            return Ok(format);
+    /// A batch that can't be.
+    pub fn new(
+        kind: Kind,
+        length: KeyLength,
+        format: Format,
+        count: Option<u64>,
+    ) -> Result<Self, BatchError> {
+        let shape = Self { kind, length, format, count };
+        match count {
+            None => Ok(shape),
+            Some(_) if !format.has_batches() => Err(BatchError::Unseparable(format)),
+            Some(count) if length.bytes().saturating_mul(count) > BATCH_MAX => Err(BatchError::TooLarge),
+            Some(_) => Ok(shape),
         }
-        let mut accept = accept.into_iter();
-        let (first, second) = (accept.next(), accept.next());
-        // Most requests say nothing, or `*/*` as curl does; reading that as a list took a tenth of all instructions.
-        if first.is_none_or(|first| first == "*/*") && second.is_none() {
-            return Ok(Self::ALL[0]);
-        }
-        let ranges: Vec<Range<'_>> = first
-            .into_iter()
-            .chain(second)
-            .chain(accept)
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(','))
-            .filter_map(Range::parse)
-            .collect();
-        Self::ALL
-            .into_iter()
-            .rev() // of equal weights the last one wins in max_by_key, which must be the default
-            .max_by_key(|format| weight(*format, &ranges))
-            .filter(|format| weight(*format, &ranges) > 0)
-            .ok_or(Unsatisfied::Accept)
     }
 
-    /// The media types of every format, for an error to list.
-    pub fn offered() -> String {
-        Self::ALL.map(Self::media_type).join(", ")
+    /// What is drawn.
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
-}
 
-/// What a request asked for and can't have.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unsatisfied {
-    /// A query parameter that is not known here.
-    Parameter(String),
-    /// A parameter that came more than once.
-    Twice(String),
-    /// A value of `format` that is not known here.
-    Format(String),
-    /// No range of the `Accept` fields has a format here.
-    Accept,
-}
-
-fn from_query(query: &str) -> Result<Option<Format>, Unsatisfied> {
-    let mut found = None;
-    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
-        if name != "format" {
-            return Err(Unsatisfied::Parameter(name.into_owned()));
-        }
-        let format = Format::ALL.into_iter().find(|format| format.name() == value);
-        if found.is_some() {
-            return Err(Unsatisfied::Twice(name.into_owned()));
-        }
-        found = Some(format.ok_or_else(|| Unsatisfied::Format(value.into_owned()))?);
+    /// How long each key is, in bytes, or in characters that are a byte each.
+    pub fn length(&self) -> KeyLength {
+        self.length
     }
-    Ok(found)
-}
 
-/// One media range of an `Accept` field (RFC 9110 section 12.5.1).
-struct Range<'a> {
-    kind: &'a str,
-    subkind: &'a str,
-    /// The weight in thousandths.
-    weight: u16,
-}
+    /// How it is written.
+    pub fn format(&self) -> Format {
+        self.format
+    }
 
-impl<'a> Range<'a> {
-    /// `None` for what is not a media range; such an element is passed over, as if it were not there.
-    fn parse(text: &'a str) -> Option<Self> {
-        let mut parts = text.split(';').map(str::trim);
-        let (kind, subkind) = parts.next()?.split_once('/')?;
-        let mut weight = 1000;
-        for parameter in parts {
-            let Some((name, value)) = parameter.split_once('=') else {
-                continue;
-            };
-            if name.trim().eq_ignore_ascii_case("q") {
-                weight = thousandths(value.trim())?;
+    /// How many keys a batch has; `None` for one that is no batch.
+    pub fn count(&self) -> Option<u64> {
+        self.count
+    }
+
+    /// How many keys there are.
+    pub fn keys(&self) -> u64 {
+        self.count.unwrap_or(1)
+    }
+
+    /// How many key bytes there are in all.
+    pub fn key_bytes(&self) -> u64 {
+        self.length.bytes() * self.keys()
+    }
+
+    /// Whether it is sent in pieces instead of being held in memory whole.
+    pub fn is_bulk(&self) -> bool {
+        self.length.is_bulk()
+    }
+
+    /// The value of `Content-Type`.
+    pub fn content_type(&self) -> &'static str {
+        match self.format.media_type(self.count.is_some()) {
+            "text/plain" => "text/plain; charset=utf-8",
+            other => other,
+        }
+    }
+
+    /// How many bytes it takes written, known before a key is drawn.
+    pub fn size(&self) -> u64 {
+        let (before, after) = self.around(&self.format.measure_of_id());
+        let one = (before.len() + after.len()) as u64 + self.script().digits(self.length.bytes());
+        let Some(count) = self.count else {
+            return one;
+        };
+        let (open, between, close) = self.format.around_batch();
+        count * one + (count - 1) * between.len() as u64 + (open.len() + close.len()) as u64
+    }
+
+    /// Draws and writes it, in one buffer that is wiped when the last use of its bytes is dropped. Not for bulk.
+    ///
+    /// # Errors
+    /// The generator's failure.
+    pub fn draw(&self, generator: &Generator) -> Result<Bytes, Failure> {
+        if self.format == Format::Raw {
+            return Ok(self.draw_one(generator)?.into_bytes());
+        }
+        let size = whole(self.size());
+        let mut written = Wiped(Vec::with_capacity(size));
+        let text = &mut written.0;
+        let (open, between, close) = match self.count {
+            Some(_) => self.format.around_batch(),
+            None => ("", "", ""),
+        };
+        text.extend_from_slice(open.as_bytes());
+        for n in 0..self.keys() {
+            if n > 0 {
+                text.extend_from_slice(between.as_bytes());
+            }
+            let (before, after) = self.around(&self.format.id(generator)?);
+            let key = self.draw_one(generator)?;
+            text.extend_from_slice(before.as_bytes());
+            self.script().append(key.as_bytes(), text);
+            text.extend_from_slice(after.as_bytes());
+        }
+        text.extend_from_slice(close.as_bytes());
+        debug_assert_eq!(text.len(), size, "it was promised to the client, and never grows");
+        Ok(Bytes::from_owner(written))
+    }
+
+    fn draw_one(&self, generator: &Generator) -> Result<Key, Failure> {
+        match self.kind {
+            Kind::Key => Key::draw(self.length, generator),
+            Kind::Password(alphabet) => password::draw(self.length, alphabet, generator),
+        }
+    }
+
+    fn script(&self) -> Script {
+        match (self.format, self.kind) {
+            (Format::Raw | Format::Text, _) => Script::Same,
+            (Format::Hex, _) => Script::Hex,
+            (Format::Base64, _) | (Format::Json, Kind::Key) => Script::Base64,
+            (Format::Base64Url | Format::Jwk, _) => Script::Base64Url,
+            (Format::Json, Kind::Password(alphabet)) => {
+                let is_wide = alphabet.characters().iter().any(is_escaped);
+                Script::Quoted { widest: if is_wide { 2 } else { 1 } }
             }
         }
-        Some(Self { kind, subkind, weight })
     }
 
-    /// How closely the range names `format`: 3 by its type, 2 by `type/*`, 1 by `*/*`.
-    fn precision(&self, format: Format) -> Option<u8> {
-        let (kind, subkind) = format.media_type().split_once('/').expect("a media type has one slash");
-        match (self.kind, self.subkind) {
-            ("*", "*") => Some(1),
-            (k, "*") if k.eq_ignore_ascii_case(kind) => Some(2),
-            (k, s) if k.eq_ignore_ascii_case(kind) && s.eq_ignore_ascii_case(subkind) => Some(3),
-            _ => None,
+    /// What stands before the characters of a key, and after them.
+    fn around(&self, id: &str) -> (String, &'static str) {
+        let length = self.length.bytes();
+        match (self.format, self.kind) {
+            (Format::Raw, _) => (String::new(), ""),
+            (Format::Text | Format::Hex | Format::Base64 | Format::Base64Url, _) => (String::new(), "\n"),
+            (Format::Json, Kind::Key) => {
+                (format!(r#"{{"length":{length},"encoding":"base64","key":""#), r#""}"#)
+            }
+            (Format::Json, Kind::Password(alphabet)) => {
+                let (name, bits) = (alphabet.name(), alphabet.entropy_bits(self.length));
+                let before = format!(
+                    r#"{{"length":{length},"alphabet":"{name}","entropy_bits":{bits:.1},"password":"#
+                );
+                (before, "}")
+            }
+            (Format::Jwk, _) => (format!(r#"{{"kty":"oct","kid":"{id}","k":""#), r#""}"#),
         }
     }
 }
 
-/// The weight of the range that names `format` most closely; 0 where none does.
-fn weight(format: Format, ranges: &[Range<'_>]) -> u16 {
-    ranges
-        .iter()
-        .filter_map(|range| Some((range.precision(format)?, range.weight)))
-        .max()
-        .map_or(0, |(_, weight)| weight)
+/// A long key on its way: drawn and written a piece at a time, as fast as the reader takes it.
+#[derive(Debug)]
+pub struct Writing {
+    keys: KeyStream,
+    format: Format,
+    script: Script,
+    /// Taken by the first piece.
+    before: String,
+    after: &'static str,
+    remaining: u64,
 }
 
-/// A qvalue (RFC 9110 section 12.4.2) in thousandths: `0` or `1`, with at most three decimals, at most 1.
-fn thousandths(text: &str) -> Option<u16> {
-    let (whole, decimals) = text.split_once('.').unwrap_or((text, ""));
-    if !matches!(whole, "0" | "1") || decimals.len() > 3 || !decimals.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
+/// A piece of a long key, written.
+#[derive(Debug)]
+pub struct Piece {
+    /// What is sent; wiped when the last use of it is dropped.
+    pub bytes: Bytes,
+    /// How many bytes of the key are in it.
+    pub key_bytes: u64,
+}
+
+impl Writing {
+    /// The one key of `shape`. Its first piece is drawn here, so that a generator out of service is known before
+    /// anything was promised.
+    ///
+    /// # Errors
+    /// The generator's failure.
+    pub fn start(shape: &Shape, generator: Arc<Generator>) -> Result<Self, Failure> {
+        let format = shape.format;
+        let (before, after) = shape.around(&format.id(&generator)?);
+        let keys = KeyStream::start(shape.length, format.piece(), generator)?;
+        Ok(Self { keys, format, script: shape.script(), before, after, remaining: shape.size() })
     }
-    let value: u16 = format!("{whole}{decimals:0<3}").parse().ok()?;
-    (value <= 1000).then_some(value)
+
+    /// How it is written.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// How many bytes are still to be sent.
+    pub fn remaining(&self) -> u64 {
+        self.remaining
+    }
+
+    fn write(&mut self, key: Key) -> Piece {
+        let key_bytes = key.as_bytes().len() as u64;
+        if self.format == Format::Raw {
+            return Piece { bytes: key.into_bytes(), key_bytes };
+        }
+        let before = std::mem::take(&mut self.before);
+        let after = if self.keys.remaining() == 0 { self.after } else { "" };
+        let size = before.len() + whole(self.script.digits(key_bytes)) + after.len();
+        let mut written = Wiped(Vec::with_capacity(size));
+        let text = &mut written.0;
+        text.extend_from_slice(before.as_bytes());
+        self.script.append(key.as_bytes(), text);
+        text.extend_from_slice(after.as_bytes());
+        Piece { bytes: Bytes::from_owner(written), key_bytes }
+    }
+}
+
+impl Iterator for Writing {
+    type Item = Result<Piece, Failure>;
+
+    /// The next piece. After a failure the rest must not be sent: it stays short, for the reader to see.
+    fn next(&mut self) -> Option<Self::Item> {
+        let piece = self.keys.next()?.map(|key| self.write(key));
+        if let Ok(piece) = &piece {
+            self.remaining -= piece.bytes.len() as u64;
+        }
+        Some(piece)
+    }
+}
+
+/// A size of something that is held in memory.
+fn whole(size: u64) -> usize {
+    usize::try_from(size).expect("what is held whole is far below the address space")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::Kernel;
 
-    fn negotiate(query: Option<&str>, accept: &[&str]) -> Result<Format, Unsatisfied> {
-        let accept: Vec<_> = accept.iter().map(|text| HeaderValue::from_str(text).unwrap()).collect();
-        Format::negotiate(query, &accept)
+    fn length(bytes: u64) -> KeyLength {
+        KeyLength::parse(&bytes.to_string(), u64::MAX).unwrap()
+    }
+
+    fn written(script: Script, bytes: &[u8]) -> String {
+        let mut text = Vec::new();
+        script.append(bytes, &mut text);
+        String::from_utf8(text).unwrap()
     }
 
     #[test]
-    fn without_a_wish_the_bytes_come_as_they_are() {
-        assert_eq!(negotiate(None, &[]), Ok(Format::Raw));
-        assert_eq!(negotiate(Some(""), &["*/*"]), Ok(Format::Raw));
-    }
-
-    #[test]
-    fn accept_is_read_as_rfc_9110_has_it() {
-        for satisfied in [
-            "application/octet-stream",
-            "Application/Octet-Stream;q=0.001",
-            "application/*",
-            "text/html, */*;q=0.1",
-            "*/*;q=0, application/octet-stream",
-            "nonsense, */*",
+    fn characters_are_those_of_rfc_4648() {
+        // Section 10, and the two characters in which the alphabets differ.
+        for (bytes, hex, base64, base64url) in [
+            (&b"f"[..], "66", "Zg==", "Zg"),
+            (b"fo", "666f", "Zm8=", "Zm8"),
+            (b"foo", "666f6f", "Zm9v", "Zm9v"),
+            (b"foobar", "666f6f626172", "Zm9vYmFy", "Zm9vYmFy"),
+            (&[0xfb, 0xff, 0xbf], "fbffbf", "+/+/", "-_-_"),
         ] {
-            assert_eq!(negotiate(None, &[satisfied]), Ok(Format::Raw), "{satisfied}");
+            assert_eq!(written(Script::Hex, bytes), hex);
+            assert_eq!(written(Script::Base64, bytes), base64);
+            assert_eq!(written(Script::Base64Url, bytes), base64url);
         }
-        for unsatisfied in [
-            "text/html",
-            "",
-            "*/*;q=0",
-            "*/*;q=0.000",
-            "application/octet-stream;q=0, */*",
-            "application/octet-stream;q=2",
-            "application/octet-stream;q=0.0001",
-        ] {
-            assert_eq!(negotiate(None, &[unsatisfied]), Err(Unsatisfied::Accept), "{unsatisfied}");
-        }
-        assert_eq!(negotiate(None, &["text/html", "*/*"]), Ok(Format::Raw), "two fields");
     }
 
     #[test]
-    fn the_query_wins_and_its_errors_name_what_is_wrong() {
-        assert_eq!(negotiate(Some("format=raw"), &["text/html"]), Ok(Format::Raw));
-        assert_eq!(negotiate(Some("format=%72aw"), &[]), Ok(Format::Raw));
-        assert_eq!(negotiate(Some("format=hax"), &[]), Err(Unsatisfied::Format("hax".into())));
-        assert_eq!(negotiate(Some("size=1"), &[]), Err(Unsatisfied::Parameter("size".into())));
-        assert_eq!(negotiate(Some("format=raw&format=raw"), &[]), Err(Unsatisfied::Twice("format".into())));
+    fn a_quoted_password_is_as_long_as_any_other() {
+        let quoted = |bytes| written(Script::Quoted { widest: 2 }, bytes);
+        assert_eq!(quoted(b"abc"), r#"   "abc""#);
+        assert_eq!(quoted(br#"a"c"#), r#"  "a\"c""#);
+        assert_eq!(quoted(br#"\"\"#), r#""\\\"\\""#);
+        assert_eq!(written(Script::Quoted { widest: 1 }, b"abc"), r#""abc""#);
+    }
+
+    #[test]
+    fn the_size_is_known_before_anything_is_drawn() {
+        let generator = Arc::new(Generator::new(Kernel).unwrap());
+        for format in Kind::Key.formats().iter().copied() {
+            for bytes in [1, 2, 3, 4, 31, 32, 33, 100, 1024, 65_535, 65_536] {
+                let shape = Shape::new(Kind::Key, length(bytes), format, None).unwrap();
+                assert_eq!(shape.draw(&generator).unwrap().len() as u64, shape.size(), "{shape:?}");
+            }
+            for bytes in [65_537, 98_304, 98_305, 300_000] {
+                let shape = Shape::new(Kind::Key, length(bytes), format, None).unwrap();
+                let mut writing = Writing::start(&shape, Arc::clone(&generator)).unwrap();
+                let pieces: Vec<_> = writing.by_ref().map(Result::unwrap).collect();
+                assert_eq!(pieces.iter().map(|piece| piece.bytes.len() as u64).sum::<u64>(), shape.size());
+                assert_eq!(pieces.iter().map(|piece| piece.key_bytes).sum::<u64>(), bytes);
+                assert_eq!(writing.remaining(), 0);
+                assert!(pieces.iter().all(|piece| piece.bytes.len() <= CHUNK + 100), "{shape:?}");
+            }
+        }
+        for format in Kind::Key.formats().iter().copied().filter(|format| format.has_batches()) {
+            for (bytes, count) in [(1, 1), (1, 1024), (32, 5), (64, 1024), (65_536, 1)] {
+                let shape = Shape::new(Kind::Key, length(bytes), format, Some(count)).unwrap();
+                assert_eq!(shape.draw(&generator).unwrap().len() as u64, shape.size(), "{shape:?}");
+            }
+        }
+        for alphabet in Alphabet::ALL {
+            for format in Kind::Password(alphabet).formats() {
+                for (bytes, count) in [(1, None), (24, None), (1024, None), (24, Some(100))] {
+                    let kind = Kind::Password(alphabet);
+                    let shape = Shape::new(kind, length(bytes), *format, count).unwrap();
+                    assert_eq!(shape.draw(&generator).unwrap().len() as u64, shape.size(), "{shape:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_batch_has_bounds() {
+        assert_eq!(
+            Shape::new(Kind::Key, length(32), Format::Raw, Some(1)),
+            Err(BatchError::Unseparable(Format::Raw))
+        );
+        for (bytes, count) in [(65, 1024), (65_537, 1), (u64::MAX, 2)] {
+            assert_eq!(
+                Shape::new(Kind::Key, length(bytes), Format::Hex, Some(count)),
+                Err(BatchError::TooLarge)
+            );
+        }
     }
 }

@@ -6,7 +6,9 @@
 //! | [`config`] | defaults, file, environment and flags, into a configuration that is always valid |
 //! | [`random`] | the one place that makes random bytes |
 //! | [`key`] | a key and its length |
-//! | [`mod@format`] | how a key is written, and negotiation |
+//! | [`mod@format`] | how a key is written |
+//! | [`password`] | alphabets, and passwords of them |
+//! | [`query`] | what a request asks for |
 //! | [`api`] | the routes |
 //! | [`body`] | what is sent back, until its last byte |
 //! | [`health`] | whether the service is well |
@@ -16,6 +18,7 @@
 //! | [`rate`] | what each client has taken |
 //! | [`forwarded`] | whom a proxy speaks for |
 //! | [`shares`] | connections of each client |
+//! | [`credential`] | the socket where systemd fetches credentials of units |
 //! | [`audit`] | the record that a key leaves |
 //! | [`problem`] | what a client is told instead of a key |
 //! | [`metrics`], `process` | what is counted |
@@ -36,6 +39,7 @@ pub mod audit;
 pub mod body;
 pub mod cli;
 pub mod config;
+pub mod credential;
 pub mod deadline;
 pub mod format;
 pub mod forwarded;
@@ -44,10 +48,12 @@ pub mod key;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod password;
 pub mod peer;
 pub mod probe;
 pub mod problem;
 mod process;
+pub mod query;
 pub mod random;
 pub mod rate;
 pub mod seal;
@@ -73,14 +79,14 @@ use tracing::{info, warn};
 use admission::Admission;
 use api::{Api, Routes, Session, Site};
 use config::{Config, Sources};
+use credential::Outlet;
 use health::Health;
 use listener::{Inherited, ListenError, Listener};
 use logging::Log;
 use metrics::Metrics;
-use peer::Peer;
 use random::{Failure, Generator, Source};
 use seal::Sealer;
-use server::{Drain, Heartbeat, Heartbeats, Phase, Seat, Terms};
+use server::{Accepted, Drain, Heartbeat, Heartbeats, Phase, Slots, Terms};
 use shares::Shares;
 use signals::{Order, Signals};
 use systemd::Notifier;
@@ -145,7 +151,7 @@ pub fn run(
 ) -> Result<(), RunError> {
     let generator = Arc::new(Generator::new(source)?);
     let is_activated = !inherited.http.is_empty();
-    let Listeners { keys, metrics: operator } = listeners(&config, inherited)?;
+    let Listeners { keys, metrics: operator, credentials } = listeners(&config, inherited)?;
     let connections = fit_descriptors(config.max_connections);
     let metrics = Arc::new(Metrics::new());
     metrics.connections_limit.set(i64::try_from(connections).unwrap_or(i64::MAX));
@@ -166,7 +172,8 @@ pub fn run(
             Some(Arc::new(tls))
         }
     };
-    let status = status(&keys, &operator, config.shares_port());
+    let status = status(&keys, &credentials, &operator, config.shares_port());
+    let outlet = Arc::new(Outlet::new(Arc::clone(&api), config.credentials.clone()));
 
     let terms = |connections| {
         Terms::new(connections, config.head_timeout, config.write_timeout, Arc::clone(&metrics))
@@ -179,6 +186,7 @@ pub fn run(
         .sealed_by(api.admission.sealer())
         .encrypted(tls.clone());
     let operator_terms = terms(METRICS_CONNECTIONS);
+    let credential_terms = terms(credential::CONNECTIONS);
     let routes = if config.shares_port() { Routes::Both } else { Routes::Client };
     let drain = Drain::new();
     let mut heartbeats = Heartbeats::new();
@@ -201,6 +209,9 @@ pub fn run(
         let site = Site::new(Routes::Operator, Arc::clone(&api));
         let operators =
             tokio::spawn(server::serve(listeners, seated(site), operator_terms.clone(), drain.watch()));
+        let listeners = credentials.into_iter().map(|listener| (listener, heartbeats.join())).collect();
+        let units =
+            tokio::spawn(server::serve(listeners, outlet.service(), credential_terms.clone(), drain.watch()));
 
         let notifier = Notifier::start();
         notifier.ready(&status);
@@ -215,7 +226,9 @@ pub fn run(
         };
         let idle = async {
             match config.exit_idle {
-                Some(period) if is_activated => key_terms.slots.idle_for(period).await,
+                Some(period) if is_activated => {
+                    Slots::idle_for(&[&key_terms.slots, &credential_terms.slots], period).await;
+                }
                 _ => std::future::pending().await,
             }
         };
@@ -235,7 +248,7 @@ pub fn run(
                         Order::Stop(signal) => break signal,
                         Order::Reload => {
                             notifier.reloading();
-                            match reload(&mut running, sources, &api, tls.as_deref(), log) {
+                            match reload(&mut running, sources, &api, &outlet, tls.as_deref(), log) {
                                 Ok(()) => notifier.ready(&status),
                                 Err(Refused) => notifier.ready(&format!("{status}; the last reload was refused")),
                             }
@@ -250,12 +263,14 @@ pub fn run(
         notifier.stopping("Draining");
         tokio::time::sleep(running.drain_delay).await;
         health.start_stopping();
-        drain.begin(&[&key_terms, &operator_terms]).await;
+        drain.begin(&[&key_terms, &operator_terms, &credential_terms]).await;
         let all_gone = async {
             for worker in &mut workers {
                 worker.finished().await;
             }
-            let _ = operators.await; // it ends with its last connection; a panic there has been logged
+            // Each ends with its last connection; a panic there has been logged.
+            let _ = operators.await;
+            let _ = units.await;
         };
         match timeout(running.drain_timeout, all_gone).await {
             Ok(()) => info!("stopped"),
@@ -269,6 +284,8 @@ pub fn run(
 struct Listeners {
     keys: Vec<Listener>,
     metrics: Vec<Listener>,
+    /// Only ever inherited: without systemd there is no unit to load one.
+    credentials: Vec<Listener>,
 }
 
 /// What was inherited, and the rest bound.
@@ -289,11 +306,11 @@ fn listeners(config: &Config, inherited: Inherited) -> Result<Listeners, RunErro
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(Listeners { keys, metrics })
+    Ok(Listeners { keys, metrics, credentials: inherited.credential })
 }
 
 /// Where the service listens, for people and for tests.
-fn status(keys: &[Listener], metrics: &[Listener], shares_port: bool) -> String {
+fn status(keys: &[Listener], credentials: &[Listener], metrics: &[Listener], shares_port: bool) -> String {
     let list =
         |listeners: &[Listener]| listeners.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let metrics = match metrics {
@@ -301,7 +318,11 @@ fn status(keys: &[Listener], metrics: &[Listener], shares_port: bool) -> String 
         [] => "no metrics".to_owned(),
         listeners => format!("metrics on {}", list(listeners)),
     };
-    format!("Keys on {}; {metrics}", list(keys))
+    let credentials = match credentials {
+        [] => String::new(),
+        listeners => format!("; credentials on {}", list(listeners)),
+    };
+    format!("Keys on {}{credentials}; {metrics}", list(keys))
 }
 
 /// Raises the soft limit of open files to the hard one, and fits the connections into it.
@@ -338,9 +359,9 @@ fn share(listeners: &[Listener], heartbeats: &mut Heartbeats) -> io::Result<Vec<
     listeners.iter().map(|listener| Ok((listener.try_clone()?, heartbeats.join()))).collect()
 }
 
-/// The service for a connection, by the seat that it got.
-fn seated(site: Site) -> impl Fn(Seat, Peer) -> Session + Clone + Send + 'static {
-    move |seat, peer| site.clone().serve(seat, peer)
+/// The routes over HTTP, for each connection by the seat that it got.
+fn seated(site: Site) -> impl Fn(Accepted) + Clone + Send + 'static {
+    server::http(move |seat, peer| -> Session { site.clone().serve(seat, peer) })
 }
 
 fn runtime() -> Result<Runtime, RunError> {
@@ -386,6 +407,7 @@ fn reload(
     running: &mut Config,
     sources: &Sources,
     api: &Api,
+    outlet: &Outlet,
     tls: Option<&Tls>,
     log: &Log,
 ) -> Result<(), Refused> {
@@ -415,6 +437,7 @@ fn reload(
     log.set_level(new.log_level);
     running.take_live(&new);
     api.admission.replace(running.rules());
+    outlet.replace(running.credentials.clone());
     api.metrics.config_last_reload_successful.set(1);
     info!(max_size = new.max_size, log_level = %new.log_level, "the configuration is reloaded");
     say_tokens(running);

@@ -168,11 +168,13 @@ pub struct Inherited {
     pub http: Vec<Listener>,
     /// Named `metrics`.
     pub metrics: Vec<Listener>,
+    /// Named `credential`: where systemd fetches credentials of units; Unix sockets.
+    pub credential: Vec<Listener>,
 }
 
 impl Inherited {
-    /// Takes the sockets of sd_listen_fds(3): those named `http` and `metrics` in any order, and as many of each as
-    /// there are; without names, the first is `http` and the second `metrics`.
+    /// Takes the sockets of sd_listen_fds(3): those named `http`, `metrics` and `credential` in any order, and as many
+    /// of each as there are; without names, the first is `http` and the second `metrics`.
     ///
     /// Call it before the process has threads: it changes the environment.
     ///
@@ -193,17 +195,23 @@ impl Inherited {
             let role = match name {
                 "http" => &mut inherited.http,
                 "metrics" => &mut inherited.metrics,
+                "credential" => &mut inherited.credential,
                 // systemd says `unknown` for a descriptor that was stored without a name.
                 "" | "unknown" if inherited.http.is_empty() => &mut inherited.http,
                 "" | "unknown" if inherited.metrics.is_empty() => &mut inherited.metrics,
                 _ => {
                     return Err(refuse(
-                        "its name should be http or metrics (FileDescriptorName= of its socket unit)",
+                        "its name should be http, metrics or credential (FileDescriptorName= of its socket unit)",
                     ));
                 }
             };
             let listener = take_stream(&mut descriptors, index)
                 .ok_or_else(|| refuse("it should be a listening TCP or Unix stream socket"))?;
+            if name == "credential" && matches!(listener, Listener::Tcp(_)) {
+                return Err(refuse(
+                    "it should be a listening Unix stream socket: only there does a peer have a name",
+                ));
+            }
             role.push(listener.prepare().map_err(|_| refuse("it can't be made non-blocking"))?);
         }
         Ok(inherited)
@@ -324,6 +332,16 @@ pub enum Stream {
     Tcp(tokio::net::TcpStream),
     /// Unix.
     Unix(tokio::net::UnixStream),
+}
+
+impl Stream {
+    /// The abstract name that the other end is bound to (unix(7)), without the NUL that begins it.
+    pub fn peer_name(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Tcp(_) => None,
+            Self::Unix(stream) => stream.peer_addr().ok()?.as_abstract_name().map(<[u8]>::to_vec),
+        }
+    }
 }
 
 macro_rules! delegate {

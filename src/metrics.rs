@@ -20,6 +20,8 @@ const STATUSES: [u16; 10] = [200, 400, 401, 404, 405, 406, 413, 429, 431, 503];
 pub enum Endpoint {
     /// `/key/{length}`
     Key,
+    /// `/password/{length}`
+    Password,
     /// `/health`
     Health,
     /// `/livez`
@@ -33,7 +35,8 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    const ALL: [Self; 6] = [Self::Key, Self::Health, Self::Livez, Self::Readyz, Self::Metrics, Self::Other];
+    const ALL: [Self; 7] =
+        [Self::Key, Self::Password, Self::Health, Self::Livez, Self::Readyz, Self::Metrics, Self::Other];
 
     /// The route of `path`.
     pub fn of(path: &str) -> Self {
@@ -43,6 +46,7 @@ impl Endpoint {
     fn label(self) -> &'static str {
         match self {
             Self::Key => "/key/{length}",
+            Self::Password => "/password/{length}",
             Self::Health => "/health",
             Self::Livez => "/livez",
             Self::Readyz => "/readyz",
@@ -119,6 +123,32 @@ impl AcceptError {
     }
 }
 
+/// How a connection to the credential socket ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CredentialOutcome {
+    /// Its unit has its key.
+    Served,
+    /// It was not of a unit.
+    Malformed,
+    /// The generator is out of service.
+    Failed,
+    /// It was gone before it had all of its key.
+    Aborted,
+}
+
+impl CredentialOutcome {
+    const ALL: [Self; 4] = [Self::Served, Self::Malformed, Self::Failed, Self::Aborted];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Served => "served",
+            Self::Malformed => "malformed",
+            Self::Failed => "failed",
+            Self::Aborted => "aborted",
+        }
+    }
+}
+
 /// Why a TLS handshake failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HandshakeFailure {
@@ -172,6 +202,7 @@ pub struct Metrics {
     latency: [Histogram; Endpoint::ALL.len()],
     rejections: [IntCounter; Rejection::ALL.len()],
     accept_errors: [IntCounter; AcceptError::ALL.len()],
+    credentials: [IntCounter; CredentialOutcome::ALL.len()],
     key_bytes: [IntCounter; Format::ALL.len()],
     key_length: Histogram,
     generator_latency: Histogram,
@@ -217,6 +248,12 @@ impl Metrics {
         );
         let accept_errors =
             counters(&registry, "accept_errors_total", "Failures of accept(2), by kind.", "kind");
+        let credentials = counters(
+            &registry,
+            "credentials_total",
+            "Connections to the credential socket, by how they ended.",
+            "outcome",
+        );
         let key_bytes = counters(&registry, "key_bytes_total", "Key bytes handed out, by format.", "format");
         let build = register(
             &registry,
@@ -242,6 +279,8 @@ impl Metrics {
             latency: Endpoint::ALL.map(|endpoint| latency.with_label_values(&[endpoint.label()])),
             rejections: Rejection::ALL.map(|reason| rejections.with_label_values(&[reason.label()])),
             accept_errors: AcceptError::ALL.map(|kind| accept_errors.with_label_values(&[kind.label()])),
+            credentials: CredentialOutcome::ALL
+                .map(|outcome| credentials.with_label_values(&[outcome.label()])),
             key_bytes: Format::ALL.map(|format| key_bytes.with_label_values(&[format.name()])),
             key_length: histogram(
                 &registry,
@@ -269,7 +308,7 @@ impl Metrics {
             generator_latency: histogram(
                 &registry,
                 "generator_latency_seconds",
-                "Seconds to make a key, or one 64 KiB piece of it.",
+                "Seconds to make a key, a batch, or one piece of a long key.",
                 vec![
                     0.000_000_5,
                     0.000_001,
@@ -362,6 +401,11 @@ impl Metrics {
     /// Counts a refusal.
     pub fn rejected(&self, reason: Rejection) {
         self.rejections[reason as usize].inc();
+    }
+
+    /// Counts a connection to the credential socket.
+    pub fn credential(&self, outcome: CredentialOutcome) {
+        self.credentials[outcome as usize].inc();
     }
 
     /// Counts a failure of accept(2).
@@ -494,6 +538,12 @@ mod tests {
         }
         for (place, reason) in Rejection::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, place);
+        }
+        for (place, format) in Format::ALL.into_iter().enumerate() {
+            assert_eq!(format as usize, place);
+        }
+        for (place, outcome) in CredentialOutcome::ALL.into_iter().enumerate() {
+            assert_eq!(outcome as usize, place);
         }
         for (place, reason) in HandshakeFailure::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, place);

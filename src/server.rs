@@ -107,15 +107,15 @@ impl Slots {
         }
     }
 
-    /// Returns when there has been no connection for `period`, give or take a second.
-    pub async fn idle_for(&self, period: Duration) {
+    /// Returns when there has been no connection in any of `slots` for `period`, give or take a second.
+    pub async fn idle_for(slots: &[&Self], period: Duration) {
         let second = Duration::from_secs(1);
         let mut quiet = Duration::ZERO;
         let mut taken = 0;
         while quiet < period {
             tokio::time::sleep(second).await;
-            let now = self.taken.load(Ordering::Relaxed);
-            let is_quiet = self.are_empty() && now == taken;
+            let now: u64 = slots.iter().map(|slots| slots.taken.load(Ordering::Relaxed)).sum();
+            let is_quiet = slots.iter().all(|slots| slots.are_empty()) && now == taken;
             quiet = if is_quiet { quiet + second } else { Duration::ZERO };
             taken = now;
         }
@@ -170,6 +170,13 @@ impl Terms {
             tls: None,
             shares: None,
             sealer: None,
+        }
+    }
+
+    fn patience(&self, seat: Seat) -> &Arc<Patience> {
+        match seat {
+            Seat::Regular => &self.patience,
+            Seat::Crowd | Seat::Excess => &self.crowd_patience,
         }
     }
 
@@ -293,18 +300,52 @@ impl Heartbeat {
     }
 }
 
-/// Serves `listeners` until the drain is over. `service` makes the service of one connection.
+/// A connection that was accepted, with all that it is held to. Dropping it gives back its slot.
+#[derive(Debug)]
+pub struct Accepted {
+    /// Its bytes.
+    pub stream: Stream,
+    /// Who is at the other end.
+    pub peer: Peer,
+    /// Whether it got a slot.
+    pub seat: Seat,
+    phase: watch::Receiver<Phase>,
+    guard: Open,
+}
+
+impl Accepted {
+    /// Its bytes under the deadlines of its seat, who is at the other end, and what has to be kept until its end.
+    pub fn open(self) -> (Timed<Stream>, Peer, impl Send) {
+        let patience = Arc::clone(self.guard.terms.patience(self.seat));
+        (Timed::new(self.stream, patience), self.peer, self.guard)
+    }
+}
+
+/// Serves `listeners` until the drain is over. `begin` starts a task for each connection, such as [`http`] makes.
 ///
 /// Runs on the calling thread's runtime; the connections it accepts stay there.
 ///
 /// # Errors
 /// When the runtime can't take a listener.
-pub async fn serve<F, S, B>(
+pub async fn serve(
     listeners: Vec<(Listener, Heartbeat)>,
-    service: F,
+    begin: impl Fn(Accepted) + Clone + Send + 'static,
     terms: Terms,
     phase: watch::Receiver<Phase>,
-) -> io::Result<()>
+) -> io::Result<()> {
+    // Every accept loop and connection holds a sender; nothing is ever sent.
+    let (alive, mut all_gone) = mpsc::channel::<Infallible>(1);
+    for (listener, heartbeat) in listeners {
+        let acceptor = listener.into_acceptor()?;
+        tokio::spawn(accept(acceptor, heartbeat, begin.clone(), terms.clone(), phase.clone(), alive.clone()));
+    }
+    drop(alive);
+    all_gone.recv().await;
+    Ok(())
+}
+
+/// HTTP on each connection. `service` makes the service of one.
+pub fn http<F, S, B>(service: F) -> impl Fn(Accepted) + Clone + Send + 'static
 where
     F: Fn(Seat, Peer) -> S + Clone + Send + 'static,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
@@ -313,39 +354,35 @@ where
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    // Every accept loop and connection holds a sender; nothing is ever sent.
-    let (alive, mut all_gone) = mpsc::channel::<Infallible>(1);
-    for (listener, heartbeat) in listeners {
-        let acceptor = listener.into_acceptor()?;
-        tokio::spawn(accept(
-            acceptor,
-            heartbeat,
-            service.clone(),
-            terms.clone(),
-            phase.clone(),
-            alive.clone(),
-        ));
+    move |Accepted { stream, peer, seat, phase, guard }| {
+        let timed = |stream| Timed::new(stream, Arc::clone(guard.terms.patience(seat)));
+        match (&guard.terms.tls, stream) {
+            (Some(tls), stream @ Stream::Tcp(_)) => {
+                let (tls, stream, service) = (Arc::clone(tls), timed(stream), service.clone());
+                tokio::spawn(async move {
+                    let service = move |identity| service(seat, Peer { identity, ..peer });
+                    encrypted(stream, &tls, service, phase, &guard.terms).await;
+                });
+            }
+            (_, stream) => {
+                let (stream, service) = (timed(stream), service(seat, peer));
+                tokio::spawn(async move {
+                    let stream = Sealed::new(stream, guard.terms.sealer.clone());
+                    connection(stream, service, phase, &guard.terms.metrics).await;
+                });
+            }
+        }
     }
-    drop(alive);
-    all_gone.recv().await;
-    Ok(())
 }
 
-async fn accept<F, S, B>(
+async fn accept(
     acceptor: Acceptor,
     mut heartbeat: Heartbeat,
-    service: F,
+    begin: impl Fn(Accepted) + Clone + Send + 'static,
     terms: Terms,
     phase: watch::Receiver<Phase>,
     alive: mpsc::Sender<Infallible>,
-) where
-    F: Fn(Seat, Peer) -> S + Clone + Send + 'static,
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
-    S::Future: Send,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
+) {
     let mut complained: Option<Instant> = None;
     let mut sweeping: Option<Instant> = None;
     let _accepting = terms.slots.accepting.subscribe();
@@ -385,28 +422,7 @@ async fn accept<F, S, B>(
                     seat => seat,
                 };
                 let guard = Open::new(terms.clone(), alive.clone(), share);
-                let patience = match seat {
-                    Seat::Regular => &terms.patience,
-                    Seat::Crowd | Seat::Excess => &terms.crowd_patience,
-                };
-                let timed = |stream| Timed::new(stream, Arc::clone(patience));
-                let phase = phase.clone();
-                match (&terms.tls, stream) {
-                    (Some(tls), stream @ Stream::Tcp(_)) => {
-                        let (tls, stream, service) = (Arc::clone(tls), timed(stream), service.clone());
-                        tokio::spawn(async move {
-                            let service = move |identity| service(seat, Peer { identity, ..peer });
-                            encrypted(stream, &tls, service, phase, &guard.terms).await;
-                        });
-                    }
-                    (_, stream) => {
-                        let (stream, service) = (timed(stream), service(seat, peer));
-                        tokio::spawn(async move {
-                            let stream = Sealed::new(stream, guard.terms.sealer.clone());
-                            connection(stream, service, phase, &guard.terms.metrics).await;
-                        });
-                    }
-                }
+                begin(Accepted { stream, peer, seat, phase: phase.clone(), guard });
             }
             // accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM. The connection stays in the queue; waiting is all there is.
             Err(problem) if matches!(problem.raw_os_error(), Some(23 | 24 | 105 | 12)) => {
@@ -538,6 +554,7 @@ async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
 }
 
 /// An open connection: leaving gives back its slot.
+#[derive(Debug)]
 struct Open {
     terms: Terms,
     _alive: mpsc::Sender<Infallible>,
@@ -594,7 +611,7 @@ mod tests {
                     async { Ok(Response::new(String::new())) }
                 })
             };
-            runtime.block_on(serve(vec![(listener, heartbeat)], service, terms, phase)).unwrap();
+            runtime.block_on(serve(vec![(listener, heartbeat)], http(service), terms, phase)).unwrap();
         });
         let answers = |heartbeats: &Heartbeats| {
             // It has been asked by the call before; a worker that moves answers within milliseconds.

@@ -7,6 +7,8 @@ mod common;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
+use common::credential::{fetch, start};
+use common::shapes::{FORMATS, batch, key};
 use common::tls::{Authority, connect, trusting};
 use common::{Client, Daemon, Folder, find, key_service, request, run_to_end};
 use rustls::version::{TLS12, TLS13};
@@ -104,6 +106,76 @@ fn no_key_is_in_memory_after_its_response() {
             (found(&self::memory(daemon.pid()), &keys) == 0).then_some(())
         });
     }
+}
+
+/// The runs of digits in a text that could be keys: longer than any of its words.
+fn digits(text: &str) -> Vec<Vec<u8>> {
+    let is_digit = |c: char| c.is_ascii_alphanumeric() || "+/=-_".contains(c);
+    let runs = text.split(|c| !is_digit(c)).filter(|run| run.len() > 2 * WINDOW);
+    runs.map(|run| run.as_bytes().to_vec()).collect()
+}
+
+#[test]
+fn no_key_is_in_memory_in_any_format_neither_as_it_was_written_nor_as_it_was_drawn() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
+    for format in &FORMATS[1..] {
+        for length in [32, 300_000] {
+            // A scan may take longer than an idle connection is kept.
+            let mut client = Client::connect(daemon.keys());
+            let answers: Vec<_> = (0..20)
+                .map(|_| client.send(request(&format!("/key/{length}?format={format}"))).response())
+                .collect();
+            let mut secrets: Vec<_> = answers.iter().map(|answer| key(format, answer)).collect();
+            secrets.extend(answers.iter().flat_map(|answer| digits(&answer.text())));
+            assert_eq!(secrets.len(), 40, "a key and its digits");
+            if length == 32 {
+                let answer = client.send(request(&format!("/key/32?format={format}&count=100"))).response();
+                secrets.extend(batch(format, &answer));
+                secrets.extend(digits(&answer.text()));
+                assert_eq!(secrets.len(), 240);
+            }
+            common::until("the keys to be gone", || {
+                (found(&memory(daemon.pid()), &secrets) == 0).then_some(())
+            });
+        }
+    }
+}
+
+#[test]
+fn no_password_is_in_memory_after_its_response() {
+    let daemon = Daemon::start(&[]);
+    for format in ["text", "json"] {
+        for alphabet in ["alnum", "ascii"] {
+            let mut client = Client::connect(daemon.keys());
+            let path = format!("/password/100?alphabet={alphabet}&count=20&format={format}");
+            let answer = client.send(request(&path)).response();
+            let secrets: Vec<_> = match format {
+                "text" => answer.text().lines().map(|line| line.as_bytes().to_vec()).collect(),
+                _ => {
+                    let json = answer.json();
+                    let all = json.as_array().unwrap().iter();
+                    all.map(|one| one["password"].as_str().unwrap().as_bytes().to_vec()).collect()
+                }
+            };
+            assert!(secrets.len() == 20 && secrets.iter().all(|secret| secret.len() == 100));
+            common::until("the passwords to be gone", || {
+                (found(&memory(daemon.pid()), &secrets) == 0).then_some(())
+            });
+        }
+    }
+}
+
+#[test]
+fn no_credential_is_in_memory_after_its_unit_has_it() {
+    let daemon = start("[credentials]\nhex = { format = \"hex\" }\nbig = { length = 4096 }\n", &[]);
+    let mut secrets = Vec::new();
+    for credential in ["raw", "hex", "big"] {
+        secrets.extend((0..20).map(|_| fetch(&daemon.folder, "web.service", credential)));
+    }
+    assert!(secrets.iter().all(|secret| secret.len() >= 32));
+    common::until("the credentials to be gone", || {
+        (found(&memory(daemon.pid()), &secrets) == 0).then_some(())
+    });
 }
 
 #[test]

@@ -115,7 +115,9 @@ fn a_unix_socket_is_taken_too() {
 fn a_foreign_name_is_refused_by_name() {
     let log = refused(Some("http:ssh"), vec![tcp().into(), tcp().into()]);
     assert!(
-        log.contains("inherited descriptor 4 (name \"ssh\") is refused: its name should be http or metrics"),
+        log.contains(
+            "inherited descriptor 4 (name \"ssh\") is refused: its name should be http, metrics or credential"
+        ),
         "{log}"
     );
     let log = refused(Some("key-service.socket"), vec![tcp().into()]);

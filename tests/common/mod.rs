@@ -4,6 +4,8 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses a part of this")]
 
+pub mod credential;
+pub mod shapes;
 pub mod tls;
 
 use std::io::{Read, Write};

@@ -1,0 +1,294 @@
+//! The credential socket: systemd connects for a unit with `LoadCredential=` (systemd.exec(5)), reads to the end, and
+//! puts what it read where only that unit finds it. Whom a key is for is in the name that systemd binds its end to.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tracing::{debug, warn};
+
+use crate::api::Api;
+use crate::audit::{Recipient as Recorded, Record};
+use crate::format::{Format, Kind, Shape};
+use crate::key::KeyLength;
+use crate::metrics::CredentialOutcome as Outcome;
+use crate::random::Failure;
+use crate::server::Accepted;
+
+/// The largest credential in bytes, or characters of a password. In every format the kernel takes it in one piece, so
+/// that half of one is never read.
+pub const LENGTH_MAX: u64 = 4096;
+
+/// The length of a credential that the configuration says nothing about, in bytes.
+pub const LENGTH_DEFAULT: u64 = 32;
+
+/// Units that are served at once; as many more wait for a moment.
+pub const CONNECTIONS: usize = 64;
+
+/// The most that systemd takes for all credentials of a unit (`CREDENTIALS_TOTAL_SIZE_MAX`); more fails its start.
+const SYSTEMD_MAX: usize = 1 << 20;
+
+/// For whom a credential is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recipient {
+    /// The unit, with its suffix.
+    pub unit: String,
+    /// What the unit calls it.
+    pub credential: String,
+}
+
+impl Recipient {
+    /// Reads `RANDOM/unit/UNIT/CREDENTIAL`, the abstract name of systemd's end of the connection, without the `@` that
+    /// stands for its first byte. `RANDOM` are the hexadecimal digits of 64 bits.
+    pub fn parse(name: &[u8]) -> Option<Self> {
+        let mut parts = std::str::from_utf8(name).ok()?.split('/');
+        let (random, kind, unit, credential) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let is_random = matches!(random.len(), 1..=16)
+            && random.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
+        let is_whole = parts.next().is_none();
+        (is_random && kind == "unit" && is_unit(unit) && is_credential(credential) && is_whole)
+            .then(|| Self { unit: unit.to_owned(), credential: credential.to_owned() })
+    }
+}
+
+impl fmt::Display for Recipient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.unit, self.credential)
+    }
+}
+
+/// Whether a text can stand before a rule: `CREDENTIAL` or `UNIT:CREDENTIAL`.
+pub fn is_selector(text: &str) -> bool {
+    match text.rsplit_once(':') {
+        Some((unit, credential)) => is_unit(unit) && is_credential(credential),
+        None => is_credential(text),
+    }
+}
+
+/// systemd.unit(5), of the kinds that run programs (systemd.exec(5)).
+fn is_unit(name: &str) -> bool {
+    let Some((stem, kind)) = name.rsplit_once('.') else {
+        return false;
+    };
+    let is_valid = |byte: u8| byte.is_ascii_alphanumeric() || b":-_.\\@".contains(&byte);
+    name.len() <= 255
+        && !stem.is_empty()
+        && stem.bytes().all(is_valid)
+        && matches!(kind, "service" | "socket" | "mount" | "swap")
+}
+
+/// A file name of printing ASCII without a colon, as systemd has it.
+fn is_credential(name: &str) -> bool {
+    matches!(name.len(), 1..=255)
+        && !matches!(name, "." | "..")
+        && name.bytes().all(|byte| matches!(byte, b' '..=b'~') && !matches!(byte, b':' | b'/'))
+}
+
+/// What each credential is: by `UNIT:CREDENTIAL`, else by `CREDENTIAL`, else 32 bytes as they are.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Rules(BTreeMap<String, Shape>);
+
+impl Rules {
+    /// Rules by their selectors.
+    pub fn new(rules: BTreeMap<String, Shape>) -> Self {
+        Self(rules)
+    }
+
+    /// Each selector and what it stands for.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Shape)> {
+        self.0.iter().map(|(selector, shape)| (selector.as_str(), shape))
+    }
+
+    /// What `recipient` gets.
+    pub fn shape(&self, recipient: &Recipient) -> Shape {
+        let rule = self.0.get(&recipient.to_string()).or_else(|| self.0.get(&recipient.credential));
+        rule.copied().unwrap_or_else(default)
+    }
+}
+
+fn default() -> Shape {
+    let length = KeyLength::parse(&LENGTH_DEFAULT.to_string(), LENGTH_MAX).expect("32 is a length");
+    Shape::new(Kind::Key, length, Format::Raw, None).expect("one key is no batch")
+}
+
+/// The service of the credential socket.
+#[derive(Debug)]
+pub struct Outlet {
+    api: Arc<Api>,
+    rules: RwLock<Arc<Rules>>,
+}
+
+impl Outlet {
+    /// An outlet of the keys of `api`.
+    pub fn new(api: Arc<Api>, rules: Rules) -> Self {
+        Self { api, rules: RwLock::new(Arc::new(rules)) }
+    }
+
+    /// Puts `rules` in force for every connection from now on.
+    pub fn replace(&self, rules: Rules) {
+        *self.rules.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(rules);
+    }
+
+    /// What an accept loop does with each connection.
+    pub fn service(self: &Arc<Self>) -> impl Fn(Accepted) + Clone + Send + 'static {
+        let outlet = Arc::clone(self);
+        move |accepted| {
+            let outlet = Arc::clone(&outlet);
+            tokio::spawn(async move {
+                let outcome = outlet.serve(accepted).await;
+                outlet.api.metrics.credential(outcome);
+            });
+        }
+    }
+
+    async fn serve(&self, accepted: Accepted) -> Outcome {
+        let name = accepted.stream.peer_name();
+        let (mut stream, peer, _guard) = accepted.open();
+        let Some(recipient) = name.and_then(|name| Recipient::parse(&name)) else {
+            debug!("who connected to the credential socket is not a unit that systemd loads one for");
+            return Outcome::Malformed;
+        };
+        let rules = Arc::clone(&self.rules.read().unwrap_or_else(PoisonError::into_inner));
+        let shape = rules.shape(&recipient);
+        let drawn = self.draw(&shape).and_then(|bytes| {
+            let audits = self.api.admission.audits();
+            let recorded = || Recorded::Unit(recipient.clone());
+            let record =
+                audits.then(|| Record::start(recorded(), peer, shape, &self.api.generator)).transpose()?;
+            Ok((bytes, record))
+        });
+        let (bytes, mut record) = match drawn {
+            Ok(drawn) => drawn,
+            Err(failure) => {
+                self.api.report_failure();
+                warn!(%recipient, %failure, "a unit gets no key and does not start");
+                let _ = refuse(&mut stream).await; // a unit that is gone has not started either
+                return Outcome::Failed;
+            }
+        };
+        if let Err(error) = send(&mut stream, &bytes).await {
+            debug!(%recipient, %error, "a unit went away before it had its key");
+            return Outcome::Aborted;
+        }
+        if let Some(record) = &mut record {
+            record.sent(bytes.len(), true);
+        }
+        Outcome::Served
+    }
+
+    fn draw(&self, shape: &Shape) -> Result<Bytes, Failure> {
+        let metrics = &self.api.metrics;
+        let started = Instant::now();
+        let bytes = shape.draw(&self.api.generator)?;
+        metrics.generated(started);
+        metrics.key_served(shape.length().bytes());
+        metrics.key_bytes_served(shape.format(), shape.key_bytes());
+        Ok(bytes)
+    }
+}
+
+async fn send(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(bytes).await?;
+    stream.shutdown().await
+}
+
+/// Makes systemd fail the start of a unit that no key can be made for. An end without a byte would be an empty credential
+/// to it, with which the unit would start; what is above its limit is an error.
+async fn refuse(stream: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+    let zeros = [0; 8192];
+    for _ in 0..=SYSTEMD_MAX / zeros.len() {
+        stream.write_all(&zeros).await?;
+    }
+    stream.shutdown().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parse(name: &str) -> Option<String> {
+        Recipient::parse(name.as_bytes()).map(|recipient| recipient.to_string())
+    }
+
+    #[test]
+    fn a_peer_is_named_as_systemd_names_it() {
+        for (name, expected) in [
+            ("9f8e7d6c5b4a3210/unit/web.service/cookie.key", "web.service:cookie.key"),
+            ("1/unit/web.service/cookie", "web.service:cookie"),
+            ("0a/unit/web@a:b\\x2d1.service/a b", "web@a:b\\x2d1.service:a b"),
+            ("ffff/unit/dev-sda.swap/k", "dev-sda.swap:k"),
+        ] {
+            assert_eq!(parse(name).as_deref(), Some(expected), "{name}");
+        }
+        for malformed in [
+            "",
+            "1",
+            "1/unit/web.service",
+            "1/unit/web.service/",
+            "1/unit//key",
+            "1/unit/web.service/key/more",
+            "1/unit/web.service/key/",
+            "/unit/web.service/key",
+            "g/unit/web.service/key",
+            "F/unit/web.service/key",
+            "00000000000000000/unit/web.service/key",
+            "@1/unit/web.service/key",
+            "1/user/web.service/key",
+            "1/cryptsetup/volume/key",
+            "1/unit/web/key",
+            "1/unit/web.target/key",
+            "1/unit/.service/key",
+            "1/unit/we b.service/key",
+            "1/unit/web.service/..",
+            "1/unit/web.service/a:b",
+            "1/unit/web.service/a\nb",
+            "1/unit/web.service/\u{e9}",
+            "1/unit/web.service/key\0",
+        ] {
+            assert_eq!(parse(malformed), None, "{malformed:?}");
+        }
+        assert_eq!(Recipient::parse(b"1/unit/web.service/\xff"), None);
+    }
+
+    #[test]
+    fn the_closest_rule_counts() {
+        let shape = |length: &str, format| {
+            let length = KeyLength::parse(length, LENGTH_MAX).unwrap();
+            Shape::new(Kind::Key, length, format, None).unwrap()
+        };
+        let rules = Rules::new(BTreeMap::from([
+            ("cookie".into(), shape("64", Format::Hex)),
+            ("web.service:cookie".into(), shape("16", Format::Base64)),
+        ]));
+        let of = |unit: &str, credential: &str| {
+            rules.shape(&Recipient { unit: unit.into(), credential: credential.into() })
+        };
+        assert_eq!(of("web.service", "cookie"), shape("16", Format::Base64));
+        assert_eq!(of("other.service", "cookie"), shape("64", Format::Hex));
+        assert_eq!(of("web.service", "other"), shape("32", Format::Raw));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn any_name_is_read_or_refused(name in proptest::collection::vec(any::<u8>(), 0..110)) {
+            let _ = Recipient::parse(&name);
+        }
+
+        #[test]
+        fn what_is_read_is_what_was_written(
+            random in "[0-9a-f]{1,16}", stem in "[A-Za-z0-9:_.@\\\\-]{1,20}", credential in "[!-.0-9;-~]{3,20}"
+        ) {
+            let read = parse(&format!("{random}/unit/{stem}.service/{credential}"));
+            let written = format!("{stem}.service:{credential}");
+            prop_assert!(is_selector(&written));
+            prop_assert_eq!(read, Some(written));
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The credential socket, with a client that binds its end as systemd does. With real units: tests/system/run.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
+mod common;
+
+use std::io::{self, Read};
+use std::net::TcpListener;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use common::credential::{activated, connect, fetch, fetch_raw, start};
+use common::{Folder, PATIENCE, key_service, run_to_end};
+use key_service::admission::{Admission, Rules as Admitted};
+use key_service::api::Api;
+use key_service::credential::{Outlet, Rules};
+use key_service::health::Health;
+use key_service::listener::{Host, Listener, Mode};
+use key_service::metrics::Metrics;
+use key_service::random::{Generator, Kernel, Source};
+use key_service::seal::Sealer;
+use key_service::server::{Drain, Heartbeats, Terms, serve};
+
+#[test]
+fn a_unit_gets_32_bytes_that_nobody_else_gets() {
+    let daemon = start("", &[]);
+    let socket = daemon.folder.file("credential.sock");
+    let status = &daemon.status;
+    assert!(status.contains(&format!("; credentials on unix:{}; metrics on ", socket.display())), "{status}");
+    let keys: Vec<_> = (0..50).map(|_| fetch(&daemon.folder, "web.service", "cookie.key")).collect();
+    for (n, key) in keys.iter().enumerate() {
+        assert_eq!(key.len(), 32);
+        assert!(!keys[..n].contains(key));
+    }
+    common::until("the counts", || {
+        (daemon.metric("credentials_total{outcome=\"served\"}") == 50.0).then_some(())
+    });
+    assert_eq!(daemon.metric("key_bytes_total{format=\"raw\"}"), 1600.0);
+    assert_eq!(daemon.metric("key_length_bytes_count"), 50.0);
+}
+
+const CONFIG: &str = r#"
+audit = true
+[credentials]
+"cookie.key" = { length = 48, format = "base64" }
+"web.service:cookie.key" = { length = 16, format = "hex" }
+big = { length = 4096, format = "hex" }
+jwk = { format = "jwk" }
+"db.service:password" = { length = 24, alphabet = "unambiguous" }
+"#;
+
+#[test]
+fn the_configuration_says_what_each_credential_is_and_the_audit_for_whom_it_was() {
+    let daemon = start(CONFIG, &[]);
+    let text = |unit, credential| String::from_utf8(fetch(&daemon.folder, unit, credential)).unwrap();
+    assert_eq!(text("other.service", "cookie.key").trim_end().len(), 64);
+    let hex = text("web.service", "cookie.key");
+    assert!(hex.len() == 33 && hex.trim_end().bytes().all(|digit| digit.is_ascii_hexdigit()), "{hex}");
+    assert_eq!(text("web.service", "big").len(), 8193);
+    let jwk: serde_json::Value = serde_json::from_str(&text("web.service", "jwk")).unwrap();
+    assert_eq!(jwk["kty"], "oct");
+    let password = text("db.service", "password");
+    assert!(password.len() == 25 && !password.contains(['0', 'O', 'l', '1', 'I']), "{password}");
+    assert_eq!(fetch(&daemon.folder, "web.service", "password").len(), 32);
+    common::until("the records", || (daemon.log().matches("key issued").count() == 6).then_some(()));
+    let log = daemon.log();
+    for part in [
+        "unit=\"web.service\" credential=\"cookie.key\"",
+        "length=16 format=hex sent=33 outcome=complete",
+        "unit=\"db.service\" credential=\"password\"",
+        "length=24 format=text alphabet=unambiguous sent=25 outcome=complete",
+    ] {
+        assert!(log.contains(part) || log.contains(&part.replace('"', "")), "{part}: {log}");
+    }
+    assert!(!log.contains(hex.trim_end()) && !log.contains(password.trim_end()));
+}
+
+#[test]
+fn a_reload_changes_what_a_credential_is() {
+    let daemon = start("", &[]);
+    assert_eq!(fetch(&daemon.folder, "a.service", "k").len(), 32);
+    daemon.folder.write("config.toml", "[credentials]\nk = { length = 100 }\n");
+    daemon.signal("HUP");
+    common::until("the reload", || (fetch(&daemon.folder, "a.service", "k").len() == 100).then_some(()));
+}
+
+#[test]
+fn who_is_not_a_unit_gets_nothing_and_is_counted() {
+    let daemon = start("", &[]);
+    let malformed: [Option<&[u8]>; 9] = [
+        None,
+        Some(b"x"),
+        Some(b"1/unit/web.service"),
+        Some(b"1/unit/web.service/a/b"),
+        Some(b"1/unit/web/key"),
+        Some(b"1/cryptsetup/home/key"),
+        Some(b"G/unit/web.service/key"),
+        Some(b"1/unit/web.service/\xff"),
+        Some(b"1/unit/web.service/key\0"),
+    ];
+    for (n, name) in malformed.iter().enumerate() {
+        assert_eq!(fetch_raw(&daemon.folder, *name), b"", "{name:?}");
+        let counted = n as f64 + 1.0;
+        common::until("the count", || {
+            (daemon.metric("credentials_total{outcome=\"malformed\"}") == counted).then_some(())
+        });
+    }
+    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no key was drawn");
+    assert_eq!(fetch(&daemon.folder, "web.service", "key").len(), 32);
+}
+
+#[test]
+fn a_wrong_table_is_refused_with_where_and_why() {
+    let folder = Folder::new();
+    for (text, expected) in [
+        ("credentials = 1", "credentials: expected a table of credentials, found 1"),
+        (
+            "[credentials]\ncookie.key = { length = 1 }",
+            "\"cookie\": expected length, format, alphabet, found \"key\"",
+        ),
+        (
+            "[credentials]\nk = 32",
+            "\"k\": expected a table such as { length = 32, format = \"hex\" }, found 32",
+        ),
+        (
+            "[credentials]\nk = { length = 4097 }",
+            "expected length to be a whole number from 1 to 4096, found 4097",
+        ),
+        ("[credentials]\nk = { length = 0 }", "expected length to be a whole number from 1 to 4096, found 0"),
+        (
+            "[credentials]\nk = { format = \"text\" }",
+            "expected format to be one of raw, hex, base64, base64url, json, jwk",
+        ),
+        (
+            "[credentials]\nk = { alphabet = \"x\" }",
+            "expected alphabet to be one of alnum, ascii, digits, hex, unambiguous",
+        ),
+        (
+            "[credentials]\nk = { alphabet = \"hex\", format = \"raw\" }",
+            "expected format to be one of text, json",
+        ),
+        ("[credentials]\nk = { alphabet = \"hex\", length = 1025 }", "from 1 to 1024, found 1025"),
+        ("[credentials]\n\"web:k\" = {}", "\"web:k\": expected the name of a credential, or UNIT:NAME"),
+        ("[credentials]\n\"a/b\" = {}", "\"a/b\": expected the name of a credential"),
+    ] {
+        let mut command = key_service(&folder);
+        command.arg("--check").arg("--config").arg(folder.write("wrong.toml", text));
+        let ended = run_to_end(command);
+        let said = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(78), "{text}: {said}");
+        assert!(said.contains(expected) && said.contains("wrong.toml"), "{text}: {said}");
+    }
+    // What is in effect reads as it was written.
+    let check = |text: &str| {
+        let mut command = key_service(&folder);
+        command.arg("--check").arg("--config").arg(folder.write("right.toml", text));
+        String::from_utf8(run_to_end(command).stdout).unwrap()
+    };
+    let effective = check(CONFIG);
+    assert!(effective.contains("\"cookie.key\" = { format = \"base64\", length = 48 }"), "{effective}");
+    assert_eq!(check(&effective), effective);
+}
+
+#[test]
+fn a_credential_socket_over_tcp_is_refused() {
+    let folder = Folder::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let ended = run_to_end_with_stdin(activated(&folder, "credential", listener.into(), &[]));
+    assert!(
+        ended.contains("name \"credential\") is refused: it should be a listening Unix stream socket"),
+        "{ended}"
+    );
+}
+
+fn run_to_end_with_stdin(mut command: Command) -> String {
+    let ended = command.stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    String::from_utf8(ended.stderr).unwrap()
+}
+
+#[test]
+fn more_units_than_are_served_at_once_all_get_their_key() {
+    let daemon = start("", &[]);
+    // Those that don't read hold no key back: each is small enough for the socket to take it whole.
+    let name = |n: usize| format!("{n:x}/unit/boot@{n}.service/key");
+    let mut waiting: Vec<_> = (0..300).map(|n| connect(&daemon.folder, Some(name(n).as_bytes()))).collect();
+    for stream in waiting.iter_mut().rev() {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes.len(), 32);
+    }
+}
+
+#[test]
+fn a_drain_still_serves_who_has_connected() {
+    let mut daemon = start("", &[]);
+    daemon.signal("STOP");
+    let mut stream = connect(&daemon.folder, Some(b"1/unit/web.service/key"));
+    daemon.signal("TERM");
+    daemon.signal("CONT");
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes.len(), 32);
+    assert_eq!(daemon.wait(), 0);
+}
+
+/// The kernel's bytes until it is told to break.
+struct Breakable(Arc<AtomicBool>);
+
+impl Source for Breakable {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.0.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(1));
+        }
+        Kernel.read(buffer)
+    }
+}
+
+#[test]
+fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_key() {
+    let folder = Folder::new();
+    let is_broken = Arc::new(AtomicBool::new(false));
+    let generator = Arc::new(Generator::new(Breakable(Arc::clone(&is_broken))).unwrap());
+    let metrics = Arc::new(Metrics::new());
+    let api = Api {
+        max_size: AtomicU64::new(1024),
+        admission: Admission::new(Admitted::default(), Sealer::new(&generator).unwrap(), 1),
+        health: Arc::new(Health::new(Arc::clone(&generator))),
+        generator,
+        metrics: Arc::clone(&metrics),
+        dropped: Arc::default(),
+    };
+    let path = Host::Unix(folder.file("credential.sock"));
+    let listener = Listener::bind(&path, 0, Mode::default()).unwrap();
+    let outlet = Arc::new(Outlet::new(Arc::new(api), Rules::default()));
+    let drain = Drain::new();
+    let phase = drain.watch();
+    let heartbeat = Heartbeats::new().join();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let terms = Terms::new(8, PATIENCE, PATIENCE, metrics);
+        runtime.block_on(serve(vec![(listener, heartbeat)], outlet.service(), terms, phase)).unwrap();
+    });
+    assert_eq!(fetch(&folder, "web.service", "key").len(), 32);
+    is_broken.store(true, Ordering::Relaxed);
+    let refused = fetch(&folder, "web.service", "key");
+    assert!(refused.len() > 1 << 20 && refused.iter().all(|byte| *byte == 0), "{}", refused.len());
+    drop(drain);
+}
