@@ -1,7 +1,6 @@
 //! Bare hyper on one thread, the least that a server on hyper can cost: no routes, no metrics, no deadlines, no bounds.
 //!
-//! Any path answers the same 32 bytes; `/zeros/N` answers N zero bytes in pieces of 64 KiB, which is what the daemon's
-//! bulk path would cost if a key cost nothing. Listens on the socket it inherits as descriptor 3.
+//! `/key/N` answers N zero bytes in pieces of 64 KiB, any other path 32 bytes. Listens on the socket it inherits as descriptor 3.
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -52,7 +51,7 @@ impl Body for Repeated {
 }
 
 async fn answer(request: Request<Incoming>) -> Result<Response<Repeated>, Infallible> {
-    let zeros = request.uri().path().strip_prefix("/zeros/");
+    let zeros = request.uri().path().strip_prefix("/key/");
     let body = match zeros.and_then(|length| length.parse().ok()) {
         Some(remaining) => Repeated { piece: Bytes::from_static(&ZEROS), remaining },
         None => Repeated { piece: Bytes::from_static(&ANSWER), remaining: ANSWER.len() as u64 },

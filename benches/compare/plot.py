@@ -1,0 +1,63 @@
+"""Draws curves as SVG: both axes logarithmic, a curve a server, named at its right end."""
+import math
+from pathlib import Path
+
+WIDTH, HEIGHT = 760, 420
+LEFT, RIGHT, TOP, BOTTOM = 64, 110, 40, 48
+# Of Okabe and Ito, whom colour-blind readers can tell apart.
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+LABEL_GAP = 14
+
+
+def write(path, title, x_title, y_title, curves):
+    """`curves` are names with points (x, y), all of them above 0, in rising x."""
+    xs = sorted({x for points in curves.values() for x, _ in points})
+    ys = [y for points in curves.values() for _, y in points]
+    y_low, y_high = 10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys)))
+    x_at = scale(xs[0], xs[-1], LEFT, WIDTH - RIGHT)
+    y_at = scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+             f'font-size="12" role="img" aria-label="{title}">',
+             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+             f'<text x="{LEFT}" y="22" font-weight="bold">{title}</text>',
+             f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{x_title}</text>',
+             f'<text x="{LEFT - 6}" y="{TOP - 6}" text-anchor="end">{y_title}</text>']
+    for x in xs:
+        parts.append(f'<path d="M{x_at(x):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#eee"/>'
+                     f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(x)}</text>')
+    for exponent in range(round(math.log10(y_low)), round(math.log10(y_high)) + 1):
+        for step in (1, 2, 5):
+            y = step * 10 ** exponent
+            if y <= y_high:
+                parts.append(f'<path d="M{LEFT} {y_at(y):.1f}H{WIDTH - RIGHT}" stroke="{"#ccc" if step == 1 else "#eee"}"/>'
+                             f'<text x="{LEFT - 6}" y="{y_at(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+    labels = spread({name: y_at(points[-1][1]) for name, points in curves.items()})
+    for (name, points), colour in zip(curves.items(), COLOURS):
+        width = 3 if name == "key-service" else 1.5
+        line = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
+        parts += [f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="{width}" fill="{colour}"/>' for x, y in points]
+        parts.append(f'<text x="{x_at(points[-1][0]) + 8:.1f}" y="{labels[name] + 4:.1f}" fill="{colour}">{name}</text>')
+    Path(path).write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
+def scale(low, high, start, end):
+    """Where a number is drawn, by its logarithm."""
+    return lambda number: start + (end - start) * math.log(number / low) / math.log(high / low)
+
+
+def spread(places):
+    """The places of labels, from the top down, each far enough below the one before to be read."""
+    placed, last = {}, -math.inf
+    for name, place in sorted(places.items(), key=lambda item: item[1]):
+        last = placed[name] = max(place, last + LABEL_GAP)
+    return placed
+
+
+def short(number):
+    """1024 as 1 Ki, 1048576 as 1 Mi; smaller ones as they are."""
+    for size, unit in [(1 << 20, "Mi"), (1 << 10, "Ki")]:
+        if number >= size and number % size == 0:
+            return f"{number // size} {unit}"
+    return str(number)

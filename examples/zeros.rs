@@ -1,0 +1,73 @@
+//! The daemon's server sending zeros: what a long key costs here is what a key costs beyond making it.
+//!
+//! The accept loop, the deadlines and the bounds are the library's, on one thread; `/key/N` answers N zero bytes in
+//! pieces of [`CHUNK`], all of them the same static one. So whatever is done for a key and not for a constant (clearing,
+//! drawing, counting, wiping) shows in the difference. `benches/compare/run` builds it and compares the two. It makes no
+//! keys: the daemon itself has no switch for this.
+//!
+//! Listens on the sockets that it inherits under the name `http`, and ends with SIGTERM.
+
+use std::convert::Infallible;
+use std::error::Error;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use key_service::listener::Inherited;
+use key_service::metrics::Metrics;
+use key_service::random::CHUNK;
+use key_service::server::{Drain, Heartbeats, Terms, serve};
+
+static PIECE: [u8; CHUNK] = [0; CHUNK];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let inherited = Inherited::take()?;
+    let mut heartbeats = Heartbeats::new();
+    let listeners = inherited.http.into_iter().map(|listener| (listener, heartbeats.join())).collect();
+    let terms =
+        Terms::new(10_000, Duration::from_secs(10), Duration::from_secs(15), Arc::new(Metrics::new()));
+    let drain = Drain::new();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    runtime.block_on(serve(listeners, |_, _| service_fn(answer), terms, drain.watch()))?;
+    Ok(())
+}
+
+async fn answer(request: Request<Incoming>) -> Result<Response<Zeros>, Infallible> {
+    let length = request.uri().path().strip_prefix("/key/").and_then(|length| length.parse().ok());
+    Ok(Response::new(Zeros { remaining: length.unwrap_or(0) }))
+}
+
+struct Zeros {
+    remaining: u64,
+}
+
+impl Body for Zeros {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if self.remaining == 0 {
+            return Poll::Ready(None);
+        }
+        let size = usize::try_from(self.remaining).map_or(CHUNK, |remaining| remaining.min(CHUNK));
+        self.remaining -= size as u64;
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(&PIECE[..size])))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.remaining == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.remaining)
+    }
+}
