@@ -36,6 +36,12 @@ impl Patience {
     }
 }
 
+/// A stream that can be given up with what it has still to send.
+pub trait Reset {
+    /// From now on, closing it forgets what was not sent, and tells the other side so.
+    fn forget_unsent(&self);
+}
+
 /// A stream whose reads and writes fail with `TimedOut` when patience is at an end.
 #[derive(Debug)]
 pub struct Timed<S> {
@@ -75,7 +81,9 @@ impl<S> Timed<S> {
         }
         Poll::Pending
     }
+}
 
+impl<S: Reset> Timed<S> {
     fn written(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match result {
             Poll::Ready(result) => {
@@ -86,6 +94,9 @@ impl<S> Timed<S> {
             Poll::Pending => {
                 self.write_waits = true;
                 let error = ready!(self.poll_deadline(cx, self.patience.write));
+                // Closed in order, its key bytes would stay in the kernel, megabytes a connection, for as long as the
+                // client acknowledges and does not read.
+                self.stream.forget_unsent();
                 Poll::Ready(Err(error))
             }
         }
@@ -106,7 +117,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Timed<S> {
+impl<S: AsyncWrite + Reset + Unpin> AsyncWrite for Timed<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let result = Pin::new(&mut this.stream).poll_write(cx, buf);
@@ -144,6 +155,10 @@ fn millis(duration: Duration) -> u64 {
 mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+    impl Reset for DuplexStream {
+        fn forget_unsent(&self) {}
+    }
 
     const HEAD: Duration = Duration::from_secs(10);
     const WRITE: Duration = Duration::from_secs(15);
