@@ -22,7 +22,7 @@ use hyper::{Request, Response};
 use key_service::listener::Inherited;
 use key_service::metrics::Metrics;
 use key_service::random::CHUNK;
-use key_service::server::{Drain, Heartbeats, Terms, serve};
+use key_service::server::{Drain, Heartbeats, Terms, http, serve};
 
 static PIECE: [u8; CHUNK] = [0; CHUNK];
 
@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Terms::new(10_000, Duration::from_secs(10), Duration::from_secs(15), Arc::new(Metrics::new()));
     let drain = Drain::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-    runtime.block_on(serve(listeners, |_, _| service_fn(answer), terms, drain.watch()))?;
+    runtime.block_on(serve(listeners, http(|_, _| service_fn(answer)), terms, drain.watch()))?;
     Ok(())
 }
 

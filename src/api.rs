@@ -236,9 +236,10 @@ fn finish(mut response: Response<Body>, answer: Answer, is_head: bool, is_closin
         if let Some(size) = http_body::Body::size_hint(response.body()).exact() {
             response.headers_mut().entry(CONTENT_LENGTH).or_insert(size.into());
         }
-        return response.map(|body| body.without_content().ending(answer));
+        response.body_mut().empty_out();
     }
-    response.map(|body| body.ending(answer))
+    response.body_mut().end(answer);
+    response
 }
 
 impl Api {

@@ -66,17 +66,13 @@ impl Body {
     }
 
     /// Ties the end of this body to the end of `answer`.
-    #[must_use]
-    pub fn ending(mut self, answer: Answer) -> Self {
+    pub fn end(&mut self, answer: Answer) {
         self._answer = Some(answer);
-        self
     }
 
-    /// An empty body in place of this one, with the same end: for HEAD.
-    #[must_use]
-    pub fn without_content(mut self) -> Self {
+    /// Leaves nothing to send, and the end as it is: for HEAD.
+    pub fn empty_out(&mut self) {
         self.content = Content::Nothing;
-        self
     }
 }
 

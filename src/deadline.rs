@@ -36,6 +36,12 @@ impl Patience {
     }
 }
 
+/// A stream that can be given up with what it has still to send.
+pub trait Reset {
+    /// From now on, closing it forgets what was not sent, and tells the other side so.
+    fn forget_unsent(&self);
+}
+
 /// A stream whose reads and writes fail with `TimedOut` when patience is at an end.
 #[derive(Debug)]
 pub struct Timed<S> {
@@ -63,19 +69,27 @@ impl<S> Timed<S> {
     /// Ready when `limit` has passed since the last progress; else the task is woken when it may have.
     fn poll_deadline(&mut self, cx: &mut Context<'_>, limit: Duration) -> Poll<io::Error> {
         let deadline = self.since + limit;
+        let mut is_set = self.timer.is_some();
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
         if timer.deadline() > deadline {
             timer.as_mut().reset(deadline);
         }
-        while timer.as_mut().poll(cx).is_ready() {
-            if Instant::now() >= deadline {
-                return Poll::Ready(io::ErrorKind::TimedOut.into());
+        // A connection is one task's, whose waker stays the same: once the timer has it, it need not be polled again.
+        while !is_set || timer.is_elapsed() {
+            is_set = true;
+            if timer.as_mut().poll(cx).is_ready() {
+                if Instant::now() >= deadline {
+                    return Poll::Ready(io::ErrorKind::TimedOut.into());
+                }
+                timer.as_mut().reset(deadline);
+                is_set = false;
             }
-            timer.as_mut().reset(deadline);
         }
         Poll::Pending
     }
+}
 
+impl<S: Reset> Timed<S> {
     fn written(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match result {
             Poll::Ready(result) => {
@@ -86,6 +100,9 @@ impl<S> Timed<S> {
             Poll::Pending => {
                 self.write_waits = true;
                 let error = ready!(self.poll_deadline(cx, self.patience.write));
+                // Closed in order, its key bytes would stay in the kernel, megabytes a connection, for as long as the
+                // client acknowledges and does not read.
+                self.stream.forget_unsent();
                 Poll::Ready(Err(error))
             }
         }
@@ -106,7 +123,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Timed<S> {
+impl<S: AsyncWrite + Reset + Unpin> AsyncWrite for Timed<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let result = Pin::new(&mut this.stream).poll_write(cx, buf);
@@ -144,6 +161,10 @@ fn millis(duration: Duration) -> u64 {
 mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+    impl Reset for DuplexStream {
+        fn forget_unsent(&self) {}
+    }
 
     const HEAD: Duration = Duration::from_secs(10);
     const WRITE: Duration = Duration::from_secs(15);

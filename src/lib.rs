@@ -98,6 +98,9 @@ const METRICS_CONNECTIONS: usize = 64;
 /// Descriptors beside those of client connections: listeners, runtimes, log, metrics.
 const SPARE_DESCRIPTORS: u64 = 256;
 
+/// Fewer are not tried with: what a start takes is about 20, and tokio panics where it lacks them.
+const DESCRIPTORS_MIN: u64 = 32;
+
 /// Why the service could not start or go on.
 #[derive(Debug)]
 pub enum RunError {
@@ -105,6 +108,8 @@ pub enum RunError {
     Generator(Failure),
     /// There is no listener.
     Listen(ListenError),
+    /// So few files may be open.
+    Descriptors(u64),
     /// Certificates and key are no longer what they were when the configuration was read.
     Tls(Vec<Fault>),
     /// The system denied something that has no other name.
@@ -116,6 +121,10 @@ impl Display for RunError {
         match self {
             Self::Generator(failure) => write!(f, "no keys can be made: {failure}"),
             Self::Listen(error) => error.fmt(f),
+            Self::Descriptors(found) => write!(
+                f,
+                "expected a limit of at least {DESCRIPTORS_MIN} open files (LimitNOFILE=, ulimit -n), found {found}"
+            ),
             Self::Tls(faults) => write!(f, "no TLS can be spoken: {}", sentences(faults)),
             Self::System(what, error) => write!(f, "{what}: {error}"),
         }
@@ -152,7 +161,7 @@ pub fn run(
     let generator = Arc::new(Generator::new(source)?);
     let is_activated = !inherited.http.is_empty();
     let Listeners { keys, metrics: operator, credentials } = listeners(&config, inherited)?;
-    let connections = fit_descriptors(config.max_connections);
+    let connections = fit_descriptors(config.max_connections)?;
     let metrics = Arc::new(Metrics::new());
     metrics.connections_limit.set(i64::try_from(connections).unwrap_or(i64::MAX));
     let health = Arc::new(Health::new(Arc::clone(&generator)));
@@ -326,7 +335,7 @@ fn status(keys: &[Listener], credentials: &[Listener], metrics: &[Listener], sha
 }
 
 /// Raises the soft limit of open files to the hard one, and fits the connections into it.
-fn fit_descriptors(connections: usize) -> usize {
+fn fit_descriptors(connections: usize) -> Result<usize, RunError> {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
     let descriptors = match setrlimit(Resource::Nofile, raised) {
@@ -334,8 +343,11 @@ fn fit_descriptors(connections: usize) -> usize {
         Err(_) => limit.current,
     };
     let Some(descriptors) = descriptors else {
-        return connections; // unlimited
+        return Ok(connections); // unlimited
     };
+    if descriptors < DESCRIPTORS_MIN {
+        return Err(RunError::Descriptors(descriptors));
+    }
     let spare = SPARE_DESCRIPTORS.min(descriptors / 2);
     let room = usize::try_from(descriptors - spare).unwrap_or(usize::MAX);
     if room < connections {
@@ -345,7 +357,7 @@ fn fit_descriptors(connections: usize) -> usize {
             "max-connections is lowered to what the limit of open files allows (LimitNOFILE=, ulimit -n)"
         );
     }
-    connections.min(room)
+    Ok(connections.min(room))
 }
 
 fn worker_count(asked: usize) -> usize {

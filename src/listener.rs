@@ -11,15 +11,21 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::str::FromStr;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use listenfd::ListenFd;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::deadline::Reset;
 use crate::peer::Peer;
 
 /// How many connections the kernel holds while they wait to be accepted; it caps this at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
+
+/// How many bytes the kernel takes from us beyond what it has sent. Without a bound it takes up to 4 MB (tcp_wmem), and
+/// 1,000 clients that read nothing held 1.9 GB of its memory, the last of them for 46 s; now it is 0.2 GB and 16 s.
+const UNSENT_MAX: u32 = 128 * 1024;
 
 /// The first descriptor that a service manager passes (sd_listen_fds(3)).
 const FIRST_FD: usize = 3;
@@ -134,10 +140,11 @@ impl Listener {
     /// What every listener needs, inherited or not.
     fn prepare(self) -> io::Result<Self> {
         match &self {
-            // Accepted connections inherit TCP_NODELAY, which saves them the call: an answer is never held back for
+            // Accepted connections inherit both, which saves them the calls. TCP_NODELAY: an answer is never held back for
             // an acknowledgement of the one before.
             Self::Tcp(listener) => {
                 SockRef::from(listener).set_tcp_nodelay(true)?;
+                SockRef::from(listener).set_tcp_notsent_lowat(UNSENT_MAX)?;
                 listener.set_nonblocking(true)?;
             }
             Self::Unix(listener) => listener.set_nonblocking(true)?,
@@ -340,6 +347,15 @@ impl Stream {
         match self {
             Self::Tcp(_) => None,
             Self::Unix(stream) => stream.peer_addr().ok()?.as_abstract_name().map(<[u8]>::to_vec),
+        }
+    }
+}
+
+impl Reset for Stream {
+    fn forget_unsent(&self) {
+        // tcp(7), socket(7): closing with SO_LINGER of 0 resets. A Unix socket forgets anyway.
+        if let Self::Tcp(stream) = self {
+            let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO)); // without it, it is closed in order
         }
     }
 }
