@@ -1,5 +1,5 @@
 //! Whom a proxy speaks for. The first byte of an input says which field it is and how the proxies write; the rest is what
-//! a client made up, a field a line.
+//! a client made up, a field a line. The first proxy may quote the last line, as it quotes the `Host` of a client.
 //!
 //! A chain of trusted proxies adds its words behind that, as proxies do, and the client must be the address that the
 //! first of them saw. Where what was made up spoils the field for everyone, there may be no client, but never another
@@ -43,10 +43,17 @@ fuzz_target!(|input: &[u8]| {
     // What comes through proxies that are trusted.
     let client = CLIENT[usize::from(setup >> 1 & 3)];
     let truth = address(client).expect("the client has an address");
-    let hops = usize::from(setup >> 3) % (BETWEEN.len() + 1);
-    let chain =
-        [client].iter().chain(&BETWEEN[..hops]).map(|hop| written(field, hop)).collect::<Vec<_>>().join(", ");
-    let chain = HeaderValue::from_str(&chain).expect("a chain is ASCII");
+    let hops = usize::from(setup >> 3 & 15) % (BETWEEN.len() + 1);
+    let mut chain: Vec<String> =
+        [client].iter().chain(&BETWEEN[..hops]).map(|hop| written(field, hop)).collect();
+    if let (Field::Forwarded, true, Some(Ok(host))) =
+        (field, setup & 128 != 0, made_up.last().map(HeaderValue::to_str))
+    {
+        // RFC 7239 section 5.3: the Host of the request, quoted (RFC 9110 section 5.6.4) since it may have a colon.
+        chain[0] += &format!(";host=\"{}\"", host.replace('\\', "\\\\").replace('"', "\\\""));
+    }
+    let chain = chain.join(", ");
+    let chain = HeaderValue::from_str(&chain).expect("a chain has no control characters");
     let apart: Vec<_> = made_up.iter().cloned().chain([chain.clone()]).collect();
     assert_eq!(proxies.client(near, &fields(field, &apart)), Some(truth), "a field of its own: {apart:?}");
     if let Some((last, before)) = made_up.split_last() {
