@@ -155,15 +155,28 @@ fn forwarded_for(element: &str) -> Option<IpAddr> {
     }
 }
 
-/// The parts between separators outside of quoted strings (RFC 9110 section 5.6.4); `None` if a quote is not closed.
+/// The parts between separators outside of quoted strings (RFC 9110 section 5.6.4); `None` if a quote is not closed, or
+/// stands where no value begins or ends.
+///
+/// A proxy may add its element behind what a client made up, in one line, and quote the client's Host in it. Were a stray
+/// quote passed over, one in the client's text would turn the proxy's quotes inside out, and let the Host name an address.
 fn split_quoted(text: &str, separator: u8) -> Option<Vec<&str>> {
+    let bytes = text.as_bytes();
     let mut parts = Vec::new();
     let (mut start, mut is_quoted, mut is_escaped) = (0, false, false);
     for (at, byte) in text.bytes().enumerate() {
         match byte {
             _ if is_escaped => is_escaped = false,
             b'\\' if is_quoted => is_escaped = true,
-            b'"' => is_quoted = !is_quoted,
+            b'"' if is_quoted => {
+                is_quoted = false;
+                let next = bytes[at + 1..].iter().find(|byte| !matches!(byte, b' ' | b'\t'));
+                if !matches!(next, None | Some(b',' | b';')) {
+                    return None;
+                }
+            }
+            b'"' if bytes[..at].ends_with(b"=") => is_quoted = true,
+            b'"' => return None,
             _ if byte == separator && !is_quoted => {
                 parts.push(&text[start..at]);
                 start = at + 1;
@@ -238,6 +251,12 @@ mod tests {
             (&["proto=http"], None),
             (&["for=192.0.2.1;for=192.0.2.2"], None),
             (&["for=\"192.0.2.1"], None),
+            // A client's Forwarded `x="` and its Host `, for=198.51.100.1;y="`, as a proxy joins and quotes them.
+            (&["x=\", for=192.0.2.1;host=\", for=198.51.100.1;y=\\\"\""], None),
+            (&["for=192.0.2.1;host=\", for=198.51.100.1;y=\\\"\""], Some("192.0.2.1")),
+            (&["a\"b=c, for=192.0.2.1"], None),
+            (&["a=\"b\"c, for=192.0.2.1"], None),
+            (&["a=\"b\" ;for=192.0.2.1"], Some("192.0.2.1")),
             (&["for=192.0.2.1:80"], None),
             (&["192.0.2.1"], None),
         ] {

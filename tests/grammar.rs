@@ -8,6 +8,30 @@ fn is_a_number(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_digit()) && !text.starts_with('0')
 }
 
+#[test]
+fn every_text_of_at_most_three_ascii_characters_is_judged_by_the_grammar() {
+    let characters: Vec<String> = (0..128_u8).map(|byte| char::from(byte).to_string()).collect();
+    let mut texts = vec![String::new()];
+    for _ in 0..3 {
+        texts = texts
+            .iter()
+            .flat_map(|text| characters.iter().map(move |last| format!("{text}{last}")))
+            .collect();
+        for text in &texts {
+            let expected = match text.as_str() {
+                "0" => Err(LengthError::Zero),
+                _ if !is_a_number(text) => Err(LengthError::NotAnInteger),
+                // Three digits or fewer against 500: a text without leading zeros, compared as a text.
+                _ if text.len() == 3 && text.as_str() > "500" => Err(LengthError::TooLarge { limit: 500 }),
+                _ => Ok(text.clone()),
+            };
+            assert_eq!(KeyLength::parse(text, 500).map(|length| length.bytes().to_string()), expected);
+        }
+    }
+    assert_eq!(texts.len(), 128 * 128 * 128);
+    assert_eq!(KeyLength::parse("", 500), Err(LengthError::NotAnInteger));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, cases: 2000, ..ProptestConfig::default() })]
 

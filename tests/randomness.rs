@@ -175,6 +175,38 @@ fn health_notices_a_broken_source_before_any_key_is_asked_for() {
     assert_eq!(generator.failure(), Some(Failure::Unreadable(Some(1))));
 }
 
+#[test]
+fn every_key_takes_fresh_bytes_from_the_source() {
+    struct Counted(Arc<AtomicU64>);
+    impl Source for Counted {
+        fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.0.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+            Kernel.read(buffer)
+        }
+    }
+    let drawn = Arc::new(AtomicU64::new(0));
+    let generator = Generator::new(Counted(Arc::clone(&drawn))).unwrap();
+    // A block for a short key, the key itself up to 128 bytes, above that a seed for each 64 KiB: and nothing is left over
+    // that the next key, or this one in a copy of the process, would be made of.
+    for (length, expected) in [
+        (1, 32),
+        (16, 32),
+        (32, 32),
+        (100, 100),
+        (128, 128),
+        (129, 32),
+        (65_536, 32),
+        (65_537, 64),
+        (300_000, 160),
+    ] {
+        for _ in 0..3 {
+            let before = drawn.load(Ordering::Relaxed);
+            generator.fill(&mut vec![0; length]).unwrap();
+            assert_eq!(drawn.load(Ordering::Relaxed) - before, expected, "a key of {length} bytes");
+        }
+    }
+}
+
 /// How far from what is expected of random bytes, in standard deviations, for three tests: the count of set bits, the
 /// count of runs of equal bits, and chi-square of the byte values (made normal by Wilson and Hilferty's cube root).
 fn deviations(bytes: &[u8]) -> [f64; 3] {

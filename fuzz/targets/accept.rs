@@ -1,0 +1,128 @@
+//! Negotiation, against another statement of RFC 9110 section 12.5.1: a query on the first line, `Accept` fields on the
+//! others.
+
+#![no_main]
+
+use http::HeaderValue;
+use key_service::format::{COUNT_MAX, Format, Kind};
+use key_service::password::Alphabet;
+use key_service::query::{Unsatisfied, Wish};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: &[u8]| {
+    let mut lines = input.split(|byte| *byte == b'\n');
+    let query = lines.next().unwrap_or_default();
+    let Ok(query) = std::str::from_utf8(query) else { return };
+    let query = (!query.is_empty()).then_some(query);
+    let fields: Vec<HeaderValue> = lines.filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
+    for kind in [Kind::Key, Kind::Password(Alphabet::default())] {
+        let found = Wish::read(kind, query, &fields);
+        match query {
+            // With an escape a query is not read by eye; what is had is something that there is.
+            Some(query) if query.contains(['%', '+']) => {
+                if let Ok(wish) = found {
+                    assert!(kind.formats().contains(&wish.format), "{query}");
+                    assert!(wish.count.is_none_or(|count| (1..=COUNT_MAX).contains(&count)), "{query}");
+                }
+            }
+            query => assert_eq!(found, expected(kind, query.unwrap_or_default(), &fields), "{query:?} {fields:?}"),
+        }
+    }
+});
+
+fn expected(kind: Kind, query: &str, fields: &[HeaderValue]) -> Result<Wish, Unsatisfied> {
+    let (mut format, mut count, mut drawn) = (None, None, None);
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let is_second = match name {
+            "format" => {
+                let known = kind.formats().iter().find(|format| format.name() == value);
+                format.replace(*known.ok_or(Unsatisfied::Format(value.into()))?).is_some()
+            }
+            "count" => {
+                let is_number = value.bytes().all(|byte| byte.is_ascii_digit()) && !value.starts_with('0');
+                let number = value.parse().ok().filter(|number| is_number && *number <= COUNT_MAX);
+                count.replace(number.ok_or(Unsatisfied::Count(value.into()))?).is_some()
+            }
+            "alphabet" if kind != Kind::Key => {
+                let known = Alphabet::ALL.into_iter().find(|alphabet| alphabet.name() == value);
+                drawn.replace(Kind::Password(known.ok_or(Unsatisfied::Alphabet(value.into()))?)).is_some()
+            }
+            _ => return Err(Unsatisfied::Parameter(name.into())),
+        };
+        if is_second {
+            return Err(Unsatisfied::Twice(name.into()));
+        }
+    }
+    let is_batch = count.is_some();
+    let format = match format {
+        Some(format) => format,
+        None => by_fields(kind, fields, is_batch).ok_or(Unsatisfied::Accept(is_batch))?,
+    };
+    Ok(Wish { kind: drawn.unwrap_or(kind), format, count })
+}
+
+/// The first format of the greatest weight above 0, of what the closest range says of each.
+fn by_fields(kind: Kind, fields: &[HeaderValue], is_batch: bool) -> Option<Format> {
+    if fields.is_empty() {
+        return Some(kind.formats()[0]);
+    }
+    let texts: Vec<&str> = fields.iter().filter_map(|field| field.to_str().ok()).collect();
+    let elements: Vec<&str> = texts.iter().flat_map(|text| text.split(',')).collect();
+    let mut best = None;
+    for format in kind.formats() {
+        let media_type = format.media_type(is_batch);
+        let family = media_type.split('/').next()?;
+        let weight = [media_type, &format!("{family}/*"), "*/*"]
+            .iter()
+            .find_map(|range| weight(&elements, range))
+            .unwrap_or(0);
+        if weight > best.map_or(0, |(weight, _)| weight) {
+            best = Some((weight, *format));
+        }
+    }
+    best.map(|(_, format)| format)
+}
+
+/// The greatest weight, in thousandths, that the list gives this very range.
+fn weight(elements: &[&str], range: &str) -> Option<u32> {
+    let said = |element: &&str| {
+        let mut parts = element.split(';').map(str::trim);
+        if !parts.next()?.eq_ignore_ascii_case(range) {
+            return None;
+        }
+        let mut weight = Some(1000);
+        for (name, value) in parts.filter_map(|part| part.split_once('=')) {
+            if name.trim().eq_ignore_ascii_case("q") {
+                weight = Some(qvalue(value.trim())?);
+            }
+        }
+        weight
+    };
+    elements.iter().filter_map(said).max()
+}
+
+/// RFC 9110 section 12.4.2, read letter by letter.
+fn qvalue(text: &str) -> Option<u32> {
+    let mut letters = text.chars();
+    let whole = match letters.next()? {
+        '0' => 0,
+        '1' => 1000,
+        _ => return None,
+    };
+    match letters.next() {
+        None => return Some(whole),
+        Some('.') => {}
+        Some(_) => return None,
+    }
+    let mut unit = 100;
+    let mut value = whole;
+    for letter in letters {
+        if unit == 0 {
+            return None;
+        }
+        value += letter.to_digit(10)? * unit;
+        unit /= 10;
+    }
+    (value <= 1000).then_some(value)
+}

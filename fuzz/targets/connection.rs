@@ -1,0 +1,259 @@
+//! A client's bytes over the connection as the daemon assembles it: deadlines, seals, HTTP, the real routes. Time is
+//! paused, so a client that waits is cut off at once.
+//!
+//! The first byte of an input is the setup; see [`Setup`]. The rest goes over the wire.
+//!
+//! It must hold that nothing panics or hangs; that what comes back is a sequence of complete messages, one for each
+//! request that reached the service and at most one refusal at the end, each below 500 and never to be kept; that a key
+//! has the length its path asks for; and that no token's text reaches the service or the client.
+
+#![no_main]
+
+use std::cell::RefCell;
+use std::convert::Infallible;
+use std::num::NonZeroU64;
+use std::rc::Rc;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use http::{Method, Request, Response};
+use hyper::body::Incoming;
+use hyper::service::Service;
+use key_service::admission::{Admission, Rules};
+use key_service::api::{Answering, Api, Routes, Session, Site};
+use key_service::body::Body;
+use key_service::deadline::{Patience, Timed};
+use key_service::format::Format;
+use key_service::forwarded::Proxies;
+use key_service::health::Health;
+use key_service::metrics::Metrics;
+use key_service::peer::Peer;
+use key_service::random::{Generator, Kernel};
+use key_service::rate::Rates;
+use key_service::seal::{Sealed, Sealer};
+use key_service::server::{Drain, Seat, connection};
+use key_service::token::{Grant, LENGTH, PREFIX};
+use libfuzzer_sys::fuzz_target;
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex, split};
+use tokio::runtime;
+use tokio::time::timeout;
+
+/// Above 65,536, so that keys in pieces are reached too.
+const MAX_SIZE: u64 = 70_000;
+
+/// The token that is known here, where tokens are asked for.
+const TOKEN: &str = "ks_00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+
+static GENERATOR: LazyLock<Arc<Generator>> =
+    LazyLock::new(|| Arc::new(Generator::new(Kernel).expect("the kernel has random bytes")));
+static METRICS: LazyLock<Arc<Metrics>> = LazyLock::new(|| Arc::new(Metrics::new()));
+
+/// What an input says about everything but its bytes on the wire.
+struct Setup {
+    has_tokens: bool,
+    has_rates: bool,
+    has_audit: bool,
+    has_metrics: bool,
+    /// Whether the client keeps its sending side open when it has said all.
+    stays: bool,
+    /// How many bytes the client sends at a time.
+    piece: usize,
+}
+
+impl From<u8> for Setup {
+    fn from(byte: u8) -> Self {
+        let is = |bit: u8| byte & 1 << bit != 0;
+        let pieces = [16_384, 1, 7, 40, 75, 300, 1460, 4096];
+        Self {
+            has_tokens: is(0),
+            has_rates: is(1),
+            has_audit: is(2),
+            has_metrics: is(3),
+            stays: is(4),
+            piece: pieces[usize::from(byte >> 5)],
+        }
+    }
+}
+
+fuzz_target!(|input: &[u8]| {
+    let [setup, wire @ ..] = input else { return };
+    let setup = Setup::from(*setup);
+    let runtime = runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+    let (requests, answers) = runtime.expect("a runtime without sockets").block_on(exchange(&setup, wire));
+    check(&setup, &requests, &answers);
+    if setup.has_tokens {
+        for token in tokens(wire) {
+            assert!(!contains(&answers, token), "a token came back");
+            let seen = requests.iter().flat_map(|request| &request.texts);
+            assert!(seen.into_iter().all(|text| !contains(text, token)), "a token reached the service");
+        }
+    }
+});
+
+/// A request as it reached the service.
+struct Asked {
+    method: Method,
+    path: String,
+    /// Its target and the values of its fields.
+    texts: Vec<Vec<u8>>,
+}
+
+/// The service, and a list of what was asked of it.
+struct Recorder {
+    session: Session,
+    requests: Rc<RefCell<Vec<Asked>>>,
+}
+
+impl Service<Request<Incoming>> for Recorder {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Answering;
+
+    fn call(&self, request: Request<Incoming>) -> Answering {
+        let fields = request.headers().values().map(|value| value.as_bytes().to_vec());
+        let texts = fields.chain([request.uri().to_string().into_bytes()]).collect();
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        self.requests.borrow_mut().push(Asked { method, path, texts });
+        self.session.call(request)
+    }
+}
+
+/// Everything that was asked, and everything that came back until the connection's end.
+async fn exchange(setup: &Setup, wire: &[u8]) -> (Vec<Asked>, Vec<u8>) {
+    let generator = Arc::clone(&GENERATOR);
+    let number = |number| NonZeroU64::new(number).filter(|_| setup.has_rates);
+    let grant = || Grant::new("fuzz".parse().expect("a name"), Sha256::digest(TOKEN).into());
+    let rules = Rules {
+        tokens: setup.has_tokens.then(|| [grant()].into()),
+        trusts_unix: false,
+        rates: Rates { requests: number(2), bytes: number(40_000), burst: 2 },
+        proxies: Proxies { trusted: vec!["10.0.0.0/8".parse().expect("a network")], ..Proxies::default() },
+        audit: setup.has_audit,
+    };
+    let sealer = Sealer::new(&generator).expect("the generator works");
+    let api = Arc::new(Api {
+        max_size: AtomicU64::new(MAX_SIZE),
+        generator: Arc::clone(&generator),
+        health: Arc::new(Health::new(generator)),
+        metrics: Arc::clone(&METRICS),
+        admission: Admission::new(rules, sealer, 64),
+        dropped: Arc::default(),
+    });
+    let sealer = api.admission.sealer();
+    let routes = if setup.has_metrics { Routes::Both } else { Routes::Client };
+    let session = Site::new(routes, api).serve(Seat::Regular, Peer::tcp(([10, 0, 0, 1], 1).into()));
+    let requests = Rc::new(RefCell::new(Vec::new()));
+    let recorder = Recorder { session, requests: Rc::clone(&requests) };
+
+    let (ours, theirs) = duplex(1 << 14);
+    let patience = Arc::new(Patience::new(Duration::from_secs(10), Duration::from_secs(15)));
+    let ours = Sealed::new(Timed::new(ours, patience), Some(sealer));
+    let drain = Drain::new();
+    let (mut incoming, mut outgoing) = split(theirs);
+    let serving = connection(ours, recorder, drain.watch(), &METRICS);
+    let sending = async {
+        for piece in wire.chunks(setup.piece) {
+            if outgoing.write_all(piece).await.is_err() {
+                return; // the server has closed the connection
+            }
+            tokio::task::yield_now().await; // so that it is read by itself
+        }
+        if !setup.stays {
+            let _ = outgoing.shutdown().await;
+        }
+    };
+    let reading = async {
+        let mut answers = Vec::new();
+        let _ = incoming.read_to_end(&mut answers).await;
+        answers
+    };
+    let all = timeout(Duration::from_secs(60), async { tokio::join!(serving, sending, reading) }).await;
+    let (_, (), answers) = all.expect("a silent client is cut off long before");
+    (requests.take(), answers)
+}
+
+/// Whether what came back are the answers of these requests.
+fn check(setup: &Setup, requests: &[Asked], mut bytes: &[u8]) {
+    let mut requests = requests.iter();
+    while !bytes.is_empty() {
+        let asked = requests.next();
+        let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").expect("a head has an end");
+        let head = std::str::from_utf8(&bytes[..end]).expect("a head is ASCII");
+        bytes = &bytes[end + 4..];
+        let mut lines = head.split("\r\n");
+        let status = status(lines.next().expect("a head has a first line"));
+        let fields: Vec<_> =
+            lines.map(|line| line.split_once(": ").expect("a field has a name and a value")).collect();
+        let field = |name: &str| {
+            let mut values = fields.iter().filter(|(found, _)| found.eq_ignore_ascii_case(name));
+            let value = values.next().map(|(_, value)| *value);
+            assert!(values.next().is_none(), "{name} is there twice");
+            value
+        };
+        assert_eq!(field("transfer-encoding"), None);
+        let length: usize =
+            field("content-length").expect("an answer has a length").parse().expect("a length");
+        let Some(asked) = asked else {
+            // What HTTP itself refused never reached the service.
+            assert!(matches!(status, 400 | 414 | 431), "{status} to nothing that was asked");
+            assert_eq!(bytes.len(), length, "nothing follows a refusal");
+            return;
+        };
+        let length = if asked.method == Method::HEAD { 0 } else { length };
+        assert!(bytes.len() >= length, "{} of {length} bytes", bytes.len());
+        let body = &bytes[..length];
+        bytes = &bytes[length..];
+        assert_eq!(
+            (field("cache-control"), field("x-content-type-options")),
+            (Some("no-store"), Some("nosniff"))
+        );
+        check_status(setup, asked, status, body, field("content-type"));
+    }
+    assert_eq!(requests.len(), 0, "every request that reached the service has its answer");
+}
+
+fn check_status(setup: &Setup, asked: &Asked, status: u16, body: &[u8], kind: Option<&str>) {
+    let possible = [200, 400, 401, 404, 405, 406, 413, 429, 431];
+    assert!(possible.contains(&status), "{status}");
+    let text = String::from_utf8_lossy(body);
+    if status != 200 {
+        assert_eq!(kind, Some("application/problem+json"));
+        assert!(body.is_empty() || text.starts_with('{') && text.ends_with('}'), "{text}");
+        return;
+    }
+    assert!(matches!(asked.method, Method::GET | Method::HEAD), "{}", asked.method);
+    let Some(length) = asked.path.strip_prefix("/key/") else {
+        let known = ["/health", "/livez", "/readyz"].contains(&asked.path.as_str());
+        assert!(known || setup.has_metrics && asked.path == "/metrics", "{}", asked.path);
+        return;
+    };
+    assert!(!length.starts_with('0') && length.bytes().all(|byte| byte.is_ascii_digit()), "{length}");
+    let length: usize = length.parse().expect("a length that was served is a number");
+    assert!((1..=MAX_SIZE as usize).contains(&length));
+    let kind = kind.expect("a key has a type");
+    assert!(Format::ALL.iter().any(|format| kind.starts_with(format.media_type())), "{kind}");
+    if kind == Format::Raw.media_type() && asked.method == Method::GET {
+        assert_eq!(body.len(), length);
+    }
+}
+
+fn status(line: &str) -> u16 {
+    let rest = line.strip_prefix("HTTP/1.").expect("an answer is HTTP/1");
+    let (version, rest) = rest.split_once(' ').expect("a status follows the version");
+    assert!(matches!(version, "0" | "1"), "{version}");
+    rest.split(' ').next().expect("there is a first word").parse().expect("a status is a number")
+}
+
+/// Every token in `wire`.
+fn tokens(wire: &[u8]) -> impl Iterator<Item = &[u8]> {
+    wire.windows(LENGTH).filter(|text| {
+        let (prefix, digits) = text.split_at(PREFIX.len());
+        prefix == PREFIX.as_bytes() && digits.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    })
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}

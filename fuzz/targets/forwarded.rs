@@ -1,0 +1,157 @@
+//! Whom a proxy speaks for. The first byte of an input says which field it is and how the proxies write; the rest is what
+//! a client made up, a field a line. The first proxy may quote the last line, as it quotes the `Host` of a client.
+//!
+//! A chain of trusted proxies adds its words behind that, as proxies do, and the client must be the address that the
+//! first of them saw. Where what was made up spoils the field for everyone, there may be no client, but never another
+//! one. From who is no trusted proxy, nothing is believed at all; and no address is named that is not written there.
+
+#![no_main]
+
+use std::net::IpAddr;
+
+use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue};
+use key_service::forwarded::{Field, Proxies, Proxy};
+use key_service::peer::Origin;
+use libfuzzer_sys::fuzz_target;
+
+/// The true client, as each of the ways of writing has it.
+const CLIENT: [&str; 4] = ["203.0.113.7", "203.0.113.7:4711", "[2001:db8:7::7]:4711", "2001:db8:7::7"];
+
+/// Trusted proxies between it and us.
+const BETWEEN: [&str; 2] = ["10.1.1.1", "2001:db8:1::9"];
+
+fuzz_target!(|input: &[u8]| {
+    let [setup, made_up @ ..] = input else { return };
+    let field = if setup & 1 == 0 { Field::XForwardedFor } else { Field::Forwarded };
+    let proxies = Proxies { trusted: trusted(), field };
+    let made_up: Vec<HeaderValue> =
+        made_up.split(|byte| *byte == b'\n').filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
+
+    // What is written to us directly.
+    let near = Origin::Ip("10.0.0.1".parse().expect("an address"));
+    let far = Origin::Ip("192.0.2.9".parse().expect("an address"));
+    let headers = fields(field, &made_up);
+    assert_eq!(proxies.client(far, &headers), None, "who is not trusted is the client");
+    let found = proxies.client(near, &headers);
+    if let Some(found) = found {
+        assert!(made_up.iter().any(|value| names(value, found)), "{found} is in none of {made_up:?}");
+    }
+    if field == Field::XForwardedFor {
+        assert_eq!(found, rightmost(&made_up), "{made_up:?}");
+    }
+
+    // What comes through proxies that are trusted.
+    let client = CLIENT[usize::from(setup >> 1 & 3)];
+    let truth = address(client).expect("the client has an address");
+    let hops = usize::from(setup >> 3 & 15) % (BETWEEN.len() + 1);
+    let mut chain: Vec<String> =
+        [client].iter().chain(&BETWEEN[..hops]).map(|hop| written(field, hop)).collect();
+    if let (Field::Forwarded, true, Some(Ok(host))) =
+        (field, setup & 128 != 0, made_up.last().map(HeaderValue::to_str))
+    {
+        // RFC 7239 section 5.3: the Host of the request, quoted (RFC 9110 section 5.6.4) since it may have a colon.
+        chain[0] += &format!(";host=\"{}\"", host.replace('\\', "\\\\").replace('"', "\\\""));
+    }
+    let chain = chain.join(", ");
+    let chain = HeaderValue::from_str(&chain).expect("a chain has no control characters");
+    let apart: Vec<_> = made_up.iter().cloned().chain([chain.clone()]).collect();
+    assert_eq!(proxies.client(near, &fields(field, &apart)), Some(truth), "a field of its own: {apart:?}");
+    if let Some((last, before)) = made_up.split_last() {
+        let joined = [last.as_bytes(), b", ", chain.as_bytes()].concat();
+        let joined = HeaderValue::from_bytes(&joined).expect("two values make one");
+        let spoils = match field {
+            Field::XForwardedFor => joined.to_str().is_err(),
+            Field::Forwarded => joined.to_str().is_err() || last.as_bytes().contains(&b'"'),
+        };
+        let values: Vec<_> = before.iter().cloned().chain([joined]).collect();
+        match proxies.client(near, &fields(field, &values)) {
+            None => assert!(spoils, "{values:?} names nobody"),
+            found => assert_eq!(found, Some(truth), "{values:?}"),
+        }
+    }
+});
+
+fn trusted() -> Vec<Proxy> {
+    ["10.0.0.0/8", "2001:db8:1::/48"].map(|text| text.parse().expect("a network")).to_vec()
+}
+
+fn is_trusted(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.octets()[0] == 10,
+        IpAddr::V6(ip) => ip.segments()[..3] == [0x2001, 0xdb8, 1],
+    }
+}
+
+fn fields(field: Field, values: &[HeaderValue]) -> HeaderMap {
+    let name = match field {
+        Field::XForwardedFor => HeaderName::from_static("x-forwarded-for"),
+        Field::Forwarded => FORWARDED,
+    };
+    values.iter().map(|value| (name.clone(), value.clone())).collect::<Vec<_>>().into_iter().fold(
+        HeaderMap::new(),
+        |mut headers, (name, value)| {
+            headers.append(name, value);
+            headers
+        },
+    )
+}
+
+/// An address as a proxy writes it into the field.
+fn written(field: Field, hop: &str) -> String {
+    match field {
+        Field::XForwardedFor => hop.to_owned(),
+        Field::Forwarded if hop.contains(':') && !hop.contains(['[', '.']) => {
+            format!("for=\"[{hop}]\";proto=https")
+        }
+        Field::Forwarded if hop.contains(':') => format!("proto=https;For=\"{hop}\""),
+        Field::Forwarded => format!("for={hop}"),
+    }
+}
+
+/// An address in any form, taken apart by hand.
+fn address(text: &str) -> Option<IpAddr> {
+    let bare = match (text.strip_prefix('['), text.matches(':').count()) {
+        (Some(rest), _) => {
+            let (inside, after) = rest.split_once(']')?;
+            let port = after.strip_prefix(':');
+            let is_fine = after.is_empty() || port.is_some_and(is_port);
+            return inside
+                .parse()
+                .ok()
+                .filter(|ip: &IpAddr| is_fine && ip.is_ipv6())
+                .map(|ip| ip.to_canonical());
+        }
+        (None, 1) => {
+            let (bare, port) = text.split_once(':')?;
+            return bare.parse().ok().filter(|ip: &IpAddr| is_port(port) && ip.is_ipv4());
+        }
+        (None, _) => text,
+    };
+    bare.parse().ok().map(|ip: IpAddr| ip.to_canonical())
+}
+
+fn is_port(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok()
+}
+
+/// The rightmost address of the list that is not trusted, else the leftmost one; nothing, if something unreadable is met.
+fn rightmost(values: &[HeaderValue]) -> Option<IpAddr> {
+    let mut found = None;
+    for value in values.iter().rev() {
+        let text = value.to_str().ok()?;
+        for element in text.rsplit(',') {
+            let ip = address(element.trim_matches([' ', '\t']))?;
+            found = Some(ip);
+            if !is_trusted(ip) {
+                return found;
+            }
+        }
+    }
+    found
+}
+
+/// Whether the address is written somewhere in the value.
+fn names(value: &HeaderValue, ip: IpAddr) -> bool {
+    let text = value.to_str().unwrap_or_default();
+    text.split([',', ';', '=', '"', ' ', '\t']).any(|word| address(word) == Some(ip))
+}
