@@ -196,8 +196,8 @@ async fn send(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Resul
     stream.shutdown().await
 }
 
-/// Makes systemd fail the start of a unit that no key can be made for. An end without a byte would be an empty credential
-/// to it, with which the unit would start; what is above its limit is an error.
+/// Makes systemd fail the start of a unit that no key can be made for. An end without a byte would be an empty
+/// credential to it, with which the unit would start; what is above its limit is an error.
 async fn refuse(stream: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
     let zeros = [0; 8192];
     for _ in 0..=SYSTEMD_MAX / zeros.len() {

@@ -1,5 +1,5 @@
 //! How a key is written: the one layer that every outlet uses. What held a key, in whatever form, is wiped when it is
-//! dropped; encodings are constant-time, and no buffer grows, since one that grows leaves a copy behind.
+//! dropped; keys are encoded in constant time, and no buffer grows, since one that grows leaves a copy behind.
 
 use std::sync::Arc;
 

@@ -59,7 +59,7 @@ impl Alphabet {
         (bits * 10.0).floor() / 10.0
     }
 
-    /// The character that a random byte stands for. Bytes above the last multiple of the alphabet's size stand for none:
+    /// The character that a random byte stands for. Those above the last multiple of the alphabet's size stand for none:
     /// they would make its first characters likelier than the others.
     fn character(self, byte: u8) -> Option<u8> {
         let characters = self.characters();
