@@ -225,10 +225,13 @@ fn with_a_client_ca_only_its_clients_are_let_in() {
     let folder = Folder::new();
     authority.server().write(&folder);
     let ca = folder.write("clients.pem", &clients.pem());
-    let daemon = start(folder, &[("TLS_CLIENT_CA", ca.to_str().unwrap())]);
+    let daemon = start(folder, &[("TLS_CLIENT_CA", ca.to_str().unwrap()), ("AUDIT", "true")]);
     let with = |identity: &Identity| trusting(&authority, &[&TLS13], Some(identity));
     let mut client = connect(daemon.keys(), &with(&clients.client("web")));
     assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
+    until("the audit record to name the client", || {
+        daemon.log().contains("certificate=CN:web").then_some(())
+    });
 
     assert!(refusal(&daemon, &modern(&authority)).contains("CertificateRequired"), "none");
     assert!(refusal(&daemon, &with(&authority.client("web"))).contains("UnknownCA"), "another's");
