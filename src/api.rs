@@ -29,6 +29,7 @@ use crate::health::{self, Health};
 use crate::key::{KeyLength, LengthError};
 use crate::logging::Dropped;
 use crate::metrics::{Endpoint, Metrics, Rejection};
+use crate::openapi;
 use crate::password::Alphabet;
 use crate::peer::Peer;
 use crate::problem::{self, Problem};
@@ -96,6 +97,9 @@ impl Site {
             .route("/health", get(serve_health))
             .route("/livez", get(serve_livez))
             .route("/readyz", get(serve_readyz));
+        if routes != Routes::Operator {
+            router = router.route("/openapi.json", get(serve_openapi));
+        }
         if routes != Routes::Client {
             router = router.route("/metrics", get(serve_metrics));
         }
@@ -459,6 +463,14 @@ async fn serve_readyz(State(api): State<Arc<Api>>) -> axum::response::Response {
     let checked = api.health.ready();
     api.report_failure();
     ok_or_problem(checked)
+}
+
+async fn serve_openapi(State(api): State<Arc<Api>>) -> impl IntoResponse {
+    let document = openapi::document(openapi::Terms {
+        max_size: api.max_size.load(Ordering::Relaxed),
+        needs_token: api.admission.needs_token(),
+    });
+    ([(CONTENT_TYPE, "application/json")], document.to_string())
 }
 
 async fn serve_metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {

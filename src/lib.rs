@@ -10,6 +10,7 @@
 //! | [`password`] | alphabets, and passwords of them |
 //! | [`query`] | what a request asks for |
 //! | [`api`] | the routes |
+//! | [`openapi`] | what they are, for tools |
 //! | [`body`] | what is sent back, until its last byte |
 //! | [`health`] | whether the service is well |
 //! | [`probe`] | asks a running service how it is |
@@ -48,6 +49,7 @@ pub mod key;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod openapi;
 pub mod password;
 pub mod peer;
 pub mod probe;

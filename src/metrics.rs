@@ -30,13 +30,23 @@ pub enum Endpoint {
     Readyz,
     /// `/metrics`
     Metrics,
+    /// `/openapi.json`
+    OpenApi,
     /// A path that is none of these.
     Other,
 }
 
 impl Endpoint {
-    const ALL: [Self; 7] =
-        [Self::Key, Self::Password, Self::Health, Self::Livez, Self::Readyz, Self::Metrics, Self::Other];
+    const ALL: [Self; 8] = [
+        Self::Key,
+        Self::Password,
+        Self::Health,
+        Self::Livez,
+        Self::Readyz,
+        Self::Metrics,
+        Self::OpenApi,
+        Self::Other,
+    ];
 
     /// The route of `path`.
     pub fn of(path: &str) -> Self {
@@ -51,6 +61,7 @@ impl Endpoint {
             Self::Livez => "/livez",
             Self::Readyz => "/readyz",
             Self::Metrics => "/metrics",
+            Self::OpenApi => "/openapi.json",
             Self::Other => "other",
         }
     }

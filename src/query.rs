@@ -14,9 +14,12 @@ pub fn parameters(kind: Kind) -> &'static [&'static str] {
     }
 }
 
-const FORMAT: &str = "format";
-const COUNT: &str = "count";
-const ALPHABET: &str = "alphabet";
+/// How a key is to be written.
+pub const FORMAT: &str = "format";
+/// How many there are to be.
+pub const COUNT: &str = "count";
+/// What a password is to be made of.
+pub const ALPHABET: &str = "alphabet";
 
 /// What a request asks for, beside a length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
