@@ -4,7 +4,7 @@ import os
 import schemathesis
 from schemathesis import GenerationMode
 
-# From src/format.rs, by way of the description of each operation.
+# The bound of a batch; tests/openapi/run reads it in the source.
 BATCH_MAX = int(os.environ["BATCH_MAX"])
 
 
