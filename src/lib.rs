@@ -11,6 +11,7 @@
 //! | [`query`] | what a request asks for |
 //! | [`api`] | the routes |
 //! | [`openapi`] | what they are, for tools |
+//! | [`page`] | what they are, for people |
 //! | [`body`] | what is sent back, until its last byte |
 //! | [`health`] | whether the service is well |
 //! | [`probe`] | asks a running service how it is |
@@ -50,6 +51,7 @@ pub mod listener;
 pub mod logging;
 pub mod metrics;
 pub mod openapi;
+pub mod page;
 pub mod password;
 pub mod peer;
 pub mod probe;
@@ -174,6 +176,7 @@ pub fn run(
         metrics: Arc::clone(&metrics),
         admission: Admission::new(config.rules(), Sealer::new(&generator)?, config.max_bulk_streams),
         dropped: log.dropped(),
+        has_page: config.page,
     });
     let tls = match config.tls.clone() {
         None => None,

@@ -30,6 +30,8 @@ pub enum Endpoint {
     Readyz,
     /// `/metrics`
     Metrics,
+    /// `/`
+    Page,
     /// `/openapi.json`
     OpenApi,
     /// A path that is none of these.
@@ -37,13 +39,14 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Key,
         Self::Password,
         Self::Health,
         Self::Livez,
         Self::Readyz,
         Self::Metrics,
+        Self::Page,
         Self::OpenApi,
         Self::Other,
     ];
@@ -61,6 +64,7 @@ impl Endpoint {
             Self::Livez => "/livez",
             Self::Readyz => "/readyz",
             Self::Metrics => "/metrics",
+            Self::Page => "/",
             Self::OpenApi => "/openapi.json",
             Self::Other => "other",
         }

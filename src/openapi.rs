@@ -13,14 +13,16 @@ pub struct Terms {
     pub max_size: u64,
     /// Whether a key takes a token now.
     pub needs_token: bool,
+    /// Whether there is a page for people.
+    pub has_page: bool,
 }
 
 /// The document.
 pub fn document(terms: Terms) -> Value {
-    let Terms { max_size, needs_token } = terms;
+    let Terms { max_size, needs_token, has_page } = terms;
     let key = drawn(Kind::Key, max_size, needs_token);
     let password = drawn(Kind::Password(Alphabet::default()), max_size, needs_token);
-    json!({
+    let mut document = json!({
         "openapi": "3.1.0",
         "info": {
             "title": "key-service",
@@ -53,7 +55,24 @@ pub fn document(terms: Terms) -> Value {
             })),
         },
         "components": components(),
-    })
+    });
+    if has_page {
+        let text = json!({ "schema": { "type": "string" } });
+        document["paths"]["/"] = both(
+            "index",
+            &json!({
+                "tags": ["state"],
+                "summary": "A page for people with a browser, and a short index for those with a shell",
+                "responses": responses(json!({
+                    "200": {
+                        "description": "As the Accept field prefers",
+                        "content": { "text/plain": text, "text/html": text },
+                    },
+                }), &["400", "405", "406", "431", "503"]),
+            }),
+        );
+    }
+    document
 }
 
 /// The path of keys or of passwords.
