@@ -137,7 +137,7 @@ fn parameter(kind: Kind, name: &str) -> Value {
                 json!({ "type": "integer", "minimum": 1, "maximum": COUNT_MAX }),
             )
         }
-        _ => unreachable!("query::parameters() has no other; a test writes the document with each"),
+        _ => (String::new(), json!({})), // there is no other; one that comes has to be described, says the test
     };
     json!({ "name": name, "in": "query", "description": description, "schema": schema })
 }

@@ -69,6 +69,7 @@ fn every_name_in_it_is_served_and_every_name_that_is_served_is_in_it() {
         let parameters =
             document["paths"][format!("{path}/{{length}}")]["get"]["parameters"].as_array().unwrap().clone();
         let names: Vec<_> = parameters.iter().map(|known| known["name"].as_str().unwrap()).collect();
+        assert!(parameters.iter().all(|known| known["description"] != ""), "{path}: each is described");
         let refused = daemon.get(&format!("{path}/8?other=1")).problem();
         assert!(refused.ends_with(&format!("known: {}", names.join(", "))), "{path}: {refused}");
     }
