@@ -94,6 +94,11 @@ impl Admission {
         self.is_open.load(Ordering::Relaxed)
     }
 
+    /// Whether a key takes a token, at least from who comes by TCP.
+    pub fn needs_token(&self) -> bool {
+        self.books.read().unwrap_or_else(PoisonError::into_inner).rules.tokens.is_some()
+    }
+
     /// Whether each key leaves a record.
     pub fn audits(&self) -> bool {
         self.books.read().unwrap_or_else(PoisonError::into_inner).rules.audit

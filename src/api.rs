@@ -29,6 +29,8 @@ use crate::health::{self, Health};
 use crate::key::{KeyLength, LengthError};
 use crate::logging::Dropped;
 use crate::metrics::{Endpoint, Metrics, Rejection};
+use crate::openapi;
+use crate::page;
 use crate::password::Alphabet;
 use crate::peer::Peer;
 use crate::problem::{self, Problem};
@@ -60,6 +62,8 @@ pub struct Api {
     pub admission: Admission,
     /// How many log events were dropped so far.
     pub dropped: Arc<Dropped>,
+    /// Whether there is a page for people.
+    pub has_page: bool,
 }
 
 /// Which routes a listener has.
@@ -96,12 +100,18 @@ impl Site {
             .route("/health", get(serve_health))
             .route("/livez", get(serve_livez))
             .route("/readyz", get(serve_readyz));
+        if routes != Routes::Operator {
+            router = router.route("/openapi.json", get(serve_openapi));
+            if api.has_page {
+                router = router.route("/", get(serve_page));
+            }
+        }
         if routes != Routes::Client {
             router = router.route("/metrics", get(serve_metrics));
         }
         let router = router
-            .fallback(async || page(&Problem::not_found()))
-            .method_not_allowed_fallback(async || page(&Problem::method_not_allowed()))
+            .fallback(async || told(&Problem::not_found()))
+            .method_not_allowed_fallback(async || told(&Problem::method_not_allowed()))
             .with_state(Arc::clone(&api));
         Self { api, router, has_keys: routes != Routes::Operator }
     }
@@ -461,6 +471,19 @@ async fn serve_readyz(State(api): State<Arc<Api>>) -> axum::response::Response {
     ok_or_problem(checked)
 }
 
+async fn serve_openapi(State(api): State<Arc<Api>>) -> impl IntoResponse {
+    let document = openapi::document(openapi::Terms {
+        max_size: api.max_size.load(Ordering::Relaxed),
+        needs_token: api.admission.needs_token(),
+        has_page: api.has_page,
+    });
+    ([(CONTENT_TYPE, "application/json")], document.to_string())
+}
+
+async fn serve_page(headers: HeaderMap) -> axum::response::Response {
+    page::serve(&headers).unwrap_or_else(|problem| told(&problem))
+}
+
 async fn serve_metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
     let text = api.metrics.render(&api.dropped);
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
@@ -469,11 +492,11 @@ async fn serve_metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
 fn ok_or_problem(checked: Result<(), Problem>) -> axum::response::Response {
     match checked {
         Ok(()) => (StatusCode::OK, [(CONTENT_TYPE, "text/plain; charset=utf-8")], "OK").into_response(),
-        Err(problem) => page(&problem),
+        Err(problem) => told(&problem),
     }
 }
 
-fn page(problem: &Problem) -> axum::response::Response {
+fn told(problem: &Problem) -> axum::response::Response {
     problem.to_response()
 }
 
@@ -503,6 +526,7 @@ mod tests {
             metrics: Arc::new(Metrics::new()),
             admission: Admission::new(Rules::default(), sealer, 2),
             dropped: Arc::default(),
+            has_page: false,
         };
         let peer = Peer::tcp(([127, 0, 0, 1], 1).into());
         let site = Site::new(Routes::Client, Arc::new(api)).serve(Seat::Regular, peer);

@@ -89,6 +89,8 @@ pub struct Config {
     pub max_bulk_streams: usize,
     /// Whether each key leaves a record.
     pub audit: bool,
+    /// Whether there is a page for people at `/`.
+    pub page: bool,
     /// What units get that load a credential.
     pub credentials: credential::Rules,
 }
@@ -106,7 +108,7 @@ pub struct TokensFile {
 const CREDENTIAL: &str = "credential:";
 
 /// The names of all settings, as TOML has them.
-const NAMES: [&str; 29] = [
+const NAMES: [&str; 30] = [
     "host",
     "srv-port",
     "max-size",
@@ -135,6 +137,7 @@ const NAMES: [&str; 29] = [
     "max-connections-per-client",
     "max-bulk-streams",
     "audit",
+    "page",
     "credentials",
 ];
 
@@ -227,6 +230,7 @@ impl Config {
             u64::from(self.max_connections_per_client.unwrap_or(0)).into(),
             (self.max_bulk_streams as u64).into(),
             self.audit.into(),
+            self.page.into(),
             self.credentials
                 .iter()
                 .map(|(name, shape)| (name.to_owned(), credential_value(shape)))
@@ -356,7 +360,7 @@ impl Reader {
         let tokens = self.tokens();
         let modes = "a mode in octal digits, such as \"0660\"";
         let unix_mode = self.parsed("unix-mode", Mode::default(), modes);
-        let unix_trust = self.truth("unix-trust");
+        let unix_trust = self.truth("unix-trust", false);
         let rate_requests = self.whole("rate-requests", 0, 0..=1_000_000_000);
         let rate_bytes = self.whole("rate-bytes", 0, 0..=1 << 40);
         let rate_burst = self.whole("rate-burst", 10, 1..=ONE_HOUR);
@@ -365,7 +369,8 @@ impl Reader {
         let field = self.parsed("forwarded-header", Field::default(), &fields);
         let max_connections_per_client = self.whole("max-connections-per-client", 256, 0..=1_000_000);
         let max_bulk_streams = self.whole("max-bulk-streams", 64, 1..=1_000_000);
-        let audit = self.truth("audit");
+        let audit = self.truth("audit", false);
+        let page = self.truth("page", true);
         let credentials = self.credentials();
         let proxies = Proxies { trusted: trusted?, field: field? };
         if unix_trust? && proxies.trusted.contains(&Proxy::Unix) {
@@ -401,6 +406,7 @@ impl Reader {
                 .filter(|limit| *limit > 0),
             max_bulk_streams: max_bulk_streams?.try_into().ok()?,
             audit: audit?,
+            page: page?,
             credentials: credentials?,
         })
     }
@@ -478,9 +484,9 @@ impl Reader {
         }
     }
 
-    fn truth(&mut self, name: &'static str) -> Option<bool> {
+    fn truth(&mut self, name: &'static str, default: bool) -> Option<bool> {
         let Ok(value) = self.figment.find_value(name) else {
-            return Some(false);
+            return Some(default);
         };
         match value.to_bool() {
             Some(truth) => Some(truth),

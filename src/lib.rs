@@ -10,6 +10,8 @@
 //! | [`password`] | alphabets, and passwords of them |
 //! | [`query`] | what a request asks for |
 //! | [`api`] | the routes |
+//! | [`openapi`] | what they are, for tools |
+//! | [`page`] | what they are, for people |
 //! | [`body`] | what is sent back, until its last byte |
 //! | [`health`] | whether the service is well |
 //! | [`probe`] | asks a running service how it is |
@@ -48,6 +50,8 @@ pub mod key;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod openapi;
+pub mod page;
 pub mod password;
 pub mod peer;
 pub mod probe;
@@ -172,6 +176,7 @@ pub fn run(
         metrics: Arc::clone(&metrics),
         admission: Admission::new(config.rules(), Sealer::new(&generator)?, config.max_bulk_streams),
         dropped: log.dropped(),
+        has_page: config.page,
     });
     let tls = match config.tls.clone() {
         None => None,

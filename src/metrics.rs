@@ -30,13 +30,26 @@ pub enum Endpoint {
     Readyz,
     /// `/metrics`
     Metrics,
+    /// `/`
+    Page,
+    /// `/openapi.json`
+    OpenApi,
     /// A path that is none of these.
     Other,
 }
 
 impl Endpoint {
-    const ALL: [Self; 7] =
-        [Self::Key, Self::Password, Self::Health, Self::Livez, Self::Readyz, Self::Metrics, Self::Other];
+    const ALL: [Self; 9] = [
+        Self::Key,
+        Self::Password,
+        Self::Health,
+        Self::Livez,
+        Self::Readyz,
+        Self::Metrics,
+        Self::Page,
+        Self::OpenApi,
+        Self::Other,
+    ];
 
     /// The route of `path`.
     pub fn of(path: &str) -> Self {
@@ -51,6 +64,8 @@ impl Endpoint {
             Self::Livez => "/livez",
             Self::Readyz => "/readyz",
             Self::Metrics => "/metrics",
+            Self::Page => "/",
+            Self::OpenApi => "/openapi.json",
             Self::Other => "other",
         }
     }

@@ -14,9 +14,12 @@ pub fn parameters(kind: Kind) -> &'static [&'static str] {
     }
 }
 
-const FORMAT: &str = "format";
-const COUNT: &str = "count";
-const ALPHABET: &str = "alphabet";
+/// How a key is to be written.
+pub const FORMAT: &str = "format";
+/// How many there are to be.
+pub const COUNT: &str = "count";
+/// What a password is to be made of.
+pub const ALPHABET: &str = "alphabet";
 
 /// What a request asks for, beside a length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,24 +117,31 @@ fn negotiate<'a>(
     accept: impl IntoIterator<Item = &'a HeaderValue>,
     is_batch: bool,
 ) -> Result<Format, Unsatisfied> {
-    let formats = kind.formats();
+    choose(kind.formats(), |format| format.media_type(is_batch), accept).ok_or(Unsatisfied::Accept(is_batch))
+}
+
+/// The one of `offers` that the `Accept` fields weigh most, the first of equals; `None` where they weigh none.
+pub fn choose<'a, T: Copy>(
+    offers: &[T],
+    media_type: impl Fn(T) -> &'static str,
+    accept: impl IntoIterator<Item = &'a HeaderValue>,
+) -> Option<T> {
     let mut accept = accept.into_iter().peekable();
     if accept.peek().is_none() {
-        return Ok(formats[0]);
+        return offers.first().copied();
     }
     let ranges: Vec<Range<'_>> = accept
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
         .filter_map(Range::parse)
         .collect();
-    let weight = |format: &Format| weight(format.media_type(is_batch), &ranges);
-    formats
+    let weight = |offer: &T| weight(media_type(*offer), &ranges);
+    offers
         .iter()
         .copied()
         .rev() // of equal weights the last one wins in max_by_key, which must be the default
         .max_by_key(weight)
-        .filter(|format| weight(format) > 0)
-        .ok_or(Unsatisfied::Accept(is_batch))
+        .filter(|offer| weight(offer) > 0)
 }
 
 /// One media range of an `Accept` field (RFC 9110 section 12.5.1).

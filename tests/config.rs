@@ -59,6 +59,7 @@ forwarded-header = "x-forwarded-for"
 max-connections-per-client = 256
 max-bulk-streams = 64
 audit = false
+page = true
 credentials = {}
 "#;
 

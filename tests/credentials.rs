@@ -230,6 +230,7 @@ fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_k
         generator,
         metrics: Arc::clone(&metrics),
         dropped: Arc::default(),
+        has_page: false,
     };
     let path = Host::Unix(folder.file("credential.sock"));
     let listener = Listener::bind(&path, 0, Mode::default()).unwrap();

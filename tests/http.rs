@@ -119,7 +119,8 @@ fn another_method_is_405_with_allow() {
 fn an_unknown_path_is_404() {
     let daemon = Daemon::start(&[]);
     for path in [
-        "/",
+        "//",
+        "/index.html",
         "/key",
         "/key/32/",
         "/key/32/x",

@@ -53,6 +53,7 @@ impl Service {
             metrics: Arc::clone(&metrics),
             admission,
             dropped: Arc::default(),
+            has_page: false,
         };
         Self { site: Site::new(Routes::Both, Arc::new(api)), metrics, is_broken }
     }

@@ -1,0 +1,312 @@
+//! The client routes as OpenAPI 3.1, for tools: written from the limits and names that the routes themselves go by.
+
+use serde_json::{Map, Value, json};
+
+use crate::format::{BATCH_MAX, COUNT_MAX, Format, Kind};
+use crate::password::Alphabet;
+use crate::query;
+
+/// What the document depends on and the code does not fix.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms {
+    /// The largest key, in bytes, now.
+    pub max_size: u64,
+    /// Whether a key takes a token now.
+    pub needs_token: bool,
+    /// Whether there is a page for people.
+    pub has_page: bool,
+}
+
+/// The document.
+pub fn document(terms: Terms) -> Value {
+    let Terms { max_size, needs_token, has_page } = terms;
+    let key = drawn(Kind::Key, max_size, needs_token);
+    let password = drawn(Kind::Password(Alphabet::default()), max_size, needs_token);
+    let mut document = json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "key-service",
+            "version": env!("CARGO_PKG_VERSION"),
+            "summary": "Cryptographically secure random keys",
+            "description": "Keys are drawn when they are asked for and kept nowhere. A HEAD request answers with the head of \
+                GET and draws none. Every error is a problem document (RFC 9457), and nothing may be cached.",
+            "license": { "name": "MIT OR Apache-2.0", "identifier": "MIT OR Apache-2.0" },
+        },
+        "servers": [{ "url": "/" }],
+        "tags": [
+            { "name": "keys", "description": "What is drawn" },
+            { "name": "state", "description": "How the service is" },
+        ],
+        "paths": {
+            "/key/{length}": key,
+            "/password/{length}": password,
+            "/health": state("health", "Whether the generator makes a block now"),
+            "/livez": state("livez", "Whether the process makes progress"),
+            "/readyz": state("readyz", "Whether a key that is asked for now will be served"),
+            "/openapi.json": both("description", &json!({
+                "tags": ["state"],
+                "summary": "This document, with the limits of now",
+                "responses": responses(json!({
+                    "200": {
+                        "description": "The document",
+                        "content": { "application/json": { "schema": { "type": "object" } } },
+                    },
+                }), &["400", "405", "431", "503"]),
+            })),
+        },
+        "components": components(),
+    });
+    if has_page {
+        let text = json!({ "schema": { "type": "string" } });
+        document["paths"]["/"] = both(
+            "index",
+            &json!({
+                "tags": ["state"],
+                "summary": "A page for people with a browser, and a short index for those with a shell",
+                "responses": responses(json!({
+                    "200": {
+                        "description": "As the Accept field prefers",
+                        "content": { "text/plain": text, "text/html": text },
+                    },
+                }), &["400", "405", "406", "431", "503"]),
+            }),
+        );
+    }
+    document
+}
+
+/// The path of keys or of passwords.
+fn drawn(kind: Kind, max_size: u64, needs_token: bool) -> Value {
+    let (id, summary, unit) = match kind {
+        Kind::Key => ("key", "Random bytes", "bytes of each key, however they are written"),
+        Kind::Password(_) => ("password", "Random characters", "characters of each password"),
+    };
+    let mut refusals = vec!["400", "405", "406", "413", "429", "431", "503"];
+    let mut operation = json!({
+        "tags": ["keys"],
+        "summary": summary,
+        "description": format!(
+            "A format that is given wins over the Accept field; without either it is {}. Length times count is at most \
+            {BATCH_MAX}.", kind.formats()[0].name()),
+        "parameters": query::parameters(kind).iter().map(|name| parameter(kind, name)).collect::<Value>(),
+    });
+    if needs_token {
+        operation["security"] = json!([{ "token": [] }]);
+        refusals.push("401");
+    }
+    operation["responses"] = responses(json!({ "200": served(kind) }), &refusals);
+    let mut path = both(id, &operation);
+    path["parameters"] = json!([{
+        "name": "length",
+        "in": "path",
+        "required": true,
+        "description": format!("The {unit}, in decimal digits without sign or leading zero. A token may have a smaller bound."),
+        "schema": { "type": "integer", "minimum": 1, "maximum": kind.length_max(max_size) },
+    }]);
+    path
+}
+
+/// A query parameter; its values are those that a request is held to.
+fn parameter(kind: Kind, name: &str) -> Value {
+    let (description, schema) = match name {
+        query::FORMAT => (
+            "How it is written".to_owned(),
+            json!({ "enum": kind.formats().iter().map(|format| format.name()).collect::<Vec<_>>() }),
+        ),
+        query::ALPHABET => (
+            "The characters that it is made of".to_owned(),
+            json!({
+                "enum": Alphabet::ALL.map(Alphabet::name),
+                "default": Alphabet::default().name(),
+            }),
+        ),
+        query::COUNT => {
+            let without: Vec<_> =
+                kind.formats().iter().filter(|format| !format.has_batches()).map(|f| f.name()).collect();
+            let except = match without[..] {
+                [] => String::new(),
+                _ => format!(
+                    ", which {} keys do not have, since nothing would tell them apart",
+                    without.join(" or ")
+                ),
+            };
+            (
+                format!(
+                    "Makes it a batch of so many, each drawn on its own: lines, a JSON array or a JWK Set{except}"
+                ),
+                json!({ "type": "integer", "minimum": 1, "maximum": COUNT_MAX }),
+            )
+        }
+        _ => (String::new(), json!({})), // there is no other; one that comes has to be described, says the test
+    };
+    json!({ "name": name, "in": "query", "description": description, "schema": schema })
+}
+
+/// The answer that has what was asked for.
+fn served(kind: Kind) -> Value {
+    let mut content = Map::new();
+    for format in kind.formats() {
+        for is_batch in [false, true] {
+            if !is_batch || format.has_batches() {
+                content.insert(
+                    format.media_type(is_batch).into(),
+                    json!({ "schema": schema(kind, *format, is_batch) }),
+                );
+            }
+        }
+    }
+    // One media type for one object and for a batch of them.
+    let one = schema(kind, Format::Json, false);
+    let batch = json!({ "type": "array", "items": one, "minItems": 1, "maxItems": COUNT_MAX });
+    content[Format::Json.media_type(false)] = json!({ "schema": { "oneOf": [one, batch] } });
+    let mut headers = json!({
+        "RateLimit-Policy": { "$ref": "#/components/headers/RateLimit-Policy" },
+        "RateLimit": { "$ref": "#/components/headers/RateLimit" },
+        "X-Request-Id": { "$ref": "#/components/headers/X-Request-Id" },
+    });
+    if kind != Kind::Key {
+        headers["Entropy-Bits"] = json!({ "$ref": "#/components/headers/Entropy-Bits" });
+    }
+    json!({ "description": "Drawn for this request", "headers": headers, "content": content })
+}
+
+/// What a media type holds.
+fn schema(kind: Kind, format: Format, is_batch: bool) -> Value {
+    let reference = match (format, kind) {
+        (Format::Raw, _) => return json!({}),
+        (Format::Text | Format::Hex | Format::Base64 | Format::Base64Url, _) => {
+            return json!({ "type": "string", "description": "A line for each, with its newline" });
+        }
+        (Format::Json, Kind::Key) => "Key",
+        (Format::Json, Kind::Password(_)) => "Password",
+        (Format::Jwk, _) if is_batch => "JwkSet",
+        (Format::Jwk, _) => "Jwk",
+    };
+    json!({ "$ref": format!("#/components/schemas/{reference}") })
+}
+
+/// A path that says how the service is.
+fn state(id: &str, summary: &str) -> Value {
+    both(
+        id,
+        &json!({
+            "tags": ["state"],
+            "summary": summary,
+            "responses": responses(json!({
+                "200": {
+                    "description": "It is so",
+                    "content": { "text/plain": { "schema": { "type": "string", "const": "OK" } } },
+                },
+            }), &["400", "405", "431", "503"]),
+        }),
+    )
+}
+
+/// GET and HEAD of a path.
+fn both(id: &str, operation: &Value) -> Value {
+    let named = |prefix: &str| {
+        let mut named = operation.clone();
+        named["operationId"] = format!("{prefix}-{id}").into();
+        named
+    };
+    let mut head = named("head");
+    // The content of a HEAD's answer is none, with whatever type GET's has.
+    head["responses"] = ["200", "400", "401", "405", "406", "413", "429", "431", "503"]
+        .into_iter()
+        .filter(|status| !operation["responses"][status].is_null())
+        .map(|status| (status.to_owned(), json!({ "description": "The head of GET's answer" })))
+        .collect::<Map<_, _>>()
+        .into();
+    json!({ "get": named("get"), "head": head })
+}
+
+/// `answers` and the refusals that a route may give.
+fn responses(mut answers: Value, refusals: &[&str]) -> Value {
+    for status in refusals {
+        answers[*status] = json!({ "$ref": format!("#/components/responses/{status}") });
+    }
+    answers
+}
+
+fn components() -> Value {
+    let header = |description: &str, schema: Value, is_required: bool| json!({ "description": description, "schema": schema, "required": is_required });
+    let problem = |description: &str, headers: &[&str]| {
+        let headers: Map<_, _> = headers
+            .iter()
+            .map(|name| ((*name).to_owned(), json!({ "$ref": format!("#/components/headers/{name}") })))
+            .collect();
+        json!({
+            "description": description,
+            "headers": headers,
+            "content": { "application/problem+json": { "schema": { "$ref": "#/components/schemas/Problem" } } },
+        })
+    };
+    json!({
+        "responses": {
+            "400": problem("A length, a query parameter or its value that can't be, raw keys with a count, or a malformed message", &[]),
+            "401": problem("No valid bearer token", &["WWW-Authenticate"]),
+            "405": problem("Another method than GET and HEAD", &["Allow"]),
+            "406": problem("Nothing satisfies the Accept field; the detail lists what can be had", &[]),
+            "413": problem("A length or a batch above its bound, which max names", &[]),
+            "429": problem("The client asked too often or for too much", &["RateLimit-Policy", "RateLimit"]),
+            "431": problem("Too many header fields, or too large a head, which has no content; the connection closes", &[]),
+            "503": problem("Nothing can be had now: the generator is out of service, the service stops, or is full", &["Retry-After"]),
+        },
+        "headers": {
+            "Allow": header("The methods that there are", json!({ "const": "GET, HEAD" }), true),
+            "Entropy-Bits": header("Bits of entropy in each password", json!({ "type": "number", "minimum": 0 }), true),
+            "RateLimit": header("Where the client stands, where rates are bounded", json!({ "type": "string" }), false),
+            "RateLimit-Policy": header("The bounds, where there are", json!({ "type": "string" }), false),
+            "Retry-After": header("Seconds until it is worth another try", json!({ "type": "integer", "minimum": 0 }), true),
+            "WWW-Authenticate": header("The challenge (RFC 6750)", json!({ "type": "string" }), true),
+            "X-Request-Id": header("Names the audit record, where there is one", json!({ "type": "string" }), false),
+        },
+        "schemas": {
+            "Key": object(json!({
+                "length": { "type": "integer", "minimum": 1 },
+                "encoding": { "const": "base64" },
+                "key": { "type": "string", "pattern": "^[A-Za-z0-9+/]+={0,2}$" },
+            })),
+            "Password": object(json!({
+                "length": { "type": "integer", "minimum": 1 },
+                "alphabet": { "enum": Alphabet::ALL.map(Alphabet::name) },
+                "entropy_bits": { "type": "number", "minimum": 0 },
+                "password": { "type": "string", "minLength": 1 },
+            })),
+            "Jwk": object(json!({
+                "kty": { "const": "oct" },
+                "kid": { "type": "string", "description": "Drawn, not made of the key" },
+                "k": { "type": "string", "pattern": "^[A-Za-z0-9_-]+$" },
+            })),
+            "JwkSet": object(json!({
+                "keys": {
+                    "type": "array",
+                    "items": { "$ref": "#/components/schemas/Jwk" },
+                    "minItems": 1,
+                    "maxItems": COUNT_MAX,
+                },
+            })),
+            "Problem": {
+                "description": "RFC 9457",
+                "type": "object",
+                "properties": {
+                    "title": { "type": "string" },
+                    "status": { "type": "integer", "minimum": 400, "maximum": 599 },
+                    "detail": { "type": "string" },
+                    "min": { "type": "integer", "description": "The smallest value allowed, where it was below" },
+                    "max": { "type": "integer", "description": "The largest value allowed, where it was above" },
+                },
+                "required": ["title", "status", "detail"],
+            },
+        },
+        "securitySchemes": {
+            "token": { "type": "http", "scheme": "bearer", "description": "Asked for where the service has tokens" },
+        },
+    })
+}
+
+/// An object with these fields and no other.
+fn object(properties: Value) -> Value {
+    let names: Vec<_> = properties.as_object().into_iter().flat_map(Map::keys).cloned().collect();
+    json!({ "type": "object", "properties": properties, "required": names, "additionalProperties": false })
+}

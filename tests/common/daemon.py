@@ -1,0 +1,58 @@
+"""A daemon on loopback, for the runners that are written in Python."""
+import os
+import re
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+PATIENCE = 60  # seconds; only a hang meets it
+
+
+def binary():
+    """$KEY_SERVICE_BIN, else what is built in target/, else what is built now."""
+    if "KEY_SERVICE_BIN" in os.environ:
+        return os.environ["KEY_SERVICE_BIN"]
+    for profile in ("debug", "release"):
+        path = REPOSITORY / "target" / profile / "key-service"
+        if path.exists():
+            return str(path)
+    subprocess.run(["cargo", "build", "--locked"], cwd=REPOSITORY, check=True)
+    return str(REPOSITORY / "target/debug/key-service")
+
+
+def environment():
+    """This one, without what would reach the daemon."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("KEYSERVICE_", "LISTEN_", "WATCHDOG_"))}
+
+
+class Daemon:
+    """Runs while it is entered, on free ports: through a notify socket of the test's it says READY, and where it is."""
+
+    def __init__(self, folder, config=""):
+        self.folder, self.config = folder, config
+
+    def __enter__(self):
+        notify = self.folder / "notify"
+        notify.unlink(missing_ok=True)
+        file = self.folder / "config.toml"
+        file.write_text(self.config)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(str(notify))
+            manager.settimeout(PATIENCE)
+            self.process = subprocess.Popen(
+                [binary(), "--config", file, "--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"],
+                env={**environment(), "NOTIFY_SOCKET": str(notify)}, stderr=subprocess.DEVNULL)
+            try:
+                message = manager.recv(4096).decode()
+            except TimeoutError:
+                self.process.kill()
+                raise
+        self.authority = re.search(r"Keys on ([0-9.:]+)", message).group(1)
+        self.address = f"http://{self.authority}"
+        return self
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(PATIENCE)

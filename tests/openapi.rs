@@ -1,0 +1,179 @@
+//! /openapi.json says what the service does: each name and bound is tried on the service that wrote it.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use common::shapes::FORMATS;
+use common::{Daemon, Folder, get, key_service, run_to_end};
+
+fn document(daemon: &Daemon) -> Value {
+    let response = daemon.get("/openapi.json");
+    assert_eq!((response.status, response.header("content-type")), (200, Some("application/json")));
+    assert_eq!(response.header("cache-control"), Some("no-store"), "limits change");
+    response.json()
+}
+
+/// A file with the hash of a token that nobody has.
+fn tokens(folder: &Folder) -> PathBuf {
+    let ended = run_to_end({
+        let mut command = key_service(folder);
+        command.args(["token", "new", "--name", "nobody"]);
+        command
+    });
+    let text = String::from_utf8(ended.stdout).unwrap();
+    let path = folder.write("tokens", text.split_once('\n').unwrap().1);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    path
+}
+
+fn values<'a>(document: &'a Value, path: &str, parameter: &str) -> Vec<&'a str> {
+    let parameters = document["paths"][path]["get"]["parameters"].as_array().unwrap();
+    let found = parameters.iter().find(|known| known["name"] == parameter).unwrap();
+    found["schema"]["enum"].as_array().unwrap().iter().map(|value| value.as_str().unwrap()).collect()
+}
+
+fn length_max(document: &Value, path: &str) -> u64 {
+    document["paths"][path]["parameters"][0]["schema"]["maximum"].as_u64().unwrap()
+}
+
+#[test]
+fn every_name_in_it_is_served_and_every_name_that_is_served_is_in_it() {
+    let daemon = Daemon::start(&[]);
+    let document = document(&daemon);
+    assert_eq!(document["openapi"], "3.1.0");
+    assert_eq!(values(&document, "/key/{length}", "format"), FORMATS);
+    for (path, parameter) in
+        [("/key/{length}", "format"), ("/password/{length}", "format"), ("/password/{length}", "alphabet")]
+    {
+        let names = values(&document, path, parameter);
+        for name in &names {
+            let response = daemon.get(&format!("{}?{parameter}={name}", path.replace("{length}", "8")));
+            assert_eq!(response.status, 200, "{path}: {name}");
+            let media_type = response.header("content-type").unwrap().split(';').next().unwrap().to_owned();
+            let content = &document["paths"][path]["get"]["responses"]["200"]["content"];
+            assert!(content[&media_type].is_object(), "{path}: {media_type}");
+        }
+        // The service lists what it knows when it is asked for something else.
+        let refused = daemon.get(&format!("{}?{parameter}=other", path.replace("{length}", "8"))).problem();
+        assert!(refused.ends_with(&format!("known: {}", names.join(", "))), "{path}: {refused}");
+    }
+    for path in ["/key", "/password"] {
+        let parameters =
+            document["paths"][format!("{path}/{{length}}")]["get"]["parameters"].as_array().unwrap().clone();
+        let names: Vec<_> = parameters.iter().map(|known| known["name"].as_str().unwrap()).collect();
+        assert!(parameters.iter().all(|known| known["description"] != ""), "{path}: each is described");
+        let refused = daemon.get(&format!("{path}/8?other=1")).problem();
+        assert!(refused.ends_with(&format!("known: {}", names.join(", "))), "{path}: {refused}");
+    }
+}
+
+#[test]
+fn every_bound_in_it_is_the_one_that_is_kept() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "5000")]);
+    let document = document(&daemon);
+    for (path, expected) in [("/key/{length}", 5000), ("/password/{length}", 1024)] {
+        let max = length_max(&document, path);
+        assert_eq!(max, expected);
+        let at = |length: u64| daemon.get(&path.replace("{length}", &length.to_string()));
+        assert_eq!((at(max).status, at(max + 1).status), (200, 413), "{path}");
+        let parameters = document["paths"][path]["get"]["parameters"].as_array().unwrap();
+        let count = parameters.iter().find(|known| known["name"] == "count").unwrap();
+        let max = count["schema"]["maximum"].as_u64().unwrap();
+        let with = |count: u64| {
+            daemon.get(&format!("{}?format=json&count={count}", path.replace("{length}", "1"))).status
+        };
+        assert_eq!((with(0), with(1), with(max), with(max + 1)), (400, 200, 200, 400), "{path}");
+        let told = document["paths"][path]["get"]["description"].as_str().unwrap();
+        assert!(told.contains("Length times count is at most 65536"), "{told}");
+    }
+}
+
+#[test]
+fn every_status_that_is_counted_is_in_it() {
+    let folder = Folder::new();
+    let tokens = tokens(&folder);
+    folder.write("config.toml", &format!("tokens-file = {:?}\n", tokens.to_str().unwrap()));
+    let daemon = Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    });
+    let document = document(&daemon);
+    let responses = document["paths"]["/key/{length}"]["get"]["responses"].as_object().unwrap();
+    let told: BTreeSet<_> = responses.keys().map(String::as_str).collect();
+    let metrics = get(daemon.metrics(), "/metrics").text();
+    let counted: BTreeSet<_> = metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix("http_responses_total{status_code=\"")?.split('"').next())
+        .filter(|status| *status != "other" && *status != "404") // which is for paths that are not in it
+        .collect();
+    assert_eq!(told, counted);
+    // Each refusal is a problem document, written in one place.
+    for status in told.into_iter().filter(|status| *status != "200") {
+        let response = &document["components"]["responses"][status];
+        assert!(response["content"]["application/problem+json"].is_object(), "{status}");
+        assert_eq!(responses[status]["$ref"], format!("#/components/responses/{status}"));
+    }
+    let refused = daemon.get("/key/32");
+    assert_eq!(refused.status, 401);
+    assert_eq!(document["paths"]["/key/{length}"]["get"]["security"][0]["token"], serde_json::json!([]));
+    for field in document["components"]["schemas"]["Problem"]["required"].as_array().unwrap() {
+        assert!(!refused.json()[field.as_str().unwrap()].is_null(), "{field}");
+    }
+}
+
+#[test]
+fn it_follows_a_reload() {
+    let folder = Folder::new();
+    folder.write("config.toml", "max-size = 100\n");
+    let daemon = Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    });
+    let before = document(&daemon);
+    assert_eq!((length_max(&before, "/key/{length}"), length_max(&before, "/password/{length}")), (100, 100));
+    assert!(before["paths"]["/key/{length}"]["get"]["security"].is_null());
+    let tokens = tokens(&daemon.folder);
+    let config = format!("max-size = 2000\ntokens-file = {:?}\n", tokens.to_str().unwrap());
+    daemon.folder.write("config.toml", &config);
+    daemon.signal("HUP");
+    daemon.manager.wait_for("READY=1");
+    let after = document(&daemon);
+    assert_eq!((length_max(&after, "/key/{length}"), length_max(&after, "/password/{length}")), (2000, 1024));
+    assert!(after["paths"]["/key/{length}"]["get"]["security"].is_array());
+}
+
+#[test]
+fn it_is_for_clients_only() {
+    let daemon = Daemon::start(&[]);
+    assert_eq!(get(daemon.metrics(), "/openapi.json").status, 404);
+    document(&daemon);
+    // One refused, one answered.
+    assert_eq!(daemon.metric("request_latency_seconds_count{endpoint=\"/openapi.json\"}"), 2.0);
+}
+
+#[test]
+fn every_reference_in_it_leads_somewhere() {
+    fn walk<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
+        match value {
+            Value::Object(fields) => fields.iter().for_each(|(name, value)| match value {
+                Value::String(target) if name == "$ref" => found.push(target),
+                _ => walk(value, found),
+            }),
+            Value::Array(items) => items.iter().for_each(|item| walk(item, found)),
+            _ => {}
+        }
+    }
+    let document = document(&Daemon::start(&[]));
+    let mut references = Vec::new();
+    walk(&document, &mut references);
+    assert!(references.len() > 20, "{references:?}");
+    for reference in references {
+        assert!(document.pointer(reference.trim_start_matches('#')).is_some(), "{reference}");
+    }
+}

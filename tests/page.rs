@@ -1,0 +1,119 @@
+//! `/`: a page for browsers, which loads nothing but what it is, and an index for curl. In a browser: tests/page/run.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
+mod common;
+
+use common::shapes::{FORMATS, unbase64};
+use common::{Daemon, Response, exchange, get};
+use sha2::{Digest, Sha256};
+
+const BROWSER: &str = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8";
+
+fn ask(daemon: &Daemon, accept: &str) -> Response {
+    exchange(daemon.keys(), format!("GET / HTTP/1.1\r\nHost: a\r\nAccept: {accept}\r\n\r\n"))
+}
+
+fn media_type(response: &Response) -> &str {
+    response.header("content-type").unwrap()
+}
+
+#[test]
+fn browsers_get_a_page_and_curl_an_index() {
+    let daemon = Daemon::start(&[]);
+    for (accept, expected) in [
+        (BROWSER, "text/html; charset=utf-8"),
+        ("text/html", "text/html; charset=utf-8"),
+        ("*/*", "text/plain; charset=utf-8"),
+        ("text/plain, text/html", "text/plain; charset=utf-8"),
+        ("text/html;q=0.5, text/plain;q=0.4", "text/html; charset=utf-8"),
+    ] {
+        let response = ask(&daemon, accept);
+        assert_eq!((response.status, media_type(&response)), (200, expected), "{accept}");
+        for (name, value) in
+            [("vary", "Accept"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
+        {
+            assert_eq!(response.header(name), Some(value), "{accept}");
+        }
+    }
+    assert_eq!(media_type(&daemon.get("/")), "text/plain; charset=utf-8", "without an Accept field");
+    let refused = ask(&daemon, "image/png");
+    assert_eq!(refused.status, 406);
+    assert!(refused.problem().ends_with("text/plain, text/html"), "{}", refused.problem());
+}
+
+#[test]
+fn the_index_leads_to_what_there_is() {
+    let daemon = Daemon::start(&[]);
+    let index = daemon.get("/").text();
+    let paths: Vec<_> = index.lines().filter(|line| line.starts_with('/')).collect();
+    assert_eq!(paths.len(), 7, "{index}");
+    for line in paths {
+        let path = line.split(' ').next().unwrap();
+        assert_eq!(daemon.get(path).status, 200, "{path}");
+    }
+    for format in FORMATS {
+        assert!(index.contains(format), "{format}");
+    }
+}
+
+#[test]
+fn the_page_may_run_its_own_script_and_styles_and_nothing_else() {
+    let daemon = Daemon::start(&[]);
+    let response = ask(&daemon, BROWSER);
+    let page = response.text();
+    let policy = response.header("content-security-policy").unwrap();
+    let directives: Vec<_> = policy.split("; ").collect();
+    for expected in [
+        "default-src 'none'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+    ] {
+        assert!(directives.contains(&expected), "{expected} in {policy}");
+    }
+    assert!(!policy.contains("unsafe") && !policy.contains("http"), "{policy}");
+    for element in ["script", "style"] {
+        assert_eq!(page.matches(&format!("<{element}")).count(), 1, "one {element}, whose hash is told");
+        let start = page.find(&format!("<{element}>")).unwrap() + element.len() + 2;
+        let text = &page[start..page.find(&format!("</{element}>")).unwrap()];
+        let source = policy.split_once(&format!("{element}-src 'sha256-")).unwrap().1.split('\'').next();
+        assert_eq!(unbase64(source.unwrap(), "+/", true), Sha256::digest(text).as_slice(), "{element}");
+    }
+    for foreign in ["http:", "https:", "src=", "style=", "onclick", "innerHTML", "localStorage"] {
+        assert!(!page.contains(foreign), "{foreign}");
+    }
+    assert_eq!(response.header("referrer-policy"), Some("no-referrer"));
+    for name in ["cross-origin-opener-policy", "cross-origin-resource-policy"] {
+        assert_eq!(response.header(name), Some("same-origin"));
+    }
+    assert!(response.header("access-control-allow-origin").is_none(), "no other site reads keys");
+}
+
+#[test]
+fn a_head_and_other_methods_are_answered_as_everywhere() {
+    let daemon = Daemon::start(&[]);
+    let send = |method: &str| format!("{method} / HTTP/1.1\r\nHost: a\r\nAccept: text/html\r\n\r\n");
+    let mut client = common::Client::connect(daemon.keys());
+    let length = client.send(send("GET")).response().body.len();
+    let head = client.send(send("HEAD")).head_response();
+    assert_eq!((head.status, head.header("content-length")), (200, Some(&*length.to_string())));
+    let refused = client.send(send("POST")).response();
+    assert_eq!((refused.status, refused.header("allow")), (405, Some("GET, HEAD")));
+    assert_eq!(daemon.metric("request_latency_seconds_count{endpoint=\"/\"}"), 3.0);
+    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no key is drawn for a page");
+}
+
+#[test]
+fn it_can_be_switched_off_and_is_for_clients_only() {
+    let daemon = Daemon::start(&[]);
+    assert_eq!(get(daemon.metrics(), "/").status, 404);
+    assert!(daemon.get("/openapi.json").json()["paths"]["/"].is_object());
+    let daemon = Daemon::start(&[("PAGE", "false")]);
+    assert_eq!((ask(&daemon, BROWSER).status, daemon.get("/").status), (404, 404));
+    let document = daemon.get("/openapi.json");
+    assert!(document.json()["paths"]["/"].is_null());
+    assert_eq!(daemon.get("/key/32").status, 200);
+}
