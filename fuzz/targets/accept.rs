@@ -25,7 +25,9 @@ fuzz_target!(|input: &[u8]| {
                     assert!(wish.count.is_none_or(|count| (1..=COUNT_MAX).contains(&count)), "{query}");
                 }
             }
-            query => assert_eq!(found, expected(kind, query.unwrap_or_default(), &fields), "{query:?} {fields:?}"),
+            query => {
+                assert_eq!(found, expected(kind, query.unwrap_or_default(), &fields), "{query:?} {fields:?}")
+            }
         }
     }
 });
