@@ -42,6 +42,11 @@ pub trait Reset {
     fn forget_unsent(&self);
 }
 
+/// In memory there is no kernel that keeps anything.
+impl Reset for tokio::io::DuplexStream {
+    fn forget_unsent(&self) {}
+}
+
 /// A stream whose reads and writes fail with `TimedOut` when patience is at an end.
 #[derive(Debug)]
 pub struct Timed<S> {
@@ -161,10 +166,6 @@ fn millis(duration: Duration) -> u64 {
 mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
-
-    impl Reset for DuplexStream {
-        fn forget_unsent(&self) {}
-    }
 
     const HEAD: Duration = Duration::from_secs(10);
     const WRITE: Duration = Duration::from_secs(15);

@@ -140,6 +140,7 @@ async fn exchange(setup: &Setup, wire: &[u8]) -> (Vec<Asked>, Vec<u8>) {
         metrics: Arc::clone(&METRICS),
         admission: Admission::new(rules, sealer, 64),
         dropped: Arc::default(),
+        has_page: true,
     });
     let sealer = api.admission.sealer();
     let routes = if setup.has_metrics { Routes::Both } else { Routes::Client };
@@ -225,7 +226,8 @@ fn check_status(setup: &Setup, asked: &Asked, status: u16, body: &[u8], kind: Op
     }
     assert!(matches!(asked.method, Method::GET | Method::HEAD), "{}", asked.method);
     let Some(length) = asked.path.strip_prefix("/key/") else {
-        let known = ["/health", "/livez", "/readyz"].contains(&asked.path.as_str());
+        let known = ["/", "/health", "/livez", "/readyz", "/openapi.json"].contains(&asked.path.as_str())
+            || asked.path.starts_with("/password/");
         assert!(known || setup.has_metrics && asked.path == "/metrics", "{}", asked.path);
         return;
     };
@@ -233,8 +235,9 @@ fn check_status(setup: &Setup, asked: &Asked, status: u16, body: &[u8], kind: Op
     let length: usize = length.parse().expect("a length that was served is a number");
     assert!((1..=MAX_SIZE as usize).contains(&length));
     let kind = kind.expect("a key has a type");
-    assert!(Format::ALL.iter().any(|format| kind.starts_with(format.media_type())), "{kind}");
-    if kind == Format::Raw.media_type() && asked.method == Method::GET {
+    let of = |is_batch| Format::ALL.into_iter().map(move |format| format.media_type(is_batch));
+    assert!(of(false).chain(of(true)).any(|known| kind.starts_with(known)), "{kind}");
+    if kind == Format::Raw.media_type(false) && asked.method == Method::GET {
         assert_eq!(body.len(), length);
     }
 }
