@@ -35,9 +35,9 @@ RUN set -eu; \
         "$target" "$target" "$linker" >../.cargo/config.toml
 
 COPY . .
-RUN cargo auditable build --release --locked
-# The file's time is that of the commit, or the image would differ with the hour.
+# The file's time is that of the commit, and so is the one that C code is told, or the image would differ with the hour.
 ARG SOURCE_DATE_EPOCH=0
+RUN cargo auditable build --release --locked
 RUN install -D --mode=755 target/*/release/key-service /out/key-service \
     && touch --date="@$SOURCE_DATE_EPOCH" /out/key-service
 
