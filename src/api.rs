@@ -274,9 +274,13 @@ impl Api {
         let limit = self.max_size.load(Ordering::Relaxed);
         let limit = visit.as_ref().map_or(limit, |visit| visit.max_size(limit));
         let length = KeyLength::parse(length, kind.length_max(limit)).map_err(refuse_length)?;
-        let accept = is_choosy.then(|| request.headers().get_all(ACCEPT)).into_iter().flatten();
-        let wish =
-            Wish::read(kind, request.uri().query(), accept).map_err(|error| refuse_wish(kind, error))?;
+        let wish = match request.uri().query() {
+            None if !is_choosy => Wish { kind, format: kind.formats()[0], count: None },
+            query => {
+                let accept = request.headers().get_all(ACCEPT);
+                Wish::read(kind, query, accept).map_err(|error| refuse_wish(kind, error))?
+            }
+        };
         let shape = Shape::new(wish.kind, length, wish.format, wish.count)
             .map_err(|error| refuse_batch(kind, error))?;
         if let Some(failure) = self.generator.failure() {
