@@ -17,6 +17,7 @@ use axum::http::header::{
 use axum::http::{Method, Request, Response, StatusCode, Version};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use bytes::Bytes;
 use hyper::service::Service;
 use tower_service::Service as _;
 use tracing::error;
@@ -311,12 +312,7 @@ impl Api {
             self.metrics.key_served(length.bytes());
             Body::stream(writing, permit)
         } else {
-            let started = Instant::now();
-            let bytes = shape.draw(&self.generator).map_err(|failure| self.refuse_failed(failure))?;
-            self.metrics.generated(started);
-            (0..shape.keys()).for_each(|_| self.metrics.key_served(length.bytes()));
-            self.metrics.key_bytes_served(shape.format(), shape.key_bytes());
-            Body::whole(bytes)
+            Body::whole(self.draw(&shape).map_err(|failure| self.refuse_failed(failure))?)
         };
         let mut response = Response::new(body);
         *response.headers_mut() = KEY_HEADERS.clone();
@@ -344,6 +340,19 @@ impl Api {
             response.headers_mut().insert(CONTENT_LENGTH, shape.size().into()); // of a body it follows from itself
         }
         Ok(response)
+    }
+
+    /// Draws what is held in memory whole, and counts it.
+    ///
+    /// # Errors
+    /// The generator's failure.
+    pub fn draw(&self, shape: &Shape) -> Result<Bytes, Failure> {
+        let started = Instant::now();
+        let bytes = shape.draw(&self.generator)?;
+        self.metrics.generated(started);
+        (0..shape.keys()).for_each(|_| self.metrics.key_served(shape.length().bytes()));
+        self.metrics.key_bytes_served(shape.format(), shape.key_bytes());
+        Ok(bytes)
     }
 
     fn refuse_failed(&self, failure: Failure) -> Problem {

@@ -24,10 +24,11 @@ use crate::format::{Kind, Shape};
 use crate::forwarded::{Field, Proxies, Proxy};
 use crate::key::KeyLength;
 use crate::listener::{Host, Mode};
+use crate::location::Location;
 use crate::logging::LogLevel;
 use crate::password::Alphabet;
 use crate::rate::Rates;
-use crate::tls::{self, Location, MinVersion, Part};
+use crate::tls::{self, MinVersion, Part};
 use crate::token::{self, Grant};
 
 /// Where the configuration is read from when no other file is named; it need not exist.
@@ -103,9 +104,6 @@ pub struct TokensFile {
     /// What it grants.
     pub grants: Arc<[Grant]>,
 }
-
-/// What the place of a file begins with when it is a credential that systemd hands over (systemd.exec(5)).
-const CREDENTIAL: &str = "credential:";
 
 /// The names of all settings, as TOML has them.
 const NAMES: [&str; 30] = [
@@ -447,11 +445,11 @@ impl Reader {
         let Ok(value) = self.figment.find_value(name) else {
             return Some(None);
         };
-        match value.as_str() {
-            Some("") => Some(None),
-            Some(text) if text.parse::<Location>().is_ok() => Some(text.parse().ok()),
-            _ => self.refuse(name, &value, "a path or credential:NAME"),
+        if value.as_str() == Some("") {
+            return Some(None);
         }
+        let location = value.as_str().and_then(|text| text.parse().ok());
+        location.map(Some).or_else(|| self.refuse(name, &value, "a path or credential:NAME"))
     }
 
     /// The environment's and a careless file's 1.2 is a number.
@@ -524,18 +522,9 @@ impl Reader {
         if place.is_empty() {
             return Some(None);
         }
-        let path = match place.strip_prefix(CREDENTIAL) {
-            None => PathBuf::from(place),
-            Some(credential) => {
-                let is_name = !credential.is_empty() && !credential.contains('/') && credential != "..";
-                let folder = std::env::var_os("CREDENTIALS_DIRECTORY").filter(|_| is_name);
-                let Some(folder) = folder else {
-                    let expected =
-                        "the name of a credential that the service manager passes (LoadCredential=)";
-                    return self.refuse(name, &value, expected);
-                };
-                Path::new(&folder).join(credential)
-            }
+        let Some(path) = place.parse::<Location>().ok().and_then(|location| location.path().ok()) else {
+            let expected = "the name of a credential that the service manager passes (LoadCredential=)";
+            return self.refuse(name, &value, expected);
         };
         match token::read(&path) {
             Ok(grants) => Some(Some(TokensFile { place: place.to_owned(), grants: grants.into() })),

@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Instant;
 
-use bytes::Bytes;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tracing::{debug, warn};
 
@@ -16,7 +14,6 @@ use crate::audit::{Recipient as Recorded, Record};
 use crate::format::{Format, Kind, Shape};
 use crate::key::KeyLength;
 use crate::metrics::CredentialOutcome as Outcome;
-use crate::random::Failure;
 use crate::server::Accepted;
 
 /// The largest credential in bytes, or characters of a password. In every format the kernel takes it in one piece, so
@@ -154,7 +151,7 @@ impl Outlet {
         };
         let rules = Arc::clone(&self.rules.read().unwrap_or_else(PoisonError::into_inner));
         let shape = rules.shape(&recipient);
-        let drawn = self.draw(&shape).and_then(|bytes| {
+        let drawn = self.api.draw(&shape).and_then(|bytes| {
             let audits = self.api.admission.audits();
             let recorded = || Recorded::Unit(recipient.clone());
             let record =
@@ -178,16 +175,6 @@ impl Outlet {
             record.sent(bytes.len(), true);
         }
         Outcome::Served
-    }
-
-    fn draw(&self, shape: &Shape) -> Result<Bytes, Failure> {
-        let metrics = &self.api.metrics;
-        let started = Instant::now();
-        let bytes = shape.draw(&self.api.generator)?;
-        metrics.generated(started);
-        metrics.key_served(shape.length().bytes());
-        metrics.key_bytes_served(shape.format(), shape.key_bytes());
-        Ok(bytes)
     }
 }
 

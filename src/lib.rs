@@ -26,6 +26,7 @@
 //! | [`metrics`], `process` | what is counted |
 //! | [`listener`] | sockets, inherited or bound |
 //! | [`peer`] | who is at the other end of a connection |
+//! | [`location`] | where a file is that a setting names |
 //! | [`tls`] | certificates, handshakes, reload |
 //! | [`deadline`] | connections that keep us waiting end |
 //! | [`server`] | the accept loop and the drain |
@@ -48,6 +49,7 @@ pub mod forwarded;
 pub mod health;
 pub mod key;
 pub mod listener;
+pub mod location;
 pub mod logging;
 pub mod metrics;
 pub mod openapi;

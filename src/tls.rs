@@ -1,11 +1,9 @@
 //! Who the service is to its clients, and who they are to it: certificates, client CAs, handshakes, reload.
 
-use std::env;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -34,10 +32,8 @@ use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::location::Location;
 use crate::metrics::{HandshakeFailure, TlsMetrics};
-
-/// What a path begins with that names a credential of systemd.exec(5) instead.
-const CREDENTIAL: &str = "credential:";
 
 /// The largest file that is read, in bytes: certificates of a chain take a few thousand.
 const FILE_MAX: u64 = 1 << 20;
@@ -71,61 +67,6 @@ pub struct Settings {
     pub client_ca: Option<Location>,
     /// The oldest version of TLS that is spoken.
     pub min_version: MinVersion,
-}
-
-/// Where a file is: a path, or `credential:` and the name of a credential that the service manager passes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Location {
-    /// A path.
-    Path(PathBuf),
-    /// A file in `$CREDENTIALS_DIRECTORY` (systemd.exec(5), LoadCredential=).
-    Credential(String),
-}
-
-impl FromStr for Location {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        match text.strip_prefix(CREDENTIAL) {
-            Some(name) if name.is_empty() || name.contains('/') || name == "." || name == ".." => Err(()),
-            Some(name) => Ok(Self::Credential(name.to_owned())),
-            None if text.is_empty() => Err(()),
-            None => Ok(Self::Path(text.into())),
-        }
-    }
-}
-
-impl fmt::Display for Location {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Path(path) => path.display().fmt(f),
-            Self::Credential(name) => write!(f, "{CREDENTIAL}{name}"),
-        }
-    }
-}
-
-impl Location {
-    fn path(&self) -> Result<PathBuf, String> {
-        match self {
-            Self::Path(path) => Ok(path.clone()),
-            Self::Credential(name) => match env::var_os("CREDENTIALS_DIRECTORY") {
-                Some(directory) => Ok(PathBuf::from(directory).join(name)),
-                None => Err(format!(
-                    "expected the directory of credential {name} in $CREDENTIALS_DIRECTORY, found none: systemd sets it \
-                     for a unit with LoadCredential="
-                )),
-            },
-        }
-    }
-
-    /// What changes with the file; `None` where it can't be looked at.
-    fn stamp(&self) -> Option<Stamp> {
-        let found = fs::metadata(self.path().ok()?).ok()?;
-        Some(Stamp(
-            [found.dev(), found.ino(), found.size()],
-            [found.mtime(), found.mtime_nsec(), found.ctime()],
-        ))
-    }
 }
 
 /// The oldest version of TLS that is spoken.
@@ -451,7 +392,7 @@ impl ServerCertVerifier for Pin {
 
 fn stamps(settings: &Settings) -> Vec<Option<Stamp>> {
     let Settings { certificate, key, client_ca, .. } = settings;
-    [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten().map(Location::stamp).collect()
+    [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten().map(stamp).collect()
 }
 
 /// At least one.
@@ -503,6 +444,12 @@ fn verifier(
     WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
         .build()
         .map_err(|error| unfit(error.to_string()))
+}
+
+/// What changes with a file; `None` where it can't be looked at.
+fn stamp(location: &Location) -> Option<Stamp> {
+    let found = fs::metadata(location.path().ok()?).ok()?;
+    Some(Stamp([found.dev(), found.ino(), found.size()], [found.mtime(), found.mtime_nsec(), found.ctime()]))
 }
 
 /// The bytes of a file and its mode.
@@ -658,15 +605,5 @@ mod tests {
         assert_eq!(printable("CN", ""), None);
         assert_eq!(printable("CN", &"x".repeat(IDENTITY_MAX - 3)).unwrap().len(), IDENTITY_MAX);
         assert_eq!(printable("CN", &"x".repeat(IDENTITY_MAX - 2)), None);
-    }
-
-    #[test]
-    fn a_location_is_a_path_or_the_name_of_a_credential() {
-        for good in ["/etc/tls/key.pem", "key.pem", "credential:tls.key"] {
-            assert_eq!(good.parse::<Location>().unwrap().to_string(), good);
-        }
-        for bad in ["", "credential:", "credential:a/b", "credential:.."] {
-            assert!(bad.parse::<Location>().is_err(), "{bad}");
-        }
     }
 }
