@@ -24,7 +24,8 @@ def binary():
 
 def environment():
     """This one, without what would reach the daemon."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("KEYSERVICE_", "LISTEN_", "WATCHDOG_"))}
+    return {name: value for name, value in os.environ.items()
+            if not name.startswith(("KEYSERVICE_", "LISTEN_", "WATCHDOG_")) and name != "JOURNAL_STREAM"}
 
 
 class Daemon:
