@@ -695,23 +695,34 @@ fn whole_number(value: &Value) -> Option<u64> {
     value.to_u128().and_then(|number| number.try_into().ok()).or_else(|| value.to_i128()?.try_into().ok())
 }
 
+/// A basic string of TOML. What does not print is escaped, so that none of it reaches a terminal or begins a line.
+fn quoted(text: &str) -> String {
+    let characters = text.chars().map(|c| match c {
+        '\'' => "'".to_owned(),
+        // Rust's own escapes beyond \t, \n, \r, quotes and backslashes are none of TOML's.
+        c if c == '\0' || c.escape_debug().len() > 2 => format!("\\U{:08x}", u32::from(c)),
+        c => c.escape_debug().to_string(),
+    });
+    format!("\"{}\"", characters.collect::<String>())
+}
+
 /// A value as TOML writes it.
 fn shown(value: &Value) -> String {
     match value {
-        Value::String(_, text) => format!("{text:?}"),
+        Value::String(_, text) => quoted(text),
         Value::Bool(_, truth) => truth.to_string(),
         Value::Dict(_, entries) if entries.is_empty() => "{}".into(),
         Value::Dict(_, entries) => {
             let is_bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
             let name = |name: &str| match name.chars().all(is_bare) && !name.is_empty() {
                 true => name.to_owned(),
-                false => format!("{name:?}"),
+                false => quoted(name),
             };
             let entry = |(key, value): (&String, &Value)| format!("{} = {}", name(key), shown(value));
             format!("{{ {} }}", entries.iter().map(entry).collect::<Vec<_>>().join(", "))
         }
         Value::Array(_, items) => format!("[{}]", items.iter().map(shown).collect::<Vec<_>>().join(", ")),
-        Value::Char(_, char) => format!("\"{char}\""),
+        Value::Char(_, char) => quoted(&char.to_string()),
         Value::Empty(..) => "nothing".into(),
         Value::Num(_, number) => match (number.to_u128(), number.to_i128(), number.to_f64()) {
             (Some(whole), ..) => whole.to_string(),

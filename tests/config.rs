@@ -74,6 +74,16 @@ fn what_is_printed_can_be_read_again() {
 }
 
 #[test]
+fn any_text_that_is_printed_can_be_read_again() {
+    // TOML has no escape of Rust's for most of these, and forbids the control characters as they are.
+    let host = "unix:/run/'\"\\\u{1}\u{8}\t\n\u{1b}\u{7f}\u{85}\u{e9}\u{301}\u{200b}\u{1f600}";
+    let (status, printed, errors) = check(None, &[], &["--host", host]);
+    assert_eq!((status, errors.as_str()), (Some(0), ""));
+    assert!(printed.chars().all(|c| c == '\n' || !c.is_control()), "{printed}");
+    assert_eq!(check(Some(&printed), &[], &[]), (Some(0), printed, String::new()));
+}
+
+#[test]
 fn a_flag_wins_over_the_environment_over_the_file_over_the_default() {
     let file = Some("max-size = 2\nsrv-port = 2\nmetrics-port = 2\nworkers = 2\n");
     let variables = [("MAX_SIZE", "3"), ("SRV_PORT", "3"), ("METRICS_PORT", "3")];
