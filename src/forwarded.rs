@@ -129,12 +129,13 @@ impl Proxies {
     }
 }
 
-/// An address as proxies write it: bare, or with a port; IPv6 in brackets where there is one.
+/// An address as proxies write it: bare, or with a port; IPv6 in brackets where there is one. With a zone (RFC 4007) it
+/// names nobody beyond the host that wrote it.
 fn address(text: &str) -> Option<IpAddr> {
     let bracketed = || text.strip_prefix('[')?.strip_suffix(']')?.parse().ok().map(IpAddr::V6);
     let with_port = || text.parse().ok().map(|address: SocketAddr| address.ip());
     let ip = text.parse().ok().or_else(bracketed).or_else(with_port)?;
-    Some(ip.to_canonical())
+    (!text.contains('%')).then(|| ip.to_canonical())
 }
 
 /// The `for` of one element of `Forwarded` (RFC 7239 section 4); `unknown` and obfuscated names are no addresses.
@@ -230,6 +231,7 @@ mod tests {
             (&[""], None),
             (&["unknown"], None),
             (&["fe80::1%eth0"], None),
+            (&["[fe80::1%1]:4711"], None),
             (&[], None),
         ] {
             assert_eq!(client(Field::XForwardedFor, "10.0.0.1", values).as_deref(), found, "{values:?}");
