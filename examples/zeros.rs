@@ -21,6 +21,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use key_service::listener::Inherited;
 use key_service::metrics::Metrics;
+use key_service::plain::Unhurried;
 use key_service::random::CHUNK;
 use key_service::server::{Drain, Heartbeats, Terms, http, serve};
 
@@ -34,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Terms::new(10_000, Duration::from_secs(10), Duration::from_secs(15), Arc::new(Metrics::new()));
     let drain = Drain::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-    runtime.block_on(serve(listeners, http(|_, _| service_fn(answer)), terms, drain.watch()))?;
+    runtime.block_on(serve(listeners, http(|_, _| Unhurried(service_fn(answer))), terms, drain.watch()))?;
     Ok(())
 }
 

@@ -34,13 +34,11 @@ use crate::openapi;
 use crate::page;
 use crate::password::Alphabet;
 use crate::peer::Peer;
+use crate::plain::{self, Answers, AnswersPlain, FIELDS_MAX, Outcome, PlainRequest};
 use crate::problem::{self, Problem};
 use crate::query::{self, Unsatisfied, Wish};
 use crate::random::{Failure, Generator};
 use crate::server::Seat;
-
-/// The most header fields a request may have.
-const FIELDS_MAX: usize = 32;
 
 /// The path of a key, up to its length.
 const KEY: &str = "/key/";
@@ -179,6 +177,59 @@ impl<B: Send + 'static> Service<Request<B>> for Session {
 
     fn call(&self, request: Request<B>) -> Answering {
         self.answer(request)
+    }
+}
+
+impl AnswersPlain for Session {
+    /// What [`Api::key`] would answer, where that is a raw key and leaves no record.
+    fn answer_plain(&self, request: &PlainRequest<'_>, answers: &mut Answers<'_>) -> Outcome {
+        let Site { api, has_keys, .. } = &self.site;
+        if !has_keys
+            || self.seat != Seat::Regular
+            || api.health.is_draining()
+            || api.generator.failure().is_some()
+        {
+            return Outcome::Declined;
+        }
+        let mut visit = None;
+        if !api.admission.is_open() {
+            // The request has no field that this would look at.
+            match api.admission.enter(&self.peer, &HeaderMap::new()) {
+                Ok(entered) if !entered.audit => visit = Some(entered),
+                _ => return Outcome::Declined,
+            }
+        }
+        let limit = api.max_size.load(Ordering::Relaxed).min(plain::KEY_MAX);
+        let limit = visit.as_ref().map_or(limit, |visit| visit.max_size(limit));
+        let Ok(length) = KeyLength::parse(request.length, limit) else {
+            return Outcome::Declined;
+        };
+        let Ok(shape) = Shape::new(Kind::Key, length, Format::Raw, None) else {
+            return Outcome::Declined;
+        };
+        if !answers.have_room(length) {
+            return Outcome::Full;
+        }
+        let mut fields = String::new();
+        if let Some(visit) = &mut visit {
+            // A refusal costs nothing, and is told the long way.
+            if api.admission.charge(visit, &self.peer, length.bytes()).is_err() {
+                return Outcome::Declined;
+            }
+            if let Some(standing) = &visit.standing {
+                fields = problem::rate_lines(standing);
+            }
+        }
+        if request.closes {
+            fields.push_str("connection: close\r\n");
+        }
+        match answers.add(length, &fields, |key| api.counted(&shape, || api.generator.fill(key))) {
+            Ok(()) => {
+                api.metrics.answered(StatusCode::OK);
+                Outcome::Answered
+            }
+            Err(_) => Outcome::Declined, // the generator fails every time from now on
+        }
     }
 }
 
@@ -347,12 +398,17 @@ impl Api {
     /// # Errors
     /// The generator's failure.
     pub fn draw(&self, shape: &Shape) -> Result<Bytes, Failure> {
+        self.counted(shape, || shape.draw(&self.generator))
+    }
+
+    /// Counts keys of `shape` that `draw` draws.
+    fn counted<T>(&self, shape: &Shape, draw: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
         let started = Instant::now();
-        let bytes = shape.draw(&self.generator)?;
+        let drawn = draw()?;
         self.metrics.generated(started);
         (0..shape.keys()).for_each(|_| self.metrics.key_served(shape.length().bytes()));
         self.metrics.key_bytes_served(shape.format(), shape.key_bytes());
-        Ok(bytes)
+        Ok(drawn)
     }
 
     fn refuse_failed(&self, failure: Failure) -> Problem {
@@ -435,8 +491,7 @@ fn check_message<B>(request: &Request<B>) -> Result<bool, Problem> {
     for (name, value) in headers {
         if name == HOST {
             hosts += 1;
-            // RFC 3986 section 3.2: host characters.
-            if !value.as_bytes().iter().all(|byte| HOST_CHARACTERS[usize::from(*byte)]) {
+            if !plain::is_host(value.as_bytes()) {
                 return Err(Problem::malformed("The Host field is not a host"));
             }
         } else if name == ACCEPT {
@@ -454,18 +509,6 @@ fn check_message<B>(request: &Request<B>) -> Result<bool, Problem> {
         _ => Err(Problem::malformed("The Host field is given more than once")),
     }
 }
-
-/// The bytes that a host and its port may have, as a table: it is looked into for every byte of every request.
-const HOST_CHARACTERS: [bool; 256] = {
-    let mut table = [false; 256];
-    let allowed = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,;=:%[]";
-    let mut at = 0;
-    while at < allowed.len() {
-        table[allowed[at] as usize] = true;
-        at += 1;
-    }
-    table
-};
 
 async fn serve_health(State(api): State<Arc<Api>>) -> axum::response::Response {
     let checked = api.health.check();

@@ -56,6 +56,7 @@ pub mod openapi;
 pub mod page;
 pub mod password;
 pub mod peer;
+pub mod plain;
 pub mod probe;
 pub mod problem;
 mod process;

@@ -173,6 +173,11 @@ pub fn tell_rates(headers: &mut HeaderMap, standing: &Standing) {
     headers.extend(rate_fields(standing));
 }
 
+/// The same, as lines of a head.
+pub fn rate_lines(standing: &Standing) -> String {
+    format!("{RATE_LIMIT_POLICY}: {}\r\n{RATE_LIMIT}: {}\r\n", standing.rates.policy(), standing.field())
+}
+
 fn rate_fields(standing: &Standing) -> [(HeaderName, HeaderValue); 2] {
     let value =
         |text: String| HeaderValue::try_from(text).expect("it has names, numbers and punctuation only");

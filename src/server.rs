@@ -5,7 +5,7 @@ use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper::body::{Body, Incoming};
@@ -24,6 +24,7 @@ use crate::deadline::{Patience, Timed};
 use crate::listener::{Acceptor, Listener, Stream};
 use crate::metrics::{AcceptError, Metrics, Rejection};
 use crate::peer::Peer;
+use crate::plain::{self, AnswersPlain, End};
 use crate::seal::{Sealed, Sealer};
 use crate::shares::{Share, Shares};
 use crate::tls::Tls;
@@ -348,7 +349,7 @@ pub async fn serve(
 pub fn http<F, S, B>(service: F) -> impl Fn(Accepted) + Clone + Send + 'static
 where
     F: Fn(Seat, Peer) -> S + Clone + Send + 'static,
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain + Send + 'static,
     S::Future: Send,
     B: Body + Send + 'static,
     B::Data: Send,
@@ -450,7 +451,7 @@ async fn encrypted<S, B>(
     mut phase: watch::Receiver<Phase>,
     terms: &Terms,
 ) where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
@@ -470,36 +471,55 @@ async fn encrypted<S, B>(
     }
 }
 
-/// Serves one connection to its end: HTTP/1.1, as strictly as the service wants it.
+/// Serves one connection to its end: HTTP/1.1, as strictly as the service wants it. Plain requests go the short way,
+/// and the first other one goes by hyper, with all that follow.
 pub async fn connection<I, S, B>(io: I, service: S, mut phase: watch::Receiver<Phase>, metrics: &Metrics)
 where
+    I: AsyncRead + AsyncWrite + Unpin,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
+    B: Body + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let mut plain = plain::Connection::new(io, service, metrics);
+    let end = until_closing(&mut phase, |cx, is_closing| match plain.poll_serve(cx) {
+        // An answer that is on its way is sent first.
+        Poll::Pending if is_closing && plain.is_idle() => Poll::Ready(Ok(End::Left)),
+        end => end,
+    });
+    match end.await {
+        Ok(End::Over) => {}
+        Ok(End::Left) => {
+            let asked = AtomicBool::new(plain.has_answered());
+            let (io, service) = plain.into_parts();
+            // In a box, since most connections never need it.
+            Box::pin(general(io, service, asked, phase, metrics)).await;
+        }
+        Err(problem) => debug!(error = %problem, "a connection ended early"),
+    }
+}
+
+/// Serves a connection by hyper. `asked` says whether it has had an answer before.
+async fn general<I, S, B>(
+    io: I,
+    service: S,
+    asked: AtomicBool,
+    mut phase: watch::Receiver<Phase>,
+    metrics: &Metrics,
+) where
     I: AsyncRead + AsyncWrite + Unpin,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let asked = AtomicBool::new(false);
     let connection = http1::Builder::new()
         .max_buf_size(HEAD_MAX)
         // A client may close its sending side after its request and still read the answer.
         .half_close(true)
         .serve_connection(TokioIo::new(io), Noting { service, asked: &asked });
     pin!(connection);
-    let changes = phase.clone();
-    let closing = reached(&mut phase, Phase::Closing);
-    pin!(closing);
-    let mut is_watching = false;
-    let result = poll_fn(|cx| {
-        if let Poll::Ready(result) = connection.as_mut().poll(cx) {
-            return Poll::Ready(Some(result));
-        }
-        // Polled for every request, the phase took 170 instructions of each. A task's waker stays the same, so once it
-        // is left there, it is enough to look again after a change.
-        if !is_watching || changes.has_changed().unwrap_or(true) {
-            is_watching = true;
-            return closing.as_mut().poll(cx).map(|()| None);
-        }
-        Poll::Pending
+    let result = until_closing(&mut phase, |cx, is_closing| match connection.as_mut().poll(cx) {
+        Poll::Pending if is_closing => Poll::Ready(None),
+        result => result.map(Some),
     });
     let result = match result.await {
         Some(result) => result,
@@ -519,6 +539,27 @@ where
         }
         debug!(error = %problem, "a connection ended early");
     }
+}
+
+/// What `poll` gives, which is told whether the drain is at its end, and polled when it is.
+async fn until_closing<T>(
+    phase: &mut watch::Receiver<Phase>,
+    mut poll: impl FnMut(&mut Context<'_>, bool) -> Poll<T>,
+) -> T {
+    let changes = phase.clone();
+    let closing = reached(phase, Phase::Closing);
+    pin!(closing);
+    let (mut is_watching, mut is_closing) = (false, false);
+    poll_fn(move |cx| {
+        // Polled for every request, the phase took 170 instructions of each. A task's waker stays the same, so once it
+        // is left there, it is enough to look again after a change.
+        if !is_closing && (!is_watching || changes.has_changed().unwrap_or(true)) {
+            is_watching = true;
+            is_closing = closing.as_mut().poll(cx).is_ready();
+        }
+        poll(cx, is_closing)
+    })
+    .await
 }
 
 /// A service that notes on its way whether anything was ever asked of it.
@@ -583,6 +624,7 @@ impl Drop for Open {
 mod tests {
     use super::*;
     use crate::listener::{Host, Mode};
+    use crate::plain::Unhurried;
     use hyper::service::service_fn;
     use std::io::Write;
     use std::sync::mpsc as blocking;
@@ -605,11 +647,11 @@ mod tests {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let service = move |_: Seat, _: Peer| {
                 let (entered, is_released) = (entered.clone(), Arc::clone(&is_released));
-                service_fn(move |_: Request<Incoming>| {
+                Unhurried(service_fn(move |_: Request<Incoming>| {
                     entered.send(()).unwrap();
                     let _ = is_released.lock().unwrap().recv();
                     async { Ok(Response::new(String::new())) }
-                })
+                }))
             };
             runtime.block_on(serve(vec![(listener, heartbeat)], http(service), terms, phase)).unwrap();
         });
@@ -639,7 +681,7 @@ mod tests {
         let serve = |io| {
             let service =
                 service_fn(|_: Request<Incoming>| async { Ok(Response::new(String::from("heard"))) });
-            connection(io, service, drain.watch(), &metrics)
+            connection(io, Unhurried(service), drain.watch(), &metrics)
         };
         let ask = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
         let (mut new, theirs) = tokio::io::duplex(1024);

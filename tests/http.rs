@@ -46,6 +46,29 @@ fn a_key_is_marked_as_bytes_that_nobody_may_keep() {
     }
 }
 
+/// An `Accept` that names the type takes a request by the general way, without changing its answer.
+#[test]
+fn the_short_way_and_the_general_one_answer_alike() {
+    let settings = [("MAX_SIZE", "65536"), ("RATE_REQUESTS", "1000000000"), ("RATE_BURST", "1")];
+    for settings in [&settings[..1], &settings] {
+        let daemon = Daemon::start(settings);
+        for (length, end) in
+            [("32", ""), ("1", ""), ("4096", ""), ("4097", ""), ("32", "Connection: close\r\n")]
+        {
+            let mut answers = ["", "Accept: application/octet-stream\r\n"].map(|accept| {
+                exchange(daemon.keys(), format!("GET /key/{length} HTTP/1.1\r\nHost: a\r\n{accept}{end}\r\n"))
+            });
+            for answer in &mut answers {
+                assert_eq!((answer.status, answer.body.len()), (200, length.parse().unwrap()));
+                assert_eq!(answer.header("ratelimit").is_some(), settings.len() > 1);
+                answer.headers.retain(|(name, _)| name != "date");
+            }
+            let [short, general] = answers;
+            assert_eq!(short.headers, general.headers, "{length} {end}");
+        }
+    }
+}
+
 #[test]
 fn a_length_that_is_no_integer_is_400() {
     let daemon = Daemon::start(&[]);

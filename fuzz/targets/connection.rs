@@ -5,7 +5,8 @@
 //!
 //! It must hold that nothing panics or hangs; that what comes back is a sequence of complete messages, one for each
 //! request that reached the service and at most one refusal at the end, each below 500 and never to be kept; that a key
-//! has the length its path asks for; and that no token's text reaches the service or the client.
+//! has the length its path asks for; that no token's text reaches the service or the client; and that the short way of
+//! plain requests answers as hyper does.
 
 #![no_main]
 
@@ -29,6 +30,7 @@ use key_service::forwarded::Proxies;
 use key_service::health::Health;
 use key_service::metrics::Metrics;
 use key_service::peer::Peer;
+use key_service::plain::{Answers, AnswersPlain, Outcome, PlainRequest};
 use key_service::random::{Generator, Kernel};
 use key_service::rate::Rates;
 use key_service::seal::{Sealed, Sealer};
@@ -81,8 +83,15 @@ fuzz_target!(|input: &[u8]| {
     let [setup, wire @ ..] = input else { return };
     let setup = Setup::from(*setup);
     let runtime = runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
-    let (requests, answers) = runtime.expect("a runtime without sockets").block_on(exchange(&setup, wire));
-    check(&setup, &requests, &answers);
+    let runtime = runtime.expect("a runtime without sockets");
+    let (requests, answers) = runtime.block_on(exchange(&setup, wire, true));
+    let heads = check(&setup, &requests, &answers);
+    let (requests_by_hyper, answers_by_hyper) = runtime.block_on(exchange(&setup, wire, false));
+    let heads_by_hyper = check(&setup, &requests_by_hyper, &answers_by_hyper);
+    // Rates are earned by the wall's clock, and each record has an id of its own.
+    if !setup.has_rates && !setup.has_audit {
+        assert_eq!(heads, heads_by_hyper, "the short way (left) and hyper differ");
+    }
     if setup.has_tokens {
         for token in tokens(wire) {
             assert!(!contains(&answers, token), "a token came back");
@@ -103,6 +112,7 @@ struct Asked {
 /// The service, and a list of what was asked of it.
 struct Recorder {
     session: Session,
+    has_short_way: bool,
     requests: Rc<RefCell<Vec<Asked>>>,
 }
 
@@ -120,8 +130,22 @@ impl Service<Request<Incoming>> for Recorder {
     }
 }
 
+impl AnswersPlain for Recorder {
+    fn answer_plain(&self, request: &PlainRequest<'_>, answers: &mut Answers<'_>) -> Outcome {
+        if !self.has_short_way {
+            return Outcome::Declined;
+        }
+        let outcome = self.session.answer_plain(request, answers);
+        if outcome == Outcome::Answered {
+            let path = format!("/key/{}", request.length);
+            self.requests.borrow_mut().push(Asked { method: Method::GET, path, texts: Vec::new() });
+        }
+        outcome
+    }
+}
+
 /// Everything that was asked, and everything that came back until the connection's end.
-async fn exchange(setup: &Setup, wire: &[u8]) -> (Vec<Asked>, Vec<u8>) {
+async fn exchange(setup: &Setup, wire: &[u8], has_short_way: bool) -> (Vec<Asked>, Vec<u8>) {
     let generator = Arc::clone(&GENERATOR);
     let number = |number| NonZeroU64::new(number).filter(|_| setup.has_rates);
     let grant = || Grant::new("fuzz".parse().expect("a name"), Sha256::digest(TOKEN).into());
@@ -146,7 +170,7 @@ async fn exchange(setup: &Setup, wire: &[u8]) -> (Vec<Asked>, Vec<u8>) {
     let routes = if setup.has_metrics { Routes::Both } else { Routes::Client };
     let session = Site::new(routes, api).serve(Seat::Regular, Peer::tcp(([10, 0, 0, 1], 1).into()));
     let requests = Rc::new(RefCell::new(Vec::new()));
-    let recorder = Recorder { session, requests: Rc::clone(&requests) };
+    let recorder = Recorder { session, has_short_way, requests: Rc::clone(&requests) };
 
     let (ours, theirs) = duplex(1 << 14);
     let patience = Arc::new(Patience::new(Duration::from_secs(10), Duration::from_secs(15)));
@@ -175,14 +199,18 @@ async fn exchange(setup: &Setup, wire: &[u8]) -> (Vec<Asked>, Vec<u8>) {
     (requests.take(), answers)
 }
 
-/// Whether what came back are the answers of these requests.
-fn check(setup: &Setup, requests: &[Asked], mut bytes: &[u8]) {
+/// Whether what came back are the answers of these requests. Returns their heads without the date.
+fn check(setup: &Setup, requests: &[Asked], mut bytes: &[u8]) -> Vec<String> {
     let mut requests = requests.iter();
+    let mut heads = Vec::new();
     while !bytes.is_empty() {
         let asked = requests.next();
         let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").expect("a head has an end");
         let head = std::str::from_utf8(&bytes[..end]).expect("a head is ASCII");
         bytes = &bytes[end + 4..];
+        heads.push(
+            head.split("\r\n").filter(|line| !line.starts_with("date: ")).collect::<Vec<_>>().join("\n"),
+        );
         let mut lines = head.split("\r\n");
         let status = status(lines.next().expect("a head has a first line"));
         let fields: Vec<_> =
@@ -200,7 +228,7 @@ fn check(setup: &Setup, requests: &[Asked], mut bytes: &[u8]) {
             // What HTTP itself refused never reached the service.
             assert!(matches!(status, 400 | 414 | 431), "{status} to nothing that was asked");
             assert_eq!(bytes.len(), length, "nothing follows a refusal");
-            return;
+            return heads;
         };
         let length = if asked.method == Method::HEAD { 0 } else { length };
         assert!(bytes.len() >= length, "{} of {length} bytes", bytes.len());
@@ -213,6 +241,7 @@ fn check(setup: &Setup, requests: &[Asked], mut bytes: &[u8]) {
         check_status(setup, asked, status, body, field("content-type"));
     }
     assert_eq!(requests.len(), 0, "every request that reached the service has its answer");
+    heads
 }
 
 fn check_status(setup: &Setup, asked: &Asked, status: u16, body: &[u8], kind: Option<&str>) {

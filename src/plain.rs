@@ -1,0 +1,655 @@
+//! The short way of plain requests: a whole head that says `GET /key/{length}`, and nothing that changes what that means.
+//!
+//! It reads with the parser that hyper has, draws the key where the answer is written, and writes once for all requests
+//! that came together. Whatever else comes, an error too, goes to hyper with every byte that is not answered: this here
+//! refuses nothing, so there is one place that says what is wrong with a request.
+
+use std::cell::Cell;
+use std::io::{self, Write};
+use std::mem::MaybeUninit;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::time::{ClockId, clock_gettime};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::key::{KeyLength, Wiped};
+use crate::metrics::{Endpoint, Metrics};
+
+/// The most header fields a request may have.
+pub const FIELDS_MAX: usize = 32;
+
+/// Bytes that are read at once.
+const INPUT: usize = 4096;
+
+/// A head that is longer takes the long way.
+const HEAD_MAX: usize = INPUT / 2;
+
+/// Bytes of answers that are written at once. It is taken from the allocator only while there are any.
+const OUTPUT: usize = 8192;
+
+/// Of it, what an answer may need beside its key.
+const ANSWER_HEAD_MAX: usize = 1024;
+
+/// Of that, what the fields of one answer may need that are not in all of them.
+const FIELDS_SIZE_MAX: usize = 512;
+
+/// The longest key that goes this way, in bytes.
+pub const KEY_MAX: u64 = 4096;
+
+/// A request for a raw key, every part of which is understood here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlainRequest<'a> {
+    /// What the path has for a length; not checked.
+    pub length: &'a str,
+    /// Whether the client wants the connection to end with the answer.
+    pub closes: bool,
+}
+
+/// What the bytes of a connection begin with.
+#[derive(Debug, PartialEq, Eq)]
+enum Head<'a> {
+    /// A plain request, and how many bytes it has.
+    Plain(PlainRequest<'a>, usize),
+    /// What may become one.
+    Partial,
+    /// Something else.
+    Other,
+}
+
+impl<'a> Head<'a> {
+    fn read(bytes: &'a [u8]) -> Self {
+        const START: &[u8] = b"GET /key/";
+        let start = &bytes[..bytes.len().min(START.len())];
+        if start != &START[..start.len()] {
+            return Self::Other;
+        }
+        let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
+        let mut request = httparse::Request::new(&mut []);
+        let size = match request.parse_with_uninit_headers(bytes, &mut fields) {
+            Ok(httparse::Status::Complete(size)) if size <= HEAD_MAX => size,
+            Ok(httparse::Status::Partial) if bytes.len() <= HEAD_MAX => return Self::Partial,
+            _ => return Self::Other,
+        };
+        let path = request.path.unwrap_or_default();
+        let length = path.get(START.len() - "GET ".len()..).unwrap_or_default();
+        match closes(request.headers) {
+            Some(closes) if request.version == Some(1) => Self::Plain(PlainRequest { length, closes }, size),
+            _ => Self::Other,
+        }
+    }
+}
+
+/// Whether the connection ends after a request with these fields; `None` where they say anything else that matters.
+/// Fields that nothing here looks at are let pass, as they are on the long way.
+fn closes(fields: &[httparse::Header<'_>]) -> Option<bool> {
+    let (mut hosts, mut closes) = (0, false);
+    for field in fields {
+        let is = |name: &str| field.name.eq_ignore_ascii_case(name);
+        // By length first: a comparison with every name would cost as much as the rest.
+        match field.name.len() {
+            4 if is("host") => {
+                hosts += 1;
+                if !is_host(field.value) {
+                    return None;
+                }
+            }
+            6 if is("accept") && field.value != b"*/*" => return None,
+            6 if is("expect") => return None,
+            7 if is("upgrade") => return None,
+            9 if is("forwarded") => return None,
+            10 if is("connection") => match field.value {
+                b"close" => closes = true,
+                b"keep-alive" => {}
+                _ => return None,
+            },
+            13 if is("authorization") => return None,
+            14 if is("content-length") => return None,
+            15 if is("x-forwarded-for") => return None,
+            17 if is("transfer-encoding") => return None,
+            _ => {}
+        }
+    }
+    (hosts == 1).then_some(closes)
+}
+
+/// RFC 3986 section 3.2: whether these are characters of a host and its port.
+pub fn is_host(value: &[u8]) -> bool {
+    value.iter().all(|byte| HOST_CHARACTERS[usize::from(*byte)])
+}
+
+/// As a table: it is looked into for every byte of every request.
+const HOST_CHARACTERS: [bool; 256] = {
+    let mut table = [false; 256];
+    let allowed = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,;=:%[]";
+    let mut at = 0;
+    while at < allowed.len() {
+        table[allowed[at] as usize] = true;
+        at += 1;
+    }
+    table
+};
+
+/// A service that knows the answers of plain requests.
+pub trait AnswersPlain {
+    /// Adds the answer to `request`, or leaves `answers` as they were.
+    fn answer_plain(&self, request: &PlainRequest<'_>, answers: &mut Answers<'_>) -> Outcome;
+}
+
+/// A service that gets every request by way of hyper.
+#[derive(Debug, Clone)]
+pub struct Unhurried<S>(pub S);
+
+impl<S> AnswersPlain for Unhurried<S> {
+    fn answer_plain(&self, _: &PlainRequest<'_>, _: &mut Answers<'_>) -> Outcome {
+        Outcome::Declined
+    }
+}
+
+impl<R, S: hyper::service::Service<R>> hyper::service::Service<R> for Unhurried<S> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn call(&self, request: R) -> S::Future {
+        self.0.call(request)
+    }
+}
+
+/// What became of a plain request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It has its answer.
+    Answered,
+    /// There is no room for its answer before the others are sent.
+    Full,
+    /// It has to take the long way.
+    Declined,
+}
+
+/// Answers to requests that came together, from their heads until all are sent or given up: then their time is taken
+/// and their keys are wiped.
+#[derive(Debug)]
+pub struct Answers<'a> {
+    bytes: Wiped,
+    sent: usize,
+    count: usize,
+    started: Instant,
+    metrics: &'a Metrics,
+}
+
+impl<'a> Answers<'a> {
+    fn start(metrics: &'a Metrics) -> Self {
+        let bytes = Wiped(Vec::with_capacity(OUTPUT));
+        Self { bytes, sent: 0, count: 0, started: Instant::now(), metrics }
+    }
+
+    /// Whether a key of `length` has room, with its head.
+    pub fn have_room(&self, length: KeyLength) -> bool {
+        length.bytes() <= (OUTPUT - self.bytes.0.len()).saturating_sub(ANSWER_HEAD_MAX) as u64
+    }
+
+    /// Adds an answer: 200 with these `fields` after its own, each with its line's end, and a key that `draw` makes.
+    ///
+    /// # Errors
+    /// That of `draw`; nothing is added then.
+    ///
+    /// # Panics
+    /// Without room for it, or with more `fields` than go into 512 bytes.
+    pub fn add<E>(
+        &mut self,
+        length: KeyLength,
+        fields: &str,
+        draw: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // Growing would leave keys behind.
+        assert!(self.have_room(length) && fields.len() <= FIELDS_SIZE_MAX, "an answer has room");
+        let bytes = &mut self.bytes.0;
+        let start = bytes.len();
+        bytes.extend_from_slice(HEAD.as_bytes());
+        bytes.extend_from_slice(fields.as_bytes());
+        let _ = write!(bytes, "content-length: {}\r\ndate: ", length.bytes()); // memory takes everything
+        bytes.extend_from_slice(&date());
+        bytes.extend_from_slice(b"\r\n\r\n");
+        let key = bytes.len();
+        bytes.resize(key + usize::try_from(length.bytes()).unwrap_or(0), 0);
+        let drawn = draw(&mut bytes[key..]);
+        match drawn {
+            Ok(()) => {
+                self.count += 1;
+                self.metrics.requests_in_flight.inc();
+            }
+            Err(_) => bytes.truncate(start),
+        }
+        drawn
+    }
+
+    fn poll_send<I: AsyncWrite + Unpin>(&mut self, io: &mut I, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.sent < self.bytes.0.len() {
+            match ready!(Pin::new(&mut *io).poll_write(cx, &self.bytes.0[self.sent..]))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                sent => self.sent += sent,
+            }
+        }
+        Pin::new(io).poll_flush(cx)
+    }
+}
+
+impl Drop for Answers<'_> {
+    fn drop(&mut self) {
+        let took = self.started.elapsed();
+        for _ in 0..self.count {
+            self.metrics.requests_in_flight.dec();
+            self.metrics.finished(Endpoint::Key, took);
+        }
+    }
+}
+
+/// A connection on the short way.
+#[derive(Debug)]
+pub struct Connection<'a, I, S> {
+    io: I,
+    service: S,
+    /// What was read and is not answered.
+    unread: Vec<u8>,
+    /// What is answered and not sent.
+    answers: Option<Answers<'a>>,
+    next: Next,
+    has_answered: bool,
+    metrics: &'a Metrics,
+}
+
+/// What a connection does when its answers are sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// It reads.
+    Read,
+    /// It answers more of what it has read.
+    Answer,
+    /// It ends.
+    End,
+    /// It takes the long way.
+    Leave,
+}
+
+/// How the short way ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// With the connection.
+    Over,
+    /// At something that is for hyper.
+    Left,
+}
+
+impl<'a, I: AsyncRead + AsyncWrite + Unpin, S: AnswersPlain> Connection<'a, I, S> {
+    /// A connection of which nothing was read.
+    pub fn new(io: I, service: S, metrics: &'a Metrics) -> Self {
+        Self {
+            io,
+            service,
+            unread: Vec::new(),
+            answers: None,
+            next: Next::Read,
+            has_answered: false,
+            metrics,
+        }
+    }
+
+    /// Whether there was an answer yet.
+    pub fn has_answered(&self) -> bool {
+        self.has_answered
+    }
+
+    /// Whether it is between two requests, with nothing to send.
+    pub fn is_idle(&self) -> bool {
+        self.answers.is_none()
+    }
+
+    /// The connection as if nothing had been read but what was answered, and its service.
+    pub fn into_parts(self) -> (Rewound<I>, S) {
+        (Rewound { unread: self.unread, at: 0, io: self.io }, self.service)
+    }
+
+    /// Answers plain requests while there are no others.
+    pub fn poll_serve(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<End>> {
+        loop {
+            if let Some(answers) = &mut self.answers {
+                ready!(answers.poll_send(&mut self.io, cx))?;
+                self.answers = None;
+            }
+            match self.next {
+                Next::Read | Next::Answer => {}
+                Next::End => return Pin::new(&mut self.io).poll_shutdown(cx).map_ok(|()| End::Over),
+                Next::Leave => return Poll::Ready(Ok(End::Left)),
+            }
+            let mut input = [const { MaybeUninit::uninit() }; INPUT];
+            let mut input = ReadBuf::uninit(&mut input);
+            input.put_slice(&self.unread);
+            if self.next == Next::Read {
+                ready!(Pin::new(&mut self.io).poll_read(cx, &mut input))?;
+                if input.filled().len() == self.unread.len() {
+                    // The client sends no more. What it has begun is for hyper to judge.
+                    self.next = if self.unread.is_empty() { Next::End } else { Next::Leave };
+                    continue;
+                }
+            }
+            self.answer(input.filled());
+        }
+    }
+
+    /// Answers what can be answered of `input`, and keeps the rest.
+    fn answer(&mut self, mut input: &[u8]) {
+        let mut answers = Answers::start(self.metrics);
+        self.next = loop {
+            let (request, size) = match Head::read(input) {
+                Head::Plain(request, size) => (request, size),
+                Head::Partial => break Next::Read,
+                Head::Other => break Next::Leave,
+            };
+            match self.service.answer_plain(&request, &mut answers) {
+                Outcome::Answered => input = &input[size..],
+                Outcome::Full => break Next::Answer,
+                Outcome::Declined => break Next::Leave,
+            }
+            if request.closes {
+                input = &[]; // RFC 9112 section 9.6: what follows is not read
+                break Next::End;
+            }
+        };
+        if !(self.unread.is_empty() && input.is_empty()) {
+            self.unread = input.to_vec();
+        }
+        if answers.count > 0 {
+            self.has_answered = true;
+            self.answers = Some(answers);
+        }
+    }
+}
+
+/// A stream out of which comes first what had been read already.
+#[derive(Debug)]
+pub struct Rewound<I> {
+    unread: Vec<u8>,
+    at: usize,
+    io: I,
+}
+
+impl<I: AsyncRead + Unpin> AsyncRead for Rewound<I> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let unread = &this.unread[this.at..];
+        if unread.is_empty() {
+            return Pin::new(&mut this.io).poll_read(cx, buf);
+        }
+        let size = unread.len().min(buf.remaining());
+        buf.put_slice(&unread[..size]);
+        this.at += size;
+        if this.at == this.unread.len() {
+            (this.unread, this.at) = (Vec::new(), 0);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<I: AsyncWrite + Unpin> AsyncWrite for Rewound<I> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+/// What every answer begins with; the same as that of a raw key on the long way, which a test compares.
+const HEAD: &str = "HTTP/1.1 200 OK\r\n\
+    cache-control: no-store\r\n\
+    x-content-type-options: nosniff\r\n\
+    content-type: application/octet-stream\r\n\
+    accept-ranges: none\r\n\
+    vary: Accept\r\n";
+
+/// The time as RFC 9110 section 5.6.7 writes it. Each thread writes it once a second.
+fn date() -> [u8; 29] {
+    thread_local! {
+        static WRITTEN: Cell<(i64, [u8; 29])> = const { Cell::new((i64::MIN, [0; 29])) };
+    }
+    // To the last tick of the kernel's timer, which is never ahead.
+    let now = clock_gettime(ClockId::RealtimeCoarse).tv_sec;
+    let (second, mut date) = WRITTEN.get();
+    if now != second {
+        let time = SystemTime::UNIX_EPOCH + Duration::from_secs(now.unsigned_abs());
+        write!(&mut date[..], "{}", httpdate::HttpDate::from(time)).expect("an HTTP date has 29 bytes");
+        WRITTEN.set((now, date));
+    }
+    date
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::convert::Infallible;
+    use std::future::poll_fn;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+    /// Keys of one letter, until `left` of them are gone.
+    struct Letters {
+        left: Cell<usize>,
+    }
+
+    impl AnswersPlain for Letters {
+        fn answer_plain(&self, request: &PlainRequest<'_>, answers: &mut Answers<'_>) -> Outcome {
+            let Ok(length) = KeyLength::parse(request.length, KEY_MAX) else {
+                return Outcome::Declined;
+            };
+            if self.left.get() == 0 {
+                return Outcome::Declined;
+            }
+            if !answers.have_room(length) {
+                return Outcome::Full;
+            }
+            self.left.set(self.left.get() - 1);
+            answers
+                .add(length, "", |key| {
+                    key.fill(b'k');
+                    Ok::<_, Infallible>(())
+                })
+                .unwrap();
+            Outcome::Answered
+        }
+    }
+
+    fn plain(length: &str) -> Head<'_> {
+        Head::Plain(PlainRequest { length, closes: false }, 0)
+    }
+
+    /// What a head is read as, without its size.
+    fn read(head: &str) -> Head<'_> {
+        match Head::read(head.as_bytes()) {
+            Head::Plain(request, size) => {
+                assert_eq!(size, head.len());
+                Head::Plain(request, 0)
+            }
+            other => other,
+        }
+    }
+
+    #[test]
+    fn a_plain_head_is_one_that_says_nothing_but_a_length() {
+        assert_eq!(read("GET /key/32 HTTP/1.1\r\nHost: a\r\n\r\n"), plain("32"));
+        assert_eq!(read("GET /key/ HTTP/1.1\r\nHost: a\r\n\r\n"), plain(""));
+        let usual =
+            "User-Agent: curl/8.14.1\r\nAccept: */*\r\nAccept-Encoding: gzip\r\nConnection: keep-alive\r\n";
+        assert_eq!(read(&format!("GET /key/7 HTTP/1.1\r\nhost: a:1123\r\n{usual}\r\n")), plain("7"));
+        assert_eq!(
+            read("GET /key/7 HTTP/1.1\r\nHOST: [::1]:80\r\nCONNECTION: close\r\n\r\n"),
+            Head::Plain(PlainRequest { length: "7", closes: true }, 0)
+        );
+        let fields = (1..FIELDS_MAX).map(|n| format!("x-{n}: 1\r\n")).collect::<String>();
+        assert_eq!(read(&format!("GET /key/7 HTTP/1.1\r\nHost: a\r\n{fields}\r\n")), plain("7"));
+    }
+
+    #[test]
+    fn whatever_else_a_head_says_is_not_for_here() {
+        for field in [
+            "Host: b",
+            "Accept: text/plain",
+            "Accept: */*;q=0",
+            "Authorization: Bearer x",
+            "Connection: upgrade",
+            "Connection: Close",
+            "connection: close, x",
+            "Content-Length: 0",
+            "Expect: 100-continue",
+            "FORWARDED: for=1.2.3.4",
+            "Transfer-Encoding: chunked",
+            "transfer-encoding: identity",
+            "Upgrade: h2c",
+            "X-Forwarded-For: 1.2.3.4",
+            "folded: a\r\n b",
+            "no colon",
+            "space : a",
+        ] {
+            assert_eq!(
+                read(&format!("GET /key/7 HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n")),
+                Head::Other,
+                "{field}"
+            );
+        }
+        for line in [
+            "GET /key/7 HTTP/1.0",
+            "GET /key/7 HTTP/2.0",
+            "GET  /key/7 HTTP/1.1",
+            "HEAD /key/7 HTTP/1.1",
+            "get /key/7 HTTP/1.1",
+            "GET /password/7 HTTP/1.1",
+            "GET http://a/key/7 HTTP/1.1",
+            "\r\nGET /key/7 HTTP/1.1",
+        ] {
+            assert_eq!(read(&format!("{line}\r\nHost: a\r\n\r\n")), Head::Other, "{line}");
+        }
+        assert_eq!(read("GET /key/7 HTTP/1.1\r\n\r\n"), Head::Other, "no host");
+        assert_eq!(read("GET /key/7 HTTP/1.1\r\nHost: a/b\r\n\r\n"), Head::Other);
+        let many = "x: 1\r\n".repeat(FIELDS_MAX);
+        assert_eq!(read(&format!("GET /key/7 HTTP/1.1\r\nHost: a\r\n{many}\r\n")), Head::Other);
+        let long = "x".repeat(HEAD_MAX);
+        assert_eq!(read(&format!("GET /key/7 HTTP/1.1\r\nHost: a\r\nx: {long}\r\n\r\n")), Head::Other);
+        assert_eq!(
+            read(&format!("GET /key/7 HTTP/1.1\r\nHost: a\r\nx: {long}")),
+            Head::Other,
+            "it will not be shorter"
+        );
+    }
+
+    #[test]
+    fn every_beginning_of_a_plain_head_may_become_one() {
+        let head = "GET /key/32 HTTP/1.1\r\nHost: a\r\nAccept: */*\r\n\r\n";
+        for end in 0..head.len() {
+            assert_eq!(read(&head[..end]), Head::Partial, "{end} bytes");
+        }
+    }
+
+    fn connection(
+        metrics: &Metrics,
+        left: usize,
+        pipe: usize,
+    ) -> (Connection<'_, DuplexStream, Letters>, DuplexStream) {
+        let (ours, theirs) = duplex(pipe);
+        (Connection::new(ours, Letters { left: Cell::new(left) }, metrics), theirs)
+    }
+
+    const REQUEST: &str = "GET /key/100 HTTP/1.1\r\nHost: a\r\n\r\n";
+
+    #[tokio::test]
+    async fn answers_come_whole_and_in_order_however_slowly_they_are_read() {
+        let metrics = Metrics::new();
+        let (mut ours, mut theirs) = connection(&metrics, usize::MAX, 64);
+        let lengths: Vec<usize> = (0..300).map(|n| 1 + n * 7 % 4096).collect();
+        let asking = async {
+            let (mut incoming, mut outgoing) = tokio::io::split(&mut theirs);
+            let wire: String =
+                lengths.iter().map(|length| REQUEST.replace("100", &length.to_string())).collect();
+            let sending = async {
+                outgoing.write_all(wire.as_bytes()).await.unwrap();
+                outgoing.shutdown().await.unwrap();
+            };
+            let mut answers = Vec::new();
+            let reading = incoming.read_to_end(&mut answers);
+            tokio::join!(sending, reading).1.unwrap();
+            answers
+        };
+        let (end, answers) = tokio::join!(poll_fn(|cx| ours.poll_serve(cx)), asking);
+        assert_eq!(end.unwrap(), End::Over);
+        let mut rest = &answers[..];
+        for length in lengths {
+            let end = rest.windows(4).position(|four| four == b"\r\n\r\n").unwrap() + 4;
+            let head = std::str::from_utf8(&rest[..end]).unwrap();
+            assert!(head.contains(&format!("\r\ncontent-length: {length}\r\n")), "{head}");
+            assert_eq!(&rest[end..end + length], vec![b'k'; length]);
+            rest = &rest[end + length..];
+        }
+        assert_eq!(rest, b"");
+        assert_eq!(metrics.requests_in_flight.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_answered_here_is_left_to_the_last_byte() {
+        let metrics = Metrics::new();
+        for piece in [1, 20, 4096] {
+            let (mut ours, mut theirs) = connection(&metrics, 2, 1 << 16);
+            let others = format!("{REQUEST}POST / HTTP/1.1\r\n\r\nbody");
+            let wire = format!("{REQUEST}{REQUEST}{others}");
+            let sending = async {
+                for piece in wire.as_bytes().chunks(piece) {
+                    theirs.write_all(piece).await.unwrap();
+                    tokio::task::yield_now().await;
+                }
+                theirs.shutdown().await.unwrap();
+            };
+            let (end, ()) = tokio::join!(poll_fn(|cx| ours.poll_serve(cx)), sending);
+            assert_eq!(end.unwrap(), End::Left);
+            assert!(ours.has_answered());
+            let (mut io, _) = ours.into_parts();
+            let mut left = String::new();
+            io.read_to_string(&mut left).await.unwrap();
+            assert_eq!(left, others, "in pieces of {piece}");
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_answered_after_a_request_that_closes() {
+        let metrics = Metrics::new();
+        let (mut ours, mut theirs) = connection(&metrics, usize::MAX, 1 << 16);
+        let closing = REQUEST.replace("Host", "Connection: close\r\nHost");
+        theirs.write_all(format!("{REQUEST}{closing}{REQUEST}").as_bytes()).await.unwrap();
+        assert_eq!(poll_fn(|cx| ours.poll_serve(cx)).await.unwrap(), End::Over);
+        let mut answers = String::new();
+        theirs.read_to_string(&mut answers).await.unwrap();
+        assert_eq!(answers.matches("HTTP/1.1 200 OK").count(), 2);
+    }
+
+    #[test]
+    fn a_date_is_written_as_rfc_9110_has_it() {
+        let (first, second) = (date(), date());
+        let parsed = httpdate::parse_http_date(std::str::from_utf8(&first).unwrap()).unwrap();
+        assert!(parsed.elapsed().is_ok_and(|age| age < Duration::from_secs(2)), "{parsed:?}");
+        assert!(httpdate::parse_http_date(std::str::from_utf8(&second).unwrap()).unwrap() >= parsed);
+    }
+}
