@@ -397,8 +397,9 @@ impl AsyncWrite for Stream {
         delegate!(self, poll_flush, cx)
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        delegate!(self, poll_shutdown, cx)
+    /// Nothing: whoever is done with a connection drops it, and close(2) says to the other side what shutdown(2) would.
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 }
 
