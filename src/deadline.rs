@@ -36,15 +36,20 @@ impl Patience {
     }
 }
 
-/// A stream that can be given up with what it has still to send.
-pub trait Reset {
+/// A stream with two ways to come to its end.
+pub trait Ends {
     /// From now on, closing it forgets what was not sent, and tells the other side so.
     fn forget_unsent(&self);
+
+    /// From now on, what is written may wait for the close, and be sent together with it.
+    fn send_with_close(&self);
 }
 
 /// In memory there is no kernel that keeps anything.
-impl Reset for tokio::io::DuplexStream {
+impl Ends for tokio::io::DuplexStream {
     fn forget_unsent(&self) {}
+
+    fn send_with_close(&self) {}
 }
 
 /// A stream whose reads and writes fail with `TimedOut` when patience is at an end.
@@ -94,7 +99,7 @@ impl<S> Timed<S> {
     }
 }
 
-impl<S: Reset> Timed<S> {
+impl<S: Ends> Timed<S> {
     fn written(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match result {
             Poll::Ready(result) => {
@@ -114,6 +119,16 @@ impl<S: Reset> Timed<S> {
     }
 }
 
+impl<S: Ends> Ends for Timed<S> {
+    fn forget_unsent(&self) {
+        self.stream.forget_unsent();
+    }
+
+    fn send_with_close(&self) {
+        self.stream.send_with_close();
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
@@ -128,7 +143,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
     }
 }
 
-impl<S: AsyncWrite + Reset + Unpin> AsyncWrite for Timed<S> {
+impl<S: AsyncWrite + Ends + Unpin> AsyncWrite for Timed<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let result = Pin::new(&mut this.stream).poll_write(cx, buf);

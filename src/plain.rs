@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::deadline::Ends;
 use crate::key::{KeyLength, Wiped};
 use crate::metrics::{Endpoint, Metrics};
 
@@ -282,7 +283,7 @@ pub enum End {
     Left,
 }
 
-impl<'a, I: AsyncRead + AsyncWrite + Unpin, S: AnswersPlain> Connection<'a, I, S> {
+impl<'a, I: AsyncRead + AsyncWrite + Ends + Unpin, S: AnswersPlain> Connection<'a, I, S> {
     /// A connection of which nothing was read.
     pub fn new(io: I, service: S, metrics: &'a Metrics) -> Self {
         Self {
@@ -354,6 +355,7 @@ impl<'a, I: AsyncRead + AsyncWrite + Unpin, S: AnswersPlain> Connection<'a, I, S
             }
             if request.closes {
                 input = &[]; // RFC 9112 section 9.6: what follows is not read
+                self.io.send_with_close();
                 break Next::End;
             }
         };

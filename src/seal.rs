@@ -17,6 +17,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::deadline::Ends;
 use crate::random::{Failure, Generator};
 use crate::token::{self, Digest, LENGTH, PREFIX};
 
@@ -103,6 +104,16 @@ impl<S> Sealed<S> {
     /// Without a sealer everything passes as it is.
     pub fn new(stream: S, sealer: Option<Arc<Sealer>>) -> Self {
         Self { stream, sealer, held: Zeroizing::default() }
+    }
+}
+
+impl<S: Ends> Ends for Sealed<S> {
+    fn forget_unsent(&self) {
+        self.stream.forget_unsent();
+    }
+
+    fn send_with_close(&self) {
+        self.stream.send_with_close();
     }
 }
 

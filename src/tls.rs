@@ -32,6 +32,7 @@ use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::deadline::Ends;
 use crate::location::Location;
 use crate::metrics::{HandshakeFailure, TlsMetrics};
 
@@ -228,6 +229,16 @@ pub struct Tls {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp([u64; 3], [i64; 3]);
+
+impl<S: Ends> Ends for TlsStream<S> {
+    fn forget_unsent(&self) {
+        self.get_ref().0.forget_unsent();
+    }
+
+    fn send_with_close(&self) {
+        self.get_ref().0.send_with_close();
+    }
+}
 
 impl Tls {
     /// Reads the files for the first time.
