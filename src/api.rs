@@ -220,10 +220,7 @@ impl AnswersPlain for Session {
                 fields = problem::rate_lines(standing);
             }
         }
-        if request.closes {
-            fields.push_str("connection: close\r\n");
-        }
-        match answers.add(length, &fields, |key| api.counted(&shape, || api.generator.fill(key))) {
+        match answers.add(request, length, &fields, |key| api.counted(&shape, || api.generator.fill(key))) {
             Ok(()) => {
                 api.metrics.answered(StatusCode::OK);
                 Outcome::Answered

@@ -5,17 +5,19 @@
 //! refuses nothing, so there is one place that says what is wrong with a request.
 
 use std::cell::Cell;
+use std::fmt;
 use std::io::{self, Write};
-use std::mem::MaybeUninit;
+use std::mem::{self, MaybeUninit};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::time::{ClockId, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use zeroize::Zeroize;
 
 use crate::deadline::Ends;
-use crate::key::{KeyLength, Wiped};
+use crate::key::KeyLength;
 use crate::metrics::{Endpoint, Metrics};
 
 /// The most header fields a request may have.
@@ -27,7 +29,7 @@ const INPUT: usize = 4096;
 /// A head that is longer takes the long way.
 const HEAD_MAX: usize = INPUT / 2;
 
-/// Bytes of answers that are written at once. It is taken from the allocator only while there are any.
+/// Bytes of answers that are written at once.
 const OUTPUT: usize = 8192;
 
 /// Of it, what an answer may need beside its key.
@@ -171,27 +173,41 @@ pub enum Outcome {
 
 /// Answers to requests that came together, from their heads until all are sent or given up: then their time is taken
 /// and their keys are wiped.
-#[derive(Debug)]
 pub struct Answers<'a> {
-    bytes: Wiped,
+    /// Never grows, which would leave keys behind.
+    bytes: Vec<u8>,
     sent: usize,
     count: usize,
     started: Instant,
     metrics: &'a Metrics,
 }
 
+thread_local! {
+    /// Room for answers: wiped, empty, and there while no answers are. To ask the allocator for each cost more than all
+    /// that is written into it.
+    static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+impl fmt::Debug for Answers<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Answers({}, {} of {} bytes sent)", self.count, self.sent, self.bytes.len())
+    }
+}
+
 impl<'a> Answers<'a> {
     fn start(metrics: &'a Metrics) -> Self {
-        let bytes = Wiped(Vec::with_capacity(OUTPUT));
+        let spare = SPARE.take();
+        let bytes = if spare.capacity() < OUTPUT { Vec::with_capacity(OUTPUT) } else { spare };
         Self { bytes, sent: 0, count: 0, started: Instant::now(), metrics }
     }
 
     /// Whether a key of `length` has room, with its head.
     pub fn have_room(&self, length: KeyLength) -> bool {
-        length.bytes() <= (OUTPUT - self.bytes.0.len()).saturating_sub(ANSWER_HEAD_MAX) as u64
+        length.bytes() <= (OUTPUT - self.bytes.len()).saturating_sub(ANSWER_HEAD_MAX) as u64
     }
 
-    /// Adds an answer: 200 with these `fields` after its own, each with its line's end, and a key that `draw` makes.
+    /// Adds the answer to `request`, which is for a key of `length`: 200 with these `fields` after its own, each with its
+    /// line's end, and the key that `draw` makes.
     ///
     /// # Errors
     /// That of `draw`; nothing is added then.
@@ -200,17 +216,19 @@ impl<'a> Answers<'a> {
     /// Without room for it, or with more `fields` than go into 512 bytes.
     pub fn add<E>(
         &mut self,
+        request: &PlainRequest<'_>,
         length: KeyLength,
         fields: &str,
         draw: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        // Growing would leave keys behind.
         assert!(self.have_room(length) && fields.len() <= FIELDS_SIZE_MAX, "an answer has room");
-        let bytes = &mut self.bytes.0;
+        let bytes = &mut self.bytes;
         let start = bytes.len();
-        bytes.extend_from_slice(HEAD.as_bytes());
-        bytes.extend_from_slice(fields.as_bytes());
-        let _ = write!(bytes, "content-length: {}\r\ndate: ", length.bytes()); // memory takes everything
+        let end = if request.closes { "connection: close\r\n" } else { "" };
+        // A length has one form, so its text is good for the answer, too.
+        for part in [HEAD, fields, end, "content-length: ", request.length, "\r\ndate: "] {
+            bytes.extend_from_slice(part.as_bytes());
+        }
         bytes.extend_from_slice(&date());
         bytes.extend_from_slice(b"\r\n\r\n");
         let key = bytes.len();
@@ -227,8 +245,8 @@ impl<'a> Answers<'a> {
     }
 
     fn poll_send<I: AsyncWrite + Unpin>(&mut self, io: &mut I, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.sent < self.bytes.0.len() {
-            match ready!(Pin::new(&mut *io).poll_write(cx, &self.bytes.0[self.sent..]))? {
+        while self.sent < self.bytes.len() {
+            match ready!(Pin::new(&mut *io).poll_write(cx, &self.bytes[self.sent..]))? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 sent => self.sent += sent,
             }
@@ -239,6 +257,9 @@ impl<'a> Answers<'a> {
 
 impl Drop for Answers<'_> {
     fn drop(&mut self) {
+        self.bytes.as_mut_slice().zeroize();
+        self.bytes.clear();
+        SPARE.set(mem::take(&mut self.bytes));
         let took = self.started.elapsed();
         for _ in 0..self.count {
             self.metrics.requests_in_flight.dec();
@@ -308,8 +329,11 @@ impl<'a, I: AsyncRead + AsyncWrite + Ends + Unpin, S: AnswersPlain> Connection<'
     }
 
     /// The connection as if nothing had been read but what was answered, and its service.
-    pub fn into_parts(self) -> (Rewound<I>, S) {
-        (Rewound { unread: self.unread, at: 0, io: self.io }, self.service)
+    pub fn into_parts(self) -> (Rewound, S)
+    where
+        I: Send + 'static,
+    {
+        (Rewound { unread: self.unread, at: 0, io: Box::new(self.io) }, self.service)
     }
 
     /// Answers plain requests while there are no others.
@@ -369,15 +393,20 @@ impl<'a, I: AsyncRead + AsyncWrite + Ends + Unpin, S: AnswersPlain> Connection<'
     }
 }
 
-/// A stream out of which comes first what had been read already.
-#[derive(Debug)]
-pub struct Rewound<I> {
+/// Any stream.
+trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<I: AsyncRead + AsyncWrite + Send + Unpin> Io for I {}
+
+/// A stream out of which comes first what had been read already. It is one type whatever the stream is: hyper would be in
+/// the binary once for each.
+pub struct Rewound {
     unread: Vec<u8>,
     at: usize,
-    io: I,
+    io: Box<dyn Io>,
 }
 
-impl<I: AsyncRead + Unpin> AsyncRead for Rewound<I> {
+impl AsyncRead for Rewound {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let unread = &this.unread[this.at..];
@@ -394,7 +423,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Rewound<I> {
     }
 }
 
-impl<I: AsyncWrite + Unpin> AsyncWrite for Rewound<I> {
+impl AsyncWrite for Rewound {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
@@ -469,7 +498,7 @@ mod tests {
             }
             self.left.set(self.left.get() - 1);
             answers
-                .add(length, "", |key| {
+                .add(request, length, "", |key| {
                     key.fill(b'k');
                     Ok::<_, Infallible>(())
                 })

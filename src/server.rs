@@ -24,7 +24,7 @@ use crate::deadline::{Ends, Patience, Timed};
 use crate::listener::{Acceptor, Listener, Stream};
 use crate::metrics::{AcceptError, Metrics, Rejection};
 use crate::peer::Peer;
-use crate::plain::{self, AnswersPlain, End};
+use crate::plain::{self, AnswersPlain, End, Rewound};
 use crate::seal::{Sealed, Sealer};
 use crate::shares::{Share, Shares};
 use crate::tls::Tls;
@@ -475,7 +475,7 @@ async fn encrypted<S, B>(
 /// and the first other one goes by hyper, with all that follow.
 pub async fn connection<I, S, B>(io: I, service: S, mut phase: watch::Receiver<Phase>, metrics: &Metrics)
 where
-    I: AsyncRead + AsyncWrite + Ends + Unpin,
+    I: AsyncRead + AsyncWrite + Ends + Send + Unpin + 'static,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -499,14 +499,13 @@ where
 }
 
 /// Serves a connection by hyper. `asked` says whether it has had an answer before.
-async fn general<I, S, B>(
-    io: I,
+async fn general<S, B>(
+    io: Rewound,
     service: S,
     asked: AtomicBool,
     mut phase: watch::Receiver<Phase>,
     metrics: &Metrics,
 ) where
-    I: AsyncRead + AsyncWrite + Unpin,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
