@@ -8,18 +8,18 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
 use tracing::field::{Field, Value, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::subscriber::Interest;
-use tracing::{Dispatch, Event, Metadata, Subscriber};
-use tracing_subscriber::layer::{Context, SubscriberExt};
-use tracing_subscriber::{Layer, Registry, reload};
+use tracing::{Dispatch, Event, Metadata, Subscriber, span};
+use tracing_subscriber::Registry;
+use tracing_subscriber::layer::SubscriberExt;
 
 /// How many events may wait to be written.
 const QUEUE: usize = 1024;
@@ -81,35 +81,26 @@ impl Dropped {
     }
 }
 
-/// Lets through what is severe enough, and every audit record.
+/// From which severity on events are let through; every audit record is.
 #[derive(Debug)]
-struct Threshold(LevelFilter);
+struct Threshold(RwLock<LevelFilter>);
 
 impl Threshold {
-    fn passes(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == AUDIT || *metadata.level() <= self.0
-    }
-}
-
-impl<S: Subscriber> Layer<S> for Threshold {
-    fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
-        if self.passes(metadata) { Interest::always() } else { Interest::never() }
+    fn level(&self) -> LevelFilter {
+        *self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
-        self.passes(metadata)
-    }
-
-    /// Audit records have the level info.
-    fn max_level_hint(&self) -> Option<LevelFilter> {
-        Some(self.0.max(LevelFilter::INFO))
+    /// Moves it, for events that have been logged before too.
+    fn set(&self, level: LevelFilter) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = level;
+        tracing::callsite::rebuild_interest_cache();
     }
 }
 
 /// The running log. Dropping it writes what is still queued, within a second.
 #[derive(Debug)]
 pub struct Log {
-    level: reload::Handle<Threshold, Registry>,
+    threshold: Arc<Threshold>,
     end: SyncSender<Message>,
     written: Receiver<()>,
     dropped: Arc<Dropped>,
@@ -121,9 +112,10 @@ impl Log {
         let writer = writer();
         let (queue, events) = mpsc::sync_channel(QUEUE);
         let (done, written) = mpsc::sync_channel(1);
-        let (filter, handle) = reload::Layer::new(Threshold(level.0));
+        let threshold = Arc::new(Threshold(RwLock::new(level.0)));
         let dropped = Arc::new(Dropped::default());
-        let log = Self { level: handle, end: queue.clone(), written, dropped: Arc::clone(&dropped) };
+        let end = queue.clone();
+        let log = Self { threshold: Arc::clone(&threshold), end, written, dropped: Arc::clone(&dropped) };
         thread::Builder::new()
             .name("log".into())
             .spawn(move || {
@@ -131,17 +123,14 @@ impl Log {
                 let _ = done.send(()); // nobody waits where the process has ended first
             })
             .expect("the process has just started and may have threads");
-        tracing::subscriber::set_global_default(
-            Registry::default().with(filter).with(Queue { queue, dropped }),
-        )
-        .expect("the log is started once");
+        tracing::subscriber::set_global_default(Queue { threshold, queue, dropped })
+            .expect("the log is started once");
         log
     }
 
     /// Logs from `level` on, from now on.
     pub fn set_level(&self, level: LogLevel) {
-        // It fails only when the subscriber is gone, and it is global.
-        let _ = self.level.reload(Threshold(level.0));
+        self.threshold.set(level.0);
     }
 
     /// What was dropped since the start.
@@ -197,19 +186,46 @@ impl fmt::Debug for Text {
     }
 }
 
+/// Takes events, and hands them to the thread that writes. There are no spans here.
 struct Queue {
+    threshold: Arc<Threshold>,
     queue: SyncSender<Message>,
     dropped: Arc<Dropped>,
 }
 
-impl<S: Subscriber> Layer<S> for Queue {
-    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+impl Subscriber for Queue {
+    fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
+        if self.enabled(metadata) { Interest::always() } else { Interest::never() }
+    }
+
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target() == AUDIT || *metadata.level() <= self.threshold.level()
+    }
+
+    /// Audit records have the level info.
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(self.threshold.level().max(LevelFilter::INFO))
+    }
+
+    fn event(&self, event: &Event<'_>) {
         let mut record = Record { metadata: event.metadata(), values: Vec::new() };
         event.record(&mut record);
         if self.queue.try_send(Message::Event(record)).is_err() {
             self.dropped.count(event.metadata().target() == AUDIT);
         }
     }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
 }
 
 impl Visit for Record {
@@ -251,12 +267,16 @@ mod tests {
         }
     }
 
+    fn queue(queue: SyncSender<Message>, dropped: &Arc<Dropped>) -> Queue {
+        let threshold = Arc::new(Threshold(RwLock::new(LevelFilter::INFO)));
+        Queue { threshold, queue, dropped: Arc::clone(dropped) }
+    }
+
     #[test]
     fn a_writer_that_hangs_drops_events_and_never_waits() {
-        let (queue, _never_read) = mpsc::sync_channel(2);
+        let (sender, _never_read) = mpsc::sync_channel(2);
         let dropped = Arc::new(Dropped::default());
-        let queue = Queue { queue, dropped: Arc::clone(&dropped) };
-        tracing::subscriber::with_default(Registry::default().with(queue), || {
+        tracing::subscriber::with_default(queue(sender, &dropped), || {
             for n in 0..5 {
                 tracing::info!(n, "event");
                 tracing::info!(target: AUDIT, n, "record");
@@ -286,13 +306,10 @@ mod tests {
             .with_target(false)
             .with_writer(move || made.clone());
         let writer = Dispatch::new(Registry::default().with(lines));
-        let (queue, events) = mpsc::sync_channel(8);
-        tracing::subscriber::with_default(
-            Registry::default().with(Queue { queue, dropped: Arc::default() }),
-            || {
-                tracing::warn!(address = %"127.0.0.1:1", count = 3, name = "http", "listening");
-            },
-        );
+        let (sender, events) = mpsc::sync_channel(8);
+        tracing::subscriber::with_default(queue(sender, &Arc::default()), || {
+            tracing::warn!(address = %"127.0.0.1:1", count = 3, name = "http", "listening");
+        });
         write_all(&writer, &events);
         let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
         assert_eq!(text.trim(), "WARN listening address=127.0.0.1:1 count=3 name=http");
