@@ -181,7 +181,7 @@ impl<B: Send + 'static> Service<Request<B>> for Session {
 }
 
 impl AnswersPlain for Session {
-    /// What [`Api::key`] would answer, where that is a raw key and leaves no record.
+    /// What the general way would answer, where that is a raw key and leaves no record.
     fn answer_plain(&self, request: &PlainRequest<'_>, answers: &mut Answers<'_>) -> Outcome {
         let Site { api, has_keys, .. } = &self.site;
         if !has_keys
