@@ -22,7 +22,7 @@ use hyper::service::Service;
 use tower_service::Service as _;
 use tracing::error;
 
-use crate::admission::Admission;
+use crate::admission::{Admission, Visit};
 use crate::audit::{Recipient, Record};
 use crate::body::{Answer, Body};
 use crate::format::{BATCH_MAX, BatchError, COUNT_MAX, Format, Kind, Shape, Writing};
@@ -199,8 +199,7 @@ impl AnswersPlain for Session {
                 _ => return Outcome::Declined,
             }
         }
-        let limit = api.max_size.load(Ordering::Relaxed).min(plain::KEY_MAX);
-        let limit = visit.as_ref().map_or(limit, |visit| visit.max_size(limit));
+        let limit = api.limit(visit.as_deref()).min(plain::KEY_MAX);
         let Ok(length) = KeyLength::parse(request.length, limit) else {
             return Outcome::Declined;
         };
@@ -220,7 +219,8 @@ impl AnswersPlain for Session {
                 fields = problem::rate_lines(standing);
             }
         }
-        match answers.add(request, length, &fields, |key| api.counted(&shape, || api.generator.fill(key))) {
+        let draw = |key: &mut [u8]| api.counted(&shape, || api.generator.fill(key));
+        match answers.add(request, length, &KEY_HEAD, &fields, draw) {
             Ok(()) => {
                 api.metrics.answered(StatusCode::OK);
                 Outcome::Answered
@@ -272,6 +272,16 @@ static KEY_HEADERS: LazyLock<HeaderMap> = LazyLock::new(|| {
     headers
 });
 
+/// The same, as the short way writes it.
+static KEY_HEAD: LazyLock<String> = LazyLock::new(|| {
+    let mut head = String::from("HTTP/1.1 200 OK\r\n");
+    for (name, value) in &*KEY_HEADERS {
+        let value = value.to_str().expect("these values are of ASCII");
+        head.extend([name.as_str(), ": ", value, "\r\n"]);
+    }
+    head
+});
+
 fn with_common<B: Into<Body>>(response: Response<B>) -> Response<Body> {
     let mut response = response.map(Into::into);
     for (name, value) in COMMON {
@@ -320,9 +330,8 @@ impl Api {
             let entered = self.admission.enter(peer, request.headers());
             Some(entered.inspect_err(|_| self.metrics.rejected(Rejection::Unauthorized))?)
         };
-        let limit = self.max_size.load(Ordering::Relaxed);
-        let limit = visit.as_ref().map_or(limit, |visit| visit.max_size(limit));
-        let length = KeyLength::parse(length, kind.length_max(limit)).map_err(refuse_length)?;
+        let limit = kind.length_max(self.limit(visit.as_deref()));
+        let length = KeyLength::parse(length, limit).map_err(refuse_length)?;
         let wish = match request.uri().query() {
             None if !is_choosy => Wish { kind, format: kind.formats()[0], count: None },
             query => {
@@ -388,6 +397,12 @@ impl Api {
             response.headers_mut().insert(CONTENT_LENGTH, shape.size().into()); // of a body it follows from itself
         }
         Ok(response)
+    }
+
+    /// The largest key, in bytes, for who came in, where anyone had to.
+    fn limit(&self, visit: Option<&Visit>) -> u64 {
+        let limit = self.max_size.load(Ordering::Relaxed);
+        visit.map_or(limit, |visit| visit.max_size(limit))
     }
 
     /// Draws what is held in memory whole, and counts it.

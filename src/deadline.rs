@@ -36,20 +36,26 @@ impl Patience {
     }
 }
 
-/// A stream with two ways to come to its end.
-pub trait Ends {
+/// A stream that can be given up with what it has still to send.
+pub trait Reset {
     /// From now on, closing it forgets what was not sent, and tells the other side so.
     fn forget_unsent(&self);
-
-    /// From now on, what is written may wait for the close, and be sent together with it.
-    fn send_with_close(&self);
 }
 
 /// In memory there is no kernel that keeps anything.
-impl Ends for tokio::io::DuplexStream {
+impl Reset for tokio::io::DuplexStream {
     fn forget_unsent(&self) {}
+}
 
-    fn send_with_close(&self) {}
+/// A stream that can send its last bytes and its end as one.
+pub trait Cork {
+    /// From now on, what is written may wait for the close, and be sent together with it.
+    fn cork(&self);
+}
+
+/// In memory nothing is sent in segments.
+impl Cork for tokio::io::DuplexStream {
+    fn cork(&self) {}
 }
 
 /// A stream whose reads and writes fail with `TimedOut` when patience is at an end.
@@ -99,7 +105,7 @@ impl<S> Timed<S> {
     }
 }
 
-impl<S: Ends> Timed<S> {
+impl<S: Reset> Timed<S> {
     fn written(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match result {
             Poll::Ready(result) => {
@@ -119,13 +125,9 @@ impl<S: Ends> Timed<S> {
     }
 }
 
-impl<S: Ends> Ends for Timed<S> {
-    fn forget_unsent(&self) {
-        self.stream.forget_unsent();
-    }
-
-    fn send_with_close(&self) {
-        self.stream.send_with_close();
+impl<S: Cork> Cork for Timed<S> {
+    fn cork(&self) {
+        self.stream.cork();
     }
 }
 
@@ -143,7 +145,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
     }
 }
 
-impl<S: AsyncWrite + Ends + Unpin> AsyncWrite for Timed<S> {
+impl<S: AsyncWrite + Reset + Unpin> AsyncWrite for Timed<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let result = Pin::new(&mut this.stream).poll_write(cx, buf);

@@ -17,7 +17,7 @@ use listenfd::ListenFd;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::deadline::Ends;
+use crate::deadline::{Cork, Reset};
 use crate::peer::Peer;
 
 /// How many connections the kernel holds while they wait to be accepted; it caps this at net.core.somaxconn.
@@ -351,15 +351,17 @@ impl Stream {
     }
 }
 
-impl Ends for Stream {
+impl Reset for Stream {
     fn forget_unsent(&self) {
         // tcp(7), socket(7): closing with SO_LINGER of 0 resets. A Unix socket forgets anyway.
         if let Self::Tcp(stream) = self {
             let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO)); // without it, it is closed in order
         }
     }
+}
 
-    fn send_with_close(&self) {
+impl Cork for Stream {
+    fn cork(&self) {
         // tcp(7): one segment has the data and the end.
         if let Self::Tcp(stream) = self {
             let _ = SockRef::from(stream).set_tcp_cork(true); // without it, there are two

@@ -21,7 +21,7 @@ const EXIT_FAILURE: u8 = 1;
 /// sysexits.h, EX_CONFIG: something is wrong with the configuration.
 const EXIT_CONFIG: u8 = 78;
 
-/// glibc's takes a twentieth more instructions for a key (docs/benchmarks.md).
+/// glibc's took a twentieth more instructions for a key that goes by hyper (docs/benchmarks.md).
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 

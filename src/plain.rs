@@ -16,7 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::Zeroize;
 
-use crate::deadline::Ends;
+use crate::deadline::Cork;
 use crate::key::KeyLength;
 use crate::metrics::{Endpoint, Metrics};
 
@@ -35,8 +35,8 @@ const OUTPUT: usize = 8192;
 /// Of it, what an answer may need beside its key.
 const ANSWER_HEAD_MAX: usize = 1024;
 
-/// Of that, what the fields of one answer may need that are not in all of them.
-const FIELDS_SIZE_MAX: usize = 512;
+/// Of that, what the service may say. The rest is for the length, the date and the end, which are written here.
+const SAID_MAX: usize = ANSWER_HEAD_MAX - 128;
 
 /// The longest key that goes this way, in bytes.
 pub const KEY_MAX: u64 = 4096;
@@ -206,27 +206,28 @@ impl<'a> Answers<'a> {
         length.bytes() <= (OUTPUT - self.bytes.len()).saturating_sub(ANSWER_HEAD_MAX) as u64
     }
 
-    /// Adds the answer to `request`, which is for a key of `length`: 200 with these `fields` after its own, each with its
-    /// line's end, and the key that `draw` makes.
+    /// Adds the answer to `request`, which is for a key of `length`: `head`, a status line and fields, more `fields`, all
+    /// with their line's end, and the key that `draw` makes.
     ///
     /// # Errors
     /// That of `draw`; nothing is added then.
     ///
     /// # Panics
-    /// Without room for it, or with more `fields` than go into 512 bytes.
+    /// Without room for it, or with a `head` and `fields` of more than 896 bytes.
     pub fn add<E>(
         &mut self,
         request: &PlainRequest<'_>,
         length: KeyLength,
+        head: &str,
         fields: &str,
         draw: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        assert!(self.have_room(length) && fields.len() <= FIELDS_SIZE_MAX, "an answer has room");
+        assert!(self.have_room(length) && head.len() + fields.len() <= SAID_MAX, "an answer has room");
         let bytes = &mut self.bytes;
         let start = bytes.len();
         let end = if request.closes { "connection: close\r\n" } else { "" };
         // A length has one form, so its text is good for the answer, too.
-        for part in [HEAD, fields, end, "content-length: ", request.length, "\r\ndate: "] {
+        for part in [head, fields, end, "content-length: ", request.length, "\r\ndate: "] {
             bytes.extend_from_slice(part.as_bytes());
         }
         bytes.extend_from_slice(&date());
@@ -304,7 +305,7 @@ pub enum End {
     Left,
 }
 
-impl<'a, I: AsyncRead + AsyncWrite + Ends + Unpin, S: AnswersPlain> Connection<'a, I, S> {
+impl<'a, I: AsyncRead + AsyncWrite + Cork + Unpin, S: AnswersPlain> Connection<'a, I, S> {
     /// A connection of which nothing was read.
     pub fn new(io: I, service: S, metrics: &'a Metrics) -> Self {
         Self {
@@ -379,7 +380,7 @@ impl<'a, I: AsyncRead + AsyncWrite + Ends + Unpin, S: AnswersPlain> Connection<'
             }
             if request.closes {
                 input = &[]; // RFC 9112 section 9.6: what follows is not read
-                self.io.send_with_close();
+                self.io.cork();
                 break Next::End;
             }
         };
@@ -449,14 +450,6 @@ impl AsyncWrite for Rewound {
     }
 }
 
-/// What every answer begins with; the same as that of a raw key on the long way, which a test compares.
-const HEAD: &str = "HTTP/1.1 200 OK\r\n\
-    cache-control: no-store\r\n\
-    x-content-type-options: nosniff\r\n\
-    content-type: application/octet-stream\r\n\
-    accept-ranges: none\r\n\
-    vary: Accept\r\n";
-
 /// The time as RFC 9110 section 5.6.7 writes it. Each thread writes it once a second.
 fn date() -> [u8; 29] {
     thread_local! {
@@ -498,7 +491,7 @@ mod tests {
             }
             self.left.set(self.left.get() - 1);
             answers
-                .add(request, length, "", |key| {
+                .add(request, length, "HTTP/1.1 200 OK\r\n", "", |key| {
                     key.fill(b'k');
                     Ok::<_, Infallible>(())
                 })

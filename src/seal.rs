@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::deadline::Ends;
+use crate::deadline::Cork;
 use crate::random::{Failure, Generator};
 use crate::token::{self, Digest, LENGTH, PREFIX};
 
@@ -107,13 +107,9 @@ impl<S> Sealed<S> {
     }
 }
 
-impl<S: Ends> Ends for Sealed<S> {
-    fn forget_unsent(&self) {
-        self.stream.forget_unsent();
-    }
-
-    fn send_with_close(&self) {
-        self.stream.send_with_close();
+impl<S: Cork> Cork for Sealed<S> {
+    fn cork(&self) {
+        self.stream.cork();
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, timeout};
 use tracing::{debug, error};
 
-use crate::deadline::{Ends, Patience, Timed};
+use crate::deadline::{Cork, Patience, Timed};
 use crate::listener::{Acceptor, Listener, Stream};
 use crate::metrics::{AcceptError, Metrics, Rejection};
 use crate::peer::Peer;
@@ -475,7 +475,7 @@ async fn encrypted<S, B>(
 /// and the first other one goes by hyper, with all that follow.
 pub async fn connection<I, S, B>(io: I, service: S, mut phase: watch::Receiver<Phase>, metrics: &Metrics)
 where
-    I: AsyncRead + AsyncWrite + Ends + Send + Unpin + 'static,
+    I: AsyncRead + AsyncWrite + Cork + Send + Unpin + 'static,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,

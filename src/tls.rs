@@ -32,7 +32,7 @@ use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::deadline::Ends;
+use crate::deadline::Cork;
 use crate::location::Location;
 use crate::metrics::{HandshakeFailure, TlsMetrics};
 
@@ -230,13 +230,9 @@ pub struct Tls {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp([u64; 3], [i64; 3]);
 
-impl<S: Ends> Ends for TlsStream<S> {
-    fn forget_unsent(&self) {
-        self.get_ref().0.forget_unsent();
-    }
-
-    fn send_with_close(&self) {
-        self.get_ref().0.send_with_close();
+impl<S: Cork> Cork for TlsStream<S> {
+    fn cork(&self) {
+        self.get_ref().0.cork();
     }
 }
 
