@@ -1,6 +1,8 @@
 //! A key and its length: values that can't be wrong, and bytes that don't outlive their use.
 
+use std::cell::Cell;
 use std::fmt;
+use std::mem;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -78,7 +80,15 @@ pub struct Wiped(pub Vec<u8>);
 impl Drop for Wiped {
     fn drop(&mut self) {
         self.0.as_mut_slice().zeroize();
+        if self.0.len() == CHUNK {
+            SPARE.set(mem::take(&mut self.0));
+        }
     }
+}
+
+thread_local! {
+    /// The last chunk that was wiped, for the next: a new one would have to be cleared.
+    static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
 impl fmt::Debug for Wiped {
@@ -114,7 +124,8 @@ impl Key {
 
     fn draw_piece(length: u64, most: usize, generator: &Generator) -> Result<Self, Failure> {
         let size = usize::try_from(length).map_or(most, |length| length.min(most));
-        let mut bytes = Wiped(vec![0; size]);
+        let spare = if size == CHUNK { SPARE.take() } else { Vec::new() };
+        let mut bytes = Wiped(if spare.is_empty() { vec![0; size] } else { spare });
         generator.fill(&mut bytes.0)?;
         Ok(Self(bytes))
     }

@@ -12,7 +12,6 @@ use key_service::probe::Target;
 use key_service::random::{Generator, Kernel};
 use key_service::token::{Grant, Token};
 use key_service::{forbid_core_dumps, run, systemd};
-use mimalloc::MiMalloc;
 use zeroize::Zeroizing;
 
 /// Could not start or go on.
@@ -20,10 +19,6 @@ const EXIT_FAILURE: u8 = 1;
 
 /// sysexits.h, EX_CONFIG: something is wrong with the configuration.
 const EXIT_CONFIG: u8 = 78;
-
-/// glibc's took a twentieth more instructions for a key that goes by hyper (docs/benchmarks.md).
-#[global_allocator]
-static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse(); // wrong usage ends here, with status 2

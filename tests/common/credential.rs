@@ -25,7 +25,7 @@ pub fn activated(folder: &Folder, name: &str, socket: OwnedFd, settings: &[(&str
     let mut command = Command::new("sh");
     super::scrub(&mut command, folder);
     let script = "exec 3<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null";
-    command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_key-service")]);
+    command.args(["-c", script, "sh", &super::binary()]);
     command.arg("--config").arg(folder.file("config.toml"));
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     for (name, value) in settings {

@@ -47,9 +47,14 @@ impl Drop for Folder {
     }
 }
 
+/// The binary: $KEY_SERVICE_BIN, such as that of a package, else the one that Cargo built with these tests.
+pub fn binary() -> String {
+    std::env::var("KEY_SERVICE_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_key-service").into())
+}
+
 /// The binary, in an environment that says nothing to it, with no configuration file of the host's.
 pub fn key_service(folder: &Folder) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_key-service"));
+    let mut command = Command::new(binary());
     scrub(&mut command, folder);
     command
 }
