@@ -12,7 +12,6 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant, SystemTime};
 
-use rustix::time::{ClockId, clock_gettime};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::Zeroize;
 
@@ -230,7 +229,7 @@ impl<'a> Answers<'a> {
         for part in [head, fields, end, "content-length: ", request.length, "\r\ndate: "] {
             bytes.extend_from_slice(part.as_bytes());
         }
-        bytes.extend_from_slice(&date());
+        bytes.extend_from_slice(&date(self.started));
         bytes.extend_from_slice(b"\r\n\r\n");
         let key = bytes.len();
         bytes.resize(key + usize::try_from(length.bytes()).unwrap_or(0), 0);
@@ -450,19 +449,23 @@ impl AsyncWrite for Rewound {
     }
 }
 
-/// The time as RFC 9110 section 5.6.7 writes it. Each thread writes it once a second.
-fn date() -> [u8; 29] {
+/// The time at `now`, which has just been, as RFC 9110 section 5.6.7 writes it. Each thread asks for it and writes it once
+/// a second, so a step of the clock shows within one.
+fn date(now: Instant) -> [u8; 29] {
     thread_local! {
-        static WRITTEN: Cell<(i64, [u8; 29])> = const { Cell::new((i64::MIN, [0; 29])) };
+        /// With when it has to be written anew.
+        static WRITTEN: Cell<Option<(Instant, [u8; 29])>> = const { Cell::new(None) };
     }
-    // To the last tick of the kernel's timer, which is never ahead.
-    let now = clock_gettime(ClockId::RealtimeCoarse).tv_sec;
-    let (second, mut date) = WRITTEN.get();
-    if now != second {
-        let time = SystemTime::UNIX_EPOCH + Duration::from_secs(now.unsigned_abs());
-        write!(&mut date[..], "{}", httpdate::HttpDate::from(time)).expect("an HTTP date has 29 bytes");
-        WRITTEN.set((now, date));
+    if let Some((end, date)) = WRITTEN.get()
+        && now < end
+    {
+        return date;
     }
+    let time = SystemTime::now();
+    let second = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().subsec_nanos();
+    let mut date = [0; 29];
+    write!(&mut date[..], "{}", httpdate::HttpDate::from(time)).expect("an HTTP date has 29 bytes");
+    WRITTEN.set(Some((now + Duration::from_secs(1) - Duration::from_nanos(second.into()), date)));
     date
 }
 
@@ -670,10 +673,13 @@ mod tests {
     }
 
     #[test]
-    fn a_date_is_written_as_rfc_9110_has_it() {
-        let (first, second) = (date(), date());
-        let parsed = httpdate::parse_http_date(std::str::from_utf8(&first).unwrap()).unwrap();
-        assert!(parsed.elapsed().is_ok_and(|age| age < Duration::from_secs(2)), "{parsed:?}");
-        assert!(httpdate::parse_http_date(std::str::from_utf8(&second).unwrap()).unwrap() >= parsed);
+    fn a_date_is_written_as_rfc_9110_has_it_and_anew_each_second() {
+        let read = |now| httpdate::parse_http_date(std::str::from_utf8(&date(now)).unwrap()).unwrap();
+        let now = Instant::now();
+        let first = read(now);
+        assert!(first.elapsed().is_ok_and(|age| age < Duration::from_secs(2)), "{first:?}");
+        assert_eq!(read(now), first);
+        std::thread::sleep(Duration::from_secs(1));
+        assert!(read(Instant::now()) > first);
     }
 }
