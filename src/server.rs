@@ -334,11 +334,19 @@ pub async fn serve(
     terms: Terms,
     phase: watch::Receiver<Phase>,
 ) -> io::Result<()> {
+    let terms = Arc::new(terms);
     // Every accept loop and connection holds a sender; nothing is ever sent.
     let (alive, mut all_gone) = mpsc::channel::<Infallible>(1);
     for (listener, heartbeat) in listeners {
         let acceptor = listener.into_acceptor()?;
-        tokio::spawn(accept(acceptor, heartbeat, begin.clone(), terms.clone(), phase.clone(), alive.clone()));
+        tokio::spawn(accept(
+            acceptor,
+            heartbeat,
+            begin.clone(),
+            Arc::clone(&terms),
+            phase.clone(),
+            alive.clone(),
+        ));
     }
     drop(alive);
     all_gone.recv().await;
@@ -367,10 +375,11 @@ where
             }
             (_, stream) => {
                 let (stream, service) = (timed(stream), service(seat, peer));
-                tokio::spawn(async move {
-                    let stream = Sealed::new(stream, guard.terms.sealer.clone());
+                let stream = Sealed::new(stream, guard.terms.sealer.clone());
+                // In a box, since the runtime moves a task's future several times.
+                tokio::spawn(Box::pin(async move {
                     connection(stream, service, phase, &guard.terms.metrics).await;
-                });
+                }));
             }
         }
     }
@@ -380,22 +389,26 @@ async fn accept(
     acceptor: Acceptor,
     mut heartbeat: Heartbeat,
     begin: impl Fn(Accepted) + Clone + Send + 'static,
-    terms: Terms,
+    terms: Arc<Terms>,
     phase: watch::Receiver<Phase>,
     alive: mpsc::Sender<Infallible>,
 ) {
     let mut complained: Option<Instant> = None;
     let mut sweeping: Option<Instant> = None;
     let _accepting = terms.slots.accepting.subscribe();
+    // Both wait in one place for the life of the loop, instead of joining and leaving it for each connection.
     let mut stopping = phase.clone();
+    let draining = reached(&mut stopping, Phase::Draining);
+    pin!(draining);
+    let beat = heartbeat.beat();
+    pin!(beat);
     loop {
         let next = async {
             terms.slots.room().await;
             acceptor.accept().await
         };
         // Closing a socket that was bound here resets whoever is in its queue: they are taken first.
-        let accepted = if *stopping.borrow() >= Phase::Draining {
-            let since = *sweeping.get_or_insert_with(Instant::now);
+        let accepted = if let Some(since) = sweeping {
             if since.elapsed() > SWEEP {
                 return;
             }
@@ -406,8 +419,11 @@ async fn accept(
         } else {
             tokio::select! {
                 biased;
-                () = reached(&mut stopping, Phase::Draining) => continue,
-                never = heartbeat.beat() => match never {},
+                () = draining.as_mut() => {
+                    sweeping = Some(Instant::now());
+                    continue;
+                }
+                never = beat.as_mut() => match never {},
                 accepted = next => accepted,
             }
         };
@@ -422,7 +438,7 @@ async fn accept(
                     Seat::Regular if share.is_excess() => Seat::Excess,
                     seat => seat,
                 };
-                let guard = Open::new(terms.clone(), alive.clone(), share);
+                let guard = Open::new(Arc::clone(&terms), alive.clone(), share);
                 begin(Accepted { stream, peer, seat, phase: phase.clone(), guard });
             }
             // accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM. The connection stays in the queue; waiting is all there is.
@@ -473,28 +489,36 @@ async fn encrypted<S, B>(
 
 /// Serves one connection to its end: HTTP/1.1, as strictly as the service wants it. Plain requests go the short way,
 /// and the first other one goes by hyper, with all that follow.
-pub async fn connection<I, S, B>(io: I, service: S, mut phase: watch::Receiver<Phase>, metrics: &Metrics)
+pub fn connection<I, S, B>(
+    io: I,
+    service: S,
+    mut phase: watch::Receiver<Phase>,
+    metrics: &Metrics,
+) -> impl Future<Output = ()>
 where
     I: AsyncRead + AsyncWrite + Cork + Send + Unpin + 'static,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    // Outside of the future, which would hold what it is made of, too: there is one for each connection.
     let mut plain = plain::Connection::new(io, service, metrics);
-    let end = until_closing(&mut phase, |cx, is_closing| match plain.poll_serve(cx) {
-        // An answer that is on its way is sent first.
-        Poll::Pending if is_closing && plain.is_idle() => Poll::Ready(Ok(End::Left)),
-        end => end,
-    });
-    match end.await {
-        Ok(End::Over) => {}
-        Ok(End::Left) => {
-            let asked = AtomicBool::new(plain.has_answered());
-            let (io, service) = plain.into_parts();
-            // In a box, since most connections never need it.
-            Box::pin(general(io, service, asked, phase, metrics)).await;
+    async move {
+        let poll = |cx: &mut Context<'_>, is_closing| match plain.poll_serve(cx) {
+            // An answer that is on its way is sent first.
+            Poll::Pending if is_closing && plain.is_idle() => Poll::Ready(Ok(End::Left)),
+            end => end,
+        };
+        match until_closing(&mut phase, poll).await {
+            Ok(End::Over) => {}
+            Ok(End::Left) => {
+                let asked = AtomicBool::new(plain.has_answered());
+                let (io, service) = plain.into_parts();
+                // In a box, since most connections never need it.
+                Box::pin(general(io, service, asked, phase, metrics)).await;
+            }
+            Err(problem) => debug!(error = %problem, "a connection ended early"),
         }
-        Err(problem) => debug!(error = %problem, "a connection ended early"),
     }
 }
 
@@ -596,13 +620,13 @@ async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
 /// An open connection: leaving gives back its slot.
 #[derive(Debug)]
 struct Open {
-    terms: Terms,
+    terms: Arc<Terms>,
     _alive: mpsc::Sender<Infallible>,
     _share: Share,
 }
 
 impl Open {
-    fn new(terms: Terms, alive: mpsc::Sender<Infallible>, share: Share) -> Self {
+    fn new(terms: Arc<Terms>, alive: mpsc::Sender<Infallible>, share: Share) -> Self {
         if let Some(gauge) = &terms.gauge {
             gauge.inc();
         }
