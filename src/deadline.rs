@@ -48,15 +48,18 @@ impl Reset for tokio::io::DuplexStream {
 }
 
 /// A stream that can send its last bytes and its end as one.
-pub trait Cork {
-    /// From now on, what is written may wait for the close, and be sent together with it.
-    fn cork(&self);
+pub trait WriteLast: AsyncWrite {
+    /// Writes as `poll_write` does. What is written may wait for the close, which has to follow, and go together with it.
+    ///
+    /// # Errors
+    /// Those of `poll_write`.
+    fn poll_write_last(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write(cx, buf)
+    }
 }
 
 /// In memory nothing is sent in segments.
-impl Cork for tokio::io::DuplexStream {
-    fn cork(&self) {}
-}
+impl WriteLast for tokio::io::DuplexStream {}
 
 /// A stream whose reads and writes fail with `TimedOut` when patience is at an end.
 #[derive(Debug)]
@@ -125,12 +128,6 @@ impl<S: Reset> Timed<S> {
     }
 }
 
-impl<S: Cork> Cork for Timed<S> {
-    fn cork(&self) {
-        self.stream.cork();
-    }
-}
-
 impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
@@ -172,6 +169,14 @@ impl<S: AsyncWrite + Reset + Unpin> AsyncWrite for Timed<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+impl<S: WriteLast + Reset + Unpin> WriteLast for Timed<S> {
+    fn poll_write_last(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let result = Pin::new(&mut this.stream).poll_write_last(cx, buf);
+        this.written(cx, result)
     }
 }
 

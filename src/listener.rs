@@ -10,14 +10,15 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::str::FromStr;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use listenfd::ListenFd;
+use rustix::net::{SendFlags, send};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
-use crate::deadline::{Cork, Reset};
+use crate::deadline::{Reset, WriteLast};
 use crate::peer::Peer;
 
 /// How many connections the kernel holds while they wait to be accepted; it caps this at net.core.somaxconn.
@@ -360,15 +361,6 @@ impl Reset for Stream {
     }
 }
 
-impl Cork for Stream {
-    fn cork(&self) {
-        // tcp(7): one segment has the data and the end.
-        if let Self::Tcp(stream) = self {
-            let _ = SockRef::from(stream).set_tcp_cork(true); // without it, there are two
-        }
-    }
-}
-
 macro_rules! delegate {
     ($self:ident, $method:ident $(, $argument:ident)*) => {
         match $self.get_mut() {
@@ -409,6 +401,24 @@ impl AsyncWrite for Stream {
     /// Nothing: whoever is done with a connection drops it, and close(2) says to the other side what shutdown(2) would.
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
+    }
+}
+
+impl WriteLast for Stream {
+    fn poll_write_last(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let stream = match self.get_mut() {
+            Self::Tcp(stream) => stream,
+            Self::Unix(stream) => return Pin::new(stream).poll_write(cx, buf),
+        };
+        loop {
+            ready!(stream.poll_write_ready(cx))?;
+            // send(2): with MSG_MORE, one segment has the data and the end.
+            let send = || Ok(send(&*stream, buf, SendFlags::MORE | SendFlags::NOSIGNAL)?);
+            match stream.try_io(Interest::WRITABLE, send) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return Poll::Ready(result),
+            }
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::Zeroize;
 
-use crate::deadline::Cork;
+use crate::deadline::WriteLast;
 use crate::key::KeyLength;
 use crate::metrics::{Endpoint, Metrics};
 
@@ -244,9 +244,16 @@ impl<'a> Answers<'a> {
         drawn
     }
 
-    fn poll_send<I: AsyncWrite + Unpin>(&mut self, io: &mut I, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// Sends them; `last` says that the connection ends with them.
+    fn poll_send<I: WriteLast + Unpin>(
+        &mut self,
+        io: &mut I,
+        last: bool,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
         while self.sent < self.bytes.len() {
-            match ready!(Pin::new(&mut *io).poll_write(cx, &self.bytes[self.sent..]))? {
+            let (io, rest) = (Pin::new(&mut *io), &self.bytes[self.sent..]);
+            match ready!(if last { io.poll_write_last(cx, rest) } else { io.poll_write(cx, rest) })? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 sent => self.sent += sent,
             }
@@ -304,7 +311,7 @@ pub enum End {
     Left,
 }
 
-impl<'a, I: AsyncRead + AsyncWrite + Cork + Unpin, S: AnswersPlain> Connection<'a, I, S> {
+impl<'a, I: AsyncRead + WriteLast + Unpin, S: AnswersPlain> Connection<'a, I, S> {
     /// A connection of which nothing was read.
     pub fn new(io: I, service: S, metrics: &'a Metrics) -> Self {
         Self {
@@ -340,7 +347,7 @@ impl<'a, I: AsyncRead + AsyncWrite + Cork + Unpin, S: AnswersPlain> Connection<'
     pub fn poll_serve(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<End>> {
         loop {
             if let Some(answers) = &mut self.answers {
-                ready!(answers.poll_send(&mut self.io, cx))?;
+                ready!(answers.poll_send(&mut self.io, self.next == Next::End, cx))?;
                 self.answers = None;
             }
             match self.next {
@@ -379,7 +386,6 @@ impl<'a, I: AsyncRead + AsyncWrite + Cork + Unpin, S: AnswersPlain> Connection<'
             }
             if request.closes {
                 input = &[]; // RFC 9112 section 9.6: what follows is not read
-                self.io.cork();
                 break Next::End;
             }
         };

@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::deadline::Cork;
+use crate::deadline::WriteLast;
 use crate::random::{Failure, Generator};
 use crate::token::{self, Digest, LENGTH, PREFIX};
 
@@ -107,12 +107,6 @@ impl<S> Sealed<S> {
     }
 }
 
-impl<S: Cork> Cork for Sealed<S> {
-    fn cork(&self) {
-        self.stream.cork();
-    }
-}
-
 impl<S: AsyncRead + Unpin> AsyncRead for Sealed<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
@@ -180,6 +174,16 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Sealed<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+impl<S: WriteLast + Unpin> WriteLast for Sealed<S> {
+    fn poll_write_last(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_last(cx, buf)
     }
 }
 

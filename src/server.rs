@@ -14,13 +14,13 @@ use hyper::service::Service;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use prometheus::IntGauge;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::AsyncRead;
 use tokio::pin;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, timeout};
 use tracing::{debug, error};
 
-use crate::deadline::{Cork, Patience, Timed};
+use crate::deadline::{Patience, Timed, WriteLast};
 use crate::listener::{Acceptor, Listener, Stream};
 use crate::metrics::{AcceptError, Metrics, Rejection};
 use crate::peer::Peer;
@@ -496,7 +496,7 @@ pub fn connection<I, S, B>(
     metrics: &Metrics,
 ) -> impl Future<Output = ()>
 where
-    I: AsyncRead + AsyncWrite + Cork + Send + Unpin + 'static,
+    I: AsyncRead + WriteLast + Send + Unpin + 'static,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,

@@ -32,7 +32,7 @@ use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::deadline::Cork;
+use crate::deadline::WriteLast;
 use crate::location::Location;
 use crate::metrics::{HandshakeFailure, TlsMetrics};
 
@@ -230,11 +230,8 @@ pub struct Tls {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp([u64; 3], [i64; 3]);
 
-impl<S: Cork> Cork for TlsStream<S> {
-    fn cork(&self) {
-        self.get_ref().0.cork();
-    }
-}
+/// Its last bytes are a record of its own, close_notify.
+impl<S> WriteLast for TlsStream<S> where Self: AsyncWrite {}
 
 impl Tls {
     /// Reads the files for the first time.
