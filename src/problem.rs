@@ -175,13 +175,22 @@ pub fn tell_rates(headers: &mut HeaderMap, standing: &Standing) {
 
 /// The same, as lines of a head.
 pub fn rate_lines(standing: &Standing) -> String {
-    format!("{RATE_LIMIT_POLICY}: {}\r\n{RATE_LIMIT}: {}\r\n", standing.rates.policy(), standing.field())
+    let mut lines = String::with_capacity(256);
+    lines.push_str("ratelimit-policy: ");
+    standing.rates.append_policy(&mut lines);
+    lines.push_str("\r\nratelimit: ");
+    standing.append_field(&mut lines);
+    lines.push_str("\r\n");
+    lines
 }
 
 fn rate_fields(standing: &Standing) -> [(HeaderName, HeaderValue); 2] {
+    let (mut policy, mut field) = (String::new(), String::new());
+    standing.rates.append_policy(&mut policy);
+    standing.append_field(&mut field);
     let value =
         |text: String| HeaderValue::try_from(text).expect("it has names, numbers and punctuation only");
-    [(RATE_LIMIT_POLICY, value(standing.rates.policy())), (RATE_LIMIT, value(standing.field()))]
+    [(RATE_LIMIT_POLICY, value(policy)), (RATE_LIMIT, value(field))]
 }
 
 fn code<S: serde::Serializer>(status: &StatusCode, serializer: S) -> Result<S::Ok, S::Error> {

@@ -36,17 +36,12 @@ impl Rates {
         self.requests.is_none() && self.bytes.is_none()
     }
 
-    /// The value of `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-11, section 3).
-    pub fn policy(&self) -> String {
-        let window = u64::from(self.burst);
-        self.list(|name, rate, unit| format!("\"{name}\";q={}{unit};w={window}", capped(rate.get() * window)))
-    }
-
-    /// The bounds that there are, as an HTTP list.
-    fn list(&self, item: impl Fn(&str, NonZeroU64, &str) -> String) -> String {
-        let requests = self.requests.map(|rate| item(REQUESTS, rate, ""));
-        let bytes = self.bytes.map(|rate| item(BYTES, rate, ";qu=\"content-bytes\""));
-        requests.into_iter().chain(bytes).collect::<Vec<_>>().join(", ")
+    /// Appends the value of `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-11, section 3).
+    pub fn append_policy(&self, text: &mut String) {
+        let quota = |rate: NonZeroU64| rate.get().saturating_mul(self.burst.into());
+        let [requests, bytes] = [self.requests, self.bytes].map(|rate| rate.map(quota));
+        let bytes = (bytes, "\"bytes\";q=", ";qu=\"content-bytes\";w=");
+        append(text, [(requests, "\"requests\";q=", ";w="), bytes], self.burst);
     }
 
     /// How far ahead of its payments a client may be, in nanoseconds.
@@ -55,12 +50,23 @@ impl Rates {
     }
 }
 
-const REQUESTS: &str = "requests";
-const BYTES: &str = "bytes";
-
 /// Structured fields have integers of at most 15 digits (RFC 9651 section 3.3.1).
-fn capped(number: u64) -> u64 {
-    number.min(999_999_999_999_999)
+const INTEGER_MAX: u64 = 999_999_999_999_999;
+
+/// Appends an HTTP list: of each amount that there is, what comes before it, and what comes between it and `seconds`.
+/// Piece by piece, since it is in every answer: formatted, it took more than all the rest of one.
+fn append(text: &mut String, items: [(Option<u64>, &str, &str); 2], seconds: u32) {
+    let (mut digits, mut seconds_digits) = (itoa::Buffer::new(), itoa::Buffer::new());
+    let seconds = seconds_digits.format(seconds);
+    let mut separator = "";
+    for (amount, before, between) in items {
+        if let Some(amount) = amount {
+            for part in [separator, before, digits.format(amount.min(INTEGER_MAX)), between, seconds] {
+                text.push_str(part);
+            }
+            separator = ", ";
+        }
+    }
 }
 
 /// Where a client stands after a request.
@@ -82,15 +88,14 @@ impl Standing {
         self.wait.map(|wait| u32::try_from(wait.as_nanos().div_ceil(SECOND)).unwrap_or(u32::MAX).max(1))
     }
 
-    /// The value of `RateLimit` (the same draft, section 4). A client that takes no more than `r` within `t` seconds is
-    /// not refused; since `t` is the time in which all of `r` would be earned, the ratio of both never exceeds the rate,
+    /// Appends the value of `RateLimit` (the same draft, section 4). A client that takes no more than `r` within `t`
+    /// seconds is not refused; since `t` is the time in which all of `r` would be earned, the ratio of both never exceeds the rate,
     /// as section 6 wants it. Of a refusal, `t` is what `Retry-After` says.
-    pub fn field(&self) -> String {
+    pub fn append_field(&self, text: &mut String) {
         let window = self.retry_after().unwrap_or(self.rates.burst);
-        self.rates.list(|name, _, _| {
-            let left = if name == REQUESTS { self.requests_left } else { self.bytes_left };
-            format!("\"{name}\";r={};t={window}", capped(left))
-        })
+        let requests = self.rates.requests.map(|_| self.requests_left);
+        let bytes = self.rates.bytes.map(|_| self.bytes_left);
+        append(text, [(requests, "\"requests\";r=", ";t="), (bytes, "\"bytes\";r=", ";t=")], window);
     }
 }
 
@@ -266,12 +271,19 @@ mod tests {
         let start = Instant::now();
         let table = Table::new(start);
         let both = rates(5, 1000, 10);
-        assert_eq!(both.policy(), r#""requests";q=50;w=10, "bytes";q=10000;qu="content-bytes";w=10"#);
+        let written = |append: &dyn Fn(&mut String)| {
+            let mut text = String::new();
+            append(&mut text);
+            text
+        };
+        let policy = |rates: &Rates| written(&|text| rates.append_policy(text));
+        let field = |standing: &Standing| written(&|text| standing.append_field(text));
+        assert_eq!(policy(&both), r#""requests";q=50;w=10, "bytes";q=10000;qu="content-bytes";w=10"#);
         let standing = table.ask(ONE, &both, 400, start);
-        assert_eq!(standing.field(), r#""requests";r=49;t=10, "bytes";r=9600;t=10"#);
+        assert_eq!(field(&standing), r#""requests";r=49;t=10, "bytes";r=9600;t=10"#);
         let refused = table.ask(ONE, &both, 9700, start);
-        assert_eq!(refused.field(), r#""requests";r=49;t=1, "bytes";r=9600;t=1"#);
-        assert_eq!(rates(5, 0, 10).policy(), r#""requests";q=50;w=10"#);
+        assert_eq!(field(&refused), r#""requests";r=49;t=1, "bytes";r=9600;t=1"#);
+        assert_eq!(policy(&rates(5, 0, 10)), r#""requests";q=50;w=10"#);
     }
 
     #[test]
