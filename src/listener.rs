@@ -439,6 +439,7 @@ mod tests {
     #[test]
     fn a_socket_file_that_nobody_answers_on_is_replaced_and_other_files_are_not() {
         let folder = env::temp_dir().join(format!("key-service-listener-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder); // of a process that was killed and had this one's id
         fs::create_dir(&folder).unwrap();
         let stale = Host::Unix(folder.join("stale"));
         drop(Listener::bind(&stale, 0, Mode::default()).unwrap());
