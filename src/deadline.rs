@@ -49,7 +49,7 @@ impl Reset for tokio::io::DuplexStream {
 
 /// A stream that can send its last bytes and its end as one.
 pub trait WriteLast: AsyncWrite {
-    /// Writes as `poll_write` does. What is written may wait for the close, which has to follow, and go together with it.
+    /// Writes as `poll_write` does. What is written may wait for the shutdown, which has to follow, and go with it.
     ///
     /// # Errors
     /// Those of `poll_write`.

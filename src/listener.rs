@@ -398,9 +398,9 @@ impl AsyncWrite for Stream {
         delegate!(self, poll_flush, cx)
     }
 
-    /// Nothing: whoever is done with a connection drops it, and close(2) says to the other side what shutdown(2) would.
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    /// Sends what waits for the end, and the end: close(2) would forget it if the client had sent more than was read.
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, poll_shutdown, cx)
     }
 }
 
@@ -412,7 +412,7 @@ impl WriteLast for Stream {
         };
         loop {
             ready!(stream.poll_write_ready(cx))?;
-            // send(2): with MSG_MORE, one segment has the data and the end.
+            // send(2): with MSG_MORE, one segment has the data and the end, which shutdown(2) sends.
             let send = || Ok(send(&*stream, buf, SendFlags::MORE | SendFlags::NOSIGNAL)?);
             match stream.try_io(Interest::WRITABLE, send) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
