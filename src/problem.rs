@@ -176,11 +176,14 @@ pub fn tell_rates(headers: &mut HeaderMap, standing: &Standing) {
 /// The same, as lines of a head.
 pub fn rate_lines(standing: &Standing) -> String {
     let mut lines = String::with_capacity(256);
-    lines.push_str("ratelimit-policy: ");
+    lines += RATE_LIMIT_POLICY.as_str();
+    lines += ": ";
     standing.rates.append_policy(&mut lines);
-    lines.push_str("\r\nratelimit: ");
+    lines += "\r\n";
+    lines += RATE_LIMIT.as_str();
+    lines += ": ";
     standing.append_field(&mut lines);
-    lines.push_str("\r\n");
+    lines += "\r\n";
     lines
 }
 
