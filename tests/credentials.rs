@@ -33,11 +33,9 @@ fn a_unit_gets_32_bytes_that_nobody_else_gets() {
         assert_eq!(key.len(), 32);
         assert!(!keys[..n].contains(key));
     }
-    common::until("the counts", || {
-        (daemon.metric("credentials_total{outcome=\"served\"}") == 50.0).then_some(())
-    });
-    assert_eq!(daemon.metric("key_bytes_total{format=\"raw\"}"), 1600.0);
-    assert_eq!(daemon.metric("key_length_bytes_count"), 50.0);
+    daemon.wait_for_metric("credentials_total{outcome=\"served\"}", 50.0);
+    daemon.wait_for_metric("key_bytes_total{format=\"raw\"}", 1600.0);
+    daemon.wait_for_metric("key_length_bytes_count", 50.0);
 }
 
 const CONFIG: &str = r#"
@@ -102,9 +100,7 @@ fn who_is_not_a_unit_gets_nothing_and_is_counted() {
     for (n, name) in malformed.iter().enumerate() {
         assert_eq!(fetch_raw(&daemon.folder, *name), b"", "{name:?}");
         let counted = n as f64 + 1.0;
-        common::until("the count", || {
-            (daemon.metric("credentials_total{outcome=\"malformed\"}") == counted).then_some(())
-        });
+        daemon.wait_for_metric("credentials_total{outcome=\"malformed\"}", counted);
     }
     assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no key was drawn");
     assert_eq!(fetch(&daemon.folder, "web.service", "key").len(), 32);

@@ -122,10 +122,10 @@ fn a_batch_has_as_many_keys_as_were_asked_for_and_no_two_are_the_same() {
             assert_eq!(response.header("content-type"), Some(expected));
         }
     }
-    assert_eq!(daemon.metric("key_length_bytes_count"), 5.0 * (1.0 + 2.0 + 100.0 + 1024.0 + 65.0 + 1.0));
-    assert_eq!(
-        daemon.metric("key_bytes_total{format=\"jwk\"}"),
-        32.0 + 32.0 + 3200.0 + 65_536.0 + 65_000.0 + 65_536.0
+    daemon.wait_for_metric("key_length_bytes_count", 5.0 * (1.0 + 2.0 + 100.0 + 1024.0 + 65.0 + 1.0));
+    daemon.wait_for_metric(
+        "key_bytes_total{format=\"jwk\"}",
+        32.0 + 32.0 + 3200.0 + 65_536.0 + 65_000.0 + 65_536.0,
     );
 }
 
@@ -160,7 +160,7 @@ fn a_batch_costs_as_many_bytes_as_it_has() {
     let left = response.header("ratelimit").unwrap().to_owned();
     assert!(left.contains("r=40"), "1,000 were there and 960 are taken: {left}");
     assert_eq!(daemon.get("/key/32?format=hex&count=30").status, 429);
-    common::until("the record", || daemon.log().contains("key issued").then_some(()));
+    daemon.wait_for_log("key issued");
     let log = daemon.log();
     assert!(log.contains("length=32 count=30 format=hex sent=1950 outcome=complete"), "{log}");
 }

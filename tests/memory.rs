@@ -186,7 +186,7 @@ fn no_key_is_in_memory_after_its_connection_was_cut() {
     let mut received = vec![0; 4 << 20];
     std::io::Read::read_exact(&mut client.stream, &mut received).unwrap();
     drop(client);
-    common::until("the end of the stream", || (daemon.metric("http_connections") == 0.0).then_some(()));
+    daemon.wait_for_metric("http_connections", 0.0);
     let begin = find(&received, b"\r\n\r\n").unwrap() + 4;
     let pieces: Vec<_> = received[begin..].chunks_exact(4096).map(<[u8]>::to_vec).collect();
     common::until("the pieces to be gone", || (found(&memory(daemon.pid()), &pieces) == 0).then_some(()));
@@ -217,7 +217,7 @@ fn no_key_is_in_memory_after_its_tls_connection_was_cut() {
     let mut received = vec![0; 4 << 20];
     std::io::Read::read_exact(&mut client.stream, &mut received).unwrap();
     drop(client);
-    common::until("the end of the stream", || (daemon.metric("http_connections") == 0.0).then_some(()));
+    daemon.wait_for_metric("http_connections", 0.0);
     let begin = find(&received, b"\r\n\r\n").unwrap() + 4;
     let pieces: Vec<_> = received[begin..].chunks_exact(4096).map(<[u8]>::to_vec).collect();
     common::until("the pieces to be gone", || (found(&memory(daemon.pid()), &pieces) == 0).then_some(()));

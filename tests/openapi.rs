@@ -154,7 +154,7 @@ fn it_is_for_clients_only() {
     assert_eq!(get(daemon.metrics(), "/openapi.json").status, 404);
     document(&daemon);
     // One refused, one answered.
-    assert_eq!(daemon.metric("request_latency_seconds_count{endpoint=\"/openapi.json\"}"), 2.0);
+    daemon.wait_for_metric("request_latency_seconds_count{endpoint=\"/openapi.json\"}", 2.0);
 }
 
 #[test]

@@ -102,7 +102,7 @@ fn a_head_and_other_methods_are_answered_as_everywhere() {
     assert_eq!((head.status, head.header("content-length")), (200, Some(&*length.to_string())));
     let refused = client.send(send("POST")).response();
     assert_eq!((refused.status, refused.header("allow")), (405, Some("GET, HEAD")));
-    assert_eq!(daemon.metric("request_latency_seconds_count{endpoint=\"/\"}"), 3.0);
+    daemon.wait_for_metric("request_latency_seconds_count{endpoint=\"/\"}", 3.0);
     assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no key is drawn for a page");
 }
 

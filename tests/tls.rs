@@ -29,8 +29,8 @@ fn refusal(daemon: &Daemon, config: &Arc<ClientConfig>) -> String {
     error.to_string()
 }
 
-fn failures(daemon: &Daemon, reason: &str) -> f64 {
-    daemon.metric(&format!("tls_handshake_failures_total{{reason=\"{reason}\"}}"))
+fn wait_for_failures(daemon: &Daemon, reason: &str, count: f64) {
+    daemon.wait_for_metric(&format!("tls_handshake_failures_total{{reason=\"{reason}\"}}"), count);
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn keys_come_over_tls_1_3_with_a_post_quantum_key_exchange() {
     assert_eq!(group, NamedGroup::X25519MLKEM768);
     assert_eq!(connection.tls13_tickets_received(), 0, "no session is kept");
     assert_eq!(client.send(request("/health")).response().text(), "OK");
-    assert_eq!(daemon.metric("tls_handshakes_total"), 1.0);
+    daemon.wait_for_metric("tls_handshakes_total", 1.0);
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn tls_1_2_is_spoken_only_where_it_is_asked_for() {
     let old = trusting(&authority, &[&TLS12], None);
     let daemon = daemon(&authority, &[]);
     assert!(refusal(&daemon, &old).contains("ProtocolVersion"));
-    assert_eq!(failures(&daemon, "incompatible"), 1.0);
+    wait_for_failures(&daemon, "incompatible", 1.0);
     let lenient = common::tls::daemon(&authority, &[("TLS_MIN_VERSION", "1.2")]);
     assert_eq!(connect(lenient.keys(), &old).send(request("/key/32")).response().body.len(), 32);
     let mut client = connect(lenient.keys(), &trusting(&authority, &[&TLS12, &TLS13], None));
@@ -117,7 +117,7 @@ fn curl_gets_a_key_and_an_untrusted_one_none() {
         (Some(60), 0),
         "curl(1): peer certificate not verified"
     );
-    until("the alert", || (failures(&daemon, "client_alert") == 1.0).then_some(()));
+    wait_for_failures(&daemon, "client_alert", 1.0);
 }
 
 #[test]
@@ -130,7 +130,7 @@ fn a_long_key_arrives_whole_and_a_slow_reader_is_waited_for() {
     let mut stuck = connect(daemon.keys(), &modern(&authority));
     stuck.send(request("/key/1073741824"));
     drop(client);
-    until("the cut", || (daemon.metric("http_connections") == 0.0).then_some(()));
+    daemon.wait_for_metric("http_connections", 0.0);
     let mut received = Vec::new();
     let end = stuck.stream.read_to_end(&mut received);
     assert!(end.is_err(), "the end of the connection is no close_notify");
@@ -167,15 +167,15 @@ fn a_drain_answers_over_tls_too_and_cuts_no_stream_short_unnoticed() {
 #[test]
 fn a_stalled_handshake_is_cut_and_is_a_connection_that_counts() {
     let authority = Authority::new();
-    let daemon = daemon(&authority, &[("HEAD_TIMEOUT", "1")]);
+    let daemon = daemon(&authority, &[("HEAD_TIMEOUT", "3")]);
     let mut silent = Client::connect(daemon.keys());
     let mut half = Client::connect(daemon.keys());
     half.send([0x16, 3, 1, 0x02]);
-    until("both to count", || (daemon.metric("http_connections") == 2.0).then_some(()));
+    daemon.wait_for_metric("http_connections", 2.0);
     assert!(silent.is_closed() && half.is_closed());
-    until("the count", || (failures(&daemon, "timeout") == 2.0).then_some(()));
+    wait_for_failures(&daemon, "timeout", 2.0);
     drop(Client::connect(daemon.keys()));
-    until("the count", || (failures(&daemon, "closed") == 1.0).then_some(()));
+    wait_for_failures(&daemon, "closed", 1.0);
 }
 
 #[test]
@@ -189,7 +189,8 @@ fn many_stalled_handshakes_do_not_keep_others_out() {
     let stalled: Vec<_> = (0..1100).map(|_| Client::connect(daemon.keys())).collect();
     let mut client = connect(daemon.keys(), &modern(&authority));
     assert_eq!(client.send(request("/key/32")).response().status, 200);
-    until("others to lose their turn", || (failures(&daemon, "timeout") > 0.0).then_some(()));
+    let timeouts = "tls_handshake_failures_total{reason=\"timeout\"}";
+    until("others to lose their turn", || (daemon.metric(timeouts) > 0.0).then_some(()));
     drop(stalled);
 }
 
@@ -202,7 +203,7 @@ fn plain_http_to_the_tls_port_is_refused_and_counted() {
     let mut bytes = Vec::new();
     let _ = client.stream.read_to_end(&mut bytes); // an alert, and a reset for what was not read
     assert!(bytes.is_empty() || bytes.starts_with(&[0x15, 3]), "an alert at most: {bytes:?}");
-    until("the count", || (failures(&daemon, "malformed") == 1.0).then_some(()));
+    wait_for_failures(&daemon, "malformed", 1.0);
     assert_eq!(get(daemon.metrics(), "/health").text(), "OK", "metrics and their health stay plain");
 }
 
@@ -232,9 +233,7 @@ fn with_a_client_ca_only_its_clients_are_let_in() {
     let with = |identity: &Identity| trusting(&authority, &[&TLS13], Some(identity));
     let mut client = connect(daemon.keys(), &with(&clients.client("web")));
     assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
-    until("the audit record to name the client", || {
-        daemon.log().contains("certificate=CN:web").then_some(())
-    });
+    daemon.wait_for_log("certificate=CN:web");
 
     assert!(refusal(&daemon, &modern(&authority)).contains("CertificateRequired"), "none");
     assert!(refusal(&daemon, &with(&authority.client("web"))).contains("UnknownCA"), "another's");
@@ -243,16 +242,16 @@ fn with_a_client_ca_only_its_clients_are_let_in() {
         params.not_after = date_time_ymd(2020, 1, 1);
     });
     assert!(refusal(&daemon, &with(&expired)).contains("CertificateExpired"), "an old one");
-    until("the counts", || (failures(&daemon, "client_certificate") == 3.0).then_some(()));
+    wait_for_failures(&daemon, "client_certificate", 3.0);
     let for_servers = clients.issue(|params| {
         params.distinguished_name.push(DnType::CommonName, "web");
         params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
     });
     let _ = refusal(&daemon, &with(&for_servers));
-    until("the counts", || (failures(&daemon, "client_certificate") == 4.0).then_some(()));
+    wait_for_failures(&daemon, "client_certificate", 4.0);
     let nameless = clients.issue(|_| {});
     let _ = refusal(&daemon, &with(&nameless)); // after the handshake, which has no alert for it
-    until("the counts", || (failures(&daemon, "client_certificate") == 5.0).then_some(()));
+    wait_for_failures(&daemon, "client_certificate", 5.0);
     assert_eq!(get(daemon.metrics(), "/readyz").status, 200, "probes ask on the metrics port");
 }
 
@@ -315,7 +314,7 @@ fn a_renewed_certificate_is_taken_up_under_load_without_a_failure() {
             assert!(asker.join().unwrap() > 0);
         }
     });
-    assert_eq!(daemon.metric("tls_last_reload_successful"), 1.0);
+    daemon.wait_for_metric("tls_last_reload_successful", 1.0);
 }
 
 #[test]
@@ -327,16 +326,16 @@ fn a_bad_renewal_keeps_the_certificate_and_says_so_until_it_is_mended() {
     let daemon = start(folder, &[]);
     let second = authority.server();
     daemon.folder.write("cert.pem", &second.certificate);
-    until("the refusal", || (daemon.metric("tls_last_reload_successful") == 0.0).then_some(()));
+    daemon.wait_for_metric("tls_last_reload_successful", 0.0);
     daemon.wait_for_log("the certificate has changed and is refused; the one before stays");
-    assert!(daemon.log().contains("expected the key of the certificate in"), "{}", daemon.log());
+    daemon.wait_for_log("expected the key of the certificate in");
     wait_for_renewal(&daemon, &authority, &first);
     daemon.signal("HUP");
     daemon.wait_for_log("the configuration stays as it was");
     wait_for_renewal(&daemon, &authority, &first);
     second.write(&daemon.folder);
     wait_for_renewal(&daemon, &authority, &second);
-    assert_eq!(daemon.metric("tls_last_reload_successful"), 1.0);
+    daemon.wait_for_metric("tls_last_reload_successful", 1.0);
 }
 
 #[test]
@@ -374,8 +373,8 @@ fn the_expiry_is_a_metric_and_an_expired_certificate_a_warning() {
     let folder = Folder::new();
     authority.issue(|params| params.not_after = date_time_ymd(2020, 1, 1)).write(&folder);
     let daemon = start(folder, &[]);
-    assert_eq!(daemon.metric("tls_certificate_not_after_timestamp_seconds"), 1_577_836_800.0);
-    assert!(daemon.log().contains("the TLS certificate has expired"), "{}", daemon.log());
+    daemon.wait_for_metric("tls_certificate_not_after_timestamp_seconds", 1_577_836_800.0);
+    daemon.wait_for_log("the TLS certificate has expired");
     let plain = Daemon::start(&[]);
     assert!(
         !get(plain.metrics(), "/metrics").text().contains("tls_"),

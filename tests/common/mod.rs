@@ -237,6 +237,19 @@ impl Daemon {
     pub fn metric(&self, series: &str) -> f64 {
         metric(&get(self.metrics(), "/metrics").text(), series)
     }
+
+    /// Waits until a series has `value`: some things are counted after the client has seen them.
+    pub fn wait_for_metric(&self, series: &str, value: f64) {
+        let since = Instant::now();
+        loop {
+            let found = self.metric(series);
+            if found == value {
+                return;
+            }
+            assert!(since.elapsed() < PATIENCE, "{series} is {found} and does not become {value}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
 
 impl Drop for Daemon {
