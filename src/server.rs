@@ -76,6 +76,9 @@ impl Seat {
 /// The connection slots that the listeners of one role share.
 #[derive(Debug)]
 pub struct Slots {
+    /// Those that have one.
+    seated: AtomicUsize,
+    /// All connections.
     open: AtomicUsize,
     /// How many connections there ever were.
     taken: AtomicU64,
@@ -89,6 +92,7 @@ impl Slots {
     /// Slots for `limit` connections.
     pub fn new(limit: usize) -> Self {
         Self {
+            seated: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
             taken: AtomicU64::new(0),
             limit,
@@ -126,12 +130,25 @@ impl Slots {
         self.open.load(Ordering::Relaxed) == 0
     }
 
-    fn seat(&self) -> Seat {
+    /// A seat for one more. Who has no slot takes none from others either: a crowd that keeps coming would have had each
+    /// one that is given back, and nobody a key.
+    fn seat(&self, is_excess: bool) -> Seat {
         self.taken.fetch_add(1, Ordering::Relaxed);
-        if self.open.fetch_add(1, Ordering::Relaxed) < self.limit { Seat::Regular } else { Seat::Crowd }
+        self.open.fetch_add(1, Ordering::Relaxed);
+        if is_excess {
+            return Seat::Excess;
+        }
+        if self.seated.fetch_add(1, Ordering::Relaxed) < self.limit {
+            return Seat::Regular;
+        }
+        self.seated.fetch_sub(1, Ordering::Relaxed);
+        Seat::Crowd
     }
 
-    fn leave(&self) {
+    fn leave(&self, seat: Seat) {
+        if seat == Seat::Regular {
+            self.seated.fetch_sub(1, Ordering::Relaxed);
+        }
         if self.open.fetch_sub(1, Ordering::Relaxed) >= self.limit + CROWD {
             self.freed.notify_waiters();
         }
@@ -434,11 +451,8 @@ async fn accept(
                     terms.metrics.rejected(Rejection::ClientConnections);
                     continue;
                 };
-                let seat = match terms.slots.seat() {
-                    Seat::Regular if share.is_excess() => Seat::Excess,
-                    seat => seat,
-                };
-                let guard = Open::new(Arc::clone(&terms), alive.clone(), share);
+                let seat = terms.slots.seat(share.is_excess());
+                let guard = Open::new(Arc::clone(&terms), seat, alive.clone(), share);
                 begin(Accepted { stream, peer, seat, phase: phase.clone(), guard });
             }
             // accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM. The connection stays in the queue; waiting is all there is.
@@ -621,16 +635,17 @@ async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
 #[derive(Debug)]
 struct Open {
     terms: Arc<Terms>,
+    seat: Seat,
     _alive: mpsc::Sender<Infallible>,
     _share: Share,
 }
 
 impl Open {
-    fn new(terms: Arc<Terms>, alive: mpsc::Sender<Infallible>, share: Share) -> Self {
+    fn new(terms: Arc<Terms>, seat: Seat, alive: mpsc::Sender<Infallible>, share: Share) -> Self {
         if let Some(gauge) = &terms.gauge {
             gauge.inc();
         }
-        Self { terms, _alive: alive, _share: share }
+        Self { terms, seat, _alive: alive, _share: share }
     }
 }
 
@@ -639,7 +654,7 @@ impl Drop for Open {
         if let Some(gauge) = &self.terms.gauge {
             gauge.dec();
         }
-        self.terms.slots.leave();
+        self.terms.slots.leave(self.seat);
     }
 }
 
@@ -724,11 +739,24 @@ mod tests {
     }
 
     #[test]
-    fn slots_seat_up_to_the_limit_and_the_rest_is_a_crowd() {
+    fn slots_seat_up_to_the_limit_and_the_rest_is_a_crowd_that_takes_none() {
         let slots = Slots::new(2);
-        assert_eq!([slots.seat(), slots.seat(), slots.seat()], [Seat::Regular, Seat::Regular, Seat::Crowd]);
-        slots.leave();
-        slots.leave();
-        assert_eq!(slots.seat(), Seat::Regular);
+        let seat = || slots.seat(false);
+        assert_eq!(
+            [seat(), seat(), seat(), seat()],
+            [Seat::Regular, Seat::Regular, Seat::Crowd, Seat::Crowd]
+        );
+        assert_eq!(slots.seat(true), Seat::Excess);
+        slots.leave(Seat::Regular);
+        assert_eq!([seat(), seat()], [Seat::Regular, Seat::Crowd], "whatever the crowd is");
+        for seat in [Seat::Crowd, Seat::Crowd, Seat::Crowd, Seat::Excess, Seat::Regular] {
+            slots.leave(seat);
+        }
+        assert_eq!([seat(), seat()], [Seat::Regular, Seat::Crowd]);
+        slots.leave(Seat::Regular);
+        slots.leave(Seat::Crowd);
+        assert!(!slots.are_empty());
+        slots.leave(Seat::Regular);
+        assert!(slots.are_empty());
     }
 }

@@ -13,10 +13,25 @@ const EXCESS: u32 = 8;
 /// The connections of each client that has any. Takes no more memory than there are connections.
 #[derive(Debug)]
 pub struct Shares {
-    open: Mutex<HashMap<Client, u32>>,
+    open: Mutex<HashMap<Client, Count>>,
     limit: u32,
     /// They have connections for many clients, and no bound.
     proxies: Proxies,
+}
+
+/// The connections of a client.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Count {
+    /// Of its share.
+    own: u32,
+    /// Beyond it.
+    excess: u32,
+}
+
+impl Count {
+    fn of(&mut self, is_excess: bool) -> &mut u32 {
+        if is_excess { &mut self.excess } else { &mut self.own }
+    }
 }
 
 impl Shares {
@@ -34,17 +49,18 @@ impl Shares {
         }
         let client = Client::from(ip);
         let mut open = shares.lock();
-        let count = open.entry(client).or_insert(0);
-        if *count >= shares.limit.saturating_add(EXCESS) {
+        let count = open.entry(client).or_default();
+        // Those beyond the share take nothing of it: a client that asks again and again would never get it back.
+        let is_excess = count.own >= shares.limit;
+        if is_excess && count.excess >= EXCESS {
             return None;
         }
-        *count += 1;
-        let is_excess = *count > shares.limit;
+        *count.of(is_excess) += 1;
         drop(open);
         Some(Share(Some((Arc::clone(shares), client, is_excess))))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Client, u32>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Client, Count>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
     }
 }
@@ -62,11 +78,12 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        let Some((shares, client, _)) = &self.0 else { return };
-        if let Entry::Occupied(mut count) = shares.lock().entry(*client) {
-            *count.get_mut() -= 1;
-            if *count.get() == 0 {
-                count.remove();
+        let Some((shares, client, is_excess)) = &self.0 else { return };
+        if let Entry::Occupied(mut entry) = shares.lock().entry(*client) {
+            let count = entry.get_mut();
+            *count.of(*is_excess) -= 1;
+            if *count == Count::default() {
+                entry.remove();
             }
         }
     }
@@ -91,8 +108,10 @@ mod tests {
             (0..100).map(|_| take("10.1.2.3").unwrap()).all(|share| !share.is_excess()),
             "a proxy is many"
         );
-        held.truncate(1);
-        assert!(!take("192.0.2.1").unwrap().is_excess());
+        held.remove(0);
+        held.push(take("192.0.2.1").unwrap());
+        assert!(!held[9].is_excess(), "what is given back is there, whatever is beyond");
+        assert!(take("192.0.2.1").is_none());
         drop((held, v6));
         assert!(shares.lock().is_empty(), "who has none is forgotten");
     }
