@@ -35,7 +35,7 @@ fn sigterm_and_sigint_end_an_idle_daemon_with_0() {
 #[test]
 fn a_download_is_finished_before_the_end() {
     const LENGTH: usize = 16 << 20; // more than sockets hold
-    let mut daemon = Daemon::start(&[("MAX_SIZE", "1073741824")]);
+    let mut daemon = Daemon::start(&[("MAX_SIZE", "1073741824"), ("DRAIN_TIMEOUT", "60")]);
     let mut client = Client::connect(daemon.keys());
     client.send(request(&format!("/key/{LENGTH}")));
     until("the stream to begin", || (daemon.metric("key_bytes_total{format=\"raw\"}") > 0.0).then_some(()));
