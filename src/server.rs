@@ -1,10 +1,11 @@
 //! The accept loop: connections get a slot and deadlines, and are let go of one by one when the service stops.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -17,7 +18,8 @@ use prometheus::IntGauge;
 use tokio::io::AsyncRead;
 use tokio::pin;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::{Instant, timeout};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, error};
 
 use crate::deadline::{Patience, Timed, WriteLast};
@@ -33,10 +35,13 @@ use crate::tls::Tls;
 pub const HEAD_MAX: usize = 16 * 1024;
 
 /// Connections above the limit that are still accepted, to be told 503 and to have their health answered.
-const CROWD: usize = 64;
+const CROWD: usize = 256;
 
 /// How long such a connection may take for its one request, and how long a head may take once the drain has begun.
 const BRIEF: Duration = Duration::from_secs(1);
+
+/// How long it is left in peace when even the crowd is full and others wait to be accepted.
+const GRACE: Duration = Duration::from_millis(250);
 
 /// How long an accept loop may go on to empty its queue when the drain begins: a client that keeps coming must not hold it.
 const SWEEP: Duration = Duration::from_millis(20);
@@ -84,6 +89,8 @@ pub struct Slots {
     taken: AtomicU64,
     limit: usize,
     freed: Notify,
+    /// The tasks of connections without a slot, and since when they are there; the oldest first.
+    crowd: Mutex<VecDeque<(Instant, AbortHandle)>>,
     /// Every accept loop holds a receiver; nothing is ever sent.
     accepting: watch::Sender<()>,
 }
@@ -97,19 +104,51 @@ impl Slots {
             taken: AtomicU64::new(0),
             limit,
             freed: Notify::new(),
+            crowd: Mutex::default(),
             accepting: watch::Sender::new(()),
         }
     }
 
-    /// Returns when a connection may be accepted: at once, unless even the crowd is full.
+    /// Returns when a connection may be accepted: at once, unless even the crowd is full. Then its oldest has to go.
     async fn room(&self) {
         loop {
             let freed = self.freed.notified();
             if self.open.load(Ordering::Relaxed) < self.limit + CROWD {
                 return;
             }
-            freed.await;
+            let _ = timeout_at(self.evict(), freed).await;
         }
+    }
+
+    /// Ends the oldest connection without a slot, if it had its time. Returns when to look again.
+    fn evict(&self) -> Instant {
+        let (mut crowd, now) = (self.crowd(), Instant::now());
+        while let Some((since, task)) = crowd.front() {
+            let due = *since + GRACE;
+            if !task.is_finished() {
+                if due > now {
+                    return due;
+                }
+                task.abort();
+                crowd.pop_front();
+                break;
+            }
+            crowd.pop_front();
+        }
+        now + GRACE
+    }
+
+    /// Keeps at hand how to end a connection without a slot.
+    fn keep(&self, task: AbortHandle) {
+        let mut crowd = self.crowd();
+        if crowd.len() == crowd.capacity() {
+            crowd.retain(|(_, task)| !task.is_finished());
+        }
+        crowd.push_back((Instant::now(), task));
+    }
+
+    fn crowd(&self) -> MutexGuard<'_, VecDeque<(Instant, AbortHandle)>> {
+        self.crowd.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
     }
 
     /// Returns when there has been no connection in any of `slots` for `period`, give or take a second.
@@ -382,13 +421,14 @@ where
 {
     move |Accepted { stream, peer, seat, phase, guard }| {
         let timed = |stream| Timed::new(stream, Arc::clone(guard.terms.patience(seat)));
-        match (&guard.terms.tls, stream) {
+        let slots = (seat != Seat::Regular).then(|| Arc::clone(&guard.terms.slots));
+        let task = match (&guard.terms.tls, stream) {
             (Some(tls), stream @ Stream::Tcp(_)) => {
                 let (tls, stream, service) = (Arc::clone(tls), timed(stream), service.clone());
                 tokio::spawn(async move {
                     let service = move |identity| service(seat, Peer { identity, ..peer });
                     encrypted(stream, &tls, service, phase, &guard.terms).await;
-                });
+                })
             }
             (_, stream) => {
                 let (stream, service) = (timed(stream), service(seat, peer));
@@ -396,8 +436,11 @@ where
                 // In a box, since the runtime moves a task's future several times.
                 tokio::spawn(Box::pin(async move {
                     connection(stream, service, phase, &guard.terms.metrics).await;
-                }));
+                }))
             }
+        };
+        if let Some(slots) = slots {
+            slots.keep(task.abort_handle());
         }
     }
 }
@@ -680,7 +723,7 @@ mod tests {
         let terms = Terms::new(8, BRIEF, BRIEF, Arc::new(Metrics::new()));
         let (entered, is_entered) = blocking::channel();
         let (release, is_released) = blocking::channel::<()>();
-        let is_released = Arc::new(std::sync::Mutex::new(is_released));
+        let is_released = Arc::new(Mutex::new(is_released));
         thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let service = move |_: Seat, _: Peer| {
@@ -758,5 +801,46 @@ mod tests {
         assert!(!slots.are_empty());
         slots.leave(Seat::Regular);
         assert!(slots.are_empty());
+    }
+
+    /// Gives back a seat when it is dropped.
+    struct Seated(Arc<Slots>, Seat);
+
+    impl Drop for Seated {
+        fn drop(&mut self) {
+            self.0.leave(self.1);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_oldest_of_a_full_crowd_goes_for_who_comes_and_nobody_with_a_slot() {
+        let slots = Arc::new(Slots::new(2));
+        let sit = || {
+            let seated = Seated(Arc::clone(&slots), slots.seat(false));
+            let is_regular = seated.1 == Seat::Regular;
+            let task = tokio::spawn(async move {
+                let _seated = seated;
+                std::future::pending::<()>().await;
+            });
+            if !is_regular {
+                slots.keep(task.abort_handle());
+            }
+            task
+        };
+        let room = || timeout(BRIEF, slots.room());
+        let tasks: Vec<_> = (0..2 + CROWD).map(|_| sit()).collect();
+        let start = Instant::now();
+        room().await.expect("room");
+        assert_eq!(start.elapsed(), GRACE, "it has a little time to say what it wants");
+        let gone = || tasks.iter().map(tokio::task::JoinHandle::is_finished).collect::<Vec<_>>();
+        assert_eq!(gone()[..4], [false, false, true, false]);
+        // The others had as much.
+        for count in 1..=3 * CROWD {
+            sit();
+            room().await.expect("room");
+            assert_eq!(start.elapsed(), GRACE * u32::try_from(1 + count / CROWD).unwrap(), "{count}");
+        }
+        assert_eq!(gone().iter().filter(|is_gone| !**is_gone).count(), 2);
+        assert!(slots.crowd().len() < 4 * CROWD, "those that are gone are not kept");
     }
 }
