@@ -123,18 +123,15 @@ impl Slots {
     /// Ends the oldest connection without a slot, if it had its time. Returns when to look again.
     fn evict(&self) -> Instant {
         let (mut crowd, now) = (self.crowd(), Instant::now());
-        while let Some((since, task)) = crowd.front() {
-            let due = *since + GRACE;
-            if !task.is_finished() {
-                if due > now {
-                    return due;
-                }
-                task.abort();
-                crowd.pop_front();
-                break;
-            }
+        while crowd.front().is_some_and(|(_, task)| task.is_finished()) {
             crowd.pop_front();
         }
+        match crowd.front() {
+            Some((since, _)) if *since + GRACE > now => return *since + GRACE,
+            Some((_, oldest)) => oldest.abort(),
+            None => {}
+        }
+        crowd.pop_front();
         now + GRACE
     }
 
@@ -364,8 +361,6 @@ pub struct Accepted {
     pub stream: Stream,
     /// Who is at the other end.
     pub peer: Peer,
-    /// Whether it got a slot.
-    pub seat: Seat,
     phase: watch::Receiver<Phase>,
     guard: Open,
 }
@@ -373,7 +368,7 @@ pub struct Accepted {
 impl Accepted {
     /// Its bytes under the deadlines of its seat, who is at the other end, and what has to be kept until its end.
     pub fn open(self) -> (Timed<Stream>, Peer, impl Send) {
-        let patience = Arc::clone(self.guard.terms.patience(self.seat));
+        let patience = Arc::clone(self.guard.terms.patience(self.guard.seat));
         (Timed::new(self.stream, patience), self.peer, self.guard)
     }
 }
@@ -419,7 +414,8 @@ where
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    move |Accepted { stream, peer, seat, phase, guard }| {
+    move |Accepted { stream, peer, phase, guard }| {
+        let seat = guard.seat;
         let timed = |stream| Timed::new(stream, Arc::clone(guard.terms.patience(seat)));
         let slots = (seat != Seat::Regular).then(|| Arc::clone(&guard.terms.slots));
         let task = match (&guard.terms.tls, stream) {
@@ -496,7 +492,7 @@ async fn accept(
                 };
                 let seat = terms.slots.seat(share.is_excess());
                 let guard = Open::new(Arc::clone(&terms), seat, alive.clone(), share);
-                begin(Accepted { stream, peer, seat, phase: phase.clone(), guard });
+                begin(Accepted { stream, peer, phase: phase.clone(), guard });
             }
             // accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM. The connection stays in the queue; waiting is all there is.
             Err(problem) if matches!(problem.raw_os_error(), Some(23 | 24 | 105 | 12)) => {
@@ -678,6 +674,7 @@ async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
 #[derive(Debug)]
 struct Open {
     terms: Arc<Terms>,
+    /// Whether it got a slot.
     seat: Seat,
     _alive: mpsc::Sender<Infallible>,
     _share: Share,

@@ -102,8 +102,8 @@ fn past_the_connection_limit_health_is_answered_and_the_rest_is_503() {
     assert_eq!(response.problem(), "Too many connections");
     assert!(response.header("retry-after").unwrap().parse::<u32>().unwrap() > 0);
     assert!(client.is_closed());
-    daemon.wait_for_metric("http_rejections_total{reason=\"connections\"}", 1.0);
-    daemon.wait_for_metric("http_connections_limit", 4.0);
+    assert_eq!(daemon.metric("http_rejections_total{reason=\"connections\"}"), 1.0);
+    assert_eq!(daemon.metric("http_connections_limit"), 4.0);
     // A slot that is given back is taken again.
     drop(held.pop());
     until("a slot", || (daemon.get("/key/32").status == 200).then_some(()));
@@ -156,8 +156,8 @@ fn too_few_descriptors_lower_the_limit_and_do_not_kill() {
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     command.env("KEYSERVICE_WORKERS", "1");
     let mut daemon = Daemon::run(folder, command);
-    daemon.wait_for_metric("process_max_fds", 64.0);
-    daemon.wait_for_metric("http_connections_limit", 32.0);
+    assert_eq!(daemon.metric("process_max_fds"), 64.0);
+    assert_eq!(daemon.metric("http_connections_limit"), 32.0);
     daemon.wait_for_log("max-connections is lowered");
     let held: Vec<_> = (0..200).map(|_| TcpStream::connect(daemon.keys()).unwrap()).collect();
     daemon.wait_for_log("want of descriptors");

@@ -34,8 +34,8 @@ fn a_unit_gets_32_bytes_that_nobody_else_gets() {
         assert!(!keys[..n].contains(key));
     }
     daemon.wait_for_metric("credentials_total{outcome=\"served\"}", 50.0);
-    daemon.wait_for_metric("key_bytes_total{format=\"raw\"}", 1600.0);
-    daemon.wait_for_metric("key_length_bytes_count", 50.0);
+    assert_eq!(daemon.metric("key_bytes_total{format=\"raw\"}"), 1600.0);
+    assert_eq!(daemon.metric("key_length_bytes_count"), 50.0);
 }
 
 const CONFIG: &str = r#"

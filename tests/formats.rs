@@ -122,10 +122,10 @@ fn a_batch_has_as_many_keys_as_were_asked_for_and_no_two_are_the_same() {
             assert_eq!(response.header("content-type"), Some(expected));
         }
     }
-    daemon.wait_for_metric("key_length_bytes_count", 5.0 * (1.0 + 2.0 + 100.0 + 1024.0 + 65.0 + 1.0));
-    daemon.wait_for_metric(
-        "key_bytes_total{format=\"jwk\"}",
-        32.0 + 32.0 + 3200.0 + 65_536.0 + 65_000.0 + 65_536.0,
+    assert_eq!(daemon.metric("key_length_bytes_count"), 5.0 * (1.0 + 2.0 + 100.0 + 1024.0 + 65.0 + 1.0));
+    assert_eq!(
+        daemon.metric("key_bytes_total{format=\"jwk\"}"),
+        32.0 + 32.0 + 3200.0 + 65_536.0 + 65_000.0 + 65_536.0
     );
 }
 

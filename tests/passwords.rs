@@ -111,8 +111,8 @@ fn a_password_is_admitted_counted_and_recorded_as_a_key_is() {
     let response = daemon.get("/password/60?alphabet=digits");
     assert!(response.header("ratelimit").unwrap().contains("r=40"), "{response:?}");
     assert_eq!(daemon.get("/password/60").status, 429);
-    daemon.wait_for_metric("key_bytes_total{format=\"text\"}", 60.0);
-    daemon.wait_for_metric("key_length_bytes_count", 1.0);
+    assert_eq!(daemon.metric("key_bytes_total{format=\"text\"}"), 60.0);
+    assert_eq!(daemon.metric("key_length_bytes_count"), 1.0);
     daemon.wait_for_metric("request_latency_seconds_count{endpoint=\"/password/{length}\"}", 2.0);
     daemon.wait_for_log("key issued");
     let log = daemon.log();

@@ -373,7 +373,7 @@ fn the_expiry_is_a_metric_and_an_expired_certificate_a_warning() {
     let folder = Folder::new();
     authority.issue(|params| params.not_after = date_time_ymd(2020, 1, 1)).write(&folder);
     let daemon = start(folder, &[]);
-    daemon.wait_for_metric("tls_certificate_not_after_timestamp_seconds", 1_577_836_800.0);
+    assert_eq!(daemon.metric("tls_certificate_not_after_timestamp_seconds"), 1_577_836_800.0);
     daemon.wait_for_log("the TLS certificate has expired");
     let plain = Daemon::start(&[]);
     assert!(

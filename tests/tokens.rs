@@ -102,8 +102,8 @@ fn what_is_no_valid_token_is_401_with_the_challenge_of_rfc_6750() {
     }
     let head = request("/key/32", "").replace("GET", "HEAD");
     assert_eq!(common::Client::connect(daemon.keys()).send(head).head_response().status, 401);
-    daemon.wait_for_metric("http_rejections_total{reason=\"unauthorized\"}", 34.0);
-    daemon.wait_for_metric("http_responses_total{status_code=\"401\"}", 34.0);
+    assert_eq!(daemon.metric("http_rejections_total{reason=\"unauthorized\"}"), 34.0);
+    assert_eq!(daemon.metric("http_responses_total{status_code=\"401\"}"), 34.0);
     assert!(!daemon.log().contains("ks_"), "{}", daemon.log());
 }
 

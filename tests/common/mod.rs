@@ -240,15 +240,8 @@ impl Daemon {
 
     /// Waits until a series has `value`: some things are counted after the client has seen them.
     pub fn wait_for_metric(&self, series: &str, value: f64) {
-        let since = Instant::now();
-        loop {
-            let found = self.metric(series);
-            if found == value {
-                return;
-            }
-            assert!(since.elapsed() < PATIENCE, "{series} is {found} and does not become {value}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let what = format!("{series} to be {value}");
+        until(&what, || (self.metric(series) == value).then_some(()));
     }
 }
 
