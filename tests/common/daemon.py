@@ -1,10 +1,11 @@
 """A daemon on loopback, for the runners that are written in Python."""
 import os
 import re
-import signal
 import socket
 import subprocess
 from pathlib import Path
+
+import peers
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PATIENCE = 60  # seconds; only a hang meets it
@@ -29,10 +30,10 @@ def environment():
 
 
 class Daemon:
-    """Runs while it is entered, on free ports: through a notify socket of the test's it says READY, and where it is."""
+    """Runs while it is entered, on free ports or a held one: through a notify socket of the test's it says READY, and where it is."""
 
-    def __init__(self, folder, config=""):
-        self.folder, self.config = folder, config
+    def __init__(self, folder, config="", port=0):
+        self.folder, self.config, self.port = folder, config, port
 
     def __enter__(self):
         notify = self.folder / "notify"
@@ -43,17 +44,16 @@ class Daemon:
             manager.bind(str(notify))
             manager.settimeout(PATIENCE)
             self.process = subprocess.Popen(
-                [binary(), "--config", file, "--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"],
+                [binary(), "--config", file, "--host", "127.0.0.1", "--srv-port", str(self.port), "--metrics-port", "0"],
                 env={**environment(), "NOTIFY_SOCKET": str(notify)}, stderr=subprocess.DEVNULL)
             try:
                 message = manager.recv(4096).decode()
-            except TimeoutError:
-                self.process.kill()
+                self.authority = re.search(r"Keys on ([0-9.:]+)", message).group(1)
+            except BaseException:  # __exit__ is not called then
+                peers.kill(self.process, "key-service")
                 raise
-        self.authority = re.search(r"Keys on ([0-9.:]+)", message).group(1)
         self.address = f"http://{self.authority}"
         return self
 
-    def __exit__(self, *_):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(PATIENCE)
+    def __exit__(self, kind, error, _):
+        peers.stop_daemon(self.process, "key-service", error, PATIENCE)
