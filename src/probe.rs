@@ -189,7 +189,10 @@ mod tests {
 
     #[test]
     fn a_target_that_is_not_there_is_an_error_that_names_it() {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        // Bound, so that no other process listens there.
+        let held = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        held.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        let free = held.local_addr().unwrap().as_socket().unwrap();
         let config = Sources { file: Some("/dev/null".into()), flags: Vec::new() }.settings().unwrap();
         let error = Target::parse(&format!("http://{free}"), &config).unwrap().ask().unwrap_err();
         assert!(error.starts_with(&format!("{free}/health: ")), "{error}");

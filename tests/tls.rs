@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::tls::{Authority, Identity, connect, daemon, start, trusting};
-use common::{Client, Daemon, Folder, get, key_service, request, run_to_end, until};
+use common::{Client, Daemon, Folder, get, held_port, key_service, request, run_to_end, until};
 use rcgen::{DnType, date_time_ymd};
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConfig, NamedGroup, ProtocolVersion};
@@ -519,14 +519,12 @@ fn health_asks_a_tls_service_and_takes_no_other_certificate() {
 
 #[test]
 fn health_finds_a_tls_service_by_its_configuration() {
-    // Port 0 means any, so the service is given ports that were free a moment ago.
-    let free =
-        || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    // Port 0 means any, so the service is given ports that are held for it.
     for mutual in [false, true] {
         let authority = Authority::new();
         let folder = Folder::new();
         authority.server().write(&folder);
-        let (keys, metrics) = (free(), free());
+        let ((_keys, keys), (_metrics, metrics)) = (held_port(), held_port());
         let file = |name: &str| folder.file(name).display().to_string();
         let mut config = format!(
             "host = \"127.0.0.1\"\nsrv-port = {keys}\nmetrics-port = {metrics}\ntls-cert = {:?}\ntls-key = {:?}\n",

@@ -414,6 +414,16 @@ pub fn exchange(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Response {
     Client::connect(address).send(bytes).response()
 }
 
+/// A port for a server that binds it by itself. The socket is bound and never listens: as long as it is there, no other
+/// process gets the port, and no client gets it as its own. The daemon may bind it too, since both set `SO_REUSEADDR`.
+pub fn held_port() -> (socket2::Socket, u16) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let port = socket.local_addr().unwrap().as_socket().unwrap().port();
+    (socket, port)
+}
+
 /// A well-formed GET.
 pub fn request(path: &str) -> String {
     format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")
