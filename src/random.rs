@@ -21,6 +21,17 @@ use rand::rngs::SysRng;
 use siphasher::sip::SipHasher13;
 use zeroize::{Zeroize, Zeroizing};
 
+// RUSTFLAGS replaces the flags of .cargo/config.toml, and the crate takes `custom` or `linux_getrandom` before `linux_raw`.
+#[cfg(not(any(doc, getrandom_backend = "linux_raw")))]
+compile_error!(
+    "keys would come from /dev/urandom or from a pool in the C library: build with the flags of .cargo/config.toml, \
+     or add --cfg=getrandom_backend=\"linux_raw\" to RUSTFLAGS"
+);
+#[cfg(any(getrandom_backend = "custom", getrandom_backend = "linux_getrandom"))]
+compile_error!(
+    "keys would not come from the kernel: remove every --cfg=getrandom_backend but \"linux_raw\" from RUSTFLAGS"
+);
+
 /// A larger request is made of chunks of at most this many bytes, each under a kernel seed of its own.
 pub const CHUNK: usize = 64 * 1024;
 
@@ -51,7 +62,8 @@ pub trait Source: Send + Sync + 'static {
     fn read(&self, buffer: &mut [u8]) -> io::Result<usize>;
 }
 
-/// getrandom(2), through `rand`'s `SysRng`: it blocks until the kernel's generator is initialised and has no fallback.
+/// getrandom(2), through `rand`'s `SysRng`: a system call for each read, which blocks until the kernel's generator is
+/// initialised, without a fallback.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Kernel;
 

@@ -6,6 +6,7 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use common::{Folder, key_service, run_to_end};
 
@@ -67,4 +68,39 @@ fn the_versions_agree() {
     for manual in ["packaging/man/key-service.8", "packaging/man/key-service.toml.5"] {
         assert!(shipped(manual).contains(&format!("\"key-service {version}\"")), "{manual}");
     }
+}
+
+/// What rustc reports for the generator alone under these flags. Without its crates it never compiles.
+fn errors_of_the_generator(flags: &[&str]) -> String {
+    let mut command = Command::new("rustc");
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["--edition", "2024", "--crate-type", "lib"]);
+    command.args(["--emit", "metadata", "-o", "/dev/null"]).args(flags).arg("src/random.rs");
+    let ended = command.output().unwrap();
+    assert!(!ended.status.success());
+    String::from_utf8(ended.stderr).unwrap()
+}
+
+#[test]
+fn a_build_that_takes_keys_from_elsewhere_is_refused() {
+    // What is left where RUSTFLAGS is exported, and what the crate would take before the right flag.
+    let missing = "add --cfg=getrandom_backend=\"linux_raw\" to RUSTFLAGS";
+    let another = "remove every --cfg=getrandom_backend but \"linux_raw\" from RUSTFLAGS";
+    let [raw, libc, custom] =
+        ["linux_raw", "linux_getrandom", "custom"].map(|name| format!("--cfg=getrandom_backend=\"{name}\""));
+    for (flags, expected) in [
+        (&[][..], [true, false]),
+        (&[&libc], [true, true]),
+        (&[&libc, &raw], [false, true]),
+        (&[&raw, &custom], [false, true]),
+        (&[&raw], [false, false]),
+    ] {
+        let flags: Vec<&str> = flags.iter().map(|flag| flag.as_str()).collect();
+        let errors = errors_of_the_generator(&flags);
+        assert_eq!(
+            [missing, another].map(|sentence| errors.contains(sentence)),
+            expected,
+            "{flags:?}\n{errors}"
+        );
+    }
+    assert!(shipped(".cargo/config.toml").contains(&format!("rustflags = ['{raw}']")));
 }

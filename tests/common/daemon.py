@@ -40,11 +40,12 @@ class Daemon:
         notify.unlink(missing_ok=True)
         file = self.folder / "config.toml"
         file.write_text(self.config)
+        file.chmod(0o644)  # whatever the umask is: a file that others may write to is refused
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.bind(str(notify))
             manager.settimeout(PATIENCE)
             self.process = subprocess.Popen(
-                [binary(), "--config", file, "--host", "127.0.0.1", "--srv-port", str(self.port), "--metrics-port", "0"],
+                [*self.command(), "--config", file, "--host", "127.0.0.1", "--srv-port", str(self.port), "--metrics-port", "0"],
                 env={**environment(), "NOTIFY_SOCKET": str(notify)}, stderr=subprocess.DEVNULL)
             try:
                 message = manager.recv(4096).decode()
@@ -54,6 +55,9 @@ class Daemon:
                 raise
         self.address = f"http://{self.authority}"
         return self
+
+    def command(self):
+        return [binary()]
 
     def __exit__(self, kind, error, _):
         peers.stop_daemon(self.process, "key-service", error, PATIENCE)

@@ -1,0 +1,112 @@
+"""Counts the calls of getrandom(2) behind each key, with the C libraries of Debian 12 and 13.
+
+From glibc 2.41 on, and on Linux 6.11 or newer, the C library's getrandom() answers from a pool in user space: a key that
+came from there would take no system call, and would have been in the process's memory before it was requested. A
+dynamically linked daemon runs under strace with the C library of either release. The libraries are extracted once and kept
+in KEY_SERVICE_ROOTS (default: /var/cache/key-service-roots).
+"""
+import os
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+from daemon import Daemon, PATIENCE, REPOSITORY, binary
+
+ROOTS = Path(os.environ.get("KEY_SERVICE_ROOTS", "/var/cache/key-service-roots"))
+SUITES = ["bookworm", "trixie"]
+REPEATED = 20
+
+# (method, path, calls for one request). A stream takes at least one for each 64 KiB, everything else exactly as many.
+EXACT = [
+    ("GET", "/key/1", 1),
+    ("GET", "/key/32", 1),
+    ("GET", "/key/128", 1),
+    ("GET", "/key/129", 1),
+    ("GET", "/key/65536", 1),
+    ("GET", "/key/32?format=hex", 1),
+    ("GET", "/key/32?format=jwk", 2),  # the kid is another
+    ("GET", "/key/32?format=json&count=50", 50),
+    ("GET", "/key/32?format=jwk&count=50", 100),
+    ("GET", "/password/20", 1),
+    ("HEAD", "/key/32", 0),
+    ("GET", "/livez", 0),
+]
+STREAMS = [("GET", "/key/65537", 2), ("GET", "/key/1048576", 16), ("GET", "/key/1048576?format=base64", 16)]
+
+# The end of a line of strace, where the call was interrupted by another thread's too.
+CALL = re.compile(r', (\d+), (\w+)\) += (-?\d+|\?)')
+
+
+def checks(folder):
+    """Yields for each C library what is checked, whether it holds, and figures."""
+    # KEY_SERVICE_BIN may be static, and would not use these libraries.
+    subprocess.run(["cargo", "build", "--quiet", "--locked"], cwd=REPOSITORY, check=True)
+    dynamic = Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target")) / "debug/key-service"
+    for suite in SUITES:
+        loader = extracted(suite)
+        version = subprocess.run([loader[0], "--version"], capture_output=True, text=True, check=True).stdout
+        yield counted(folder, f"glibc {re.search('[0-9.]+[0-9]', version)[0]} of {suite}", [*loader, dynamic])
+    yield counted(folder, "the C library it was built with", [binary()])
+
+
+def counted(folder, library, command):
+    total, wrong = 0, []
+    with Traced(folder, command) as daemon, daemon.connect() as connection, connection.makefile("rb") as answers:
+        for method, path, _ in EXACT + STREAMS:  # a thread may draw the seed of its hash maps at its first request
+            request(connection, answers, method, path)
+        for method, path, wanted in EXACT + STREAMS:
+            seen = daemon.trace.stat().st_size
+            for _ in range(REPEATED):
+                request(connection, answers, method, path)
+            lines = daemon.trace.read_text()[seen:].splitlines()
+            calls = [match for line in lines if (match := CALL.search(line))]
+            is_whole = all(length == read and flags == "0" for length, flags, read in (call.groups() for call in calls))
+            found, expected = len(calls), wanted * REPEATED
+            total += found
+            is_enough = found == expected if (method, path, wanted) in EXACT else found >= expected
+            if not (is_whole and is_enough):
+                wrong.append(f"{method} {path}, {REPEATED} times: expected {expected} whole calls, found {found}")
+    return f"every key is a system call with {library}", not wrong, "; ".join(wrong) or f"{total} calls"
+
+
+def request(connection, answers, method, path):
+    connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    status, *fields = iter(answers.readline, b"\r\n")
+    if not status.startswith(b"HTTP/1.1 200 "):
+        raise RuntimeError(f"{method} {path}: expected 200, found {status} {fields}")
+    [length] = [int(field.split(b":")[1]) for field in fields if field.startswith(b"content-length:")]
+    if method != "HEAD" and len(answers.read(length)) != length:
+        raise RuntimeError(f"{method} {path}: the answer is cut")
+
+
+def extracted(suite):
+    """The command that runs a program with the C library of a Debian release."""
+    tree = ROOTS / f"libc-{suite}"
+    if not tree.exists():
+        new = ROOTS / f"libc-{suite}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        ROOTS.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["mmdebstrap", "--quiet", "--variant=extract", "--include=libc6,libgcc-s1", suite, new], check=True)
+        new.rename(tree)
+    libraries = sorted({str(path.parent) for name in ("libc.so.6", "libgcc_s.so.1") for path in tree.glob(f"**/{name}")})
+    loader = next(path for path in tree.glob("**/ld-linux-*.so.*") if path.is_file())
+    return [str(loader), "--library-path", ":".join(libraries)]
+
+
+class Traced(Daemon):
+    """A daemon under strace. The tracer is detached (-D), so the process that is started and stopped is the daemon."""
+
+    def __init__(self, folder, command):
+        super().__init__(folder, "max-size = 1048576\n")
+        self.traced, self.trace = command, folder / "trace"
+
+    def command(self):
+        self.trace.unlink(missing_ok=True)
+        # -s 0: no key byte is written to the trace.
+        return ["strace", "-D", "-f", "-qq", "-s", "0", "-e", "trace=getrandom", "-e", "signal=none", "-o", self.trace, *self.traced]
+
+    def connect(self):
+        host, port = self.authority.split(":")
+        return socket.create_connection((host, int(port)), timeout=PATIENCE)
