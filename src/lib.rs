@@ -236,15 +236,21 @@ pub fn run(
         say_tokens(&config);
 
         let alive = || {
-            let generated = generator.check();
+            // A generator that fails is reported, with no request needed, and the watchdog is answered all the same:
+            // systemd would hide the failure from the operator by a restart.
+            let _ = generator.check();
             api.report_failure();
-            generated.map_err(|_| "the random generator is out of service")?;
             heartbeats.all_answered().then_some(()).ok_or("a worker gave no sign of life")
         };
         let idle = async {
             match config.exit_idle {
                 Some(period) if is_activated => {
                     Slots::idle_for(&[&key_terms.slots, &credential_terms.slots], period).await;
+                    if generator.failure().is_some() {
+                        // The next connection would start a process that knows nothing of the failure.
+                        warn!("exit-idle is ignored: the random generator has failed");
+                        std::future::pending::<()>().await;
+                    }
                 }
                 _ => std::future::pending().await,
             }

@@ -88,6 +88,7 @@ change("probes", "a negative delay", "Deployment", *DAEMON, "readinessProbe", "i
 change("probes", "no time at all", "Deployment", *DAEMON, "livenessProbe", "timeoutSeconds", to=0)
 change("probes", "liveness by two successes", "Deployment", *DAEMON, "livenessProbe", "successThreshold", to=2)
 change("probed", "readiness by /livez", "Deployment", *DAEMON, "readinessProbe", "httpGet", "path", to="/livez")
+change("probed", "liveness by /readyz", "Deployment", *DAEMON, "livenessProbe", "httpGet", "path", to="/readyz")
 change("probed", "no liveness probe", "Deployment", *DAEMON, "livenessProbe", drop=True)
 
 change("volumes", "a mount without its volume", "Deployment", *DAEMON, "volumeMounts", "+", to={"name": "gone", "mountPath": "/gone"})
