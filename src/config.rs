@@ -24,12 +24,13 @@ use crate::format::{Kind, Shape};
 use crate::forwarded::{Field, Proxies, Proxy};
 use crate::key::KeyLength;
 use crate::listener::{Host, Mode};
-use crate::location::Location;
+use crate::location::{self, Location};
 use crate::logging::LogLevel;
 use crate::password::Alphabet;
 use crate::rate::Rates;
 use crate::tls::{self, MinVersion, Part};
 use crate::token::{self, Grant};
+use crate::watch::WatchedFiles;
 
 /// Where the configuration is read from when no other file is named; it need not exist.
 pub const DEFAULT_PATH: &str = "/etc/key-service/config.toml";
@@ -41,11 +42,16 @@ pub const ENV_PREFIX: &str = "KEYSERVICE_";
 /// The largest value that `max-size` may have: 1 GiB.
 pub const MAX_SIZE_LIMIT: u64 = 1 << 30;
 
+/// The largest configuration file that is read, in bytes.
+const FILE_MAX: u64 = 1 << 20;
+
 const ONE_HOUR: u64 = 3600;
 
 /// Every setting, valid.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
+    /// The file that was read; `None` where there was none.
+    pub file: Option<PathBuf>,
     /// Where keys are served.
     pub host: Host,
     /// Its port; 0 is any free one.
@@ -103,6 +109,13 @@ pub struct TokensFile {
     pub place: String,
     /// What it grants.
     pub grants: Arc<[Grant]>,
+}
+
+impl TokensFile {
+    /// Where it is, as far as that is known.
+    pub fn path(&self) -> Option<PathBuf> {
+        self.place.parse::<Location>().ok()?.path().ok()
+    }
 }
 
 /// The names of all settings, as TOML has them.
@@ -171,8 +184,35 @@ impl Config {
         }
     }
 
+    /// The files that settings name.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        let tls = self.tls.as_ref().map(tls::Settings::files).into_iter().flatten();
+        tls.filter_map(|file| file.path().ok()).chain(self.tokens.as_ref().and_then(TokensFile::path))
+    }
+
+    /// Settings that protect keys and that `new` no longer has: those that a reload removes at once.
+    pub fn removed_by_reload(&self, new: &Self) -> Vec<&'static str> {
+        let client_ca = |config: &Self| config.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
+        [
+            ("tokens-file", self.tokens.is_some() && new.tokens.is_none()),
+            ("tls-client-ca", client_ca(self) && new.tls.is_some() && !client_ca(new)),
+            ("rate-requests", self.rates.requests.is_some() && new.rates.requests.is_none()),
+            ("rate-bytes", self.rates.bytes.is_some() && new.rates.bytes.is_none()),
+            ("audit", self.audit && !new.audit),
+        ]
+        .into_iter()
+        .filter_map(|(name, is_removed)| is_removed.then_some(name))
+        .collect()
+    }
+
+    /// Whether `new` has no TLS where `self` has: the running service keeps it, and a restart removes it.
+    pub fn loses_tls_at_restart(&self, new: &Self) -> bool {
+        self.tls.is_some() && new.tls.is_none()
+    }
+
     /// Takes from `new` what may change while the service runs.
     pub fn take_live(&mut self, new: &Self) {
+        self.file.clone_from(&new.file);
         self.max_size = new.max_size;
         self.log_level = new.log_level;
         self.tokens.clone_from(&new.tokens);
@@ -260,12 +300,31 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Reads all layers, and the files of certificates and keys that they name.
+    /// Reads all layers, and the files that they name; `files` gets all of them.
     ///
     /// # Errors
     /// Every mistake there is.
-    pub fn load(&self) -> Result<Config, Mistakes> {
-        self.read(true)
+    pub fn load(&self, files: &mut WatchedFiles) -> Result<Config, Mistakes> {
+        self.read(Path::new(DEFAULT_PATH), false, Opens::All, files).map(|(config, _)| config)
+    }
+
+    /// As [`Sources::load`], while `running` is in effect: the file that it came from has to be there still. Protection
+    /// would go with the file otherwise.
+    ///
+    /// # Errors
+    /// Every mistake there is.
+    pub fn reload(&self, running: &Config, files: &mut WatchedFiles) -> Result<Config, Mistakes> {
+        let must_exist = running.file.is_some();
+        self.read(Path::new(DEFAULT_PATH), must_exist, Opens::All, files).map(|(config, _)| config)
+    }
+
+    /// As [`Sources::load`], and a sentence for each file that can't be checked here: a credential that the service
+    /// manager passes to the unit alone.
+    ///
+    /// # Errors
+    /// Every mistake there is.
+    pub fn check(&self) -> Result<(Config, Vec<String>), Mistakes> {
+        self.read(Path::new(DEFAULT_PATH), false, Opens::WhatIsPassed, &mut WatchedFiles::default())
     }
 
     /// Reads all layers, for who only wants to know where the service is and may not read its key.
@@ -273,36 +332,107 @@ impl Sources {
     /// # Errors
     /// Every mistake that shows without opening another file.
     pub fn settings(&self) -> Result<Config, Mistakes> {
-        self.read(false)
+        let files = &mut WatchedFiles::default();
+        self.read(Path::new(DEFAULT_PATH), false, Opens::Nothing, files).map(|(config, _)| config)
     }
 
-    fn read(&self, opens_files: bool) -> Result<Config, Mistakes> {
-        let path = self.file.as_deref().unwrap_or(Path::new(DEFAULT_PATH));
-        let file = Toml::file_exact(path);
+    fn read(
+        &self,
+        default: &Path,
+        must_exist: bool,
+        opens: Opens,
+        files: &mut WatchedFiles,
+    ) -> Result<(Config, Vec<String>), Mistakes> {
+        let path = self.file.as_deref().unwrap_or(default);
+        files.add(path);
         // A file that can't be read at all hides whatever else is in it; the other layers are still looked at.
-        let unreadable = match fs::metadata(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.file.as_ref().map(|_| format!("{}: there is no such file", path.display()))
+        let (text, unreadable) = match config_text(path) {
+            Ok(None) if must_exist => {
+                (None, Some(format!("{}: the file is gone; {EMPTY_FILE}", path.display())))
             }
-            _ => file.data().err().map(|error| unreadable(path, &error)),
+            Ok(None) if self.file.is_some() => {
+                (None, Some(format!("{}: there is no such file; {EMPTY_FILE}", path.display())))
+            }
+            Ok(text) => (text, None),
+            Err(problem) => (None, Some(problem)),
         };
+        let file = text.as_deref().map(|text| TomlFile { path, text });
+        let malformed =
+            file.as_ref().and_then(|file| file.data().err()).map(|error| unreadable_toml(path, &error));
         let mut figment = Figment::new();
-        if unreadable.is_none() && path.exists() {
+        if let Some(file) = file.filter(|_| malformed.is_none()) {
             figment = figment.merge(file);
         }
         let environment = Env::prefixed(ENV_PREFIX).map(|key| key.as_str().replace('_', "-").into());
         let mut reader = Reader {
             figment: figment.merge(environment).merge(Flags(&self.flags)),
-            mistakes: unreadable.into_iter().collect(),
-            opens_files,
+            mistakes: unreadable.into_iter().chain(malformed).collect(),
+            opens,
+            unchecked: Vec::new(),
+            files,
         };
         reader.refuse_unknown();
         let config = reader.config();
         match config {
-            Some(config) if reader.mistakes.is_empty() => Ok(config),
+            Some(config) if reader.mistakes.is_empty() => {
+                Ok((Config { file: text.map(|_| path.to_owned()), ..config }, reader.unchecked))
+            }
             _ => Err(Mistakes(reader.mistakes)),
         }
     }
+}
+
+/// What an administrator can do who wants no configuration file.
+const EMPTY_FILE: &str = "an empty file leaves every setting at its default";
+
+/// The text of the configuration file; `None` where nothing has this path.
+fn config_text(path: &Path) -> Result<Option<String>, String> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // A directory above it may be a symbolic link that leads nowhere.
+            let above = path.ancestors().skip(1).find(|above| fs::symlink_metadata(above).is_ok());
+            return match above.map(|above| (above, fs::metadata(above))) {
+                Some((above, Err(error))) => Err(format!("{}: {}: {error}", path.display(), above.display())),
+                _ => Ok(None),
+            };
+        }
+        Err(error) => {
+            return Err(format!("{}: expected a file that can be read, found: {error}", path.display()));
+        }
+        Ok(_) => {}
+    }
+    // Everybody may write to it, and it is empty all the same.
+    if path == Path::new("/dev/null") {
+        return Ok(Some(String::new()));
+    }
+    let (bytes, _) = location::read_file(path, FILE_MAX)?;
+    let text = str::from_utf8(&bytes).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(Some(text.to_owned()))
+}
+
+/// The text of a file that has been read, as a layer.
+struct TomlFile<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl Provider for TomlFile<'_> {
+    fn metadata(&self) -> Metadata {
+        Metadata::from("TOML file", self.path)
+    }
+
+    fn data(&self) -> figment::Result<Map<Profile, Dict>> {
+        Toml::string(self.text).data()
+    }
+}
+
+/// Which of the files that settings name are opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Opens {
+    Nothing,
+    All,
+    /// All but credentials where the service manager passes none.
+    WhatIsPassed,
 }
 
 /// What is wrong with a configuration: one sentence for each mistake.
@@ -324,13 +454,16 @@ impl Mistakes {
     }
 }
 
-struct Reader {
+struct Reader<'a> {
     figment: Figment,
     mistakes: Vec<String>,
-    opens_files: bool,
+    opens: Opens,
+    /// A sentence for each file that could not be checked.
+    unchecked: Vec<String>,
+    files: &'a mut WatchedFiles,
 }
 
-impl Reader {
+impl Reader<'_> {
     /// `None` where a setting is wrong; all of them have been looked at then.
     fn config(&mut self) -> Option<Config> {
         let any = Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
@@ -377,6 +510,7 @@ impl Reader {
             return self.refuse("unix-trust", &value, "false where trusted-proxies has unix");
         }
         Some(Config {
+            file: None,
             host: host?,
             srv_port: srv_port?.try_into().ok()?,
             max_size: max_size?,
@@ -424,20 +558,35 @@ impl Reader {
             (None, None) => return Some(None),
         };
         let settings = tls::Settings { certificate, key, client_ca, min_version };
-        if self.opens_files {
+        if self.opens != Opens::Nothing {
+            settings.files().filter_map(|file| file.path().ok()).for_each(|path| self.files.add(&path));
             let faults = tls::load(&settings).err().unwrap_or_default();
             for fault in faults {
-                let name = match fault.part {
-                    Part::Certificate => "tls-cert",
-                    Part::Key => "tls-key",
-                    Part::ClientCa => "tls-client-ca",
+                let (name, location) = match fault.part {
+                    Part::Certificate => ("tls-cert", Some(&settings.certificate)),
+                    Part::Key => ("tls-key", Some(&settings.key)),
+                    Part::ClientCa => ("tls-client-ca", settings.client_ca.as_ref()),
                 };
+                if location.is_some_and(|location| self.passes_over(name, location)) {
+                    continue;
+                }
                 let value = self.figment.find_value(name).expect("it named the file that was read");
                 let source = self.source(name, &value);
                 self.mistakes.push(format!("{name}: {} ({source})", fault.sentence));
             }
         }
         Some(Some(settings))
+    }
+
+    /// Whether a file is one that can't be checked here, which is noted.
+    fn passes_over(&mut self, name: &str, location: &Location) -> bool {
+        let is_unchecked = self.opens == Opens::WhatIsPassed && location.path().is_err();
+        if is_unchecked {
+            self.unchecked.push(format!(
+                "{name}: {location} is not checked: $CREDENTIALS_DIRECTORY is not set, which systemd sets for the unit alone"
+            ));
+        }
+        is_unchecked
     }
 
     /// A file, or none where the text is empty.
@@ -522,12 +671,21 @@ impl Reader {
         if place.is_empty() {
             return Some(None);
         }
-        let Some(path) = place.parse::<Location>().ok().and_then(|location| location.path().ok()) else {
+        let location = place.parse::<Location>().ok();
+        let unread = TokensFile { place: place.to_owned(), grants: Arc::default() };
+        if location
+            .as_ref()
+            .is_some_and(|location| self.opens == Opens::Nothing || self.passes_over(name, location))
+        {
+            return Some(Some(unread));
+        }
+        let Some(path) = location.and_then(|location| location.path().ok()) else {
             let expected = "the name of a credential that the service manager passes (LoadCredential=)";
             return self.refuse(name, &value, expected);
         };
+        self.files.add(&path);
         match token::read(&path) {
-            Ok(grants) => Some(Some(TokensFile { place: place.to_owned(), grants: grants.into() })),
+            Ok(grants) => Some(Some(TokensFile { grants: grants.into(), ..unread })),
             Err(mistakes) => {
                 let source = self.source(name, &value);
                 self.mistakes
@@ -734,12 +892,51 @@ fn shown(value: &Value) -> String {
 }
 
 /// The parser's error in one line: where, and what.
-fn unreadable(path: &Path, error: &figment::Error) -> String {
+fn unreadable_toml(path: &Path, error: &figment::Error) -> String {
     let text = error.to_string();
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let first = lines.next().unwrap_or("not readable");
     match lines.next_back() {
         Some(last) => format!("{}: {first}: {last}", path.display()),
         None => format!("{}: {first}", path.display()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    /// What the file that need not be named is taken for: whether it was read, or why it is refused.
+    fn read(default: &Path, must_exist: bool) -> Result<bool, String> {
+        Sources::default()
+            .read(default, must_exist, Opens::Nothing, &mut WatchedFiles::default())
+            .map(|(config, _)| config.file.is_some())
+            .map_err(|mistakes| mistakes.to_string())
+    }
+
+    #[test]
+    fn the_default_file_may_be_absent_until_it_was_read() {
+        let directory = std::env::temp_dir().join(format!("key-service-default-{}", std::process::id()));
+        fs::create_dir(&directory).unwrap();
+        let file = directory.join("config.toml");
+        assert_eq!(read(&file, false), Ok(false));
+        assert_eq!(read(&directory.join("absent/config.toml"), false), Ok(false));
+        assert!(read(&file, true).unwrap_err().contains("config.toml: the file is gone"));
+        symlink("nowhere", &file).unwrap();
+        assert!(read(&file, false).unwrap_err().contains("No such file"), "a link that leads nowhere");
+        fs::create_dir(directory.join("sub")).unwrap();
+        assert!(
+            read(&directory.join("sub"), false).unwrap_err().contains("found something else"),
+            "a directory"
+        );
+        symlink("nowhere", directory.join("link")).unwrap();
+        assert!(read(&directory.join("link/config.toml"), false).unwrap_err().contains("link"), "above it");
+        fs::remove_file(&file).unwrap();
+        fs::write(&file, "").unwrap();
+        assert!(read(&file.join("config.toml"), false).unwrap_err().contains("Not a directory"));
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+        assert_eq!((read(&file, false), read(&file, true)), (Ok(true), Ok(true)));
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -27,6 +27,7 @@
 //! | [`listener`] | sockets, inherited or bound |
 //! | [`peer`] | who is at the other end of a connection |
 //! | [`location`] | where a file is that a setting names |
+//! | [`watch`] | files that have changed |
 //! | [`tls`] | certificates, handshakes, reload |
 //! | [`deadline`] | connections that keep us waiting end |
 //! | [`server`] | the accept loop and the drain |
@@ -70,9 +71,11 @@ pub mod signals;
 pub mod systemd;
 pub mod tls;
 pub mod token;
+pub mod watch;
 
 use std::fmt::{self, Display};
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -98,6 +101,7 @@ use shares::Shares;
 use signals::{Order, Signals};
 use systemd::Notifier;
 use tls::{Fault, Loaded, Tls};
+use watch::WatchedFiles;
 
 /// Connections that the metrics listener serves at once: scrapers and probes are few.
 const METRICS_CONNECTIONS: usize = 64;
@@ -154,13 +158,14 @@ impl From<ListenError> for RunError {
 
 /// Serves until a signal says to stop, and returns when the last connection is gone or the drain's time is over.
 ///
-/// `config` is what `sources` gave; they are read again on SIGHUP.
+/// `config` is what `sources` gave, from `files`; they are read again on SIGHUP, and when a file has changed.
 ///
 /// # Errors
 /// What kept the service from starting; nothing has been served then.
 pub fn run(
     config: Config,
     sources: &Sources,
+    mut files: WatchedFiles,
     inherited: Inherited,
     source: impl Source,
     log: &Log,
@@ -190,6 +195,7 @@ pub fn run(
         }
     };
     let status = status(&keys, &credentials, &operator, config.shares_port());
+    let exposed = exposed(&config, &keys);
     let outlet = Arc::new(Outlet::new(Arc::clone(&api), config.credentials.clone()));
 
     let terms = |connections| {
@@ -234,6 +240,13 @@ pub fn run(
         notifier.ready(&status);
         info!(version = env!("CARGO_PKG_VERSION"), "{status}");
         say_tokens(&config);
+        if !exposed.is_empty() {
+            warn!(
+                addresses = exposed.join(", "),
+                "keys are served to every client that reaches these addresses, without TLS and without a token: set \
+                 tokens-file or tls-cert, or listen on loopback or a Unix socket"
+            );
+        }
 
         let alive = || {
             // A generator that fails is reported, with no request needed, and the watchdog is answered all the same:
@@ -256,6 +269,7 @@ pub fn run(
             }
         };
         let mut running = config.clone();
+        let reload = Reload { sources, api: &api, outlet: &outlet, tls: tls.as_deref(), log };
         let reason = {
             let mut watchdog = std::pin::pin!(systemd::watchdog(&notifier, alive));
             let mut idle = std::pin::pin!(idle);
@@ -263,15 +277,15 @@ pub fn run(
                 tokio::select! {
                     never = &mut watchdog => never,
                     () = &mut idle => break "idle",
-                    tls = changed(tls.as_deref()) => match tls.reload(None) {
-                        Ok(loaded) => report("the certificate has changed and is in use", &loaded),
-                        Err(faults) => keep_certificate(&faults),
+                    () = files.changed() => match reload.run(&mut running, &mut files, Cause::Change) {
+                        Ok(()) => notifier.status(&status),
+                        Err(Refused) => notifier.status(&format!("{status}; the last reload was refused")),
                     },
                     order = signals.next() => match order {
                         Order::Stop(signal) => break signal,
                         Order::Reload => {
                             notifier.reloading();
-                            match reload(&mut running, sources, &api, &outlet, tls.as_deref(), log) {
+                            match reload.run(&mut running, &mut files, Cause::Signal) {
                                 Ok(()) => notifier.ready(&status),
                                 Err(Refused) => notifier.ready(&format!("{status}; the last reload was refused")),
                             }
@@ -428,56 +442,129 @@ impl Worker {
     }
 }
 
-/// Takes on what may change while the service runs, and names in the log what may not.
-fn reload(
-    running: &mut Config,
-    sources: &Sources,
-    api: &Api,
-    outlet: &Outlet,
-    tls: Option<&Tls>,
-    log: &Log,
-) -> Result<(), Refused> {
-    let new = match sources.load() {
-        Ok(new) => new,
-        Err(mistakes) => {
-            for mistake in mistakes.iter() {
-                tracing::error!(mistake, "the new configuration is refused");
-            }
-            tracing::error!("the configuration stays as it was");
-            api.metrics.config_last_reload_successful.set(0);
-            return Err(Refused);
+/// The key listeners' addresses that are not of this machine alone, where neither tokens nor TLS protect the keys.
+fn exposed(config: &Config, keys: &[Listener]) -> Vec<String> {
+    if config.tokens.is_some() || config.tls.is_some() {
+        return Vec::new();
+    }
+    let is_exposed = |listener: &&Listener| match listener {
+        Listener::Tcp(listener) => {
+            !listener.local_addr().is_ok_and(|address| address.ip().to_canonical().is_loopback())
         }
+        Listener::Unix(_) => false,
     };
-    for setting in running.needs_restart(&new) {
-        warn!(setting, "this setting has changed and takes effect at the next restart");
-    }
-    if let (Some(tls), Some(settings)) = (tls, &new.tls) {
-        match tls.reload(Some(settings.clone())) {
-            Ok(loaded) => report("the certificate is read again", &loaded),
-            // The files were in order a moment ago; whoever changes them now is heard within seconds.
-            Err(faults) => keep_certificate(&faults),
-        }
-        running.tls = new.tls.clone();
-    }
-    api.max_size.store(new.max_size, Ordering::Relaxed);
-    log.set_level(new.log_level);
-    running.take_live(&new);
-    api.admission.replace(running.rules());
-    outlet.replace(running.credentials.clone());
-    api.metrics.config_last_reload_successful.set(1);
-    info!(max_size = new.max_size, log_level = %new.log_level, "the configuration is reloaded");
-    say_tokens(running);
-    Ok(())
+    keys.iter().filter(is_exposed).map(ToString::to_string).collect()
 }
 
-/// Waits until certificate, key or client CAs are to be read again.
-async fn changed(tls: Option<&Tls>) -> &Tls {
-    match tls {
-        Some(tls) => {
-            tls.changed().await;
-            tls
+/// Why the configuration is read again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    /// SIGHUP: whoever sends it means what the files say.
+    Signal,
+    /// A file has changed. It may be half of what somebody is writing.
+    Change,
+}
+
+/// What a reload reads from, and what it changes.
+struct Reload<'a> {
+    sources: &'a Sources,
+    api: &'a Api,
+    outlet: &'a Outlet,
+    tls: Option<&'a Tls>,
+    log: &'a Log,
+}
+
+impl Reload<'_> {
+    /// Takes on what may change while the service runs, and names in the log what may not.
+    fn run(&self, running: &mut Config, files: &mut WatchedFiles, cause: Cause) -> Result<(), Refused> {
+        let before = std::mem::take(files);
+        let loaded = self.sources.reload(running, files);
+        // Those in use are watched too, whatever the new configuration names.
+        running.files().for_each(|path| files.add(&path));
+        let changed = files.changed_since(&before);
+        if cause == Cause::Change {
+            let changed =
+                changed.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
+            info!(changed, "files have changed, the configuration is read again");
         }
-        None => std::future::pending().await,
+        let refused = match loaded {
+            Ok(new) => {
+                let removed = running.removed_by_reload(&new);
+                if cause == Cause::Signal || removed.is_empty() {
+                    self.apply(running, &new, &removed);
+                    return Ok(());
+                }
+                tracing::error!(
+                    settings = removed.join(", "),
+                    "the new configuration is refused: a changed file alone removes no protection; reload (SIGHUP) or \
+                     restart to remove it on purpose"
+                );
+                Refused
+            }
+            Err(mistakes) => {
+                for mistake in mistakes.iter() {
+                    tracing::error!(mistake, "the new configuration is refused");
+                }
+                Refused
+            }
+        };
+        tracing::error!("the configuration stays as it was");
+        self.api.metrics.config_last_reload_successful.set(0);
+        self.reread(running, &changed);
+        Err(refused)
+    }
+
+    /// Puts `new` in force, as far as a restart is not needed.
+    fn apply(&self, running: &mut Config, new: &Config, removed: &[&str]) {
+        for setting in running.needs_restart(new) {
+            warn!(setting, "this setting has changed and takes effect at the next restart");
+        }
+        if running.loses_tls_at_restart(new) {
+            warn!("TLS is no longer configured: it stays in force, and the next restart removes it");
+        }
+        if !removed.is_empty() {
+            warn!(settings = removed.join(", "), "protection removed by this reload");
+        }
+        if let Some(tls) = self.tls {
+            match tls.reload(new.tls.clone()) {
+                Ok(loaded) => report("the certificate is read again", &loaded),
+                // The files were in order a moment ago; whoever changes them now is heard within seconds.
+                Err(faults) => keep_certificate(&faults),
+            }
+            if new.tls.is_some() {
+                running.tls.clone_from(&new.tls);
+            }
+        }
+        self.api.max_size.store(new.max_size, Ordering::Relaxed);
+        self.log.set_level(new.log_level);
+        running.take_live(new);
+        self.api.admission.replace(running.rules());
+        self.outlet.replace(running.credentials.clone());
+        self.api.metrics.config_last_reload_successful.set(1);
+        info!(max_size = new.max_size, log_level = %new.log_level, "the configuration is reloaded");
+        say_tokens(running);
+    }
+
+    /// Reads tokens and certificates again where their files have changed, although the configuration as a whole is refused:
+    /// an error elsewhere must neither keep a revoked token valid nor let a certificate expire.
+    fn reread(&self, running: &mut Config, changed: &[&Path]) {
+        let has_changed = |path: &PathBuf| changed.contains(&path.as_path());
+        let tls_changed = |tls: &tls::Settings| {
+            tls.files().filter_map(|file| file.path().ok()).any(|path| has_changed(&path))
+        };
+        if let Some(tls) = self.tls.filter(|_| running.tls.as_ref().is_some_and(tls_changed)) {
+            match tls.reload(None) {
+                Ok(loaded) => report("the certificate has changed and is in use", &loaded),
+                Err(faults) => keep_certificate(&faults),
+            }
+        }
+        let Some(tokens) = &mut running.tokens else { return };
+        let path = tokens.path().filter(has_changed);
+        if let Some(Ok(grants)) = path.map(|path| token::read(&path)) {
+            tokens.grants = grants.into();
+            self.api.admission.replace(running.rules());
+            say_tokens(running);
+        }
     }
 }
 

@@ -1,9 +1,14 @@
-//! Where a file is that a setting names.
+//! Where a file is that a setting names, and the one rule by which every such file is read.
 
 use std::env;
 use std::fmt;
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+use zeroize::Zeroizing;
 
 /// What a path begins with that names a credential of systemd.exec(5) instead.
 const CREDENTIAL: &str = "credential:";
@@ -56,6 +61,37 @@ impl Location {
             },
         }
     }
+}
+
+/// Reads a file that decides who gets keys, of at most `max` bytes, and its mode: the configuration, tokens, certificates,
+/// keys, client CAs.
+///
+/// It has to be a regular file that neither its group nor others may write to. Its owner is not looked at: with
+/// `PrivateUsers=` and in user namespaces of containers, the files of everybody else appear to be those of nobody. Nor are
+/// the directories above it: a volume of Kubernetes is writable to all in its mode, and mounted read-only.
+///
+/// # Errors
+/// A sentence that begins with the path.
+pub fn read_file(path: &Path, max: u64) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
+    let refused = |problem: String| format!("{}: {problem}", path.display());
+    let unreadable = |error: io::Error| refused(format!("expected a file that can be read, found: {error}"));
+    // Looked at before it is opened, since opening a FIFO waits for its writer.
+    if !fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err(refused("expected a file, found something else".into()));
+    }
+    let file = File::open(path).map_err(unreadable)?;
+    let mode = file.metadata().map_err(unreadable)?.mode() & 0o7777;
+    if mode & 0o022 != 0 {
+        return Err(refused(format!(
+            "expected a file that only its owner may write to, found mode {mode:04o} (chmod go-w)"
+        )));
+    }
+    let mut bytes = Zeroizing::new(Vec::new());
+    file.take(max + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    if bytes.len() as u64 > max {
+        return Err(refused(format!("expected at most {max} bytes, found more")));
+    }
+    Ok((bytes, mode))
 }
 
 #[cfg(test)]

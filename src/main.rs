@@ -11,6 +11,7 @@ use key_service::logging::Log;
 use key_service::probe::Target;
 use key_service::random::{Generator, Kernel};
 use key_service::token::{Grant, Token};
+use key_service::watch::WatchedFiles;
 use key_service::{forbid_core_dumps, run, systemd};
 use zeroize::Zeroizing;
 
@@ -27,8 +28,17 @@ fn main() -> ExitCode {
         return new_token(action);
     }
     let sources = cli.sources();
-    // Who asks for health need not be allowed to read the service's key.
-    let loaded = if command.is_some() { sources.settings() } else { sources.load() };
+    let mut files = WatchedFiles::default();
+    let loaded = match command {
+        // Who asks for health need not be allowed to read the service's key.
+        Some(_) => sources.settings(),
+        // systemd runs it as the unit: what the unit lacks is a mistake. A shell has none of the unit's credentials.
+        None if check && !systemd::is_invoker() => sources.check().map(|(config, unchecked)| {
+            unchecked.iter().for_each(|notice| eprintln!("key-service: {notice}"));
+            config
+        }),
+        None => sources.load(&mut files),
+    };
     let config = match loaded {
         Ok(config) => config,
         Err(mistakes) => {
@@ -51,8 +61,9 @@ fn main() -> ExitCode {
     if let Err(error) = forbid_core_dumps() {
         tracing::warn!(%error, "core dumps can't be forbidden");
     }
-    let ended =
-        inherited.map_err(Into::into).and_then(|inherited| run(config, &sources, inherited, Kernel, &log));
+    let ended = inherited
+        .map_err(Into::into)
+        .and_then(|inherited| run(config, &sources, files, inherited, Kernel, &log));
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -24,6 +24,7 @@ pub struct Notifier {
 enum Message {
     Ready(String),
     Reloading,
+    Status(String),
     Stopping(String),
     Alive,
 }
@@ -53,6 +54,11 @@ impl Notifier {
         self.queue(Message::Reloading);
     }
 
+    /// What `systemctl status` shows from now on, outside of a reload that was asked for.
+    pub fn status(&self, status: &str) {
+        self.queue(Message::Status(status.to_owned()));
+    }
+
     /// The service is on its way to the end.
     pub fn stopping(&self, status: &str) {
         self.queue(Message::Stopping(status.to_owned()));
@@ -79,6 +85,7 @@ fn send_all(messages: &Receiver<Message>) {
             // One datagram: systemd pairs the two (sd_notify(3), RELOADING=1).
             Message::Reloading => NotifyState::monotonic_usec_now()
                 .and_then(|now| sd_notify::notify(&[NotifyState::Reloading, now])),
+            Message::Status(status) => sd_notify::notify(&[NotifyState::Status(status)]),
             Message::Stopping(status) => {
                 sd_notify::notify(&[NotifyState::Stopping, NotifyState::Status(status)])
             }
@@ -88,6 +95,12 @@ fn send_all(messages: &Receiver<Message>) {
             warn!(%error, "the service manager can't be told");
         }
     }
+}
+
+/// Whether the service manager itself started this process, as the unit says it (systemd.exec(5), `$SYSTEMD_EXEC_PID`);
+/// a shell below a unit passes the variable on, with another process id in it.
+pub fn is_invoker() -> bool {
+    std::env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid == std::process::id().to_string())
 }
 
 /// Puts why there is no start where `systemctl status` shows it, whether or not the log has got there yet. It is sent

@@ -1,9 +1,7 @@
 //! Who the service is to its clients, and who they are to it: certificates, client CAs, handshakes, reload.
 
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::io;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -21,7 +19,7 @@ use rustls::{
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
@@ -33,14 +31,11 @@ use x509_cert::ext::pkix::name::GeneralName;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::deadline::WriteLast;
-use crate::location::Location;
+use crate::location::{self, Location};
 use crate::metrics::{HandshakeFailure, TlsMetrics};
 
 /// The largest file that is read, in bytes: certificates of a chain take a few thousand.
 const FILE_MAX: u64 = 1 << 20;
-
-/// How often the files are looked at. There is no inotify in the sandbox, and a renewal is in no hurry.
-const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Handshakes at once; further ones wait for their turn with nothing read. A client may send 64 KiB before it has
 /// shown who it is, so this bounds that memory to 64 MiB.
@@ -77,6 +72,13 @@ pub enum MinVersion {
     Tls12,
     /// TLS 1.3 (RFC 8446).
     Tls13,
+}
+
+impl Settings {
+    /// Where the files are.
+    pub fn files(&self) -> impl Iterator<Item = &Location> {
+        [&self.certificate, &self.key].into_iter().chain(&self.client_ca)
+    }
 }
 
 impl FromStr for MinVersion {
@@ -221,14 +223,11 @@ impl Loaded {
 #[derive(Debug)]
 pub struct Tls {
     server: RwLock<Arc<ServerConfig>>,
-    /// The files that it came from, and how they looked when they were last read.
-    files: Mutex<(Settings, Vec<Option<Stamp>>)>,
+    /// The files that it came from.
+    files: Mutex<Settings>,
     handshakes: Semaphore,
     metrics: TlsMetrics,
 }
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stamp([u64; 3], [i64; 3]);
 
 /// Its last bytes are a record of its own, close_notify.
 impl<S> WriteLast for TlsStream<S> where Self: AsyncWrite {}
@@ -239,7 +238,6 @@ impl Tls {
     /// # Errors
     /// All that is wrong with them.
     pub fn new(settings: Settings, metrics: TlsMetrics) -> Result<(Self, Loaded), Vec<Fault>> {
-        let stamps = stamps(&settings); // before they are read, so that no change goes unseen
         let loaded = load(&settings)?;
         metrics.loaded(loaded.not_after());
         // aws-lc seeds its generator at the first use, which takes 70 ms: now, and not in a worker with connections. A
@@ -247,7 +245,7 @@ impl Tls {
         let _ = loaded.server.crypto_provider().secure_random.fill(&mut [0]);
         let tls = Self {
             server: RwLock::new(Arc::clone(&loaded.server)),
-            files: Mutex::new((settings, stamps)),
+            files: Mutex::new(settings),
             handshakes: Semaphore::new(HANDSHAKES),
             metrics,
         };
@@ -261,24 +259,12 @@ impl Tls {
     /// All that is wrong with the files; nothing has changed then.
     pub fn reload(&self, settings: Option<Settings>) -> Result<Loaded, Vec<Fault>> {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted = settings.unwrap_or_else(|| files.0.clone());
-        files.1 = stamps(&wanted);
+        let wanted = settings.unwrap_or_else(|| files.clone());
         let loaded = load(&wanted).inspect_err(|_| self.metrics.reload_refused())?;
-        files.0 = wanted;
+        *files = wanted;
         *self.server.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&loaded.server);
         self.metrics.loaded(loaded.not_after());
         Ok(loaded)
-    }
-
-    /// Returns when the files are others than those that were last read, at most a few seconds after that.
-    pub async fn changed(&self) {
-        loop {
-            sleep(LOOK_INTERVAL).await;
-            let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-            if stamps(&files.0) != files.1 {
-                return;
-            }
-        }
     }
 
     /// One handshake, which ends within `patience`, and whom the client's certificate names. `None` where there is no
@@ -394,11 +380,6 @@ impl ServerCertVerifier for Pin {
     }
 }
 
-fn stamps(settings: &Settings) -> Vec<Option<Stamp>> {
-    let Settings { certificate, key, client_ca, .. } = settings;
-    [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten().map(stamp).collect()
-}
-
 /// At least one.
 fn certificates(location: &Location) -> Result<Vec<CertificateDer<'static>>, String> {
     let (text, _) = read(location)?;
@@ -450,29 +431,9 @@ fn verifier(
         .map_err(|error| unfit(error.to_string()))
 }
 
-/// What changes with a file; `None` where it can't be looked at.
-fn stamp(location: &Location) -> Option<Stamp> {
-    let found = fs::metadata(location.path().ok()?).ok()?;
-    Some(Stamp([found.dev(), found.ino(), found.size()], [found.mtime(), found.mtime_nsec(), found.ctime()]))
-}
-
 /// The bytes of a file and its mode.
 fn read(location: &Location) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
-    let path = location.path()?;
-    let shown = path.display();
-    let unreadable = |error: io::Error| format!("expected a file that can be read, found {shown}: {error}");
-    // Looked at before it is opened, which for a pipe would wait for its writer.
-    if !fs::metadata(&path).map_err(unreadable)?.is_file() {
-        return Err(format!("expected a regular file, found {shown}, which is none"));
-    }
-    let file = File::open(&path).map_err(unreadable)?;
-    let mode = file.metadata().map_err(unreadable)?.mode();
-    let mut bytes = Zeroizing::new(Vec::new());
-    file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-    if bytes.len() as u64 > FILE_MAX {
-        return Err(format!("expected a file of at most {FILE_MAX} bytes, found more in {shown}"));
-    }
-    Ok((bytes, mode))
+    location::read_file(&location.path()?, FILE_MAX)
 }
 
 /// From the last beginning to the first end in `chain`.

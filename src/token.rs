@@ -5,16 +5,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::fs::{self, File};
-use std::io::Read;
 use std::num::NonZeroU64;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
+use crate::location;
 use crate::random::{Failure, Generator};
 
 /// What every token begins with, for scanners of leaked secrets to know it by: `ks_[0-9a-f]{64}`.
@@ -253,12 +251,11 @@ fn days_of(year: u16, month: u8) -> u8 {
 /// are passed over.
 ///
 /// # Errors
-/// Every mistake there is, each with its line. A file that others may write to is one.
+/// Every mistake there is, each with its line. A file that [`location::read_file`] refuses is one: who may write to it
+/// decides who gets keys. Who may read it learns names and hashes, and from a hash nothing.
 pub fn read(path: &Path) -> Result<Vec<Grant>, Vec<String>> {
-    let mut text = String::new();
-    open(path)
-        .and_then(|file| file.take(FILE_MAX).read_to_string(&mut text).map_err(|error| error.to_string()))
-        .map_err(|problem| vec![format!("{}: {problem}", path.display())])?;
+    let (bytes, _) = location::read_file(path, FILE_MAX).map_err(|problem| vec![problem])?;
+    let text = str::from_utf8(&bytes).map_err(|error| vec![format!("{}: {error}", path.display())])?;
     let mut grants = Vec::new();
     let mut mistakes = Vec::new();
     let mut lines = HashMap::new();
@@ -276,28 +273,6 @@ pub fn read(path: &Path) -> Result<Vec<Grant>, Vec<String>> {
         }
     }
     if mistakes.is_empty() { Ok(grants) } else { Err(mistakes) }
-}
-
-/// Who may write to the file decides who gets keys, so that is looked at. Who may read it learns names and hashes, and
-/// from a hash nothing.
-fn open(path: &Path) -> Result<File, String> {
-    // Looked at before it is opened, since opening a FIFO waits for its writer.
-    let found = fs::metadata(path).map_err(|error| error.to_string())?;
-    if !found.is_file() {
-        return Err("expected a file".into());
-    }
-    let file = File::open(path).map_err(|error| error.to_string())?;
-    let found = file.metadata().map_err(|error| error.to_string())?;
-    match found.mode() {
-        mode if mode & 0o022 != 0 => Err(format!(
-            "expected a file that only its owner may write to, found mode {:04o} (chmod go-w)",
-            mode & 0o7777
-        )),
-        _ if found.size() > FILE_MAX => {
-            Err(format!("expected at most {FILE_MAX} bytes, found {}", found.size()))
-        }
-        _ => Ok(file),
-    }
 }
 
 const HEX: &[u8; 16] = b"0123456789abcdef";

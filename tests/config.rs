@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 
 use common::{Folder, key_service, run_to_end};
@@ -171,6 +172,45 @@ fn a_folder_in_place_of_the_file_is_refused() {
     let (status, _, errors) = texts(run_to_end(with_path(&mut command, &path)));
     assert_eq!(status, Some(78), "{errors}");
     assert!(errors.contains("folder.toml"), "{errors}");
+}
+
+#[test]
+fn only_a_path_that_does_not_exist_is_no_file() {
+    let folder = Folder::new();
+    std::os::unix::fs::symlink("nowhere", folder.file("dangling.toml")).unwrap();
+    folder.write("file", "");
+    for (path, expected) in [
+        ("dangling.toml", "dangling.toml: expected a file that can be read, found: No such file"),
+        ("file/config.toml", "file/config.toml: expected a file that can be read, found: Not a directory"),
+        (
+            "absent.toml",
+            "absent.toml: there is no such file; an empty file leaves every setting at its default",
+        ),
+    ] {
+        let path = folder.file(path);
+        let (status, _, errors) = texts(run_to_end(with_path(&mut key_service(&folder), &path)));
+        assert_eq!(status, Some(78), "{errors}");
+        assert!(errors.contains(expected), "{errors}");
+    }
+    let null = std::path::Path::new("/dev/null");
+    assert_eq!(texts(run_to_end(with_path(&mut key_service(&folder), null))).0, Some(0));
+}
+
+#[test]
+fn a_file_that_others_may_write_to_is_refused() {
+    let folder = Folder::new();
+    let path = folder.write("open.toml", "max-size = 1\n");
+    for (mode, status) in
+        [(0o600, 0), (0o640, 0), (0o644, 0), (0o444, 0), (0o664, 78), (0o646, 78), (0o602, 78)]
+    {
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let (found, _, errors) = texts(run_to_end(with_path(&mut key_service(&folder), &path)));
+        assert_eq!(found, Some(status), "{mode:o}: {errors}");
+        assert_eq!(
+            errors.contains("open.toml: expected a file that only its owner may write to"),
+            status != 0
+        );
+    }
 }
 
 fn with_path(command: &mut Command, path: &std::path::Path) -> Command {

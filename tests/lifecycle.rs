@@ -153,6 +153,152 @@ fn a_reload_with_mistakes_changes_nothing_and_says_so() {
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
 }
 
+/// A daemon with this configuration file, on free ports of loopback.
+fn start(config: &str) -> Daemon {
+    let folder = Folder::new();
+    folder.write("tokens", "");
+    folder.write("config.toml", &config.replace("TOKENS", folder.file("tokens").to_str().unwrap()));
+    Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    })
+}
+
+/// Sends SIGHUP and returns what the service manager was told at the end of the reload.
+fn reload(daemon: &Daemon) -> Vec<String> {
+    daemon.signal("HUP");
+    daemon.manager.wait_for("RELOADING=1");
+    daemon.manager.wait_for("READY=1")
+}
+
+const PROTECTED: &str = "tokens-file = \"TOKENS\"\nrate-requests = 5\nrate-bytes = 500\naudit = true\n";
+
+#[test]
+fn a_reload_is_refused_when_the_configuration_file_is_gone() {
+    let daemon = start(PROTECTED);
+    let (file, away) = (daemon.folder.file("config.toml"), daemon.folder.file("away"));
+    assert_eq!(daemon.get("/key/32").status, 401);
+    std::fs::rename(&file, &away).unwrap();
+    for _ in 0..2 {
+        let ready = reload(&daemon);
+        assert!(ready.iter().any(|line| line.ends_with("; the last reload was refused")), "{ready:?}");
+        assert_eq!(daemon.get("/key/32").status, 401);
+        assert_eq!(daemon.metric("config_last_reload_successful"), 0.0);
+    }
+    daemon.wait_for_log("config.toml: the file is gone; an empty file leaves");
+    std::os::unix::fs::symlink("nowhere", &file).unwrap();
+    reload(&daemon);
+    assert_eq!((daemon.get("/key/32").status, daemon.metric("config_last_reload_successful")), (401, 0.0));
+    std::fs::rename(&away, &file).unwrap();
+    daemon.wait_for_metric("config_last_reload_successful", 1.0); // by itself, within seconds
+}
+
+#[test]
+fn a_reload_that_removes_protection_warns_and_names_it() {
+    let daemon = start(PROTECTED);
+    daemon.folder.write("config.toml", "max-size = 10\n");
+    reload(&daemon);
+    assert_eq!(daemon.get("/key/10").status, 200);
+    daemon.wait_for_log("the configuration is reloaded");
+    let log = daemon.log();
+    let warnings: Vec<_> = log.lines().filter(|line| line.contains("WARN")).collect();
+    let [warning] = warnings[..] else { panic!("one warning: {log}") };
+    assert!(warning.contains("protection removed by this reload"), "{warning}");
+    assert!(warning.contains("settings=tokens-file, rate-requests, rate-bytes, audit"), "{warning}");
+    // What was removed is not removed again.
+    reload(&daemon);
+    until("the second reload", || {
+        (daemon.log().matches("the configuration is reloaded").count() == 2).then_some(())
+    });
+    assert_eq!(daemon.log().matches("protection removed").count(), 1);
+}
+
+#[test]
+fn a_changed_file_alone_removes_no_protection() {
+    let daemon = start(PROTECTED);
+    daemon.folder.write("config.toml", ""); // what an editor leaves for a moment
+    daemon.wait_for_metric("config_last_reload_successful", 0.0);
+    assert_eq!(daemon.get("/key/32").status, 401);
+    daemon.wait_for_log("a changed file alone removes no protection");
+    let message = daemon.manager.wait_for("STATUS=");
+    assert!(message[0].ends_with("; the last reload was refused") && message.len() == 1, "{message:?}");
+    reload(&daemon);
+    assert_eq!(daemon.get("/key/32").status, 200, "on purpose it is removed");
+}
+
+#[test]
+fn a_changed_file_is_reloaded_without_a_signal() {
+    let daemon = start("max-size = 10\nworkers = 1\n");
+    daemon.folder.write("config.toml", "max-size = 11\nworkers = 2\n");
+    until("the larger key", || (daemon.get("/key/11").status == 200).then_some(()));
+    let message = daemon.manager.message();
+    assert_eq!(message, [format!("STATUS={}", daemon.status)], "nobody asked for a reload");
+    daemon.wait_for_log("the configuration is reloaded");
+    assert_eq!(daemon.log().matches("setting=workers").count(), 1, "{}", daemon.log());
+}
+
+#[test]
+fn a_refused_change_is_logged_once_and_taken_when_it_is_fixed() {
+    let daemon = start("max-size = 10\n");
+    daemon.folder.write("config.toml", "max-size = 11\nmax-sise = 1\n");
+    daemon.wait_for_metric("config_last_reload_successful", 0.0);
+    std::thread::sleep(Duration::from_secs(12)); // two looks
+    reload(&daemon);
+    std::thread::sleep(Duration::from_secs(7)); // what a signal has read is not read again
+    let log = daemon.log();
+    assert_eq!(log.matches("max-sise: not a setting").count(), 2, "{log}");
+    assert_eq!(log.matches("files have changed").count(), 1, "{log}");
+    assert_eq!(daemon.get("/key/11").status, 413);
+    daemon.folder.write("config.toml", "max-size = 12\n");
+    daemon.wait_for_metric("config_last_reload_successful", 1.0);
+    assert_eq!(daemon.get("/key/12").status, 200);
+}
+
+#[test]
+fn a_start_that_serves_everybody_says_so() {
+    const EVERYBODY: &str = "keys are served to every client that reaches these addresses";
+    let start = |host: &str, tokens: bool| {
+        let folder = Folder::new();
+        let path = folder.write("tokens", "");
+        Daemon::start_with(folder, |command| {
+            command.args(["--host", host, "--srv-port", "0", "--metrics-port", "0"]);
+            if tokens {
+                command.env("KEYSERVICE_TOKENS_FILE", path);
+            }
+        })
+    };
+    let daemon = start("0.0.0.0", false);
+    daemon.wait_for_log(EVERYBODY);
+    let log = daemon.log();
+    let line = log.lines().find(|line| line.contains(EVERYBODY)).unwrap();
+    assert!(line.contains("WARN") && line.contains(&format!("addresses={}", daemon.keys())), "{line}");
+    assert_eq!(log.matches(EVERYBODY).count(), 1);
+    for (host, tokens) in [("127.0.0.1", false), ("::1", false), ("0.0.0.0", true)] {
+        let mut daemon = start(host, tokens);
+        daemon.signal("TERM");
+        assert_eq!(daemon.wait(), 0);
+        assert!(!daemon.log().contains(EVERYBODY), "{host}: {}", daemon.log());
+    }
+}
+
+#[test]
+fn a_start_on_inherited_sockets_that_serves_everybody_says_so() {
+    for (host, is_said) in [("0.0.0.0", true), ("127.0.0.1", false)] {
+        let listener = TcpListener::bind((host, 0)).unwrap();
+        let folder = Folder::new();
+        let mut command = Command::new("sh");
+        common::scrub(&mut command, &folder);
+        command.args(["-c", "exec 3<&0 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_key-service")]);
+        command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
+        // The setting is not what counts: it is not used where a socket is inherited.
+        command.args(["--host", if is_said { "127.0.0.1" } else { "0.0.0.0" }]);
+        command.env("LISTEN_FDS", "1").stdin(OwnedFd::from(listener));
+        let mut daemon = Daemon::run(folder, command);
+        daemon.signal("TERM");
+        assert_eq!(daemon.wait(), 0);
+        assert_eq!(daemon.log().contains("keys are served to every client"), is_said, "{}", daemon.log());
+    }
+}
+
 #[test]
 fn the_watchdog_is_pinged_while_everything_moves() {
     let daemon = Daemon::start_with(Folder::new(), |command| {

@@ -4,7 +4,9 @@
 
 mod common;
 
+use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -447,7 +449,7 @@ fn every_mistake_in_certificates_and_keys_is_reported_with_its_source() {
         (
             vec![("TLS_CERT", &*absent), ("TLS_KEY", &*open), ("TLS_CLIENT_CA", &*empty), ("WORKERS", "-1")],
             vec![
-                "tls-cert: expected a file that can be read, found /",
+                "absent.pem: expected a file that can be read, found: No such file",
                 "tls-key: expected a key that others have no access to, found mode 0644: chmod o= /",
                 "tls-client-ca: expected PEM certificates, found none in /",
                 "workers: expected",
@@ -473,10 +475,7 @@ fn every_mistake_in_certificates_and_keys_is_reported_with_its_source() {
         ),
         (
             vec![("TLS_CERT", "/dev"), ("TLS_KEY", "credential:key")],
-            vec![
-                "found /dev, which is none (KEYSERVICE_TLS_CERT)",
-                "expected the directory of credential key",
-            ],
+            vec!["/dev: expected a file, found something else (KEYSERVICE_TLS_CERT)"],
         ),
         (
             vec![("TLS_CERT", "credential:a/b"), ("TLS_MIN_VERSION", "1.1")],
@@ -492,6 +491,87 @@ fn every_mistake_in_certificates_and_keys_is_reported_with_its_source() {
             assert!(errors.contains(expected), "{settings:?}: {expected}\nis not in\n{errors}");
         }
     }
+}
+
+#[test]
+fn a_credential_that_a_shell_does_not_have_is_not_checked_and_the_rest_is() {
+    let authority = Authority::new();
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    let (cert, absent) = (folder.file("cert.pem"), folder.file("absent.pem"));
+    for (cert, status) in [(cert, 0), (absent, 78)] {
+        let settings = [("TLS_CERT", cert.to_str().unwrap()), ("TLS_KEY", "credential:tls.key")];
+        let (found, errors) = check(&folder, &settings);
+        assert_eq!(found, Some(status), "{errors}");
+        assert_eq!(errors.contains("tls-key: credential:tls.key is not checked"), status == 0, "{errors}");
+        assert_eq!(errors.lines().count(), 1, "{errors}");
+    }
+}
+
+#[test]
+fn files_that_others_may_write_to_are_refused() {
+    let authority = Authority::new();
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    folder.write("ca.pem", &authority.pem());
+    let file = |name: &str| folder.file(name).to_str().unwrap().to_owned();
+    let settings = [
+        ("TLS_CERT", &*file("cert.pem")),
+        ("TLS_KEY", &*file("key.pem")),
+        ("TLS_CLIENT_CA", &*file("ca.pem")),
+    ];
+    // A Secret of Kubernetes with an fsGroup is 0440 or 0640, a ConfigMap 0644, a credential of systemd 0400 or 0440.
+    for (name, setting, good) in
+        [("cert.pem", "tls-cert", 0o644), ("key.pem", "tls-key", 0o640), ("ca.pem", "tls-client-ca", 0o444)]
+    {
+        for (mode, status) in [(0o400, 0), (0o440, 0), (good, 0), (0o660, 78), (good | 0o002, 78)] {
+            fs::set_permissions(folder.file(name), fs::Permissions::from_mode(mode)).unwrap();
+            let (found, errors) = check(&folder, &settings);
+            assert_eq!(found, Some(status), "{name} {mode:o}: {errors}");
+            let expected =
+                format!("{setting}: {}: expected a file that only its owner may write to", file(name));
+            assert_eq!(errors.contains(&expected), status != 0, "{name} {mode:o}: {errors}");
+        }
+        fs::set_permissions(folder.file(name), fs::Permissions::from_mode(good)).unwrap();
+    }
+}
+
+#[test]
+fn a_client_ca_that_is_gone_or_writable_to_others_is_kept_in_force() {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    let ca = folder.write("clients.pem", &clients.pem());
+    let daemon = start(folder, &[("TLS_CLIENT_CA", ca.to_str().unwrap())]);
+    let reload = || {
+        daemon.signal("HUP");
+        daemon.manager.wait_for("RELOADING=1");
+        daemon.manager.wait_for("READY=1")
+    };
+    let is_refused =
+        |ready: &[String]| ready.iter().any(|line| line.ends_with("; the last reload was refused"));
+    fs::set_permissions(&ca, fs::Permissions::from_mode(0o664)).unwrap();
+    assert!(is_refused(&reload()), "{}", daemon.log());
+    fs::remove_file(&ca).unwrap();
+    assert!(is_refused(&reload()), "{}", daemon.log());
+    assert!(refusal(&daemon, &modern(&authority)).contains("CertificateRequired"));
+    let client = clients.issue(|params| params.distinguished_name.push(DnType::CommonName, "web"));
+    let config = trusting(&authority, &[&TLS13], Some(&client));
+    assert_eq!(connect(daemon.keys(), &config).send(request("/key/32")).response().status, 200);
+}
+
+#[test]
+fn a_renewal_is_taken_up_while_the_configuration_is_refused() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[]);
+    daemon.folder.write("config.toml", "max-sise = 1\n");
+    daemon.signal("HUP");
+    daemon.wait_for_log("the configuration stays as it was");
+    let renewed = authority.server();
+    renewed.write(&daemon.folder);
+    wait_for_renewal(&daemon, &authority, &renewed);
+    daemon.wait_for_metric("config_last_reload_successful", 0.0);
+    daemon.wait_for_metric("tls_last_reload_successful", 1.0);
 }
 
 #[test]

@@ -6,7 +6,7 @@ mod common;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -162,6 +162,76 @@ fn tokens_are_rotated_by_a_reload_on_connections_that_stay() {
     daemon.wait_for_log("tokens, line 1: expected");
 }
 
+/// Waits until `token` answers `status` on a connection that is open.
+fn wait_for_status(client: &mut common::Client, token: &str, status: u16) {
+    let request = request("/key/32", &format!("Authorization: Bearer {token}\r\n"));
+    common::until(&format!("status {status}"), || {
+        (client.send(&request).response().status == status).then_some(())
+    });
+}
+
+#[test]
+fn a_changed_file_is_taken_up_without_a_signal_on_connections_that_stay() {
+    let (old, old_line) = new_token(&[]);
+    let (new, new_line) = new_token(&[]);
+    // As the kubelet lays a Secret out: it swaps the link in the middle, and nobody sends a signal.
+    let publish = |volume: &Path, name: &str, lines: &str| {
+        fs::create_dir(volume.join(name)).unwrap();
+        write(&volume.join(name).join("tokens"), lines);
+        symlink(name, volume.join("..data_tmp")).unwrap();
+        fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
+    };
+    let folder = Folder::new();
+    let (volume, path) = (folder.file(""), folder.file("tokens"));
+    publish(&volume, "..1", &old_line);
+    symlink("..data/tokens", &path).unwrap();
+    let daemon = Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+        command.env("KEYSERVICE_TOKENS_FILE", path);
+    });
+    let mut client = common::Client::connect(daemon.keys());
+    wait_for_status(&mut client, &old, 200);
+    publish(&volume, "..2", &new_line);
+    wait_for_status(&mut client, &old, 401);
+    wait_for_status(&mut client, &new, 200);
+    daemon.wait_for_metric("config_last_reload_successful", 1.0);
+}
+
+#[test]
+fn a_file_that_is_gone_or_writable_to_others_changes_nothing() {
+    let (token, line) = new_token(&[]);
+    let daemon = start(&line, &[]);
+    let file = daemon.folder.file("tokens");
+    let reload = || {
+        daemon.signal("HUP");
+        daemon.manager.wait_for("RELOADING=1");
+        daemon.manager.wait_for("READY=1");
+        assert_eq!(daemon.metric("config_last_reload_successful"), 0.0);
+        assert_eq!((bearer(&daemon, "/key/32", &token).status, daemon.get("/key/32").status), (200, 401));
+    };
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o660)).unwrap();
+    reload();
+    fs::remove_file(&file).unwrap();
+    reload();
+    write(&file, &line);
+    daemon.wait_for_metric("config_last_reload_successful", 1.0); // by itself, within seconds
+}
+
+#[test]
+fn a_token_is_revoked_while_the_configuration_is_refused() {
+    let (old, old_line) = new_token(&[]);
+    let (new, new_line) = new_token(&[]);
+    let daemon = start(&old_line, &[]);
+    daemon.folder.write("config.toml", "max-sise = 1\n");
+    daemon.signal("HUP");
+    daemon.wait_for_log("the configuration stays as it was");
+    let mut client = common::Client::connect(daemon.keys());
+    write(&daemon.folder.file("tokens"), &new_line);
+    wait_for_status(&mut client, &old, 401);
+    wait_for_status(&mut client, &new, 200);
+    daemon.wait_for_metric("config_last_reload_successful", 0.0);
+}
+
 #[test]
 fn every_mistake_in_the_file_is_reported_and_no_secret_with_it() {
     let (token, line) = new_token(&[]);
@@ -214,16 +284,37 @@ fn a_credential_is_found_where_the_service_manager_puts_it() {
     let credentials = folder.file("credentials");
     fs::create_dir(&credentials).unwrap();
     write(&credentials.join("tokens"), &line);
-    for (name, folder_is_told, status) in
-        [("tokens", true, 0), ("tokens", false, 78), ("../x", true, 78), ("", true, 78), ("none", true, 78)]
-    {
-        let mut command = key_service(&folder);
-        command.arg("--check").env("KEYSERVICE_TOKENS_FILE", format!("credential:{name}"));
+    // Below systemd a missing credential is an error of the unit; in a shell there are none, and only that is said.
+    let unit = "export SYSTEMD_EXEC_PID=$$; exec \"$@\"";
+    let shell = "export SYSTEMD_EXEC_PID=1; \"$@\"";
+    for (name, invoker, folder_is_told, status) in [
+        ("tokens", unit, true, 0),
+        ("tokens", unit, false, 78),
+        ("tokens", shell, false, 0),
+        ("../x", shell, false, 78),
+        ("../x", unit, true, 78),
+        ("", unit, true, 78),
+        ("none", unit, true, 78),
+        ("none", shell, true, 78),
+    ] {
+        let mut command = Command::new("sh");
+        common::scrub(&mut command, &folder);
+        command
+            .args(["-c", invoker, "sh", &common::binary(), "--check", "--config"])
+            .arg(folder.file("config.toml"));
+        command.env("KEYSERVICE_TOKENS_FILE", format!("credential:{name}"));
         command.env_remove("CREDENTIALS_DIRECTORY");
         if folder_is_told {
             command.env("CREDENTIALS_DIRECTORY", &credentials);
         }
-        assert_eq!(run_to_end(command).status.code(), Some(status), "{name:?}");
+        let ended = run_to_end(command);
+        let errors = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(status), "{name:?}: {errors}");
+        assert_eq!(
+            errors.contains("credential:tokens is not checked"),
+            status == 0 && !folder_is_told,
+            "{errors}"
+        );
     }
     let daemon = Daemon::start_with(folder, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);

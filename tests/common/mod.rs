@@ -10,6 +10,7 @@ pub mod tls;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -41,8 +42,12 @@ impl Folder {
         self.0.join(name)
     }
 
+    /// Only its owner may write to the file, whatever the umask is.
     pub fn write(&self, name: &str, text: &str) -> PathBuf {
-        std::fs::write(self.file(name), text).unwrap();
+        let mut options = std::fs::OpenOptions::new();
+        let mut file =
+            options.write(true).create(true).truncate(true).mode(0o644).open(self.file(name)).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
         self.file(name)
     }
 }

@@ -1,0 +1,79 @@
+//! Notices when the configuration file, or a file that a setting names, changes.
+//!
+//! Files are polled: there is no inotify in the sandbox, and a Kubernetes volume changes by a symbolic link that is
+//! swapped two directories above the file.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+/// How often the files are looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long a changed file must have stayed the same before it is read: an editor may be writing it.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// After so many looks a file that never settles is read all the same.
+const SETTLE_LOOKS: u32 = 10;
+
+/// What changes when a file does: device, inode and size; modification and status change times with nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FileFingerprint([u64; 3], [i64; 4]);
+
+impl FileFingerprint {
+    /// Of the file at the end of all symbolic links; `None` where there is none or it can't be looked at.
+    fn of(path: &Path) -> Option<Self> {
+        let found = fs::metadata(path).ok()?;
+        Some(Self(
+            [found.dev(), found.ino(), found.size()],
+            [found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec()],
+        ))
+    }
+}
+
+/// Files with their fingerprints, taken just before each file was read so that no later change goes unnoticed.
+#[derive(Debug, Clone, Default)]
+pub struct WatchedFiles(Vec<(PathBuf, Option<FileFingerprint>)>);
+
+impl WatchedFiles {
+    /// Watches `path` from now on: call it before the file is read. A path that is watched keeps its fingerprint.
+    pub fn add(&mut self, path: &Path) {
+        if !self.0.iter().any(|(known, _)| known == path) {
+            self.0.push((path.to_owned(), FileFingerprint::of(path)));
+        }
+    }
+
+    /// The files whose fingerprints differ between `self` and `earlier`, or that only one of them has.
+    pub fn changed_since(&self, earlier: &Self) -> Vec<&Path> {
+        let differs = |entry: &&(PathBuf, Option<FileFingerprint>)| !earlier.0.contains(entry);
+        self.0.iter().filter(differs).map(|(path, _)| path.as_path()).collect()
+    }
+
+    /// Returns once a file is not as it was when it was added, and has stayed as it is for a second.
+    pub async fn changed(&self) {
+        loop {
+            sleep(LOOK_INTERVAL).await;
+            let mut found = self.look();
+            if found.0 == self.0 {
+                continue;
+            }
+            for _ in 0..SETTLE_LOOKS {
+                sleep(SETTLE).await;
+                let again = self.look();
+                if again.0 == found.0 {
+                    break;
+                }
+                found = again;
+            }
+            return;
+        }
+    }
+
+    /// The same files as they are now.
+    fn look(&self) -> Self {
+        Self(self.0.iter().map(|(path, _)| (path.clone(), FileFingerprint::of(path))).collect())
+    }
+}
