@@ -367,6 +367,16 @@ fn a_reload_takes_other_files_and_another_client_ca() {
         refusal(&daemon, &modern(&authority)).contains("CertificateRequired"),
         "TLS never ends by a reload"
     );
+    daemon.wait_for_log("TLS is no longer configured: it stays in force, and the next restart removes it");
+    assert!(!daemon.log().contains("protection removed"), "{}", daemon.log());
+    daemon.folder.write("config.toml", &paths);
+    daemon.signal("HUP");
+    daemon.wait_for_log("protection removed by this reload settings=tls-client-ca");
+    until("the third reload", || {
+        (daemon.log().matches("the configuration is reloaded").count() == 3).then_some(())
+    });
+    let served = || connect(daemon.keys(), &modern(&authority)).send(request("/key/32")).response().status;
+    assert_eq!(served(), 200);
 }
 
 #[test]
