@@ -305,7 +305,7 @@ impl Sources {
     /// # Errors
     /// Every mistake there is.
     pub fn load(&self, files: &mut WatchedFiles) -> Result<Config, Mistakes> {
-        self.read(Path::new(DEFAULT_PATH), false, Opens::All, files).map(|(config, _)| config)
+        self.read(Path::new(DEFAULT_PATH), false, FileAccess::All, files).map(|(config, _)| config)
     }
 
     /// As [`Sources::load`], while `running` is in effect: the file that it came from has to be there still. Protection
@@ -315,7 +315,7 @@ impl Sources {
     /// Every mistake there is.
     pub fn reload(&self, running: &Config, files: &mut WatchedFiles) -> Result<Config, Mistakes> {
         let must_exist = running.file.is_some();
-        self.read(Path::new(DEFAULT_PATH), must_exist, Opens::All, files).map(|(config, _)| config)
+        self.read(Path::new(DEFAULT_PATH), must_exist, FileAccess::All, files).map(|(config, _)| config)
     }
 
     /// As [`Sources::load`], and a sentence for each file that can't be checked here: a credential that the service
@@ -324,7 +324,12 @@ impl Sources {
     /// # Errors
     /// Every mistake there is.
     pub fn check(&self) -> Result<(Config, Vec<String>), Mistakes> {
-        self.read(Path::new(DEFAULT_PATH), false, Opens::WhatIsPassed, &mut WatchedFiles::default())
+        self.read(
+            Path::new(DEFAULT_PATH),
+            false,
+            FileAccess::WithoutUnitCredentials,
+            &mut WatchedFiles::default(),
+        )
     }
 
     /// Reads all layers, for who only wants to know where the service is and may not read its key.
@@ -333,14 +338,14 @@ impl Sources {
     /// Every mistake that shows without opening another file.
     pub fn settings(&self) -> Result<Config, Mistakes> {
         let files = &mut WatchedFiles::default();
-        self.read(Path::new(DEFAULT_PATH), false, Opens::Nothing, files).map(|(config, _)| config)
+        self.read(Path::new(DEFAULT_PATH), false, FileAccess::None, files).map(|(config, _)| config)
     }
 
     fn read(
         &self,
         default: &Path,
         must_exist: bool,
-        opens: Opens,
+        access: FileAccess,
         files: &mut WatchedFiles,
     ) -> Result<(Config, Vec<String>), Mistakes> {
         let path = self.file.as_deref().unwrap_or(default);
@@ -367,7 +372,7 @@ impl Sources {
         let mut reader = Reader {
             figment: figment.merge(environment).merge(Flags(&self.flags)),
             mistakes: unreadable.into_iter().chain(malformed).collect(),
-            opens,
+            access,
             unchecked: Vec::new(),
             files,
         };
@@ -428,11 +433,11 @@ impl Provider for TomlFile<'_> {
 
 /// Which of the files that settings name are opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Opens {
-    Nothing,
+enum FileAccess {
+    None,
     All,
     /// All but credentials where the service manager passes none.
-    WhatIsPassed,
+    WithoutUnitCredentials,
 }
 
 /// What is wrong with a configuration: one sentence for each mistake.
@@ -457,7 +462,7 @@ impl Mistakes {
 struct Reader<'a> {
     figment: Figment,
     mistakes: Vec<String>,
-    opens: Opens,
+    access: FileAccess,
     /// A sentence for each file that could not be checked.
     unchecked: Vec<String>,
     files: &'a mut WatchedFiles,
@@ -558,7 +563,7 @@ impl Reader<'_> {
             (None, None) => return Some(None),
         };
         let settings = tls::Settings { certificate, key, client_ca, min_version };
-        if self.opens != Opens::Nothing {
+        if self.access != FileAccess::None {
             settings.files().filter_map(|file| file.path().ok()).for_each(|path| self.files.add(&path));
             let faults = tls::load(&settings).err().unwrap_or_default();
             for fault in faults {
@@ -567,7 +572,7 @@ impl Reader<'_> {
                     Part::Key => ("tls-key", Some(&settings.key)),
                     Part::ClientCa => ("tls-client-ca", settings.client_ca.as_ref()),
                 };
-                if location.is_some_and(|location| self.passes_over(name, location)) {
+                if location.is_some_and(|location| self.skips_credential(name, location)) {
                     continue;
                 }
                 let value = self.figment.find_value(name).expect("it named the file that was read");
@@ -579,8 +584,8 @@ impl Reader<'_> {
     }
 
     /// Whether a file is one that can't be checked here, which is noted.
-    fn passes_over(&mut self, name: &str, location: &Location) -> bool {
-        let is_unchecked = self.opens == Opens::WhatIsPassed && location.path().is_err();
+    fn skips_credential(&mut self, name: &str, location: &Location) -> bool {
+        let is_unchecked = self.access == FileAccess::WithoutUnitCredentials && location.path().is_err();
         if is_unchecked {
             self.unchecked.push(format!(
                 "{name}: {location} is not checked: $CREDENTIALS_DIRECTORY is not set, which systemd sets for the unit alone"
@@ -675,7 +680,7 @@ impl Reader<'_> {
         let unread = TokensFile { place: place.to_owned(), grants: Arc::default() };
         if location
             .as_ref()
-            .is_some_and(|location| self.opens == Opens::Nothing || self.passes_over(name, location))
+            .is_some_and(|location| self.access == FileAccess::None || self.skips_credential(name, location))
         {
             return Some(Some(unread));
         }
@@ -910,7 +915,7 @@ mod tests {
     /// What the file that need not be named is taken for: whether it was read, or why it is refused.
     fn read(default: &Path, must_exist: bool) -> Result<bool, String> {
         Sources::default()
-            .read(default, must_exist, Opens::Nothing, &mut WatchedFiles::default())
+            .read(default, must_exist, FileAccess::None, &mut WatchedFiles::default())
             .map(|(config, _)| config.file.is_some())
             .map_err(|mistakes| mistakes.to_string())
     }

@@ -195,7 +195,7 @@ pub fn run(
         }
     };
     let status = status(&keys, &credentials, &operator, config.shares_port());
-    let exposed = exposed(&config, &keys);
+    let exposed = exposed_addresses(&config, &keys);
     let outlet = Arc::new(Outlet::new(Arc::clone(&api), config.credentials.clone()));
 
     let terms = |connections| {
@@ -443,7 +443,7 @@ impl Worker {
 }
 
 /// The key listeners' addresses that are not of this machine alone, where neither tokens nor TLS protect the keys.
-fn exposed(config: &Config, keys: &[Listener]) -> Vec<String> {
+fn exposed_addresses(config: &Config, keys: &[Listener]) -> Vec<String> {
     if config.tokens.is_some() || config.tls.is_some() {
         return Vec::new();
     }
@@ -510,7 +510,7 @@ impl Reload<'_> {
         };
         tracing::error!("the configuration stays as it was");
         self.api.metrics.config_last_reload_successful.set(0);
-        self.reread(running, &changed);
+        self.reload_changed_files(running, &changed);
         Err(refused)
     }
 
@@ -547,7 +547,7 @@ impl Reload<'_> {
 
     /// Reads tokens and certificates again where their files have changed, although the configuration as a whole is refused:
     /// an error elsewhere must neither keep a revoked token valid nor let a certificate expire.
-    fn reread(&self, running: &mut Config, changed: &[&Path]) {
+    fn reload_changed_files(&self, running: &mut Config, changed: &[&Path]) {
         let has_changed = |path: &PathBuf| changed.contains(&path.as_path());
         let tls_changed = |tls: &tls::Settings| {
             tls.files().filter_map(|file| file.path().ok()).any(|path| has_changed(&path))
