@@ -459,7 +459,7 @@ fn exposed_addresses(config: &Config, keys: &[Listener]) -> Vec<String> {
 /// Why the configuration is read again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cause {
-    /// SIGHUP: whoever sends it means what the files say.
+    /// SIGHUP: its sender means what the files say.
     Signal,
     /// A file has changed. It may be half of what somebody is writing.
     Change,
@@ -487,7 +487,7 @@ impl Reload<'_> {
                 changed.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
             info!(changed, "files have changed, the configuration is read again");
         }
-        let refused = match loaded {
+        match loaded {
             Ok(new) => {
                 let removed = running.removed_by_reload(&new);
                 if cause == Cause::Signal || removed.is_empty() {
@@ -499,19 +499,17 @@ impl Reload<'_> {
                     "the new configuration is refused: a changed file alone removes no protection; reload (SIGHUP) or \
                      restart to remove it on purpose"
                 );
-                Refused
             }
             Err(mistakes) => {
                 for mistake in mistakes.iter() {
                     tracing::error!(mistake, "the new configuration is refused");
                 }
-                Refused
             }
-        };
+        }
         tracing::error!("the configuration stays as it was");
         self.api.metrics.config_last_reload_successful.set(0);
         self.reload_changed_files(running, &changed);
-        Err(refused)
+        Err(Refused)
     }
 
     /// Puts `new` in force, as far as a restart is not needed.
@@ -527,12 +525,14 @@ impl Reload<'_> {
         }
         if let Some(tls) = self.tls {
             match tls.reload(new.tls.clone()) {
-                Ok(loaded) => report("the certificate is read again", &loaded),
-                // The files were in order a moment ago; whoever changes them now is heard within seconds.
+                Ok(loaded) => {
+                    report("the certificate is read again", &loaded);
+                    if new.tls.is_some() {
+                        running.tls.clone_from(&new.tls);
+                    }
+                }
+                // The files were in order a moment ago: what has changed since is noticed within seconds.
                 Err(faults) => keep_certificate(&faults),
-            }
-            if new.tls.is_some() {
-                running.tls.clone_from(&new.tls);
             }
         }
         self.api.max_size.store(new.max_size, Ordering::Relaxed);
@@ -545,8 +545,8 @@ impl Reload<'_> {
         say_tokens(running);
     }
 
-    /// Reads tokens and certificates again where their files have changed, although the configuration as a whole is refused:
-    /// an error elsewhere must neither keep a revoked token valid nor let a certificate expire.
+    /// Reads tokens and certificates in use again if their files have changed, although the configuration as a whole is
+    /// refused: an error elsewhere must neither keep a revoked token valid nor let a certificate expire.
     fn reload_changed_files(&self, running: &mut Config, changed: &[&Path]) {
         let has_changed = |path: &PathBuf| changed.contains(&path.as_path());
         let tls_changed = |tls: &tls::Settings| {
