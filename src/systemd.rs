@@ -97,12 +97,6 @@ fn send_all(messages: &Receiver<Message>) {
     }
 }
 
-/// Whether the service manager itself started this process, as the unit says it (systemd.exec(5), `$SYSTEMD_EXEC_PID`);
-/// a shell below a unit passes the variable on, with another process id in it.
-pub fn is_invoker() -> bool {
-    std::env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid == std::process::id().to_string())
-}
-
 /// Puts why there is no start where `systemctl status` shows it, whether or not the log has got there yet. It is sent
 /// from here, as the process is about to end; a manager that does not read meets `TimeoutStartSec=`.
 pub fn refused(reason: &str) {
@@ -133,4 +127,10 @@ pub async fn watchdog(notifier: &Notifier, mut progress: impl FnMut() -> Result<
             }
         }
     }
+}
+
+/// Whether the service manager itself started this process, as the unit says it (systemd.exec(5), `$SYSTEMD_EXEC_PID`);
+/// a shell below a unit passes the variable on, with another process id in it.
+pub fn is_invoker() -> bool {
+    std::env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid == std::process::id().to_string())
 }

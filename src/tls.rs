@@ -31,7 +31,7 @@ use x509_cert::ext::pkix::name::GeneralName;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::deadline::WriteLast;
-use crate::location::{self, Location};
+use crate::location::Location;
 use crate::metrics::{HandshakeFailure, TlsMetrics};
 
 /// The largest file that is read, in bytes: certificates of a chain take a few thousand.
@@ -433,7 +433,7 @@ fn verifier(
 
 /// The bytes of a file and its mode.
 fn read(location: &Location) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
-    location::read_file(&location.path()?, FILE_MAX)
+    crate::location::read_file(&location.path()?, FILE_MAX)
 }
 
 /// From the last beginning to the first end in `chain`.

@@ -357,6 +357,8 @@ impl<S: Read + Write> Client<S> {
                 Some(())
             }
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => None,
+            // A machine that is suspended and goes on interrupts a read that has a timeout (signal(7)).
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => self.fill(),
             Err(error) => panic!("reading failed: {error}"),
         }
     }
