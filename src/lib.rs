@@ -271,7 +271,7 @@ pub fn run(
         let mut running = config.clone();
         let reload = Reload { sources, api: &api, outlet: &outlet, tls: tls.as_deref(), log };
         let reason = {
-            let mut watchdog = std::pin::pin!(systemd::watchdog(&notifier, alive));
+            let mut watchdog = std::pin::pin!(systemd::watchdog(&notifier, || heartbeats.have_answered(), alive));
             let mut idle = std::pin::pin!(idle);
             loop {
                 tokio::select! {

@@ -329,11 +329,16 @@ impl Heartbeats {
         Heartbeat { asked: self.ask.subscribe(), answer }
     }
 
+    /// Whether every accept loop has answered the last question.
+    pub fn have_answered(&self) -> bool {
+        let asked = *self.ask.borrow();
+        self.answers.iter().all(|answer| answer.load(Ordering::Relaxed) == asked)
+    }
+
     /// Whether everyone answered the last question; then asks again.
     pub fn all_answered(&self) -> bool {
-        let asked = *self.ask.borrow();
-        let all = self.answers.iter().all(|answer| answer.load(Ordering::Relaxed) == asked);
-        self.ask.send_replace(asked + 1);
+        let all = self.have_answered();
+        self.ask.send_modify(|asked| *asked += 1);
         all
     }
 }

@@ -1,10 +1,16 @@
 //! What the service manager is told: readiness, reload, stopping, and that the service makes progress.
 
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
+use tokio::time::MissedTickBehavior;
 use tracing::{error, warn};
 
 /// How many messages may wait to be sent.
@@ -12,6 +18,9 @@ const QUEUE: usize = 64;
 
 /// How long a stop waits for the last message to be taken.
 const FLUSH: Duration = Duration::from_secs(1);
+
+/// How many times the watchdog looks again for signs of life, in a tenth of its limit, before it reports that there are none.
+const STEPS: u32 = 10;
 
 /// Tells the service manager, in order and from a thread of its own: a send to a full notify socket blocks.
 #[derive(Debug)]
@@ -81,15 +90,14 @@ impl Drop for Notifier {
 fn send_all(messages: &Receiver<Message>) {
     for message in messages {
         let sent = match &message {
-            Message::Ready(status) => sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(status)]),
+            Message::Ready(status) => notify(&[NotifyState::Ready, NotifyState::Status(status)]),
             // One datagram: systemd pairs the two (sd_notify(3), RELOADING=1).
-            Message::Reloading => NotifyState::monotonic_usec_now()
-                .and_then(|now| sd_notify::notify(&[NotifyState::Reloading, now])),
-            Message::Status(status) => sd_notify::notify(&[NotifyState::Status(status)]),
-            Message::Stopping(status) => {
-                sd_notify::notify(&[NotifyState::Stopping, NotifyState::Status(status)])
+            Message::Reloading => {
+                NotifyState::monotonic_usec_now().and_then(|now| notify(&[NotifyState::Reloading, now]))
             }
-            Message::Alive => sd_notify::notify(&[NotifyState::Watchdog]),
+            Message::Status(status) => notify(&[NotifyState::Status(status)]),
+            Message::Stopping(status) => notify(&[NotifyState::Stopping, NotifyState::Status(status)]),
+            Message::Alive => notify(&[NotifyState::Watchdog]),
         };
         if let Err(error) = sent {
             warn!(%error, "the service manager can't be told");
@@ -97,24 +105,53 @@ fn send_all(messages: &Receiver<Message>) {
     }
 }
 
+/// Sends one message to `$NOTIFY_SOCKET`, which may name an abstract socket (sd_notify(3)): sd-notify 0.5 takes its `@` for
+/// the first character of a path.
+fn notify(state: &[NotifyState<'_>]) -> io::Result<()> {
+    let name = std::env::var_os("NOTIFY_SOCKET");
+    let Some(name) = name.as_deref().map(OsStr::as_bytes).and_then(|name| name.strip_prefix(b"@")) else {
+        return sd_notify::notify(state);
+    };
+    let message: String = state.iter().map(|state| format!("{state}\n")).collect();
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(&SocketAddr::from_abstract_name(name)?)?;
+    let sent = socket.send(message.as_bytes())?;
+    if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
 /// Puts why there is no start where `systemctl status` shows it, whether or not the log has got there yet. It is sent
 /// from here, as the process is about to end; a manager that does not read meets `TimeoutStartSec=`.
 pub fn refused(reason: &str) {
     let line = reason.lines().collect::<Vec<_>>().join("; "); // a line break would end the message's field
-    let _ = sd_notify::notify(&[NotifyState::Status(&line)]); // it is on stderr too
+    let _ = notify(&[NotifyState::Status(&line)]); // it is on stderr too
 }
 
 /// Pings the watchdog for as long as `progress` says that everything moved since the last time. Never returns.
 /// Without a watchdog it does nothing.
-pub async fn watchdog(notifier: &Notifier, mut progress: impl FnMut() -> Result<(), &'static str>) {
+///
+/// A tick may be the first thing that happens after the whole process was stopped (SIGSTOP, a debugger, a suspended
+/// machine). So what is not `settled` then gets a little time, of which such a stop, however long, takes one step.
+pub async fn watchdog(
+    notifier: &Notifier,
+    settled: impl Fn() -> bool,
+    mut progress: impl FnMut() -> Result<(), &'static str>,
+) {
     let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()) else {
         return std::future::pending().await;
     };
     // sd_watchdog_enabled(3) advises half of the limit; a third leaves room for one late tick.
     let mut tick = tokio::time::interval(limit / 3);
+    // Ticks that were missed would judge again before there was time for an answer.
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut silent = false;
     loop {
         tick.tick().await;
+        for _ in 0..STEPS {
+            if settled() {
+                break;
+            }
+            tokio::time::sleep(limit / 10 / STEPS).await;
+        }
         match progress() {
             Ok(()) => {
                 silent = false;

@@ -7,8 +7,9 @@ mod common;
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixDatagram;
-use std::process::Command;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use common::{Client, Daemon, Folder, get, request, until};
@@ -308,6 +309,63 @@ fn the_watchdog_is_pinged_while_everything_moves() {
     for _ in 0..5 {
         daemon.manager.wait_for("WATCHDOG=1");
     }
+}
+
+#[test]
+fn a_stopped_process_blames_no_worker_and_is_alive_again() {
+    let daemon = Daemon::start_with(Folder::new(), |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+        command.env("WATCHDOG_USEC", "3000000");
+    });
+    for _ in 0..2 {
+        daemon.manager.wait_for("WATCHDOG=1");
+        daemon.signal("STOP");
+        std::thread::sleep(Duration::from_secs(4)); // longer than the watchdog's limit, four of its ticks
+        daemon.signal("CONT");
+        // One may have been on its way when it was stopped.
+        for _ in 0..3 {
+            daemon.manager.wait_for("WATCHDOG=1");
+        }
+    }
+    assert!(!daemon.log().contains("sign of life"), "{}", daemon.log());
+}
+
+#[test]
+fn an_abstract_notify_socket_gets_every_message() {
+    /// Ends with the test, which it must not outlive.
+    struct Started(Child);
+    impl Drop for Started {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+    let folder = Folder::new();
+    let name = format!("key-service-test-{}", std::process::id());
+    let manager = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+    manager.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    let message = || {
+        let mut buffer = [0; 4096];
+        let length = manager.recv(&mut buffer).expect("a message to the service manager");
+        String::from_utf8(buffer[..length].to_vec()).unwrap()
+    };
+    let start = |host: &str| {
+        let mut command = common::key_service(&folder);
+        command.arg("--config").arg(folder.file("config.toml"));
+        command.args(["--host", host, "--srv-port", "0", "--metrics-port", "0"]);
+        command.env("NOTIFY_SOCKET", format!("@{name}")).env("WATCHDOG_USEC", "300000");
+        Started(command.stderr(Stdio::null()).spawn().unwrap())
+    };
+    let mut child = start("127.0.0.1");
+    let ready = message();
+    assert!(ready.starts_with("READY=1\nSTATUS=Keys on 127.0.0.1:"), "{ready}");
+    assert_eq!(message(), "WATCHDOG=1\n");
+    let pid = child.0.id().to_string();
+    assert!(Command::new("kill").args(["-s", "TERM", &pid]).status().unwrap().success());
+    until("the end", || (message() == "STOPPING=1\nSTATUS=Draining\n").then_some(()));
+    assert_eq!(child.0.wait().unwrap().code(), Some(0));
+    assert_eq!(start("nowhere").0.wait().unwrap().code(), Some(78));
+    assert!(message().starts_with("STATUS=host: expected"));
 }
 
 #[test]
