@@ -167,20 +167,41 @@ impl Outlet {
                 return Outcome::Failed;
             }
         };
-        if let Err(error) = send(&mut stream, &bytes).await {
+        let sent = |bytes: usize, is_last: bool| {
+            if let Some(record) = &mut record {
+                record.sent(bytes, is_last);
+            }
+        };
+        if let Err(error) = send(&mut stream, &bytes, sent).await {
             debug!(%recipient, %error, "a unit went away before it had its key");
             return Outcome::Aborted;
-        }
-        if let Some(record) = &mut record {
-            record.sent(bytes.len(), true);
         }
         Outcome::Served
     }
 }
 
-async fn send(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
-    stream.write_all(bytes).await?;
-    stream.shutdown().await
+/// Sends `bytes` and the end. `sent` is called with each number of bytes that the kernel took, and whether none are left.
+///
+/// # Errors
+/// When the kernel does not take all of them.
+async fn send(
+    stream: &mut (impl AsyncWrite + Unpin),
+    mut bytes: &[u8],
+    mut sent: impl FnMut(usize, bool),
+) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let taken = stream.write(bytes).await?;
+        if taken == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        bytes = &bytes[taken..];
+        sent(taken, bytes.is_empty());
+    }
+    // The unit has its key, whatever becomes of the end: dropping the stream closes it.
+    if let Err(error) = stream.shutdown().await {
+        debug!(%error, "the end of a credential could not be sent");
+    }
+    Ok(())
 }
 
 /// Makes systemd fail the start of a unit that no key can be made for. An end without a byte would be an empty
@@ -197,6 +218,8 @@ async fn refuse(stream: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
 
     fn parse(name: &str) -> Option<String> {
         Recipient::parse(name.as_bytes()).map(|recipient| recipient.to_string())
@@ -258,6 +281,43 @@ mod tests {
         assert_eq!(of("web.service", "cookie"), shape("16", Format::Base64));
         assert_eq!(of("other.service", "cookie"), shape("64", Format::Hex));
         assert_eq!(of("web.service", "other"), shape("32", Format::Raw));
+    }
+
+    /// Takes `room` bytes, in pieces of 10, and fails then, as it does when it is shut down.
+    struct Failing {
+        room: usize,
+    }
+
+    impl AsyncWrite for Failing {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            let taken = bytes.len().min(self.room).min(10);
+            self.room -= taken;
+            Poll::Ready(if taken > 0 { Ok(taken) } else { Err(io::ErrorKind::BrokenPipe.into()) })
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_kernel_took_is_noted_and_a_failed_shutdown_changes_nothing() {
+        for (room, expected, is_sent) in
+            [(100, (32, true), true), (32, (32, true), true), (31, (31, false), false)]
+        {
+            let mut noted = (0, false);
+            let note = |bytes, is_last| noted = (noted.0 + bytes, is_last);
+            assert_eq!(send(&mut Failing { room }, &[0; 32], note).await.is_ok(), is_sent);
+            assert_eq!(noted, expected, "{room}");
+        }
     }
 
     proptest! {
