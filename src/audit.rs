@@ -54,6 +54,12 @@ impl Record {
         format!("{:032x}", self.id)
     }
 
+    /// Writes that a streamed key begins, so that a process which is killed leaves a trace of it. [`Drop`] writes the same
+    /// request's end.
+    pub fn started(&self) {
+        self.write("key stream started", "started");
+    }
+
     /// Notes that `bytes` more of the answer were handed to the connection; `is_last` says that none are left.
     pub fn sent(&mut self, bytes: usize, is_last: bool) {
         self.sent += bytes as u64;
@@ -61,8 +67,8 @@ impl Record {
     }
 }
 
-impl Drop for Record {
-    fn drop(&mut self) {
+impl Record {
+    fn write(&self, event: &'static str, outcome: &'static str) {
         let (visit, unit) = match &self.recipient {
             Recipient::Client(visit) => (Some(visit), None),
             Recipient::Unit(unit) => (None, Some(unit)),
@@ -98,8 +104,14 @@ impl Drop for Record {
             format = self.shape.format().name(),
             alphabet,
             sent = self.sent,
-            outcome = if self.is_complete { "complete" } else { "aborted" },
-            "key issued"
+            outcome,
+            "{event}"
         );
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.write("key issued", if self.is_complete { "complete" } else { "aborted" });
     }
 }

@@ -60,8 +60,11 @@ impl Body {
         Content::Stream(Box::new(Bulk { writing, _permit: permit })).into()
     }
 
-    /// Leaves `record` when this body ends.
+    /// Leaves `record` when this body ends; a streamed key leaves one when it begins, too.
     pub fn leave(&mut self, record: Record) {
+        if matches!(self.content, Content::Stream(_)) {
+            record.started();
+        }
         self.record = Some(Box::new(record));
     }
 

@@ -4,7 +4,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -16,18 +16,25 @@ use tokio::time::{Instant, Sleep, sleep_until};
 pub struct Patience {
     head: AtomicU64,
     write: Duration,
+    /// Whether connections that end from now on are reset.
+    resets: AtomicBool,
 }
 
 impl Patience {
     /// `head`: from the start of the connection, or from the last byte of an answer, until the next request's head is
     /// complete. `write`: for a write that makes no progress.
     pub fn new(head: Duration, write: Duration) -> Self {
-        Self { head: AtomicU64::new(millis(head)), write }
+        Self { head: AtomicU64::new(millis(head)), write, resets: AtomicBool::new(false) }
     }
 
     /// Shortens the wait for heads. Connections learn of it when they are next polled.
     pub fn shorten_head(&self, to: Duration) {
         self.head.fetch_min(millis(to), Ordering::Relaxed);
+    }
+
+    /// Resets every connection that ends from now on: what a client has of its answer is never taken for all of it.
+    pub fn reset_connections(&self) {
+        self.resets.store(true, Ordering::Relaxed);
     }
 
     /// How long a head may take now.
@@ -40,6 +47,11 @@ impl Patience {
 pub trait Reset {
     /// From now on, closing it forgets what was not sent, and tells the other side so.
     fn forget_unsent(&self);
+
+    /// Whether closing it is such a reset, and so not to be announced.
+    fn is_reset(&self) -> bool {
+        false
+    }
 }
 
 /// In memory there is no kernel that keeps anything.
@@ -63,21 +75,28 @@ impl WriteLast for tokio::io::DuplexStream {}
 
 /// A stream whose reads and writes fail with `TimedOut` when patience is at an end.
 #[derive(Debug)]
-pub struct Timed<S> {
+pub struct Timed<S: Reset> {
     stream: S,
     patience: Arc<Patience>,
     /// The start of the connection or the last progress of a write: what both deadlines count from.
     since: Instant,
     write_waits: bool,
+    is_reset: AtomicBool,
     /// One timer for the life of the connection. It is set anew only when it fires or would fire too late, never for
     /// a request.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> Timed<S> {
+impl<S: Reset> Timed<S> {
     /// Starts the clock.
     pub fn new(stream: S, patience: Arc<Patience>) -> Self {
-        Self { stream, patience, since: Instant::now(), write_waits: false, timer: None }
+        let (since, is_reset) = (Instant::now(), AtomicBool::new(false));
+        Self { stream, patience, since, write_waits: false, is_reset, timer: None }
+    }
+
+    /// The stream itself, for what needs no deadline.
+    pub fn get_ref(&self) -> &S {
+        &self.stream
     }
 
     /// What the client is held to.
@@ -121,14 +140,34 @@ impl<S: Reset> Timed<S> {
                 let error = ready!(self.poll_deadline(cx, self.patience.write));
                 // Closed in order, its key bytes would stay in the kernel, megabytes a connection, for as long as the
                 // client acknowledges and does not read.
-                self.stream.forget_unsent();
+                self.forget_unsent();
                 Poll::Ready(Err(error))
             }
         }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Timed<S> {
+impl<S: Reset> Reset for Timed<S> {
+    fn forget_unsent(&self) {
+        self.is_reset.store(true, Ordering::Relaxed);
+        self.stream.forget_unsent();
+    }
+
+    fn is_reset(&self) -> bool {
+        self.is_reset.load(Ordering::Relaxed) || self.patience.resets.load(Ordering::Relaxed)
+    }
+}
+
+/// At the end of the drain a connection is dropped wherever it is.
+impl<S: Reset> Drop for Timed<S> {
+    fn drop(&mut self) {
+        if self.is_reset() {
+            self.stream.forget_unsent();
+        }
+    }
+}
+
+impl<S: AsyncRead + Reset + Unpin> AsyncRead for Timed<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         match Pin::new(&mut this.stream).poll_read(cx, buf) {

@@ -79,6 +79,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::{self, Runtime};
@@ -111,6 +112,9 @@ const SPARE_DESCRIPTORS: u64 = 256;
 
 /// Fewer are not tried with: what a start takes is about 20, and tokio panics where it lacks them.
 const DESCRIPTORS_MIN: u64 = 32;
+
+/// How long the end waits for workers to drop their connections: one that is blocked must not hold it.
+const ABORT: Duration = Duration::from_millis(1500);
 
 /// Why the service could not start or go on.
 #[derive(Debug)]
@@ -298,23 +302,45 @@ pub fn run(
         info!(reason, "stopping");
         health.start_draining();
         notifier.stopping("Draining");
-        tokio::time::sleep(running.drain_delay).await;
-        health.start_stopping();
-        drain.begin(&[&key_terms, &operator_terms, &credential_terms]).await;
-        let all_gone = async {
-            for worker in &mut workers {
-                worker.finished().await;
-            }
-            // Each ends with its last connection; a panic there has been logged.
-            let _ = operators.await;
-            let _ = units.await;
+        let terms = [&key_terms, &operator_terms, &credential_terms];
+        let drained = async {
+            tokio::time::sleep(running.drain_delay).await;
+            health.start_stopping();
+            drain.begin(&terms).await;
+            let all_gone = async {
+                all_finished(&mut workers).await;
+                // Each ends with its last connection; a panic there has been logged.
+                let _ = operators.await;
+                let _ = units.await;
+            };
+            timeout(running.drain_timeout, all_gone).await.is_ok()
         };
-        match timeout(running.drain_timeout, all_gone).await {
-            Ok(()) => info!("stopped"),
-            Err(_) => warn!(connections = metrics.connections.get(), "stopped with connections still open"),
+        let connections = &metrics.connections;
+        tokio::select! {
+            biased;
+            signal = signals.stop() => {
+                warn!(signal, connections = connections.get(), "a second signal ends the drain: open connections are reset");
+            }
+            is_drained = drained => {
+                if is_drained {
+                    info!("stopped");
+                    return;
+                }
+                warn!(connections = connections.get(), "stopped with connections still open");
+            }
+        }
+        log.wait_for_room();
+        drain.abort(&terms);
+        if timeout(ABORT, all_finished(&mut workers)).await.is_err() {
+            warn!("a worker does not stop: connections and audit records of its own are lost");
         }
     });
+    // With what is left of its connections, as the workers' runtimes went with theirs.
     control.shutdown_background();
+    let lost = log.dropped().audit_records();
+    if lost > 0 {
+        warn!(lost, "audit records were dropped since the start: the log did not take them in time");
+    }
     Ok(())
 }
 
@@ -431,6 +457,7 @@ impl Worker {
                 if let Err(error) = runtime.block_on(server::serve(listeners, seated(site), terms, phase)) {
                     tracing::error!(%error, "a worker can't listen");
                 }
+                drop(runtime); // with the connections that are left after an abort, each of which leaves its record
                 let _ = done.send(()); // nobody waits once the drain's time is over
             })
             .map_err(|error| RunError::System("a worker can't be started", error))?;
@@ -438,7 +465,15 @@ impl Worker {
     }
 
     async fn finished(&mut self) {
-        let _ = (&mut self.0).await; // an error says that the thread is gone, which is what is waited for
+        if !self.0.is_terminated() {
+            let _ = (&mut self.0).await; // an error says that the thread is gone, which is what is waited for
+        }
+    }
+}
+
+async fn all_finished(workers: &mut [Worker]) {
+    for worker in workers {
+        worker.finished().await;
     }
 }
 

@@ -9,10 +9,11 @@ use std::io;
 use std::os::fd::AsFd;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::TrySendError;
 use std::sync::mpsc::{self, Receiver, SyncSender};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::field::{Field, Value, Visit};
 use tracing::level_filters::LevelFilter;
@@ -30,8 +31,11 @@ const FIELDS_MAX: usize = 16;
 /// The target of audit records. They are logged whatever the level is, and counted on their own when dropped.
 pub const AUDIT: &str = "audit";
 
-/// How long a stop waits for the last events to be written.
+/// How long a stop waits for the last events to be written, and before it for room in the queue.
 const FLUSH: Duration = Duration::from_secs(1);
+
+/// How long to wait before it is tried again whether there is room in the queue.
+const RETRY: Duration = Duration::from_millis(1);
 
 /// From which severity on events are logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +106,8 @@ impl Threshold {
 pub struct Log {
     threshold: Arc<Threshold>,
     end: SyncSender<Message>,
+    /// Until when an event waits for room in the queue, once nothing else is to be done.
+    waits_until: Arc<OnceLock<Instant>>,
     written: Receiver<()>,
     dropped: Arc<Dropped>,
 }
@@ -114,8 +120,14 @@ impl Log {
         let (done, written) = mpsc::sync_channel(1);
         let threshold = Arc::new(Threshold(RwLock::new(level.0)));
         let dropped = Arc::new(Dropped::default());
-        let end = queue.clone();
-        let log = Self { threshold: Arc::clone(&threshold), end, written, dropped: Arc::clone(&dropped) };
+        let (end, waits_until) = (queue.clone(), Arc::new(OnceLock::new()));
+        let log = Self {
+            threshold: Arc::clone(&threshold),
+            end,
+            waits_until: Arc::clone(&waits_until),
+            written,
+            dropped: Arc::clone(&dropped),
+        };
         thread::Builder::new()
             .name("log".into())
             .spawn(move || {
@@ -123,7 +135,7 @@ impl Log {
                 let _ = done.send(()); // nobody waits where the process has ended first
             })
             .expect("the process has just started and may have threads");
-        tracing::subscriber::set_global_default(Queue { threshold, queue, dropped })
+        tracing::subscriber::set_global_default(Queue { threshold, queue, waits_until, dropped })
             .expect("the log is started once");
         log
     }
@@ -131,6 +143,12 @@ impl Log {
     /// Logs from `level` on, from now on.
     pub fn set_level(&self, level: LogLevel) {
         self.threshold.set(level.0);
+    }
+
+    /// From now on an event waits for room in the queue instead of being dropped, until a second from now: to be called
+    /// when nothing is served any more, before many connections end at once and leave their audit records.
+    pub fn wait_for_room(&self) {
+        self.waits_until.get_or_init(|| Instant::now() + FLUSH);
     }
 
     /// What was dropped since the start.
@@ -141,8 +159,10 @@ impl Log {
 
 impl Drop for Log {
     fn drop(&mut self) {
-        if self.end.try_send(Message::End).is_ok() {
-            let _ = self.written.recv_timeout(FLUSH); // a stopped journal must not hold the exit
+        // A stopped journal must not hold the exit.
+        let until = Instant::now() + FLUSH;
+        if send(&self.end, Message::End, Some(until)) {
+            let _ = self.written.recv_timeout(until.saturating_duration_since(Instant::now()));
         }
     }
 }
@@ -186,10 +206,25 @@ impl fmt::Debug for Text {
     }
 }
 
+/// Whether `message` is in the queue: where that is full, there may be room until the time that is given.
+fn send(queue: &SyncSender<Message>, mut message: Message, until: Option<Instant>) -> bool {
+    loop {
+        match queue.try_send(message) {
+            Ok(()) => return true,
+            Err(TrySendError::Full(back)) if until.is_some_and(|until| Instant::now() < until) => {
+                message = back;
+                thread::sleep(RETRY);
+            }
+            Err(_) => return false,
+        }
+    }
+}
+
 /// Takes events, and hands them to the thread that writes. There are no spans here.
 struct Queue {
     threshold: Arc<Threshold>,
     queue: SyncSender<Message>,
+    waits_until: Arc<OnceLock<Instant>>,
     dropped: Arc<Dropped>,
 }
 
@@ -210,7 +245,7 @@ impl Subscriber for Queue {
     fn event(&self, event: &Event<'_>) {
         let mut record = Record { metadata: event.metadata(), values: Vec::new() };
         event.record(&mut record);
-        if self.queue.try_send(Message::Event(record)).is_err() {
+        if !send(&self.queue, Message::Event(record), self.waits_until.get().copied()) {
             self.dropped.count(event.metadata().target() == AUDIT);
         }
     }
@@ -269,7 +304,7 @@ mod tests {
 
     fn queue(queue: SyncSender<Message>, dropped: &Arc<Dropped>) -> Queue {
         let threshold = Arc::new(Threshold(RwLock::new(LevelFilter::INFO)));
-        Queue { threshold, queue, dropped: Arc::clone(dropped) }
+        Queue { threshold, queue, waits_until: Arc::default(), dropped: Arc::clone(dropped) }
     }
 
     #[test]
@@ -283,6 +318,30 @@ mod tests {
             }
         });
         assert_eq!((dropped.events(), dropped.audit_records()), (4, 4), "each kind is counted on its own");
+    }
+
+    #[test]
+    fn at_the_end_an_event_waits_for_room_and_no_longer_than_it_may() {
+        let (sender, events) = mpsc::sync_channel(1);
+        let dropped = Arc::new(Dropped::default());
+        let queue = queue(sender, &dropped);
+        let record = || tracing::info!(target: AUDIT, "record");
+        let slow = thread::spawn(move || {
+            (0..20).for_each(|_| {
+                thread::sleep(RETRY);
+                events.recv().unwrap();
+            });
+        });
+        queue.waits_until.set(Instant::now() + Duration::from_secs(30)).unwrap();
+        tracing::subscriber::with_default(queue, || (0..20).for_each(|_| record()));
+        slow.join().unwrap();
+        assert_eq!(dropped.audit_records(), 0);
+
+        let (sender, _never_read) = mpsc::sync_channel(0);
+        let queue = self::queue(sender, &dropped);
+        queue.waits_until.set(Instant::now() + RETRY).unwrap();
+        tracing::subscriber::with_default(queue, record);
+        assert_eq!(dropped.audit_records(), 1);
     }
 
     #[test]

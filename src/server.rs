@@ -272,6 +272,8 @@ pub enum Phase {
     Draining,
     /// Idle connections close, busy ones after their answer.
     Closing,
+    /// Servers return, whatever is still open.
+    Aborting,
 }
 
 /// Moves all servers from one phase to the next.
@@ -305,6 +307,15 @@ impl Drain {
             terms.patience.shorten_head(BRIEF);
         }
         self.0.send_replace(Phase::Closing);
+    }
+
+    /// Makes every server return at once. Its runtime is to be dropped then, which resets the connections that are left.
+    pub fn abort(&self, terms: &[&Terms]) {
+        for terms in terms {
+            terms.patience.reset_connections();
+            terms.crowd_patience.reset_connections();
+        }
+        self.0.send_replace(Phase::Aborting);
     }
 }
 
@@ -388,7 +399,7 @@ pub async fn serve(
     listeners: Vec<(Listener, Heartbeat)>,
     begin: impl Fn(Accepted) + Clone + Send + 'static,
     terms: Terms,
-    phase: watch::Receiver<Phase>,
+    mut phase: watch::Receiver<Phase>,
 ) -> io::Result<()> {
     let terms = Arc::new(terms);
     // Every accept loop and connection holds a sender; nothing is ever sent.
@@ -405,7 +416,10 @@ pub async fn serve(
         ));
     }
     drop(alive);
-    all_gone.recv().await;
+    tokio::select! {
+        _ = all_gone.recv() => {}
+        () = reached(&mut phase, Phase::Aborting) => {}
+    }
     Ok(())
 }
 

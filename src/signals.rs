@@ -36,6 +36,15 @@ impl Signals {
             _ = self.hangup.recv() => Order::Reload,
         }
     }
+
+    /// The next signal that asks to stop, by its name.
+    pub async fn stop(&mut self) -> &'static str {
+        loop {
+            if let Order::Stop(signal) = self.next().await {
+                return signal;
+            }
+        }
+    }
 }
 
 /// What a signal asks for.

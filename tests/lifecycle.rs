@@ -61,6 +61,34 @@ fn a_stream_that_the_end_cuts_is_short_of_its_length() {
 }
 
 #[test]
+fn a_second_signal_ends_the_drain_at_once() {
+    for (delay, second) in [("3600", "TERM"), ("0", "INT")] {
+        let settings = [
+            ("DRAIN_DELAY", delay),
+            ("DRAIN_TIMEOUT", "3600"),
+            ("MAX_SIZE", "1073741824"),
+            ("AUDIT", "true"),
+        ];
+        let mut daemon = Daemon::start(&settings);
+        let mut client = Client::connect(daemon.keys());
+        client.send(request("/key/1073741824"));
+        until("the stream to begin", || {
+            (daemon.metric("key_bytes_total{format=\"raw\"}") > 0.0).then_some(())
+        });
+        daemon.signal("TERM");
+        daemon.manager.wait_for("STOPPING=1");
+        daemon.signal("HUP"); // no word to end it
+        daemon.signal(second);
+        assert_eq!(daemon.wait(), 0);
+        let log = daemon.log();
+        assert!(log.contains("a second signal ends the drain"), "{log}");
+        assert!(log.contains(&format!("signal=SIG{second}")), "{log}");
+        assert!(log.contains("outcome=aborted"), "{log}");
+        assert!(client.read_response(true).is_none(), "never a complete message");
+    }
+}
+
+#[test]
 fn a_request_on_its_way_is_answered_and_told_to_go() {
     // The daemon reads on for a quarter of a second, which a test on a busy machine may miss: one of five is enough.
     let answered = (0..5).any(|_| {
