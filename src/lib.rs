@@ -29,6 +29,7 @@
 //! | [`location`] | where a file is that a setting names |
 //! | [`watch`] | files that have changed |
 //! | [`tls`] | certificates, handshakes, reload |
+//! | [`close_notify`] | how a TLS connection ends |
 //! | [`deadline`] | connections that keep us waiting end |
 //! | [`server`] | the accept loop and the drain |
 //! | [`systemd`] | what the service manager is told |
@@ -42,6 +43,7 @@ pub mod api;
 pub mod audit;
 pub mod body;
 pub mod cli;
+pub mod close_notify;
 pub mod config;
 pub mod credential;
 pub mod deadline;

@@ -350,6 +350,18 @@ impl Stream {
             Self::Unix(stream) => stream.peer_addr().ok()?.as_abstract_name().map(<[u8]>::to_vec),
         }
     }
+
+    /// The first byte that is to be read, which stays to be read. `None` at the end, and for a Unix socket.
+    ///
+    /// # Errors
+    /// As recv(2).
+    pub async fn peek(&self) -> io::Result<Option<u8>> {
+        let mut first = [0];
+        match self {
+            Self::Tcp(stream) => Ok((stream.peek(&mut first).await? > 0).then_some(first[0])),
+            Self::Unix(_) => Ok(None),
+        }
+    }
 }
 
 impl Reset for Stream {

@@ -171,8 +171,10 @@ pub enum HandshakeFailure {
     Timeout,
     /// The client went away.
     Closed,
-    /// What the client sent was no TLS: plain HTTP, most often.
+    /// What the client sent was no TLS.
     Malformed,
+    /// What the client sent was plain HTTP.
+    PlainHttp,
     /// There is no version, algorithm or protocol that both speak.
     Incompatible,
     /// The client had no certificate, or none that is accepted.
@@ -184,10 +186,11 @@ pub enum HandshakeFailure {
 }
 
 impl HandshakeFailure {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Timeout,
         Self::Closed,
         Self::Malformed,
+        Self::PlainHttp,
         Self::Incompatible,
         Self::ClientCertificate,
         Self::ClientAlert,
@@ -199,6 +202,7 @@ impl HandshakeFailure {
             Self::Timeout => "timeout",
             Self::Closed => "closed",
             Self::Malformed => "malformed",
+            Self::PlainHttp => "plain_http",
             Self::Incompatible => "incompatible",
             Self::ClientCertificate => "client_certificate",
             Self::ClientAlert => "client_alert",

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::Zeroize;
 
-use crate::deadline::WriteLast;
+use crate::deadline::{Reset, WriteLast};
 use crate::key::KeyLength;
 use crate::metrics::{Endpoint, Metrics};
 
@@ -338,7 +338,7 @@ impl<'a, I: AsyncRead + WriteLast + Unpin, S: AnswersPlain> Connection<'a, I, S>
     /// The connection as if nothing had been read but what was answered, and its service.
     pub fn into_parts(self) -> (Rewound, S)
     where
-        I: Send + 'static,
+        I: Reset + Send + 'static,
     {
         (Rewound { unread: self.unread, at: 0, io: Box::new(self.io) }, self.service)
     }
@@ -400,9 +400,9 @@ impl<'a, I: AsyncRead + WriteLast + Unpin, S: AnswersPlain> Connection<'a, I, S>
 }
 
 /// Any stream.
-trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+trait Io: AsyncRead + AsyncWrite + Reset + Send + Unpin {}
 
-impl<I: AsyncRead + AsyncWrite + Send + Unpin> Io for I {}
+impl<I: AsyncRead + AsyncWrite + Reset + Send + Unpin> Io for I {}
 
 /// A stream out of which comes first what had been read already. It is one type whatever the stream is: hyper would be in
 /// the binary once for each.
@@ -410,6 +410,12 @@ pub struct Rewound {
     unread: Vec<u8>,
     at: usize,
     io: Box<dyn Io>,
+}
+
+impl Reset for Rewound {
+    fn forget_unsent(&self) {
+        self.io.forget_unsent();
+    }
 }
 
 impl AsyncRead for Rewound {

@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::deadline::WriteLast;
+use crate::deadline::{Reset, WriteLast};
 use crate::random::{Failure, Generator};
 use crate::token::{self, Digest, LENGTH, PREFIX};
 
@@ -104,6 +104,12 @@ impl<S> Sealed<S> {
     /// Without a sealer everything passes as it is.
     pub fn new(stream: S, sealer: Option<Arc<Sealer>>) -> Self {
         Self { stream, sealer, held: Zeroizing::default() }
+    }
+}
+
+impl<S: Reset> Reset for Sealed<S> {
+    fn forget_unsent(&self) {
+        self.stream.forget_unsent();
     }
 }
 

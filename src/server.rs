@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -22,7 +23,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, error};
 
-use crate::deadline::{Patience, Timed, WriteLast};
+use crate::deadline::{Patience, Reset, Timed, WriteLast};
 use crate::listener::{Acceptor, Listener, Stream};
 use crate::metrics::{AcceptError, Metrics, Rejection};
 use crate::peer::Peer;
@@ -389,7 +390,7 @@ impl Accepted {
     }
 }
 
-/// Serves `listeners` until the drain is over. `begin` starts a task for each connection, such as [`http`] makes.
+/// Serves `listeners` until the drain is over, or aborted. `begin` starts a task for each connection, such as [`http`] makes.
 ///
 /// Runs on the calling thread's runtime; the connections it accepts stay there.
 ///
@@ -568,7 +569,7 @@ pub fn connection<I, S, B>(
     metrics: &Metrics,
 ) -> impl Future<Output = ()>
 where
-    I: AsyncRead + WriteLast + Send + Unpin + 'static,
+    I: AsyncRead + WriteLast + Reset + Send + Unpin + 'static,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -606,13 +607,12 @@ async fn general<S, B>(
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let connection = http1::Builder::new()
+    let mut connection = http1::Builder::new()
         .max_buf_size(HEAD_MAX)
         // A client may close its sending side after its request and still read the answer.
         .half_close(true)
         .serve_connection(TokioIo::new(io), Noting { service, asked: &asked });
-    pin!(connection);
-    let result = until_closing(&mut phase, |cx, is_closing| match connection.as_mut().poll(cx) {
+    let result = until_closing(&mut phase, |cx, is_closing| match Pin::new(&mut connection).poll(cx) {
         Poll::Pending if is_closing => Poll::Ready(None),
         result => result.map(Some),
     });
@@ -622,15 +622,19 @@ async fn general<S, B>(
             // Who has just come would be closed unheard. Its first request is still waited for, as long as a head may
             // take by now, and its answer ends the connection.
             if asked.load(Ordering::Relaxed) {
-                connection.as_mut().graceful_shutdown();
+                Pin::new(&mut connection).graceful_shutdown();
             }
-            connection.await
+            (&mut connection).await
         }
     };
     if let Err(problem) = result {
         // Which peer and which bytes it was is nobody's business; that it happens is counted.
         if problem.is_parse() {
             metrics.rejected(Rejection::Malformed);
+        }
+        // A body that failed is no end in order: nothing may announce it.
+        if problem.is_user() {
+            connection.into_parts().io.into_inner().forget_unsent();
         }
         debug!(error = %problem, "a connection ended early");
     }

@@ -17,11 +17,10 @@ use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, InconsistentKeys, RootCertStore, ServerConfig,
     SignatureScheme, SupportedProtocolVersion,
 };
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 use tracing::debug;
 use x509_cert::Certificate;
 use x509_cert::der::asn1::ObjectIdentifier;
@@ -30,7 +29,9 @@ use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::deadline::WriteLast;
+use crate::close_notify::CloseNotify;
+use crate::deadline::Timed;
+use crate::listener::Stream;
 use crate::location::Location;
 use crate::metrics::{HandshakeFailure, TlsMetrics};
 
@@ -192,8 +193,8 @@ pub fn load(settings: &Settings) -> Result<Loaded, Vec<Fault>> {
         .expect("the provider has cipher suites and key exchanges for both versions")
         .with_client_cert_verifier(clients)
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
-    // HTTP/2 would leave keys in memory.
-    server.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // HTTP/2 would leave keys in memory. Old clients, such as `curl --http1.0` of Debian 12, offer HTTP/1.0 and no other.
+    server.alpn_protocols = vec![b"http/1.1".to_vec(), b"http/1.0".to_vec()];
     // No session is resumed: a ticket would keep a secret past its connection, and let a client in whose certificate
     // has expired or whose CA is gone. Keep-alive is what saves handshakes here.
     server.session_storage = Arc::new(NoServerSessionStorage {});
@@ -228,9 +229,6 @@ pub struct Tls {
     handshakes: Semaphore,
     metrics: TlsMetrics,
 }
-
-/// Its last bytes are a record of its own, close_notify.
-impl<S> WriteLast for TlsStream<S> where Self: AsyncWrite {}
 
 impl Tls {
     /// Reads the files for the first time.
@@ -269,14 +267,11 @@ impl Tls {
 
     /// One handshake, which ends within `patience`, and whom the client's certificate names. `None` where there is no
     /// connection: the client was told why, as far as TLS lets it be told.
-    pub async fn handshake<S>(
+    pub async fn handshake(
         &self,
-        stream: S,
+        stream: Timed<Stream>,
         patience: Duration,
-    ) -> Option<(TlsStream<S>, Option<Arc<str>>)>
-    where
-        S: AsyncRead + AsyncWrite + Unpin,
-    {
+    ) -> Option<(CloseNotify<Timed<Stream>>, Option<Arc<str>>)> {
         match self.shake(stream, patience).await {
             Ok(done) => {
                 self.metrics.handshake_done();
@@ -290,18 +285,28 @@ impl Tls {
         }
     }
 
-    async fn shake<S>(&self, stream: S, patience: Duration) -> io::Result<(TlsStream<S>, Option<Arc<str>>)>
-    where
-        S: AsyncRead + AsyncWrite + Unpin,
-    {
+    async fn shake(
+        &self,
+        stream: Timed<Stream>,
+        patience: Duration,
+    ) -> io::Result<(CloseNotify<Timed<Stream>>, Option<Arc<str>>)> {
         let deadline = Instant::now() + patience;
         let turn = timeout_at(deadline, self.handshakes.acquire()).await?;
         let busy = self.handshakes.available_permits() < HANDSHAKES / 2;
         let deadline = if busy { deadline.min(Instant::now() + BRIEF) } else { deadline };
+        let first = timeout_at(deadline, stream.get_ref().peek()).await??;
+        if first.is_some_and(|byte| byte.is_ascii_uppercase()) {
+            // The beginning of a method, where TLS has 0x16. In a box, since most connections never need it.
+            drop(turn);
+            let refused = Box::pin(refuse_plain_http(stream));
+            let _ = timeout_at(deadline.min(Instant::now() + BRIEF), refused).await; // it is refused either way
+            return Err(io::Error::other(PlainHttp));
+        }
         let server = Arc::clone(&self.server.read().unwrap_or_else(PoisonError::into_inner));
         let stream = timeout_at(deadline, TlsAcceptor::from(server).accept(stream)).await??;
+        let stream = CloseNotify::new(stream);
         drop(turn);
-        let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+        let shown = stream.connection().peer_certificates().and_then(<[_]>::first);
         let identity = match shown {
             None => None,
             Some(certificate) => Some(identity(certificate).ok_or_else(|| {
@@ -311,6 +316,40 @@ impl Tls {
         };
         Ok((stream, identity))
     }
+}
+
+/// The client speaks plain HTTP.
+#[derive(Debug)]
+struct PlainHttp;
+
+impl fmt::Display for PlainHttp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the client speaks plain HTTP")
+    }
+}
+
+impl std::error::Error for PlainHttp {}
+
+/// Tells a client that speaks plain HTTP to use TLS, in the only words that it understands. Its request is not looked at.
+async fn refuse_plain_http(mut stream: Timed<Stream>) -> io::Result<()> {
+    let body = r#"{"title":"Bad Request","status":400,"detail":"This port speaks TLS: use https://"}"#;
+    let date = httpdate::HttpDate::from(SystemTime::now());
+    let response = format!(
+        "HTTP/1.1 400 Bad Request\r\n\
+         content-type: application/problem+json\r\n\
+         cache-control: no-store\r\n\
+         x-content-type-options: nosniff\r\n\
+         connection: close\r\n\
+         content-length: {}\r\n\
+         date: {date}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(response.as_bytes()).await?;
+    stream.shutdown().await?;
+    // A request that is not read resets the connection, and may take the response with it. It may have a token: wiped.
+    let mut request = Zeroizing::new([0; 1024]);
+    while stream.read(&mut request[..]).await? > 0 {}
+    Ok(())
 }
 
 /// The configuration of a client that takes exactly `certificate`, whatever name it bears and whoever vouches for it.
@@ -501,6 +540,9 @@ fn printable(kind: &str, name: &str) -> Option<String> {
 /// Why a handshake failed, as far as it is worth telling apart.
 fn failure(error: &io::Error) -> HandshakeFailure {
     use rustls::Error;
+    if error.get_ref().is_some_and(|inner| inner.is::<PlainHttp>()) {
+        return HandshakeFailure::PlainHttp;
+    }
     match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
         Some(Error::InvalidMessage(_)) => HandshakeFailure::Malformed,
         Some(Error::PeerIncompatible(_) | Error::NoApplicationProtocol) => HandshakeFailure::Incompatible,

@@ -12,13 +12,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use common::Daemon;
 use key_service::admission::{Admission, Rules};
 use key_service::api::{Api, Routes, Site};
+use key_service::deadline::{Patience, Reset, Timed, WriteLast};
 use key_service::health::Health;
+use key_service::listener::Stream;
 use key_service::metrics::Metrics;
 use key_service::peer::Peer;
 use key_service::random::{Failure, Generator, Kernel, Source};
 use key_service::seal::Sealer;
 use key_service::server::{Drain, Seat, connection};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 
 /// The kernel's bytes until it is told to break.
 struct Breakable {
@@ -60,7 +63,20 @@ impl Service {
 
     /// One GET on a connection of its own: everything that comes back until its end.
     async fn get(&self, path: &str) -> Vec<u8> {
-        let (mut client, server) = tokio::io::duplex(1 << 16);
+        let (client, server) = tokio::io::duplex(1 << 16);
+        self.get_over(client, server, path).await.0
+    }
+
+    /// The same on the two ends of a connection, and how it ended.
+    async fn get_over<I>(
+        &self,
+        mut client: impl AsyncRead + AsyncWrite + Unpin,
+        server: I,
+        path: &str,
+    ) -> (Vec<u8>, io::Result<usize>)
+    where
+        I: AsyncRead + WriteLast + Reset + Send + Unpin + 'static,
+    {
         let drain = Drain::new();
         let peer = Peer::tcp(([127, 0, 0, 1], 1).into());
         let session = self.site.clone().serve(Seat::Regular, peer);
@@ -69,8 +85,8 @@ impl Service {
             let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
             client.write_all(request.as_bytes()).await.unwrap();
             let mut answer = Vec::new();
-            let _ = client.read_to_end(&mut answer).await;
-            answer
+            let end = client.read_to_end(&mut answer).await;
+            (answer, end)
         };
         tokio::join!(serving, asking).1
     }
@@ -154,8 +170,20 @@ async fn a_source_that_breaks_within_a_long_key_leaves_it_short() {
     fn late(buffer: &mut [u8]) -> io::Result<usize> {
         if READS.fetch_add(1, Ordering::Relaxed) < 3 { Kernel.read(buffer) } else { denied(buffer) }
     }
-    let service = Service::with(late);
-    service.is_broken.store(true, Ordering::Relaxed);
+    let broken = || {
+        READS.store(0, Ordering::Relaxed);
+        let service = Service::with(late);
+        service.is_broken.store(true, Ordering::Relaxed);
+        service
+    };
+    // No end in order, which TLS would announce.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let server = Stream::Tcp(listener.accept().await.unwrap().0);
+    let server = Timed::new(server, Arc::new(Patience::new(common::PATIENCE, common::PATIENCE)));
+    let (_, end) = broken().get_over(client, server, "/key/500000").await;
+    assert_eq!(end.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionReset));
+    let service = broken();
     let answer = service.get("/key/500000").await;
     assert!(answer.starts_with(b"HTTP/1.1 200 "));
     assert!(common::find(&answer, b"content-length: 500000\r\n").is_some());

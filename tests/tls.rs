@@ -95,6 +95,15 @@ fn only_http_1_1_is_negotiated() {
     assert_eq!(client.send(request("/key/32")).response().status, 200);
     assert_eq!(client.stream.conn.alpn_protocol(), Some(b"http/1.1".as_slice()));
     assert!(refusal(&daemon, &offering(&[b"h2"])).contains("NoApplicationProtocol"));
+    // What an old client offers is accepted, and not preferred.
+    let mut client = connect(daemon.keys(), &offering(&[b"http/1.0"]));
+    client.send("GET /key/32 HTTP/1.0\r\n\r\n");
+    assert_eq!(client.response().body.len(), 32);
+    assert_eq!(client.stream.conn.alpn_protocol(), Some(b"http/1.0".as_slice()));
+    assert!(client.is_closed());
+    let mut client = connect(daemon.keys(), &offering(&[b"http/1.0", b"http/1.1", b"h2"]));
+    assert_eq!(client.send(request("/key/32")).response().status, 200);
+    assert_eq!(client.stream.conn.alpn_protocol(), Some(b"http/1.1".as_slice()));
 }
 
 #[test]
@@ -103,17 +112,20 @@ fn curl_gets_a_key_and_an_untrusted_one_none() {
     let daemon = daemon(&authority, &[]);
     let ca = daemon.folder.write("ca.pem", &authority.pem());
     let other = daemon.folder.write("other.pem", &Authority::new().pem());
-    let curl = |ca: &std::path::Path| {
+    let curl = |ca: &std::path::Path, options: &[&str]| {
         Command::new("curl")
             .args(["--silent", "--show-error", "--max-time", "30", "--cacert"])
             .arg(ca)
+            .args(options)
             .arg(format!("https://{}/key/32", daemon.keys()))
             .output()
             .expect("curl is there: apt-get install curl")
     };
-    let answer = curl(&ca);
-    assert_eq!((answer.status.code(), answer.stdout.len()), (Some(0), 32));
-    let answer = curl(&other);
+    for version in ["--http1.0", "--http1.1", "--http2"] {
+        let answer = curl(&ca, &[version]);
+        assert_eq!((answer.status.code(), answer.stdout.len()), (Some(0), 32), "{version}");
+    }
+    let answer = curl(&other, &[]);
     assert_eq!(
         (answer.status.code(), answer.stdout.len()),
         (Some(60), 0),
@@ -147,6 +159,93 @@ fn the_end_of_a_connection_is_announced() {
     let mut client = connect(daemon.keys(), &modern(&authority));
     client.send("GET /key/32 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").response();
     assert!(client.is_closed(), "by close_notify: anything else is an error here");
+}
+
+/// Ends of connections that are no accident. [`Client::is_closed`] takes none without close_notify.
+#[test]
+fn every_orderly_end_is_announced() {
+    let authority = Authority::new();
+    let config = modern(&authority);
+    let daemon = daemon(&authority, &[("HEAD_TIMEOUT", "1"), ("MAX_CONNECTIONS", "7")]);
+    let open = || {
+        let mut client = connect(daemon.keys(), &config);
+        client.stream.conn.complete_io(&mut client.stream.sock).unwrap();
+        client
+    };
+    let mut idle_after_a_key = open();
+    assert_eq!(idle_after_a_key.send(request("/key/32")).response().status, 200);
+    let mut idle_after_health = open();
+    assert_eq!(idle_after_health.send(request("/health")).response().status, 200);
+    let silent = open();
+    let mut half = open();
+    half.send("GET /key/32 HT");
+    half.stream.flush().unwrap();
+    let mut half_after_health = open();
+    assert_eq!(half_after_health.send(request("/health")).response().status, 200);
+    half_after_health.send("GET /heal");
+    half_after_health.stream.flush().unwrap();
+    let mut malformed = open();
+    assert_eq!(malformed.send("GET /key/32 HTTP/1.1\r\n\r\n").response().status, 400);
+    let mut too_large = open();
+    assert_eq!(too_large.send(format!("GET /{} HTTP/1.1\r\n", "x".repeat(16384))).response().status, 431);
+    let mut clients = vec![
+        ("idle after a key", idle_after_a_key),
+        ("idle after health", idle_after_health),
+        ("silent", silent),
+        ("half a request", half),
+        ("half a request after health", half_after_health),
+        ("malformed", malformed),
+        ("too large", too_large),
+    ];
+    for (name, client) in &mut clients {
+        eprintln!("{name}");
+        assert!(client.is_closed(), "{name}");
+    }
+}
+
+#[test]
+fn the_drain_announces_the_end_to_idle_connections_and_a_second_signal_resets_streams() {
+    let authority = Authority::new();
+    let config = modern(&authority);
+    let mut daemon = daemon(
+        &authority,
+        &[("MAX_SIZE", "1073741824"), ("DRAIN_TIMEOUT", "3600"), ("HEAD_TIMEOUT", "3600")],
+    );
+    let open = || {
+        let mut client = connect(daemon.keys(), &config);
+        client.stream.conn.complete_io(&mut client.stream.sock).unwrap();
+        client
+    };
+    let mut key = open();
+    key.send(request("/key/32")).response();
+    let mut health = open();
+    health.send(request("/health")).response();
+    let mut silent = open();
+    let mut half = open();
+    half.send("GET /key/32 HT");
+    half.stream.flush().unwrap();
+    let mut stream = open();
+    stream.send(request("/key/1073741824"));
+    until("the stream to begin", || (daemon.metric("key_bytes_total{format=\"raw\"}") > 64.0).then_some(()));
+    daemon.signal("TERM");
+    assert!(key.is_closed() && health.is_closed() && silent.is_closed() && half.is_closed());
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait(), 0);
+    let mut received = Vec::new();
+    let error = stream.stream.read_to_end(&mut received).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn a_connection_past_the_limit_is_announced_its_end() {
+    let authority = Authority::new();
+    let config = modern(&authority);
+    let daemon = daemon(&authority, &[("MAX_CONNECTIONS", "1"), ("HEAD_TIMEOUT", "3600")]);
+    let mut held = connect(daemon.keys(), &config);
+    held.send(request("/key/32")).response();
+    let mut silent = connect(daemon.keys(), &config);
+    silent.stream.conn.complete_io(&mut silent.stream.sock).unwrap();
+    assert!(silent.is_closed(), "after its second");
 }
 
 #[test]
@@ -197,13 +296,35 @@ fn many_stalled_handshakes_do_not_keep_others_out() {
 }
 
 #[test]
-fn plain_http_to_the_tls_port_is_refused_and_counted() {
+fn plain_http_to_the_tls_port_gets_a_400_and_never_a_key() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
+    for wire in
+        [request("/key/32"), request("/key/32").replace("GET", "POST"), "P".into(), "GET /".repeat(5000)]
+    {
+        let mut client = Client::connect(daemon.keys());
+        let response = client.send(&wire).response();
+        assert_eq!((response.status, response.problem()), (400, "This port speaks TLS: use https://".into()));
+        for (name, value) in
+            [("connection", "close"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
+        {
+            assert_eq!(response.header(name), Some(value));
+        }
+        assert!(response.header("date").is_some());
+        assert!(client.is_closed());
+    }
+    wait_for_failures(&daemon, "plain_http", 4.0);
+    let curl = Command::new("curl")
+        .args(["--silent", "--max-time", "30", &format!("http://{}/key/32", daemon.keys())])
+        .output()
+        .expect("curl is there: apt-get install curl");
+    assert!(String::from_utf8(curl.stdout).unwrap().contains("This port speaks TLS"));
+    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0);
+    // What is neither gets an alert.
     let mut client = Client::connect(daemon.keys());
-    client.send(request("/key/32"));
+    client.send([0x80, 0x2e, 1, 0, 2, 0, 0x15, 0, 0, 0, 0x10]);
     let mut bytes = Vec::new();
-    let _ = client.stream.read_to_end(&mut bytes); // an alert, and a reset for what was not read
+    let _ = client.stream.read_to_end(&mut bytes); // and may be reset for what was not read
     assert!(bytes.is_empty() || bytes.starts_with(&[0x15, 3]), "an alert at most: {bytes:?}");
     wait_for_failures(&daemon, "malformed", 1.0);
     assert_eq!(get(daemon.metrics(), "/health").text(), "OK", "metrics and their health stay plain");
@@ -252,7 +373,8 @@ fn with_a_client_ca_only_its_clients_are_let_in() {
     let _ = refusal(&daemon, &with(&for_servers));
     wait_for_failures(&daemon, "client_certificate", 4.0);
     let nameless = clients.issue(|_| {});
-    let _ = refusal(&daemon, &with(&nameless)); // after the handshake, which has no alert for it
+    // After the handshake, which has no alert for it.
+    assert!(connect(daemon.keys(), &with(&nameless)).send(request("/key/32")).is_closed());
     wait_for_failures(&daemon, "client_certificate", 5.0);
     assert_eq!(get(daemon.metrics(), "/readyz").status, 200, "probes ask on the metrics port");
 }
