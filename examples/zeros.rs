@@ -9,6 +9,7 @@
 
 use std::convert::Infallible;
 use std::error::Error;
+use std::future::{Ready, ready};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -23,7 +24,7 @@ use key_service::listener::Inherited;
 use key_service::metrics::Metrics;
 use key_service::plain::Unhurried;
 use key_service::random::CHUNK;
-use key_service::server::{Drain, Heartbeats, Terms, http, serve};
+use key_service::server::{Drain, Heartbeats, Slots, Terms, http, serve};
 
 static PIECE: [u8; CHUNK] = [0; CHUNK];
 
@@ -31,17 +32,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     let inherited = Inherited::take()?;
     let mut heartbeats = Heartbeats::new();
     let listeners = inherited.http.into_iter().map(|listener| (listener, heartbeats.join())).collect();
-    let terms =
-        Terms::new(10_000, Duration::from_secs(10), Duration::from_secs(15), Arc::new(Metrics::new()));
+    let (slots, head, write) = (Slots::new(10_000, 256), Duration::from_secs(10), Duration::from_secs(15));
+    let terms = Terms::new(slots, head, write, Arc::new(Metrics::new()));
     let drain = Drain::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     runtime.block_on(serve(listeners, http(|_, _| Unhurried(service_fn(answer))), terms, drain.watch()))?;
     Ok(())
 }
 
-async fn answer(request: Request<Incoming>) -> Result<Response<Zeros>, Infallible> {
+fn answer(request: Request<Incoming>) -> Ready<Result<Response<Zeros>, Infallible>> {
     let length = request.uri().path().strip_prefix("/key/").and_then(|length| length.parse().ok());
-    Ok(Response::new(Zeros { remaining: length.unwrap_or(0) }))
+    ready(Ok(Response::new(Zeros { remaining: length.unwrap_or(0) })))
 }
 
 struct Zeros {

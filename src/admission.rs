@@ -1,4 +1,4 @@
-//! Who may ask, and for how much: tokens, rates, and permits for long keys.
+//! Who may ask, and for how much: tokens, rates, and permits for streamed responses.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -7,10 +7,10 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
 
 use axum::http::header::{AUTHORIZATION, HeaderMap};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::forwarded::Proxies;
 use crate::peer::{Client, Origin, Peer};
+use crate::permits::{StreamPermit, StreamPermits};
 use crate::problem::Problem;
 use crate::rate::{Rates, Standing, Table};
 use crate::seal::Sealer;
@@ -39,7 +39,7 @@ pub struct Admission {
     /// Made when it is first needed, and kept: rules change, debts stay.
     table: OnceLock<Table>,
     sealer: Arc<Sealer>,
-    bulk: Arc<Semaphore>,
+    streams: Arc<StreamPermits>,
 }
 
 /// Rules, with their tokens by seal.
@@ -50,14 +50,14 @@ struct Books {
 }
 
 impl Admission {
-    /// `bulk_streams` long keys may be on their way at once.
-    pub fn new(rules: Rules, sealer: Sealer, bulk_streams: usize) -> Self {
+    /// `streams` responses may be streamed at once.
+    pub fn new(rules: Rules, sealer: Sealer, streams: usize) -> Self {
         let admission = Self {
             is_open: AtomicBool::new(true),
             books: RwLock::new(Arc::new(Books { rules: Rules::default(), grants: HashMap::new() })),
             table: OnceLock::new(),
             sealer: Arc::new(sealer),
-            bulk: Arc::new(Semaphore::new(bulk_streams)),
+            streams: Arc::new(StreamPermits::new(streams)),
         };
         admission.replace(rules);
         admission
@@ -151,19 +151,36 @@ impl Admission {
         Ok(())
     }
 
-    /// A permit for one long key, to be kept until its last byte.
+    /// A permit for one streamed response, to be kept until its last byte. It counts for the bearer of a token, else for
+    /// the address that a trusted proxy reports, else for the connection's origin.
     ///
     /// # Errors
-    /// 503, when all are taken.
-    pub fn bulk(&self) -> Result<OwnedSemaphorePermit, Problem> {
-        Arc::clone(&self.bulk)
-            .try_acquire_owned()
-            .map_err(|_| Problem::unavailable("Too many long keys are being sent", BULK_RETRY_AFTER))
+    /// 503, when all permits are held, or the client's share of them.
+    pub fn stream(
+        &self,
+        visit: Option<&Visit>,
+        peer: &Peer,
+        headers: &HeaderMap,
+    ) -> Result<StreamPermit, Problem> {
+        let client = match visit {
+            Some(visit) => visit.client(peer),
+            None => {
+                let books = self.books.read().unwrap_or_else(PoisonError::into_inner);
+                books
+                    .rules
+                    .proxies
+                    .client(peer.origin, headers)
+                    .map_or_else(|| peer.origin.into(), Client::from)
+            }
+        };
+        self.streams.acquire(client).ok_or_else(|| {
+            Problem::unavailable("Too many large responses are being sent", STREAM_RETRY_AFTER)
+        })
     }
 }
 
-/// Seconds after which a long key is worth another try.
-const BULK_RETRY_AFTER: u32 = 1;
+/// Seconds after which a streamed response is worth another try.
+const STREAM_RETRY_AFTER: u32 = 1;
 
 /// Why a request is not authorized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -232,6 +249,14 @@ impl Visit {
     /// Whose token it showed.
     pub fn bearer(&self) -> Option<&Name> {
         self.grant.as_ref().map(|grant| &grant.name)
+    }
+
+    /// Whose it is: the bearer of a token, else the address, else the user of the Unix socket.
+    fn client(&self, peer: &Peer) -> Client {
+        match &self.grant {
+            Some(grant) => Client::Bearer(grant.name.number()),
+            None => self.address.map_or_else(|| peer.origin.into(), Client::from),
+        }
     }
 
     /// Whom it is counted for, and by which rates: the bearer of a token that has rates of its own, wherever it comes

@@ -115,7 +115,7 @@ impl Site {
         Self { api, router, has_keys: routes != Routes::Operator }
     }
 
-    /// The service for `peer`. Without a seat it gets health, and 503 for the rest.
+    /// The service for `peer`. Without a seat it gets health and metrics, and 503 for the rest.
     pub fn serve(self, seat: Seat, peer: Peer) -> Session {
         Session { site: self, seat, peer }
     }
@@ -141,7 +141,7 @@ impl Session {
             metrics.rejected(Rejection::Malformed);
             refusal(problem)
         } else if let Some(reason) = self.seat.rejection()
-            && !matches!(endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz)
+            && !matches!(endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics)
         {
             metrics.rejected(reason);
             refusal(&health::full())
@@ -345,14 +345,15 @@ impl Api {
             return Err(self.refuse_failed(failure));
         }
         let is_head = request.method() == Method::HEAD;
-        let is_bulk = shape.is_bulk() && !is_head;
-        if is_bulk && self.health.is_stopping() {
+        let is_streamed = shape.is_streamed() && !is_head;
+        if is_streamed && self.health.is_stopping() {
             self.metrics.rejected(Rejection::Draining);
             return Err(health::draining());
         }
         // Before the charge, so that nobody pays for a key that it does not get.
-        let permit = if is_bulk {
-            Some(self.admission.bulk().inspect_err(|_| self.metrics.rejected(Rejection::Bulk))?)
+        let permit = if is_streamed {
+            let permit = self.admission.stream(visit.as_deref(), peer, request.headers());
+            Some(permit.inspect_err(|_| self.metrics.rejected(Rejection::Bulk))?)
         } else {
             None
         };
@@ -366,7 +367,6 @@ impl Api {
         } else if let Some(permit) = permit {
             let writing = Writing::start(&shape, Arc::clone(&self.generator))
                 .map_err(|failure| self.refuse_failed(failure))?;
-            self.metrics.key_served(length.bytes());
             Body::stream(writing, permit)
         } else {
             Body::whole(self.draw(&shape).map_err(|failure| self.refuse_failed(failure))?)

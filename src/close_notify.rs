@@ -10,17 +10,24 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::unconstrained;
 use tokio_rustls::server::TlsStream;
 
-use crate::deadline::{Reset, WriteLast};
+use crate::deadline::Transport;
+
+/// How many bytes of records wait for the kernel to take them, beside those of a handshake.
+const UNSENT_MAX: usize = 8 * 1024;
+
+/// The same while a response is streamed: a chunk.
+const UNSENT_MAX_STREAMING: usize = 64 * 1024;
 
 /// A connection that announces its end by close_notify (RFC 8446 section 6.1), whatever ends it: the client, a deadline,
 /// the drain, its eviction. Only a connection that is reset is not announced: its client must not take what it has for
 /// all of it.
 #[derive(Debug)]
-pub struct CloseNotify<S: AsyncRead + AsyncWrite + Reset + Unpin>(TlsStream<S>);
+pub struct CloseNotify<S: AsyncRead + Transport + Unpin>(TlsStream<S>);
 
-impl<S: AsyncRead + AsyncWrite + Reset + Unpin> CloseNotify<S> {
+impl<S: AsyncRead + Transport + Unpin> CloseNotify<S> {
     /// A connection whose handshake is done.
-    pub fn new(stream: TlsStream<S>) -> Self {
+    pub fn new(mut stream: TlsStream<S>) -> Self {
+        stream.get_mut().1.set_buffer_limit(Some(UNSENT_MAX));
         Self(stream)
     }
 
@@ -30,7 +37,7 @@ impl<S: AsyncRead + AsyncWrite + Reset + Unpin> CloseNotify<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Reset + Unpin> Drop for CloseNotify<S> {
+impl<S: AsyncRead + Transport + Unpin> Drop for CloseNotify<S> {
     fn drop(&mut self) {
         if self.0.get_ref().0.is_reset() {
             return;
@@ -42,17 +49,7 @@ impl<S: AsyncRead + AsyncWrite + Reset + Unpin> Drop for CloseNotify<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Reset + Unpin> Reset for CloseNotify<S> {
-    fn forget_unsent(&self) {
-        self.0.get_ref().0.forget_unsent();
-    }
-
-    fn is_reset(&self) -> bool {
-        self.0.get_ref().0.is_reset()
-    }
-}
-
-impl<S: AsyncRead + AsyncWrite + Reset + Unpin> AsyncRead for CloseNotify<S> {
+impl<S: AsyncRead + Transport + Unpin> AsyncRead for CloseNotify<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -62,7 +59,7 @@ impl<S: AsyncRead + AsyncWrite + Reset + Unpin> AsyncRead for CloseNotify<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Reset + Unpin> AsyncWrite for CloseNotify<S> {
+impl<S: AsyncRead + Transport + Unpin> AsyncWrite for CloseNotify<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.0).poll_write(cx, buf)
     }
@@ -89,4 +86,18 @@ impl<S: AsyncRead + AsyncWrite + Reset + Unpin> AsyncWrite for CloseNotify<S> {
 }
 
 /// Its last bytes are a record of its own, close_notify.
-impl<S: AsyncRead + AsyncWrite + Reset + Unpin> WriteLast for CloseNotify<S> {}
+impl<S: AsyncRead + Transport + Unpin> Transport for CloseNotify<S> {
+    fn forget_unsent(&self) {
+        self.0.get_ref().0.forget_unsent();
+    }
+
+    fn is_reset(&self) -> bool {
+        self.0.get_ref().0.is_reset()
+    }
+
+    fn set_streaming(&mut self, is_streaming: bool) {
+        let (stream, connection) = self.0.get_mut();
+        connection.set_buffer_limit(Some(if is_streaming { UNSENT_MAX_STREAMING } else { UNSENT_MAX }));
+        stream.set_streaming(is_streaming);
+    }
+}

@@ -92,7 +92,7 @@ pub struct Config {
     pub proxies: Proxies,
     /// Connections that one address may have open; `None` is no bound.
     pub max_connections_per_client: Option<u32>,
-    /// Keys above 64 KiB that may be on their way at once.
+    /// Responses above 16 KiB that may be in flight at once; one client has at most a quarter of them.
     pub max_bulk_streams: usize,
     /// Whether each key leaves a record.
     pub audit: bool,

@@ -43,24 +43,8 @@ impl Patience {
     }
 }
 
-/// A stream that can be given up with what it has still to send.
-pub trait Reset {
-    /// From now on, closing it forgets what was not sent, and tells the other side so.
-    fn forget_unsent(&self);
-
-    /// Whether closing it is such a reset, and so not to be announced.
-    fn is_reset(&self) -> bool {
-        false
-    }
-}
-
-/// In memory there is no kernel that keeps anything.
-impl Reset for tokio::io::DuplexStream {
-    fn forget_unsent(&self) {}
-}
-
-/// A stream that can send its last bytes and its end as one.
-pub trait WriteLast: AsyncWrite {
+/// A stream down to the socket, with what HTTP wants of a socket beside its bytes.
+pub trait Transport: AsyncWrite {
     /// Writes as `poll_write` does. What is written may wait for the shutdown, which has to follow, and go with it.
     ///
     /// # Errors
@@ -68,14 +52,29 @@ pub trait WriteLast: AsyncWrite {
     fn poll_write_last(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.poll_write(cx, buf)
     }
+
+    /// From now on, closing it forgets what was not sent, and resets the connection.
+    fn forget_unsent(&self);
+
+    /// Whether closing it is such a reset, and so not to be announced.
+    fn is_reset(&self) -> bool {
+        false
+    }
+
+    /// Lets the kernel hold more unsent bytes, for a streamed response, or few again.
+    fn set_streaming(&mut self, is_streaming: bool);
 }
 
-/// In memory nothing is sent in segments.
-impl WriteLast for tokio::io::DuplexStream {}
+/// In memory there is no kernel that holds anything.
+impl Transport for tokio::io::DuplexStream {
+    fn forget_unsent(&self) {}
+
+    fn set_streaming(&mut self, _: bool) {}
+}
 
 /// A stream whose reads and writes fail with `TimedOut` when patience is at an end.
 #[derive(Debug)]
-pub struct Timed<S: Reset> {
+pub struct Timed<S: Transport + Unpin> {
     stream: S,
     patience: Arc<Patience>,
     /// The start of the connection or the last progress of a write: what both deadlines count from.
@@ -87,7 +86,7 @@ pub struct Timed<S: Reset> {
     timer: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S: Reset> Timed<S> {
+impl<S: Transport + Unpin> Timed<S> {
     /// Starts the clock.
     pub fn new(stream: S, patience: Arc<Patience>) -> Self {
         let (since, is_reset) = (Instant::now(), AtomicBool::new(false));
@@ -127,7 +126,7 @@ impl<S: Reset> Timed<S> {
     }
 }
 
-impl<S: Reset> Timed<S> {
+impl<S: Transport + Unpin> Timed<S> {
     fn written(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match result {
             Poll::Ready(result) => {
@@ -147,19 +146,8 @@ impl<S: Reset> Timed<S> {
     }
 }
 
-impl<S: Reset> Reset for Timed<S> {
-    fn forget_unsent(&self) {
-        self.is_reset.store(true, Ordering::Relaxed);
-        self.stream.forget_unsent();
-    }
-
-    fn is_reset(&self) -> bool {
-        self.is_reset.load(Ordering::Relaxed) || self.patience.resets.load(Ordering::Relaxed)
-    }
-}
-
 /// At the end of the drain a connection is dropped wherever it is.
-impl<S: Reset> Drop for Timed<S> {
+impl<S: Transport + Unpin> Drop for Timed<S> {
     fn drop(&mut self) {
         if self.is_reset() {
             self.stream.forget_unsent();
@@ -167,7 +155,7 @@ impl<S: Reset> Drop for Timed<S> {
     }
 }
 
-impl<S: AsyncRead + Reset + Unpin> AsyncRead for Timed<S> {
+impl<S: AsyncRead + Transport + Unpin> AsyncRead for Timed<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         match Pin::new(&mut this.stream).poll_read(cx, buf) {
@@ -181,7 +169,7 @@ impl<S: AsyncRead + Reset + Unpin> AsyncRead for Timed<S> {
     }
 }
 
-impl<S: AsyncWrite + Reset + Unpin> AsyncWrite for Timed<S> {
+impl<S: Transport + Unpin> AsyncWrite for Timed<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let result = Pin::new(&mut this.stream).poll_write(cx, buf);
@@ -211,11 +199,24 @@ impl<S: AsyncWrite + Reset + Unpin> AsyncWrite for Timed<S> {
     }
 }
 
-impl<S: WriteLast + Reset + Unpin> WriteLast for Timed<S> {
+impl<S: Transport + Unpin> Transport for Timed<S> {
     fn poll_write_last(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let result = Pin::new(&mut this.stream).poll_write_last(cx, buf);
         this.written(cx, result)
+    }
+
+    fn forget_unsent(&self) {
+        self.is_reset.store(true, Ordering::Relaxed);
+        self.stream.forget_unsent();
+    }
+
+    fn is_reset(&self) -> bool {
+        self.is_reset.load(Ordering::Relaxed) || self.patience.resets.load(Ordering::Relaxed)
+    }
+
+    fn set_streaming(&mut self, is_streaming: bool) {
+        self.stream.set_streaming(is_streaming);
     }
 }
 

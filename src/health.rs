@@ -33,7 +33,7 @@ impl Health {
         self.stopping.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the drain has begun and long keys are refused.
+    /// Whether the drain has begun and streamed responses are refused.
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
     }

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::mem;
 use std::sync::Arc;
+use std::thread::LocalKey;
 
 use bytes::Bytes;
 use zeroize::Zeroize;
@@ -36,11 +37,6 @@ impl KeyLength {
     /// The length in bytes.
     pub fn bytes(self) -> u64 {
         self.0
-    }
-
-    /// Whether a key of this length is sent in pieces instead of being held in memory whole.
-    pub fn is_bulk(self) -> bool {
-        self.0 > CHUNK as u64
     }
 }
 
@@ -81,7 +77,7 @@ impl Drop for Wiped {
     fn drop(&mut self) {
         self.0.as_mut_slice().zeroize();
         if self.0.len() == CHUNK {
-            SPARE.set(mem::take(&mut self.0));
+            keep_lower(&SPARE, &mut self.0);
         }
     }
 }
@@ -89,6 +85,19 @@ impl Drop for Wiped {
 thread_local! {
     /// The last chunk that was wiped, for the next: a new one would have to be cleared.
     static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// Keeps `buffer` for the next use, or the one that is kept already: the one nearer the bottom of the thread's heap, which
+/// keeps no memory below it resident (`memory.rs`).
+pub fn keep_lower(spare: &'static LocalKey<Cell<Vec<u8>>>, buffer: &mut Vec<u8>) {
+    let kept = spare.take();
+    let is_lower = kept.capacity() == 0 || buffer.as_ptr() < kept.as_ptr();
+    spare.set(if is_lower { mem::take(buffer) } else { kept });
+}
+
+/// Makes the calling thread's room for a chunk.
+pub fn reserve() {
+    SPARE.set(vec![0; CHUNK]);
 }
 
 impl fmt::Debug for Wiped {
@@ -144,27 +153,20 @@ impl fmt::Debug for Key {
     }
 }
 
-/// A key too large to hold: drawn a piece at a time, as fast as the reader takes it.
+/// A key that is generated a chunk at a time, as fast as the reader takes it.
 #[derive(Debug)]
 pub struct KeyStream {
-    /// The next piece, where it has been drawn already.
-    drawn: Option<Key>,
-    /// How many bytes are still to be handed over, those of `drawn` included.
+    /// How many bytes are still to be handed over.
     remaining: u64,
-    /// How many there are in a piece that is not the last.
-    piece: usize,
+    /// How many there are in a chunk that is not the last.
+    chunk: usize,
     generator: Arc<Generator>,
 }
 
 impl KeyStream {
-    /// A stream of `length` bytes in pieces of `piece`, which is at most a chunk. The first is drawn here, so that a
-    /// generator out of service is known before anything was promised.
-    ///
-    /// # Errors
-    /// The generator's failure.
-    pub fn start(length: KeyLength, piece: usize, generator: Arc<Generator>) -> Result<Self, Failure> {
-        let drawn = Some(Key::draw_piece(length.0, piece, &generator)?);
-        Ok(Self { drawn, remaining: length.0, piece, generator })
+    /// A stream of `length` bytes in chunks of `chunk`, which is at most [`CHUNK`].
+    pub fn new(length: KeyLength, chunk: usize, generator: Arc<Generator>) -> Self {
+        Self { remaining: length.0, chunk, generator }
     }
 
     /// How many bytes are still to come.
@@ -176,17 +178,16 @@ impl KeyStream {
 impl Iterator for KeyStream {
     type Item = Result<Key, Failure>;
 
-    /// The next piece. After a failure the rest must not be sent: the stream stays short, for the reader to see.
+    /// The next chunk. After a failure the rest must not be sent: the stream stays short, for the reader to see.
     fn next(&mut self) -> Option<Self::Item> {
         if self.remaining == 0 {
             return None;
         }
-        let drawn = self.drawn.take();
-        let piece = drawn.map_or_else(|| Key::draw_piece(self.remaining, self.piece, &self.generator), Ok);
-        if let Ok(key) = &piece {
+        let chunk = Key::draw_piece(self.remaining, self.chunk, &self.generator);
+        if let Ok(key) = &chunk {
             self.remaining -= key.as_bytes().len() as u64;
         }
-        Some(piece)
+        Some(chunk)
     }
 }
 
@@ -207,7 +208,7 @@ mod tests {
         let generator = Arc::new(Generator::new(Kernel).unwrap());
         for length in [1, CHUNK as u64, CHUNK as u64 + 1, 3 * CHUNK as u64 - 1] {
             for piece in [CHUNK, CHUNK / 4 * 3] {
-                let stream = KeyStream::start(KeyLength(length), piece, Arc::clone(&generator)).unwrap();
+                let stream = KeyStream::new(KeyLength(length), piece, Arc::clone(&generator));
                 let sizes: Vec<_> = stream.map(|piece| piece.unwrap().as_bytes().len()).collect();
                 assert_eq!(sizes.iter().sum::<usize>() as u64, length);
                 assert!(sizes.iter().rev().skip(1).all(|size| *size == piece));

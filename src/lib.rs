@@ -20,6 +20,9 @@
 //! | [`rate`] | what each client has taken |
 //! | [`forwarded`] | whom a proxy speaks for |
 //! | [`shares`] | connections of each client |
+//! | [`memory`] | gives memory back when many connections have left |
+//! | [`permits`] | streamed responses of each client |
+//! | [`buffers`] | connections that hold buffers |
 //! | [`credential`] | the socket where systemd fetches credentials of units |
 //! | [`audit`] | the record that a key leaves |
 //! | [`problem`] | what a client is told instead of a key |
@@ -42,6 +45,7 @@ pub mod admission;
 pub mod api;
 pub mod audit;
 pub mod body;
+pub mod buffers;
 pub mod cli;
 pub mod close_notify;
 pub mod config;
@@ -54,11 +58,13 @@ pub mod key;
 pub mod listener;
 pub mod location;
 pub mod logging;
+pub mod memory;
 pub mod metrics;
 pub mod openapi;
 pub mod page;
 pub mod password;
 pub mod peer;
+pub mod permits;
 pub mod plain;
 pub mod probe;
 pub mod problem;
@@ -106,11 +112,23 @@ use systemd::Notifier;
 use tls::{Fault, Loaded, Tls};
 use watch::WatchedFiles;
 
-/// Connections that the metrics listener serves at once: scrapers and probes are few.
+/// Connections that the metrics listener serves at once: scrapers and probes are few. Over this limit as many more get
+/// one response each.
 const METRICS_CONNECTIONS: usize = 64;
 
-/// Descriptors beside those of client connections: listeners, runtimes, log, metrics.
-const SPARE_DESCRIPTORS: u64 = 256;
+/// How many of them one client address may have.
+const METRICS_CONNECTIONS_PER_CLIENT: u32 = 16;
+
+/// How many turns of connections a thread takes before it looks for new ones and for new requests. A turn may be 0.3 ms of
+/// work, and tokio takes 61 of them by default.
+const TURNS_MAX: u32 = 16;
+
+/// Descriptors that the process needs beside connections: files, sockets of log and service manager, and the control
+/// thread's runtime.
+const OWN_DESCRIPTORS: u64 = 32;
+
+/// Those of a worker: its runtime's and its listeners.
+const WORKER_DESCRIPTORS: u64 = 4;
 
 /// Fewer are not tried with: what a start takes is about 20, and tokio panics where it lacks them.
 const DESCRIPTORS_MIN: u64 = 32;
@@ -179,9 +197,18 @@ pub fn run(
     let generator = Arc::new(Generator::new(source)?);
     let is_activated = !inherited.http.is_empty();
     let Listeners { keys, metrics: operator, credentials } = listeners(&config, inherited)?;
-    let connections = fit_descriptors(config.max_connections)?;
+    let workers_count = worker_count(config.workers);
+    let descriptors = raise_descriptors()?;
+    let limits = ConnectionLimits::fit(descriptors, config.max_connections, workers_count);
+    if limits.keys < config.max_connections {
+        warn!(
+            asked = config.max_connections,
+            granted = limits.keys,
+            "max-connections is lowered to what the limit of open files allows (LimitNOFILE=, ulimit -n)"
+        );
+    }
     let metrics = Arc::new(Metrics::new());
-    metrics.connections_limit.set(i64::try_from(connections).unwrap_or(i64::MAX));
+    metrics.connections_limit.set(i64::try_from(limits.keys).unwrap_or(i64::MAX));
     let health = Arc::new(Health::new(Arc::clone(&generator)));
     let api = Arc::new(Api {
         max_size: AtomicU64::new(config.max_size),
@@ -204,18 +231,19 @@ pub fn run(
     let exposed = exposed_addresses(&config, &keys);
     let outlet = Arc::new(Outlet::new(Arc::clone(&api), config.credentials.clone()));
 
-    let terms = |connections| {
-        Terms::new(connections, config.head_timeout, config.write_timeout, Arc::clone(&metrics))
+    let terms = |connections, over_limit| {
+        let slots = Slots::new(connections, over_limit);
+        Terms::new(slots, config.head_timeout, config.write_timeout, Arc::clone(&metrics))
     };
-    let shares =
-        config.max_connections_per_client.map(|limit| Arc::new(Shares::new(limit, config.proxies.clone())));
-    let key_terms = terms(connections)
+    let shares = |limit| Some(Arc::new(Shares::new(limit, config.proxies.clone())));
+    let key_terms = terms(limits.keys, limits.over_limit)
         .counted_on(metrics.connections.clone())
-        .shared_by(shares)
+        .shared_by(config.max_connections_per_client.and_then(shares))
         .sealed_by(api.admission.sealer())
         .encrypted(tls.clone());
-    let operator_terms = terms(METRICS_CONNECTIONS);
-    let credential_terms = terms(credential::CONNECTIONS);
+    let operator_terms =
+        terms(limits.metrics, limits.metrics).shared_by(shares(METRICS_CONNECTIONS_PER_CLIENT));
+    let credential_terms = terms(limits.credentials, limits.credentials);
     let routes = if config.shares_port() { Routes::Both } else { Routes::Client };
     let drain = Drain::new();
     let mut heartbeats = Heartbeats::new();
@@ -225,7 +253,7 @@ pub fn run(
         .block_on(async { Signals::catch() })
         .map_err(|error| RunError::System("signals can't be caught", error))?;
     let mut workers = Vec::new();
-    for _ in 0..worker_count(config.workers) {
+    for _ in 0..workers_count {
         let listeners = share(&keys, &mut heartbeats)
             .map_err(|error| RunError::System("a listener can't be shared", error))?;
         let site = Site::new(routes, Arc::clone(&api));
@@ -390,30 +418,56 @@ fn status(keys: &[Listener], credentials: &[Listener], metrics: &[Listener], sha
     format!("Keys on {}{credentials}; {metrics}", list(keys))
 }
 
-/// Raises the soft limit of open files to the hard one, and fits the connections into it.
-fn fit_descriptors(connections: usize) -> Result<usize, RunError> {
+/// Raises the soft limit of open files to the hard one, and returns it; `None` is no limit.
+fn raise_descriptors() -> Result<Option<u64>, RunError> {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
     let descriptors = match setrlimit(Resource::Nofile, raised) {
         Ok(()) => limit.maximum,
         Err(_) => limit.current,
     };
-    let Some(descriptors) = descriptors else {
-        return Ok(connections); // unlimited
-    };
-    if descriptors < DESCRIPTORS_MIN {
-        return Err(RunError::Descriptors(descriptors));
+    match descriptors {
+        Some(few) if few < DESCRIPTORS_MIN => Err(RunError::Descriptors(few)),
+        descriptors => Ok(descriptors),
     }
-    let spare = SPARE_DESCRIPTORS.min(descriptors / 2);
-    let room = usize::try_from(descriptors - spare).unwrap_or(usize::MAX);
-    if room < connections {
-        warn!(
-            asked = connections,
-            granted = room,
-            "max-connections is lowered to what the limit of open files allows (LimitNOFILE=, ulimit -n)"
-        );
+}
+
+/// How many connections each role may have, so that all of them together, those over a limit included, and the process
+/// itself have a descriptor each.
+#[derive(Debug, PartialEq, Eq)]
+struct ConnectionLimits {
+    keys: usize,
+    /// More connections for keys, which get no slot.
+    over_limit: usize,
+    /// For metrics; as many more get no slot.
+    metrics: usize,
+    /// For credentials; as many more get no slot.
+    credentials: usize,
+}
+
+impl ConnectionLimits {
+    fn fit(descriptors: Option<u64>, keys: usize, workers: usize) -> Self {
+        let wanted = Self {
+            keys,
+            over_limit: server::OVER_LIMIT_CONNECTIONS,
+            metrics: METRICS_CONNECTIONS,
+            credentials: credential::CONNECTIONS,
+        };
+        let Some(descriptors) = descriptors else { return wanted };
+        let own = OWN_DESCRIPTORS + WORKER_DESCRIPTORS * workers as u64;
+        let free = usize::try_from(descriptors - own.min(descriptors / 2)).unwrap_or(usize::MAX);
+        // Where there are few, half of them are for keys.
+        let over_limit = wanted.over_limit.min(free / 8).max(1);
+        let metrics = wanted.metrics.min(free / 16).max(1);
+        let credentials = wanted.credentials.min(free / 16).max(1);
+        let others = over_limit + 2 * metrics + 2 * credentials;
+        Self { keys: wanted.keys.min(free.saturating_sub(others)).max(1), over_limit, metrics, credentials }
     }
-    Ok(connections.min(room))
+
+    #[cfg(test)]
+    fn descriptors(&self) -> usize {
+        self.keys + self.over_limit + 2 * self.metrics + 2 * self.credentials
+    }
 }
 
 fn worker_count(asked: usize) -> usize {
@@ -436,6 +490,7 @@ fn runtime() -> Result<Runtime, RunError> {
     runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
+        .event_interval(TURNS_MAX)
         .build()
         .map_err(|error| RunError::System("a runtime can't be made", error))
 }
@@ -456,6 +511,8 @@ impl Worker {
         thread::Builder::new()
             .name("worker".into())
             .spawn(move || {
+                let slots = Arc::clone(&terms.slots);
+                runtime.spawn(async move { memory::give_back(&slots).await });
                 if let Err(error) = runtime.block_on(server::serve(listeners, seated(site), terms, phase)) {
                     tracing::error!(%error, "a worker can't listen");
                 }
@@ -644,4 +701,23 @@ pub fn forbid_core_dumps() -> io::Result<()> {
     let lowest = getrlimit(Resource::Core).maximum.map_or(1, |maximum| maximum.min(1));
     let none = Rlimit { current: Some(lowest), maximum: Some(lowest) };
     Ok(setrlimit(Resource::Core, none)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_connections_together_fit_the_limit_of_open_files() {
+        for descriptors in [32, 40, 64, 100, 256, 600, 1024, 4096, 16_384] {
+            for workers in [1, 2, 64] {
+                let limits = ConnectionLimits::fit(Some(descriptors), 10_000, workers);
+                let own = (OWN_DESCRIPTORS + WORKER_DESCRIPTORS * workers as u64).min(descriptors / 2);
+                assert!(limits.descriptors() as u64 + own <= descriptors, "{descriptors}: {limits:?}");
+                assert!(limits.keys as u64 >= descriptors / 8, "{descriptors}: {limits:?}");
+            }
+        }
+        let limits = ConnectionLimits::fit(Some(16_384), 10_000, 2);
+        assert_eq!(limits, ConnectionLimits::fit(None, 10_000, 2), "nothing is lowered without need");
+    }
 }

@@ -14,19 +14,27 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use listenfd::ListenFd;
-use rustix::net::{SendFlags, send};
+use rustix::net::{SendAncillaryBuffer, SendFlags, send, sendmsg};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
-use crate::deadline::{Reset, WriteLast};
+use crate::deadline::Transport;
 use crate::peer::Peer;
 
 /// How many connections the kernel holds while they wait to be accepted; it caps this at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
-/// How many bytes the kernel takes from us beyond what it has sent. Without a bound it takes up to 4 MB (tcp_wmem), and
-/// 1,000 clients that read nothing held 1.9 GB of its memory, the last of them for 46 s; now it is at most 0.4 GB and 16 s.
-const UNSENT_MAX: u32 = 256 * 1024;
+/// TCP_NOTSENT_LOWAT (tcp(7)) of an ordinary connection: the kernel takes another write only while it holds fewer unsent
+/// bytes than this. A response of 16 KiB over a new connection still goes without a wait. The kernel would take up to 4 MB
+/// (tcp_wmem) otherwise, from each of 10,000 connections that read nothing.
+const NOTSENT_LOWAT: u32 = 4096;
+
+/// The same for a connection with a streamed response, of which there are as many as permits: it must not run dry.
+const NOTSENT_LOWAT_STREAMING: u32 = 128 * 1024;
+
+/// SO_RCVBUF (socket(7)), which the kernel doubles: the largest request header fits, and pipelined requests that nobody
+/// reads take no more. The kernel would let them grow to 6 MB (tcp_rmem).
+const RECEIVE_BUFFER: usize = 8 * 1024;
 
 /// The first descriptor that a service manager passes (sd_listen_fds(3)).
 const FIRST_FD: usize = 3;
@@ -141,11 +149,12 @@ impl Listener {
     /// What every listener needs, inherited or not.
     fn prepare(self) -> io::Result<Self> {
         match &self {
-            // Accepted connections inherit both, which saves them the calls. TCP_NODELAY: an answer is never held back for
+            // Accepted connections inherit them, which saves them the calls. TCP_NODELAY: an answer is never held back for
             // an acknowledgement of the one before.
             Self::Tcp(listener) => {
                 SockRef::from(listener).set_tcp_nodelay(true)?;
-                SockRef::from(listener).set_tcp_notsent_lowat(UNSENT_MAX)?;
+                SockRef::from(listener).set_tcp_notsent_lowat(NOTSENT_LOWAT)?;
+                SockRef::from(listener).set_recv_buffer_size(RECEIVE_BUFFER)?;
                 listener.set_nonblocking(true)?;
             }
             Self::Unix(listener) => listener.set_nonblocking(true)?,
@@ -364,14 +373,24 @@ impl Stream {
     }
 }
 
-impl Reset for Stream {
-    fn forget_unsent(&self) {
-        // tcp(7), socket(7): closing with SO_LINGER of 0 resets. A Unix socket forgets anyway.
-        if let Self::Tcp(stream) = self {
-            let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO)); // without it, it is closed in order
+/// Sends by `send`, once the kernel takes bytes again.
+fn poll_send(
+    stream: &tokio::net::TcpStream,
+    cx: &mut Context<'_>,
+    send: impl Fn() -> rustix::io::Result<usize>,
+) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(stream.poll_write_ready(cx))?;
+        match stream.try_io(Interest::WRITABLE, || Ok(send()?)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            result => return Poll::Ready(result),
         }
     }
 }
+
+/// send(2): with MSG_EOR each write begins a segment of its own. Without it the kernel adds a write to its last unsent
+/// segment, up to 64 KiB of them, and does not look at TCP_NOTSENT_LOWAT.
+const SEND: SendFlags = SendFlags::EOR.union(SendFlags::NOSIGNAL);
 
 macro_rules! delegate {
     ($self:ident, $method:ident $(, $argument:ident)*) => {
@@ -390,7 +409,10 @@ impl AsyncRead for Stream {
 
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        delegate!(self, poll_write, cx, buf)
+        match self.get_mut() {
+            Self::Tcp(stream) => poll_send(stream, cx, || send(&*stream, buf, SEND)),
+            Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
     }
 
     fn poll_write_vectored(
@@ -398,7 +420,12 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        delegate!(self, poll_write_vectored, cx, bufs)
+        match self.get_mut() {
+            Self::Tcp(stream) => {
+                poll_send(stream, cx, || sendmsg(&*stream, bufs, &mut SendAncillaryBuffer::default(), SEND))
+            }
+            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
     }
 
     /// Vectored writes are what keeps key bytes out of hyper's own buffers.
@@ -416,20 +443,28 @@ impl AsyncWrite for Stream {
     }
 }
 
-impl WriteLast for Stream {
+impl Transport for Stream {
     fn poll_write_last(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let stream = match self.get_mut() {
-            Self::Tcp(stream) => stream,
-            Self::Unix(stream) => return Pin::new(stream).poll_write(cx, buf),
-        };
-        loop {
-            ready!(stream.poll_write_ready(cx))?;
-            // send(2): with MSG_MORE, one segment has the data and the end, which shutdown(2) sends.
-            let send = || Ok(send(&*stream, buf, SendFlags::MORE | SendFlags::NOSIGNAL)?);
-            match stream.try_io(Interest::WRITABLE, send) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => return Poll::Ready(result),
+        // send(2): with MSG_MORE, one segment has the data and the end, which shutdown(2) sends.
+        match self.get_mut() {
+            Self::Tcp(stream) => {
+                poll_send(stream, cx, || send(&*stream, buf, SendFlags::MORE | SendFlags::NOSIGNAL))
             }
+            Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn forget_unsent(&self) {
+        // tcp(7), socket(7): closing with SO_LINGER of 0 resets. A Unix socket forgets anyway.
+        if let Self::Tcp(stream) = self {
+            let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO)); // without it, it is closed in order
+        }
+    }
+
+    fn set_streaming(&mut self, is_streaming: bool) {
+        if let Self::Tcp(stream) = self {
+            let lowat = if is_streaming { NOTSENT_LOWAT_STREAMING } else { NOTSENT_LOWAT };
+            let _ = SockRef::from(&*stream).set_tcp_notsent_lowat(lowat); // without it, it is slower or holds more
         }
     }
 }

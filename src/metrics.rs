@@ -1,5 +1,6 @@
 //! What the daemon counts, as a value: labels are enums, so no client can make a new series.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use axum::http::StatusCode;
@@ -88,12 +89,14 @@ pub enum Rejection {
     Rate,
     /// More connections than the client may have.
     ClientConnections,
-    /// As many long keys as may be are on their way.
+    /// As many streamed responses are in flight as may be, or as the client may have.
     Bulk,
+    /// Too many connections hold buffers, and this one was reset.
+    Buffers,
 }
 
 impl Rejection {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Connections,
         Self::Malformed,
         Self::Generator,
@@ -102,6 +105,7 @@ impl Rejection {
         Self::Rate,
         Self::ClientConnections,
         Self::Bulk,
+        Self::Buffers,
     ];
 
     fn label(self) -> &'static str {
@@ -114,6 +118,7 @@ impl Rejection {
             Self::Rate => "rate",
             Self::ClientConnections => "client_connections",
             Self::Bulk => "bulk",
+            Self::Buffers => "buffers",
         }
     }
 }
@@ -125,15 +130,51 @@ pub enum AcceptError {
     Connection,
     /// Descriptors or memory ran out.
     Resources,
+    /// Anything else: the listener itself is broken, or a filter denies the call.
+    Listener,
 }
 
 impl AcceptError {
-    const ALL: [Self; 2] = [Self::Connection, Self::Resources];
+    const ALL: [Self; 3] = [Self::Connection, Self::Resources, Self::Listener];
+
+    /// The kind of an error, by accept(2).
+    pub fn of(error: &io::Error) -> Self {
+        use rustix::io::Errno;
+        match Errno::from_io_error(error) {
+            // "Error handling": Linux passes on what the network had for the new connection, and EPERM is a firewall's.
+            Some(
+                Errno::CONNABORTED
+                | Errno::CONNRESET
+                | Errno::INTR
+                | Errno::PERM
+                | Errno::NETDOWN
+                | Errno::PROTO
+                | Errno::NOPROTOOPT
+                | Errno::HOSTDOWN
+                | Errno::NONET
+                | Errno::HOSTUNREACH
+                | Errno::NETUNREACH
+                | Errno::TIMEDOUT,
+            ) => Self::Connection,
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => Self::Resources,
+            _ => Self::Listener,
+        }
+    }
+
+    /// In words, for the log.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Connection => "each one is closed before",
+            Self::Resources => "out of file descriptors or memory",
+            Self::Listener => "the listening socket is not usable",
+        }
+    }
 
     fn label(self) -> &'static str {
         match self {
             Self::Connection => "connection",
             Self::Resources => "resources",
+            Self::Listener => "listener",
         }
     }
 }
@@ -327,7 +368,7 @@ impl Metrics {
             generator_latency: histogram(
                 &registry,
                 "generator_latency_seconds",
-                "Seconds to make a key, a batch, or one piece of a long key.",
+                "Seconds to make a response, or one chunk of a streamed response.",
                 vec![
                     0.000_000_5,
                     0.000_001,
@@ -557,6 +598,9 @@ mod tests {
         }
         for (place, reason) in Rejection::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, place);
+        }
+        for (place, kind) in AcceptError::ALL.into_iter().enumerate() {
+            assert_eq!(kind as usize, place);
         }
         for (place, format) in Format::ALL.into_iter().enumerate() {
             assert_eq!(format as usize, place);

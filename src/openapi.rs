@@ -250,7 +250,7 @@ fn components() -> Value {
             "413": problem("A length or a batch above its bound, which max names", &[]),
             "429": problem("The client asked too often or for too much", &["RateLimit-Policy", "RateLimit"]),
             "431": problem("Too many header fields, or too large a head, which has no content; the connection closes", &[]),
-            "503": problem("Nothing can be had now: the generator is out of service, the service stops, or is full", &["Retry-After"]),
+            "503": problem("Not available now: the generator is out of service, the service stops, or a limit of connections or of large responses is reached", &["Retry-After"]),
         },
         "headers": {
             "Allow": header("The methods that there are", json!({ "const": "GET, HEAD" }), true),

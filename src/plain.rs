@@ -9,15 +9,17 @@ use std::fmt;
 use std::io::{self, Write};
 use std::mem::{self, MaybeUninit};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::Zeroize;
 
-use crate::deadline::{Reset, WriteLast};
-use crate::key::KeyLength;
-use crate::metrics::{Endpoint, Metrics};
+use crate::buffers::{BufferAccount, BufferPermit};
+use crate::deadline::Transport;
+use crate::key::{KeyLength, keep_lower};
+use crate::metrics::{Endpoint, Metrics, Rejection};
 
 /// The most header fields a request may have.
 pub const FIELDS_MAX: usize = 32;
@@ -36,6 +38,16 @@ const ANSWER_HEAD_MAX: usize = 1024;
 
 /// Of that, what the service may say. The rest is for the length, the date and the end, which are written here.
 const SAID_MAX: usize = ANSWER_HEAD_MAX - 128;
+
+/// How often a connection reads or writes before others have a turn: at most some 0.2 ms.
+const TURNS: usize = 4;
+
+/// The most bytes that one write may hand to the kernel, which takes it whole: so many are held there for a client that
+/// does not read, however large a response is. A key of 4 KiB and its header fit.
+const WRITE_MAX: usize = 5 * 1024;
+
+/// From so many bytes of a response on, writes are as large as they come. A response that long has a permit.
+const STREAMING_MIN: usize = 64 * 1024;
 
 /// The longest key that goes this way, in bytes.
 pub const KEY_MAX: u64 = 4096;
@@ -187,6 +199,11 @@ thread_local! {
     static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
+/// Makes the calling thread's room for answers.
+pub fn reserve() {
+    SPARE.set(Vec::with_capacity(OUTPUT));
+}
+
 impl fmt::Debug for Answers<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Answers({}, {} of {} bytes sent)", self.count, self.sent, self.bytes.len())
@@ -245,7 +262,7 @@ impl<'a> Answers<'a> {
     }
 
     /// Sends them; `last` says that the connection ends with them.
-    fn poll_send<I: WriteLast + Unpin>(
+    fn poll_send<I: Transport + Unpin>(
         &mut self,
         io: &mut I,
         last: bool,
@@ -253,7 +270,9 @@ impl<'a> Answers<'a> {
     ) -> Poll<io::Result<()>> {
         while self.sent < self.bytes.len() {
             let (io, rest) = (Pin::new(&mut *io), &self.bytes[self.sent..]);
-            match ready!(if last { io.poll_write_last(cx, rest) } else { io.poll_write(cx, rest) })? {
+            let next = &rest[..rest.len().min(WRITE_MAX)];
+            let last = last && next.len() == rest.len();
+            match ready!(if last { io.poll_write_last(cx, next) } else { io.poll_write(cx, next) })? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 sent => self.sent += sent,
             }
@@ -266,7 +285,7 @@ impl Drop for Answers<'_> {
     fn drop(&mut self) {
         self.bytes.as_mut_slice().zeroize();
         self.bytes.clear();
-        SPARE.set(mem::take(&mut self.bytes));
+        keep_lower(&SPARE, &mut self.bytes);
         let took = self.started.elapsed();
         for _ in 0..self.count {
             self.metrics.requests_in_flight.dec();
@@ -287,6 +306,9 @@ pub struct Connection<'a, I, S> {
     next: Next,
     has_answered: bool,
     metrics: &'a Metrics,
+    buffers: BufferAccount,
+    /// While answers wait for the client to read.
+    held: Option<BufferPermit>,
 }
 
 /// What a connection does when its answers are sent.
@@ -311,9 +333,9 @@ pub enum End {
     Left,
 }
 
-impl<'a, I: AsyncRead + WriteLast + Unpin, S: AnswersPlain> Connection<'a, I, S> {
-    /// A connection of which nothing was read.
-    pub fn new(io: I, service: S, metrics: &'a Metrics) -> Self {
+impl<'a, I: AsyncRead + Transport + Unpin, S: AnswersPlain> Connection<'a, I, S> {
+    /// A connection of which nothing was read, whose buffers count on `buffers`.
+    pub fn new(io: I, service: S, metrics: &'a Metrics, buffers: BufferAccount) -> Self {
         Self {
             io,
             service,
@@ -322,6 +344,8 @@ impl<'a, I: AsyncRead + WriteLast + Unpin, S: AnswersPlain> Connection<'a, I, S>
             next: Next::Read,
             has_answered: false,
             metrics,
+            buffers,
+            held: None,
         }
     }
 
@@ -332,42 +356,77 @@ impl<'a, I: AsyncRead + WriteLast + Unpin, S: AnswersPlain> Connection<'a, I, S>
 
     /// Whether it is between two requests, with nothing to send.
     pub fn is_idle(&self) -> bool {
-        self.answers.is_none()
+        self.answers.is_none() && self.next == Next::Read
     }
 
-    /// The connection as if nothing had been read but what was answered, and its service.
-    pub fn into_parts(self) -> (Rewound, S)
+    /// Whose its buffers are.
+    pub fn buffers(&self) -> &BufferAccount {
+        &self.buffers
+    }
+
+    /// Lends the connection to hyper, as if nothing had been read but what was answered, and its service.
+    /// [`Connection::resume`] has to follow before it is served here again.
+    pub fn lend<'b>(&'b mut self, exchange: &'b Exchange) -> (Rewound<'b>, &'b S)
     where
-        I: Reset + Send + 'static,
+        I: Send,
     {
-        (Rewound { unread: self.unread, at: 0, io: Box::new(self.io) }, self.service)
+        let unread = mem::take(&mut self.unread);
+        (Rewound { unread, at: 0, io: &mut self.io, exchange, is_streaming: false }, &self.service)
+    }
+
+    /// Goes on here with `unread`, which hyper read and did not use.
+    pub fn resume(&mut self, unread: Vec<u8>) {
+        self.has_answered = true;
+        self.next = if unread.is_empty() { Next::Read } else { Next::Answer };
+        self.unread = unread;
+    }
+
+    /// Makes the connection's end a reset: what was not sent is forgotten.
+    pub fn forget_unsent(&self) {
+        self.io.forget_unsent();
     }
 
     /// Answers plain requests while there are no others.
     pub fn poll_serve(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<End>> {
-        loop {
+        for _ in 0..TURNS {
             if let Some(answers) = &mut self.answers {
-                ready!(answers.poll_send(&mut self.io, self.next == Next::End, cx))?;
+                let Poll::Ready(sent) = answers.poll_send(&mut self.io, self.next == Next::End, cx) else {
+                    let held = self.held.get_or_insert_with(|| self.buffers.hold(cx.waker()));
+                    if held.is_evicted() {
+                        self.io.forget_unsent();
+                        self.metrics.rejected(Rejection::Buffers);
+                        return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+                    }
+                    return Poll::Pending;
+                };
+                sent?;
                 self.answers = None;
+                self.held = None;
             }
             match self.next {
-                Next::Read | Next::Answer => {}
+                Next::Read => {
+                    let mut input = [const { MaybeUninit::uninit() }; INPUT];
+                    let mut input = ReadBuf::uninit(&mut input);
+                    input.put_slice(&self.unread);
+                    ready!(Pin::new(&mut self.io).poll_read(cx, &mut input))?;
+                    if input.filled().len() == self.unread.len() {
+                        // The client sends no more. What it has begun is for hyper to judge.
+                        self.next = if self.unread.is_empty() { Next::End } else { Next::Leave };
+                        continue;
+                    }
+                    self.answer(input.filled());
+                }
+                Next::Answer => {
+                    let unread = mem::take(&mut self.unread);
+                    self.answer(&unread);
+                }
                 Next::End => return Pin::new(&mut self.io).poll_shutdown(cx).map_ok(|()| End::Over),
                 Next::Leave => return Poll::Ready(Ok(End::Left)),
             }
-            let mut input = [const { MaybeUninit::uninit() }; INPUT];
-            let mut input = ReadBuf::uninit(&mut input);
-            input.put_slice(&self.unread);
-            if self.next == Next::Read {
-                ready!(Pin::new(&mut self.io).poll_read(cx, &mut input))?;
-                if input.filled().len() == self.unread.len() {
-                    // The client sends no more. What it has begun is for hyper to judge.
-                    self.next = if self.unread.is_empty() { Next::End } else { Next::Leave };
-                    continue;
-                }
-            }
-            self.answer(input.filled());
         }
+        // Its client sends more without a pause: other connections of this thread have a turn.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// Answers what can be answered of `input`, and keeps the rest.
@@ -400,32 +459,106 @@ impl<'a, I: AsyncRead + WriteLast + Unpin, S: AnswersPlain> Connection<'a, I, S>
 }
 
 /// Any stream.
-trait Io: AsyncRead + AsyncWrite + Reset + Send + Unpin {}
+trait Io: AsyncRead + Transport + Send + Unpin {}
 
-impl<I: AsyncRead + AsyncWrite + Reset + Send + Unpin> Io for I {}
+impl<I: AsyncRead + Transport + Send + Unpin> Io for I {}
 
-/// A stream out of which comes first what had been read already. It is one type whatever the stream is: hyper would be in
-/// the binary once for each.
-pub struct Rewound {
-    unread: Vec<u8>,
-    at: usize,
-    io: Box<dyn Io>,
+/// How far hyper is with the requests that it was lent a connection for.
+#[derive(Debug, Default)]
+pub struct Exchange {
+    /// A request was read.
+    is_started: AtomicBool,
+    /// A request had a body, so hyper alone knows where the next one begins.
+    has_body: AtomicBool,
+    /// Hyper asks for a request after those that it has answered.
+    wants_more: AtomicBool,
+    /// Something was written that may not be with the kernel yet.
+    is_unflushed: AtomicBool,
+    /// Bytes written since the last request was read.
+    written: AtomicUsize,
 }
 
-impl Reset for Rewound {
-    fn forget_unsent(&self) {
-        self.io.forget_unsent();
+impl Exchange {
+    /// Notes that a request was read.
+    pub fn start(&self, has_body: bool) {
+        self.is_started.store(true, Ordering::Relaxed);
+        self.has_body.fetch_or(has_body, Ordering::Relaxed);
+        self.written.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether a request was read.
+    pub fn is_started(&self) -> bool {
+        self.is_started.load(Ordering::Relaxed)
+    }
+
+    /// Whether so much of a response was written that it must have a permit.
+    pub fn is_streaming(&self) -> bool {
+        self.written.load(Ordering::Relaxed) >= STREAMING_MIN
+    }
+
+    /// Whether every request that was read is answered and every answer sent.
+    pub fn is_over(&self) -> bool {
+        self.wants_more.load(Ordering::Relaxed) && !self.is_unflushed.load(Ordering::Relaxed)
     }
 }
 
-impl AsyncRead for Rewound {
+/// A stream that yields already-read bytes first. It is one type whatever the stream is: hyper would be in the binary
+/// once for each. It reads little at a time, so that hyper's buffer does not grow beyond what one request needs, and writes
+/// little at a time while a response is short.
+pub struct Rewound<'a> {
+    unread: Vec<u8>,
+    at: usize,
+    io: &'a mut dyn Io,
+    exchange: &'a Exchange,
+    is_streaming: bool,
+}
+
+impl Rewound<'_> {
+    /// What was read before and hyper did not take. The stream is as it was lent.
+    pub fn finish(self) -> Vec<u8> {
+        if self.is_streaming {
+            self.io.set_streaming(false);
+        }
+        self.unread[self.at..].to_vec()
+    }
+
+    /// How many bytes the next write may have.
+    fn allowance(&mut self) -> usize {
+        let is_streaming = self.exchange.is_streaming();
+        if is_streaming != self.is_streaming {
+            self.is_streaming = is_streaming;
+            self.io.set_streaming(is_streaming);
+        }
+        if is_streaming { usize::MAX } else { WRITE_MAX }
+    }
+
+    fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.exchange.is_unflushed.store(true, Ordering::Relaxed);
+        if let Poll::Ready(Ok(count)) = written {
+            self.exchange.written.fetch_add(count, Ordering::Relaxed);
+        }
+        written
+    }
+}
+
+impl AsyncRead for Rewound<'_> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let unread = &this.unread[this.at..];
         if unread.is_empty() {
-            return Pin::new(&mut this.io).poll_read(cx, buf);
+            // Without a body to read, and while its client may close its sending side, hyper reads only for a request.
+            if this.exchange.is_started() && !this.exchange.has_body.load(Ordering::Relaxed) {
+                this.exchange.wants_more.store(true, Ordering::Relaxed);
+                return Poll::Pending;
+            }
+            let few = buf.remaining().min(INPUT);
+            let mut few = ReadBuf::new(buf.initialize_unfilled_to(few));
+            ready!(Pin::new(&mut *this.io).poll_read(cx, &mut few))?;
+            let read = few.filled().len();
+            buf.advance(read);
+            return Poll::Ready(Ok(()));
         }
-        let size = unread.len().min(buf.remaining());
+        let size = unread.len().min(buf.remaining()).min(INPUT);
         buf.put_slice(&unread[..size]);
         this.at += size;
         if this.at == this.unread.len() {
@@ -435,29 +568,48 @@ impl AsyncRead for Rewound {
     }
 }
 
-impl AsyncWrite for Rewound {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
+impl AsyncWrite for Rewound<'_> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let size = buf.len().min(this.allowance());
+        let written = Pin::new(&mut *this.io).poll_write(cx, &buf[..size]);
+        this.note(written)
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+        let this = self.get_mut();
+        let mut room = this.allowance();
+        if room == usize::MAX {
+            let written = Pin::new(&mut *this.io).poll_write_vectored(cx, bufs);
+            return this.note(written);
+        }
+        let mut few = [io::IoSlice::new(&[]); 4];
+        for (few, buf) in few.iter_mut().zip(bufs) {
+            let size = buf.len().min(room);
+            *few = io::IoSlice::new(&buf[..size]);
+            room -= size;
+        }
+        let written = Pin::new(&mut *this.io).poll_write_vectored(cx, &few);
+        this.note(written)
     }
 
     fn is_write_vectored(&self) -> bool {
         self.io.is_write_vectored()
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        ready!(Pin::new(&mut *this.io).poll_flush(cx))?;
+        this.exchange.is_unflushed.store(false, Ordering::Relaxed);
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.get_mut().io).poll_shutdown(cx)
     }
 }
 
@@ -484,8 +636,11 @@ fn date(now: Instant) -> [u8; 29] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::buffers::BufferLimit;
+    use crate::peer::Client;
     use std::convert::Infallible;
     use std::future::poll_fn;
+    use std::sync::Arc;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
     /// Keys of one letter, until `left` of them are gone.
@@ -605,13 +760,17 @@ mod tests {
         }
     }
 
+    fn account(limit: usize, client: u32) -> BufferAccount {
+        BufferAccount::new(Arc::new(BufferLimit::new(limit)), Client::V4(client))
+    }
+
     fn connection(
         metrics: &Metrics,
         left: usize,
         pipe: usize,
     ) -> (Connection<'_, DuplexStream, Letters>, DuplexStream) {
         let (ours, theirs) = duplex(pipe);
-        (Connection::new(ours, Letters { left: Cell::new(left) }, metrics), theirs)
+        (Connection::new(ours, Letters { left: Cell::new(left) }, metrics, account(8, 1)), theirs)
     }
 
     const REQUEST: &str = "GET /key/100 HTTP/1.1\r\nHost: a\r\n\r\n";
@@ -665,7 +824,8 @@ mod tests {
             let (end, ()) = tokio::join!(poll_fn(|cx| ours.poll_serve(cx)), sending);
             assert_eq!(end.unwrap(), End::Left);
             assert!(ours.has_answered());
-            let (mut io, _) = ours.into_parts();
+            let exchange = Exchange::default();
+            let (mut io, _) = ours.lend(&exchange);
             let mut left = String::new();
             io.read_to_string(&mut left).await.unwrap();
             assert_eq!(left, others, "in pieces of {piece}");

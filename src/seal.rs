@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::deadline::{Reset, WriteLast};
+use crate::deadline::Transport;
 use crate::random::{Failure, Generator};
 use crate::token::{self, Digest, LENGTH, PREFIX};
 
@@ -107,12 +107,6 @@ impl<S> Sealed<S> {
     }
 }
 
-impl<S: Reset> Reset for Sealed<S> {
-    fn forget_unsent(&self) {
-        self.stream.forget_unsent();
-    }
-}
-
 impl<S: AsyncRead + Unpin> AsyncRead for Sealed<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
@@ -183,13 +177,21 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Sealed<S> {
     }
 }
 
-impl<S: WriteLast + Unpin> WriteLast for Sealed<S> {
+impl<S: Transport + Unpin> Transport for Sealed<S> {
     fn poll_write_last(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write_last(cx, buf)
+    }
+
+    fn forget_unsent(&self) {
+        self.stream.forget_unsent();
+    }
+
+    fn set_streaming(&mut self, is_streaming: bool) {
+        self.stream.set_streaming(is_streaming);
     }
 }
 

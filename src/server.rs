@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -23,11 +23,13 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, error};
 
-use crate::deadline::{Patience, Reset, Timed, WriteLast};
+use crate::buffers::{BUFFERING_MAX, BufferAccount, BufferLimit};
+use crate::deadline::{Patience, Timed, Transport};
 use crate::listener::{Acceptor, Listener, Stream};
+use crate::memory;
 use crate::metrics::{AcceptError, Metrics, Rejection};
 use crate::peer::Peer;
-use crate::plain::{self, AnswersPlain, End, Rewound};
+use crate::plain::{self, AnswersPlain, End, Exchange};
 use crate::seal::{Sealed, Sealer};
 use crate::shares::{Share, Shares};
 use crate::tls::Tls;
@@ -36,7 +38,7 @@ use crate::tls::Tls;
 pub const HEAD_MAX: usize = 16 * 1024;
 
 /// Connections above the limit that are still accepted, to be told 503 and to have their health answered.
-const CROWD: usize = 256;
+pub const OVER_LIMIT_CONNECTIONS: usize = 256;
 
 /// How long such a connection may take for its one request, and how long a head may take once the drain has begun.
 const BRIEF: Duration = Duration::from_secs(1);
@@ -51,11 +53,17 @@ const SWEEP: Duration = Duration::from_millis(20);
 /// answer instead of a reset.
 const LINGER: Duration = Duration::from_millis(250);
 
-/// How long to wait when accept(2) has no descriptor or memory.
-const RESOURCE_WAIT: Duration = Duration::from_millis(100);
+/// With so many connections more may come, and their memory is to be given back.
+const FEW: usize = 16;
 
-/// How often that is worth a line in the log.
-const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
+/// How long to wait after accept(2) has failed for a reason that is not the connection's.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+
+/// How many connections in a row may fail by themselves before that counts as a persistent failure.
+const ACCEPT_FAILURES_MAX: u32 = 100;
+
+/// How often that is logged.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Whether a connection got one of the slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +97,8 @@ pub struct Slots {
     /// How many connections there ever were.
     taken: AtomicU64,
     limit: usize,
+    /// How many more are accepted.
+    over_limit: usize,
     freed: Notify,
     /// The tasks of connections without a slot, and since when they are there; the oldest first.
     crowd: Mutex<VecDeque<(Instant, AbortHandle)>>,
@@ -97,15 +107,16 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// Slots for `limit` connections.
-    pub fn new(limit: usize) -> Self {
+    /// Slots for `limit` connections, and `over_limit` more that get none.
+    pub fn new(limit: usize, over_limit: usize) -> Self {
         Self {
             seated: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
             taken: AtomicU64::new(0),
             limit,
+            over_limit,
             freed: Notify::new(),
-            crowd: Mutex::default(),
+            crowd: Mutex::new(VecDeque::with_capacity(2 * over_limit)),
             accepting: watch::Sender::new(()),
         }
     }
@@ -114,7 +125,7 @@ impl Slots {
     async fn room(&self) {
         loop {
             let freed = self.freed.notified();
-            if self.open.load(Ordering::Relaxed) < self.limit + CROWD {
+            if self.open.load(Ordering::Relaxed) < self.limit + self.over_limit {
                 return;
             }
             let _ = timeout_at(self.evict(), freed).await;
@@ -164,7 +175,12 @@ impl Slots {
     }
 
     fn are_empty(&self) -> bool {
-        self.open.load(Ordering::Relaxed) == 0
+        self.open() == 0
+    }
+
+    /// How many connections there are.
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
     }
 
     /// A seat for one more. Who has no slot takes none from others either: a crowd that keeps coming would have had each
@@ -186,7 +202,7 @@ impl Slots {
         if seat == Seat::Regular {
             self.seated.fetch_sub(1, Ordering::Relaxed);
         }
-        if self.open.fetch_sub(1, Ordering::Relaxed) >= self.limit + CROWD {
+        if self.open.fetch_sub(1, Ordering::Relaxed) >= self.limit + self.over_limit {
             self.freed.notify_waiters();
         }
     }
@@ -211,20 +227,23 @@ pub struct Terms {
     pub shares: Option<Arc<Shares>>,
     /// What keeps tokens out of what is read.
     pub sealer: Option<Arc<Sealer>>,
+    /// How many connections may hold buffers.
+    pub buffers: Arc<BufferLimit>,
 }
 
 impl Terms {
-    /// `connections` at once; for `head` and `write` see [`Patience`].
-    pub fn new(connections: usize, head: Duration, write: Duration, metrics: Arc<Metrics>) -> Self {
+    /// For `slots`; for `head` and `write` see [`Patience`].
+    pub fn new(slots: Slots, head: Duration, write: Duration, metrics: Arc<Metrics>) -> Self {
         Self {
             patience: Arc::new(Patience::new(head, write)),
             crowd_patience: Arc::new(Patience::new(head.min(BRIEF), write.min(BRIEF))),
-            slots: Arc::new(Slots::new(connections)),
+            slots: Arc::new(slots),
             metrics,
             gauge: None,
             tls: None,
             shares: None,
             sealer: None,
+            buffers: Arc::new(BufferLimit::new(BUFFERING_MAX)),
         }
     }
 
@@ -428,14 +447,19 @@ pub async fn serve(
 pub fn http<F, S, B>(service: F) -> impl Fn(Accepted) + Clone + Send + 'static
 where
     F: Fn(Seat, Peer) -> S + Clone + Send + 'static,
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain + Send + 'static,
-    S::Future: Send,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+        + AnswersPlain
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send + Unpin,
     B: Body + Send + 'static,
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     move |Accepted { stream, peer, phase, guard }| {
         let seat = guard.seat;
+        let buffers = BufferAccount::new(Arc::clone(&guard.terms.buffers), peer.origin.into());
         let timed = |stream| Timed::new(stream, Arc::clone(guard.terms.patience(seat)));
         let slots = (seat != Seat::Regular).then(|| Arc::clone(&guard.terms.slots));
         let task = match (&guard.terms.tls, stream) {
@@ -443,7 +467,7 @@ where
                 let (tls, stream, service) = (Arc::clone(tls), timed(stream), service.clone());
                 tokio::spawn(async move {
                     let service = move |identity| service(seat, Peer { identity, ..peer });
-                    encrypted(stream, &tls, service, phase, &guard.terms).await;
+                    encrypted(stream, &tls, service, phase, &guard.terms, buffers).await;
                 })
             }
             (_, stream) => {
@@ -451,7 +475,7 @@ where
                 let stream = Sealed::new(stream, guard.terms.sealer.clone());
                 // In a box, since the runtime moves a task's future several times.
                 tokio::spawn(Box::pin(async move {
-                    connection(stream, service, phase, &guard.terms.metrics).await;
+                    connection(stream, service, phase, &guard.terms.metrics, buffers).await;
                 }))
             }
         };
@@ -469,7 +493,9 @@ async fn accept(
     phase: watch::Receiver<Phase>,
     alive: mpsc::Sender<Infallible>,
 ) {
-    let mut complained: Option<Instant> = None;
+    let mut last_logged: Option<Instant> = None;
+    let mut has_put_aside = false;
+    let mut failures = 0;
     let mut sweeping: Option<Instant> = None;
     let _accepting = terms.slots.accepting.subscribe();
     // Both wait in one place for the life of the loop, instead of joining and leaving it for each connection.
@@ -505,28 +531,34 @@ async fn accept(
         };
         match accepted {
             Ok((stream, peer)) => {
+                failures = 0;
                 let Some(share) = Shares::take(terms.shares.as_ref(), peer.origin) else {
                     // Those who were told 503 are many already; dropped here, it holds nothing.
                     terms.metrics.rejected(Rejection::ClientConnections);
                     continue;
                 };
                 let seat = terms.slots.seat(share.is_excess());
+                if !has_put_aside && terms.slots.open() > FEW {
+                    has_put_aside = true;
+                    memory::put_aside();
+                }
                 let guard = Open::new(Arc::clone(&terms), seat, alive.clone(), share);
                 begin(Accepted { stream, peer, phase: phase.clone(), guard });
             }
-            // accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM. The connection stays in the queue; waiting is all there is.
-            Err(problem) if matches!(problem.raw_os_error(), Some(23 | 24 | 105 | 12)) => {
-                terms.metrics.accept_failed(AcceptError::Resources);
-                if complained.is_none_or(|last| last.elapsed() > COMPLAINT_INTERVAL) {
-                    complained = Some(Instant::now());
-                    error!(error = %problem, "connections can't be accepted for want of descriptors or memory");
+            Err(error) => {
+                let kind = AcceptError::of(&error);
+                terms.metrics.accept_failed(kind);
+                failures += 1;
+                if kind == AcceptError::Connection && failures <= ACCEPT_FAILURES_MAX {
+                    debug!(%error, "connection was closed before it was accepted");
+                    continue;
                 }
-                tokio::time::sleep(RESOURCE_WAIT).await;
-            }
-            // Anything else concerns that one connection, which is gone.
-            Err(problem) => {
-                terms.metrics.accept_failed(AcceptError::Connection);
-                debug!(error = %problem, "a connection was gone before it was accepted");
+                // The connection stays in the queue, or the listener itself is broken: waiting is all there is.
+                if last_logged.is_none_or(|last| last.elapsed() > LOG_INTERVAL) {
+                    last_logged = Some(Instant::now());
+                    error!(%error, "failed to accept connections: {}", kind.reason());
+                }
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
             }
         }
     }
@@ -539,104 +571,149 @@ async fn encrypted<S, B>(
     service: impl FnOnce(Option<Arc<str>>) -> S,
     mut phase: watch::Receiver<Phase>,
     terms: &Terms,
+    buffers: BufferAccount,
 ) where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
+    S::Future: Unpin,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let patience = stream.patience().head();
-    let done = {
-        let handshake = tls.handshake(stream, patience);
-        pin!(handshake);
-        tokio::select! {
-            biased;
-            done = handshake.as_mut() => done,
-            () = reached(&mut phase, Phase::Closing) => timeout(BRIEF, handshake).await.unwrap_or_default(),
-        }
-    };
-    if let Some((stream, identity)) = done {
+    let (head, serving) = (stream.patience().head(), phase.clone());
+    // In boxes, the handshake and what follows it: a task keeps the memory of its largest state for as long as its
+    // connection lives, and that of a handshake is thrice what an idle connection needs.
+    let mut handshake = Box::pin(async move {
+        let (stream, identity) = tls.handshake(stream, head).await?;
         let stream = Sealed::new(stream, terms.sealer.clone());
-        connection(stream, service(identity), phase, &terms.metrics).await;
+        Some(Box::pin(connection(stream, service(identity), serving, &terms.metrics, buffers)))
+    });
+    let connection = tokio::select! {
+        biased;
+        connection = handshake.as_mut() => connection,
+        () = reached(&mut phase, Phase::Closing) => timeout(BRIEF, handshake.as_mut()).await.unwrap_or_default(),
+    };
+    drop(handshake);
+    if let Some(connection) = connection {
+        connection.await;
     }
 }
 
-/// Serves one connection to its end: HTTP/1.1, as strictly as the service wants it. Plain requests go the short way,
-/// and the first other one goes by hyper, with all that follow.
+/// Serves one connection to its end: HTTP/1.1, as strictly as the service wants it. Plain requests go the short way;
+/// another one goes by hyper, which gives the connection back when it has answered.
 pub fn connection<I, S, B>(
     io: I,
     service: S,
     mut phase: watch::Receiver<Phase>,
     metrics: &Metrics,
+    buffers: BufferAccount,
 ) -> impl Future<Output = ()>
 where
-    I: AsyncRead + WriteLast + Reset + Send + Unpin + 'static,
+    I: AsyncRead + Transport + Send + Unpin + 'static,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
+    S::Future: Unpin,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     // Outside of the future, which would hold what it is made of, too: there is one for each connection.
-    let mut plain = plain::Connection::new(io, service, metrics);
+    let mut plain = plain::Connection::new(io, service, metrics, buffers);
     async move {
-        let poll = |cx: &mut Context<'_>, is_closing| match plain.poll_serve(cx) {
-            // An answer that is on its way is sent first.
-            Poll::Pending if is_closing && plain.is_idle() => Poll::Ready(Ok(End::Left)),
-            end => end,
-        };
-        match until_closing(&mut phase, poll).await {
-            Ok(End::Over) => {}
-            Ok(End::Left) => {
-                let asked = AtomicBool::new(plain.has_answered());
-                let (io, service) = plain.into_parts();
+        loop {
+            let poll = |cx: &mut Context<'_>, is_closing| match plain.poll_serve(cx) {
+                // An answer that is on its way is sent first.
+                Poll::Pending if is_closing && plain.is_idle() => Poll::Ready(Ok(End::Left)),
+                end => end,
+            };
+            match until_closing(&mut phase, poll).await {
+                Ok(End::Over) => return,
                 // In a box, since most connections never need it.
-                Box::pin(general(io, service, asked, phase, metrics)).await;
+                Ok(End::Left) => match Box::pin(general(&mut plain, &mut phase, metrics)).await {
+                    Exit::Closed => return,
+                    Exit::Reset => return plain.forget_unsent(),
+                    Exit::Handover(unread) => plain.resume(unread),
+                },
+                Err(problem) => {
+                    debug!(error = %problem, "a connection ended early");
+                    return;
+                }
             }
-            Err(problem) => debug!(error = %problem, "a connection ended early"),
         }
     }
 }
 
-/// Serves a connection by hyper. `asked` says whether it has had an answer before.
-async fn general<S, B>(
-    io: Rewound,
-    service: S,
-    asked: AtomicBool,
-    mut phase: watch::Receiver<Phase>,
+/// How hyper leaves a connection.
+enum Exit {
+    /// At its end.
+    Closed,
+    /// With nothing that may be taken for its end: its body failed, or another connection needs its buffers.
+    Reset,
+    /// Between two requests; these bytes were read and not used.
+    Handover(Vec<u8>),
+}
+
+/// Serves a connection by hyper until every request that it has read is answered.
+async fn general<I, S, B>(
+    plain: &mut plain::Connection<'_, I, S>,
+    phase: &mut watch::Receiver<Phase>,
     metrics: &Metrics,
-) where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+) -> Exit
+where
+    I: AsyncRead + Transport + Send + Unpin,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
+    S::Future: Unpin,
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    let exchange = Exchange::default();
+    let (buffers, has_answered) = (plain.buffers().clone(), plain.has_answered());
+    let (io, service) = plain.lend(&exchange);
     let mut connection = http1::Builder::new()
         .max_buf_size(HEAD_MAX)
         // A client may close its sending side after its request and still read the answer.
         .half_close(true)
-        .serve_connection(TokioIo::new(io), Noting { service, asked: &asked });
-    let result = until_closing(&mut phase, |cx, is_closing| match Pin::new(&mut connection).poll(cx) {
-        Poll::Pending if is_closing => Poll::Ready(None),
-        result => result.map(Some),
-    });
-    let result = match result.await {
-        Some(result) => result,
-        None => {
-            // Who has just come would be closed unheard. Its first request is still waited for, as long as a head may
-            // take by now, and its answer ends the connection.
-            if asked.load(Ordering::Relaxed) {
+        .serve_connection(TokioIo::new(io), Noting { service, exchange: &exchange });
+    let mut held = None;
+    let mut is_stopping = false;
+    let result = until_closing(phase, |cx, is_closing| {
+        if is_closing && !is_stopping {
+            is_stopping = true;
+            // Without an answer yet, it has just come and would be closed unheard. Its first request is still waited
+            // for, as long as a head may take by now, and its answer ends the connection.
+            if has_answered || exchange.is_started() {
                 Pin::new(&mut connection).graceful_shutdown();
             }
-            (&mut connection).await
         }
-    };
-    if let Err(problem) = result {
-        // Which peer and which bytes it was is nobody's business; that it happens is counted.
-        if problem.is_parse() {
-            metrics.rejected(Rejection::Malformed);
+        match Pin::new(&mut connection).poll(cx) {
+            Poll::Ready(result) => Poll::Ready(Some(result)),
+            Poll::Pending if exchange.is_over() => Poll::Ready(None),
+            Poll::Pending if exchange.is_streaming() => {
+                held = None; // it has a permit, of which there are few, and may be read slowly
+                Poll::Pending
+            }
+            Poll::Pending => {
+                let held = held.get_or_insert_with(|| buffers.hold(cx.waker()));
+                if held.is_evicted() { Poll::Ready(None) } else { Poll::Pending }
+            }
         }
-        // A body that failed is no end in order: nothing may announce it.
-        if problem.is_user() {
-            connection.into_parts().io.into_inner().forget_unsent();
+    });
+    match result.await {
+        Some(Ok(())) => Exit::Closed,
+        Some(Err(problem)) => {
+            // Which peer and which bytes it was is nobody's business; that it happens is counted.
+            if problem.is_parse() {
+                metrics.rejected(Rejection::Malformed);
+            }
+            debug!(error = %problem, "a connection ended early");
+            if problem.is_user() { Exit::Reset } else { Exit::Closed }
         }
-        debug!(error = %problem, "a connection ended early");
+        None if exchange.is_over() => {
+            let parts = connection.into_parts();
+            let mut unread = parts.read_buf.to_vec();
+            unread.extend_from_slice(&parts.io.into_inner().finish());
+            Exit::Handover(unread)
+        }
+        None => {
+            metrics.rejected(Rejection::Buffers);
+            Exit::Reset
+        }
     }
 }
 
@@ -661,20 +738,43 @@ async fn until_closing<T>(
     .await
 }
 
-/// A service that notes on its way whether anything was ever asked of it.
+/// A service that notes on its way what is asked of it, and lets other connections have a turn between requests that
+/// came together: each may be half a millisecond of work.
 struct Noting<'a, S> {
-    service: S,
-    asked: &'a AtomicBool,
+    service: &'a S,
+    exchange: &'a Exchange,
 }
 
-impl<S: Service<Request<Incoming>>> Service<Request<Incoming>> for Noting<'_, S> {
+impl<S> Service<Request<Incoming>> for Noting<'_, S>
+where
+    S: Service<Request<Incoming>, Future: Unpin>,
+{
     type Response = S::Response;
     type Error = S::Error;
-    type Future = S::Future;
+    type Future = Paced<S::Future>;
 
-    fn call(&self, request: Request<Incoming>) -> S::Future {
-        self.asked.store(true, Ordering::Relaxed);
-        self.service.call(request)
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let is_first = !self.exchange.is_started();
+        self.exchange.start(!request.body().is_end_stream());
+        Paced { future: self.service.call(request), has_yielded: is_first }
+    }
+}
+
+/// A future that may let other tasks have a turn before it ends.
+struct Paced<F> {
+    future: F,
+    has_yielded: bool,
+}
+
+impl<F: Future + Unpin> Future for Paced<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        if !std::mem::replace(&mut self.has_yielded, true) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        Pin::new(&mut self.future).poll(cx)
     }
 }
 
@@ -725,11 +825,15 @@ impl Drop for Open {
 mod tests {
     use super::*;
     use crate::listener::{Host, Mode};
+    use crate::peer::Client;
     use crate::plain::Unhurried;
     use hyper::service::service_fn;
+    use std::future::ready;
     use std::io::Write;
     use std::sync::mpsc as blocking;
     use std::thread;
+
+    const CROWD: usize = OVER_LIMIT_CONNECTIONS;
 
     /// A server on a thread of its own, whose service does not return before it is told to.
     #[test]
@@ -740,7 +844,7 @@ mod tests {
         let heartbeat = heartbeats.join();
         let drain = Drain::new();
         let phase = drain.watch();
-        let terms = Terms::new(8, BRIEF, BRIEF, Arc::new(Metrics::new()));
+        let terms = Terms::new(Slots::new(8, 8), BRIEF, BRIEF, Arc::new(Metrics::new()));
         let (entered, is_entered) = blocking::channel();
         let (release, is_released) = blocking::channel::<()>();
         let is_released = Arc::new(Mutex::new(is_released));
@@ -751,7 +855,7 @@ mod tests {
                 Unhurried(service_fn(move |_: Request<Incoming>| {
                     entered.send(()).unwrap();
                     let _ = is_released.lock().unwrap().recv();
-                    async { Ok(Response::new(String::new())) }
+                    ready(Ok(Response::new(String::new())))
                 }))
             };
             runtime.block_on(serve(vec![(listener, heartbeat)], http(service), terms, phase)).unwrap();
@@ -780,9 +884,9 @@ mod tests {
         let drain = Drain::new();
         let metrics = Metrics::new();
         let serve = |io| {
-            let service =
-                service_fn(|_: Request<Incoming>| async { Ok(Response::new(String::from("heard"))) });
-            connection(io, Unhurried(service), drain.watch(), &metrics)
+            let service = service_fn(|_: Request<Incoming>| ready(Ok(Response::new(String::from("heard")))));
+            let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
+            connection(io, Unhurried(service), drain.watch(), &metrics, buffers)
         };
         let ask = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
         let (mut new, theirs) = tokio::io::duplex(1024);
@@ -803,7 +907,7 @@ mod tests {
 
     #[test]
     fn slots_seat_up_to_the_limit_and_the_rest_is_a_crowd_that_takes_none() {
-        let slots = Slots::new(2);
+        let slots = Slots::new(2, CROWD);
         let seat = || slots.seat(false);
         assert_eq!(
             [seat(), seat(), seat(), seat()],
@@ -834,7 +938,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_oldest_of_a_full_crowd_goes_for_who_comes_and_nobody_with_a_slot() {
-        let slots = Arc::new(Slots::new(2));
+        let slots = Arc::new(Slots::new(2, CROWD));
         let sit = || {
             let seated = Seated(Arc::clone(&slots), slots.seat(false));
             let is_regular = seated.1 == Seat::Regular;

@@ -37,7 +37,8 @@ impl Count {
 impl Shares {
     /// At most `limit` connections for each client but `proxies`.
     pub fn new(limit: u32, proxies: Proxies) -> Self {
-        Self { open: Mutex::default(), limit, proxies }
+        // With room from the start for many clients, so that it does not grow on the heap of a worker (`memory.rs`).
+        Self { open: Mutex::new(HashMap::with_capacity(1024)), limit, proxies }
     }
 
     /// Counts a connection from `origin`; `None` if there are so many that it must be closed. Where nothing is bounded,

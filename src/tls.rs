@@ -39,8 +39,8 @@ use crate::metrics::{HandshakeFailure, TlsMetrics};
 const FILE_MAX: u64 = 1 << 20;
 
 /// Handshakes at once; further ones wait for their turn with nothing read. A client may send 64 KiB before it has
-/// shown who it is, so this bounds that memory to 64 MiB.
-const HANDSHAKES: usize = 1024;
+/// shown who it is, so this bounds that memory to 32 MiB.
+const HANDSHAKES: usize = 512;
 
 /// How long a handshake may take while half of them are taken: the turn of those that stall comes to an end soon.
 const BRIEF: Duration = Duration::from_secs(1);
@@ -291,17 +291,17 @@ impl Tls {
         patience: Duration,
     ) -> io::Result<(CloseNotify<Timed<Stream>>, Option<Arc<str>>)> {
         let deadline = Instant::now() + patience;
-        let turn = timeout_at(deadline, self.handshakes.acquire()).await?;
-        let busy = self.handshakes.available_permits() < HANDSHAKES / 2;
-        let deadline = if busy { deadline.min(Instant::now() + BRIEF) } else { deadline };
+        // Before its turn: a client that says nothing takes none.
         let first = timeout_at(deadline, stream.get_ref().peek()).await??;
         if first.is_some_and(|byte| byte.is_ascii_uppercase()) {
             // The beginning of a method, where TLS has 0x16. In a box, since most connections never need it.
-            drop(turn);
             let refused = Box::pin(refuse_plain_http(stream));
             let _ = timeout_at(deadline.min(Instant::now() + BRIEF), refused).await; // it is refused either way
             return Err(io::Error::other(PlainHttp));
         }
+        let turn = timeout_at(deadline, self.handshakes.acquire()).await?;
+        let busy = self.handshakes.available_permits() < HANDSHAKES / 2;
+        let deadline = if busy { deadline.min(Instant::now() + BRIEF) } else { deadline };
         let server = Arc::clone(&self.server.read().unwrap_or_else(PoisonError::into_inner));
         let stream = timeout_at(deadline, TlsAcceptor::from(server).accept(stream)).await??;
         let stream = CloseNotify::new(stream);

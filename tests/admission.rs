@@ -8,18 +8,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
 
-use common::{Client, Daemon, PATIENCE, Response, request, until};
-use socket2::{Domain, Socket, Type};
-
-/// A connection from an address of this host's.
-fn connect_from(source: &str, to: SocketAddr) -> TcpStream {
-    let source: SocketAddr = format!("{source}:0").parse().unwrap();
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-    socket.bind(&source.into()).unwrap();
-    socket.connect(&to.into()).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    socket.into()
-}
+use common::{Client, Daemon, PATIENCE, Response, connect_from, request, until};
 
 /// One exchange from an address of this host's.
 fn ask_from(source: &str, to: SocketAddr, request: &str) -> Response {
@@ -242,27 +231,31 @@ fn a_trusted_proxy_has_connections_for_many() {
     drop(held);
 }
 
+/// A stream that was begun and is not read.
+fn stalled(address: &str, daemon: &Daemon, path: &str) -> TcpStream {
+    let mut stream = connect_from(address, daemon.keys());
+    stream.write_all(request(path).as_bytes()).unwrap();
+    let mut status = [0; 12];
+    stream.read_exact(&mut status).unwrap();
+    assert_eq!(&status, b"HTTP/1.1 200", "{path}");
+    stream
+}
+
 #[test]
-fn long_keys_have_permits_and_beyond_them_503_comes_at_once() {
+fn streamed_responses_have_permits_and_beyond_them_503_comes_at_once() {
     let daemon =
         Daemon::start(&[("MAX_SIZE", "1073741824"), ("MAX_BULK_STREAMS", "8"), ("RATE_REQUESTS", "1000000")]);
-    let mut held: Vec<_> = (0..8)
-        .map(|_| {
-            let mut stream = TcpStream::connect(daemon.keys()).unwrap();
-            stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
-            stream.read_exact(&mut [0; 16]).unwrap();
-            stream
-        })
-        .collect();
+    let mut held: Vec<_> =
+        (0..8).map(|n| stalled(&format!("127.0.0.{}", 2 + n / 2), &daemon, "/key/1073741824")).collect();
     let mut times = Vec::new();
     for _ in 0..50 {
         let started = Instant::now();
         let refused = daemon.get("/key/65537");
         times.push(started.elapsed());
         assert_eq!(refused.status, 503);
-        assert_eq!(refused.problem(), "Too many long keys are being sent");
+        assert_eq!(refused.problem(), "Too many large responses are being sent");
         assert!(refused.header("retry-after").is_some());
-        assert_eq!(daemon.get("/key/65536").status, 200, "short keys need no permit");
+        assert_eq!(daemon.get("/key/16384").status, 200, "a response of 16 KiB needs no permit");
     }
     times.sort();
     let started = Instant::now();
@@ -283,6 +276,60 @@ fn long_keys_have_permits_and_beyond_them_503_comes_at_once() {
     for _ in 0..5 {
         until("the permit", || (daemon.get("/key/100000").status == 200).then_some(()));
     }
+}
+
+#[test]
+fn every_response_above_16_kib_takes_a_permit_of_its_clients_quarter() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "1073741824"), ("MAX_BULK_STREAMS", "8")]);
+    let large = [
+        "/key/16385",
+        "/key/8192?format=hex",
+        "/key/12500?format=base64",
+        "/key/12400?format=json",
+        "/key/32?count=1024&format=hex",
+        "/key/32?count=1024&format=jwk",
+        "/key/64?count=1024&format=json",
+        "/password/24?count=1000",
+    ];
+    for path in large {
+        assert_eq!(daemon.get(path).status, 200, "{path}");
+    }
+    // A quarter of eight. The client has permits of its own for as long as it reads nothing.
+    let held = [0, 1].map(|_| stalled("127.0.0.2", &daemon, "/key/1073741824"));
+    for path in large {
+        let refused = ask_from("127.0.0.2", daemon.keys(), &request(path));
+        assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")), "{path}");
+        assert_eq!(
+            ask_from("127.0.0.3", daemon.keys(), &request(path)).status,
+            200,
+            "{path} for another client"
+        );
+    }
+    for path in ["/key/16384", "/key/32?count=200&format=hex", "/key/4096?format=hex", "/health"] {
+        assert_eq!(ask_from("127.0.0.2", daemon.keys(), &request(path)).status, 200, "{path} takes none");
+    }
+    drop(held);
+}
+
+#[test]
+fn a_quarter_is_that_of_the_client_behind_a_trusted_proxy() {
+    let daemon = Daemon::start(&[
+        ("MAX_SIZE", "1073741824"),
+        ("MAX_BULK_STREAMS", "4"),
+        ("TRUSTED_PROXIES", "127.0.0.9"),
+    ]);
+    let ask = |client: &str| {
+        let mut stream = connect_from("127.0.0.9", daemon.keys());
+        let path = "/key/1073741824";
+        let text = format!("GET {path} HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: {client}\r\n\r\n");
+        stream.write_all(text.as_bytes()).unwrap();
+        let mut status = [0; 12];
+        stream.read_exact(&mut status).unwrap();
+        (String::from_utf8(status[9..].to_vec()).unwrap(), stream)
+    };
+    let held: Vec<_> = ["192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.3"].map(ask).into();
+    let statuses: Vec<_> = held.iter().map(|(status, _)| status.as_str()).collect();
+    assert_eq!(statuses, ["200", "503", "200", "200"]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::net::TcpStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Client, Daemon, Folder, PATIENCE, get, key_service, request, until};
+use common::{Client, Daemon, Folder, PATIENCE, connect_from, get, key_service, request, until};
 
 /// Reads to the end of the connection and returns how many bytes came.
 fn drain(stream: &mut TcpStream) -> usize {
@@ -145,26 +145,70 @@ fn a_crowd_past_the_limit_is_let_in_bit_by_bit_and_the_daemon_outlives_it() {
     until("free slots", || (daemon.get("/key/32").status == 200).then_some(()));
 }
 
-#[test]
-fn too_few_descriptors_lower_the_limit_and_do_not_kill() {
+/// A daemon that may open `count` files.
+fn with_descriptors(count: u32, settings: &[(&str, &str)]) -> Daemon {
     let folder = Folder::new();
     let inner = key_service(&folder);
     let mut command = Command::new("sh");
-    command.arg("-c").arg("ulimit -n 64 && exec \"$@\"").arg("sh").arg(inner.get_program());
+    let script = format!("ulimit -n {count} && exec \"$@\"");
+    command.arg("-c").arg(script).arg("sh").arg(inner.get_program());
     common::scrub(&mut command, &folder);
     command.arg("--config").arg(folder.file("config.toml"));
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
-    command.env("KEYSERVICE_WORKERS", "1");
-    let mut daemon = Daemon::run(folder, command);
-    assert_eq!(daemon.metric("process_max_fds"), 64.0);
-    assert_eq!(daemon.metric("http_connections_limit"), 32.0);
-    daemon.wait_for_log("max-connections is lowered");
-    let held: Vec<_> = (0..200).map(|_| TcpStream::connect(daemon.keys()).unwrap()).collect();
-    daemon.wait_for_log("want of descriptors");
+    for (name, value) in settings {
+        command.env(format!("KEYSERVICE_{name}"), value);
+    }
+    Daemon::run(folder, command)
+}
+
+#[test]
+fn connections_over_the_limit_never_use_up_the_descriptors() {
+    for count in [64, 300, 600] {
+        let daemon = with_descriptors(count, &[("WORKERS", "2"), ("MAX_CONNECTIONS_PER_CLIENT", "0")]);
+        assert_eq!(daemon.metric("process_max_fds"), f64::from(count));
+        daemon.wait_for_log("max-connections is lowered");
+        // The test's own address has a share of the connections for metrics.
+        let from = |n: u32| format!("127.0.{}.{}", 1 + n / 200, 1 + n % 200);
+        let connect = |to| (0..count).map(|n| connect_from(&from(n), to)).collect::<Vec<_>>();
+        let held = (connect(daemon.keys()), connect(daemon.metrics()));
+        let limit = daemon.metric("http_connections_limit");
+        assert!(limit >= f64::from(count) / 8.0, "{limit} of {count}");
+        until("every slot to be taken", || (daemon.metric("http_connections") >= limit).then_some(()));
+        assert_eq!(daemon.get("/health").status, 200);
+        assert_eq!(daemon.metric("accept_errors_total{kind=\"resources\"}"), 0.0, "with {count} open files");
+        drop(held);
+        until("recovery", || (daemon.get("/key/32").status == 200).then_some(()));
+    }
+}
+
+#[test]
+fn metrics_are_readable_however_many_idle_connections_there_are() {
+    let daemon = Daemon::start(&[("HEAD_TIMEOUT", "3600")]);
+    let held: Vec<_> =
+        (0..330).map(|n| connect_from(&format!("127.0.0.{}", 2 + n % 4), daemon.metrics())).collect();
+    let response = get(daemon.metrics(), "/metrics");
+    assert_eq!(response.status, 200);
+    let closed = common::metric(&response.text(), "http_rejections_total{reason=\"client_connections\"}");
+    assert!(closed >= 330.0 - 4.0 * 24.0, "an address has a share of the connections for metrics");
     drop(held);
-    until("recovery", || (daemon.get("/key/32").status == 200).then_some(()));
-    assert!(daemon.metric("accept_errors_total{kind=\"resources\"}") > 0.0);
-    let complaints = daemon.log().matches("want of descriptors").count();
-    assert!(complaints <= 2, "each of the two accept loops complains once a minute");
-    assert!(daemon.is_running());
+}
+
+#[test]
+fn a_client_with_as_many_unread_responses_as_all_may_have_loses_its_oldest() {
+    let daemon = Daemon::start(&[("MAX_CONNECTIONS_PER_CLIENT", "0"), ("WRITE_TIMEOUT", "3600")]);
+    let ask = request("/key/1024").repeat(1000);
+    let deaf: Vec<_> = (0..600)
+        .map(|_| {
+            let mut stream = TcpStream::connect(daemon.keys()).unwrap();
+            stream.set_nonblocking(true).unwrap();
+            let _ = stream.write(ask.as_bytes()).unwrap(); // as much as the socket takes
+            stream
+        })
+        .collect();
+    // 128 may wait for their clients; the others were reset to make room.
+    daemon.wait_for_metric("http_rejections_total{reason=\"buffers\"}", 600.0 - 128.0);
+    assert_eq!(daemon.metric("http_connections"), 128.0);
+    assert_eq!(daemon.get("/key/32").status, 200);
+    drop(deaf);
+    daemon.wait_for_metric("http_connections", 0.0);
 }

@@ -20,7 +20,7 @@ use key_service::listener::{Host, Listener, Mode};
 use key_service::metrics::Metrics;
 use key_service::random::{Generator, Kernel, Source};
 use key_service::seal::Sealer;
-use key_service::server::{Drain, Heartbeats, Terms, serve};
+use key_service::server::{Drain, Heartbeats, Slots, Terms, serve};
 
 #[test]
 fn a_unit_gets_32_bytes_that_nobody_else_gets() {
@@ -236,7 +236,7 @@ fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_k
     let heartbeat = Heartbeats::new().join();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let terms = Terms::new(8, PATIENCE, PATIENCE, metrics);
+        let terms = Terms::new(Slots::new(8, 8), PATIENCE, PATIENCE, metrics);
         runtime.block_on(serve(vec![(listener, heartbeat)], outlet.service(), terms, phase)).unwrap();
     });
     assert_eq!(fetch(&folder, "web.service", "key").len(), 32);

@@ -12,11 +12,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use common::Daemon;
 use key_service::admission::{Admission, Rules};
 use key_service::api::{Api, Routes, Site};
-use key_service::deadline::{Patience, Reset, Timed, WriteLast};
+use key_service::buffers::{BufferAccount, BufferLimit};
+use key_service::deadline::{Patience, Timed, Transport};
 use key_service::health::Health;
 use key_service::listener::Stream;
 use key_service::metrics::Metrics;
-use key_service::peer::Peer;
+use key_service::peer::{Client, Peer};
 use key_service::random::{Failure, Generator, Kernel, Source};
 use key_service::seal::Sealer;
 use key_service::server::{Drain, Seat, connection};
@@ -75,12 +76,13 @@ impl Service {
         path: &str,
     ) -> (Vec<u8>, io::Result<usize>)
     where
-        I: AsyncRead + WriteLast + Reset + Send + Unpin + 'static,
+        I: AsyncRead + Transport + Send + Unpin + 'static,
     {
         let drain = Drain::new();
         let peer = Peer::tcp(([127, 0, 0, 1], 1).into());
         let session = self.site.clone().serve(Seat::Regular, peer);
-        let serving = connection(server, session, drain.watch(), &self.metrics);
+        let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
+        let serving = connection(server, session, drain.watch(), &self.metrics, buffers);
         let asking = async {
             let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
             client.write_all(request.as_bytes()).await.unwrap();

@@ -24,12 +24,13 @@ use hyper::service::Service;
 use key_service::admission::{Admission, Rules};
 use key_service::api::{Answering, Api, Routes, Session, Site};
 use key_service::body::Body;
+use key_service::buffers::{BufferAccount, BufferLimit};
 use key_service::deadline::{Patience, Timed};
 use key_service::format::Format;
 use key_service::forwarded::Proxies;
 use key_service::health::Health;
 use key_service::metrics::Metrics;
-use key_service::peer::Peer;
+use key_service::peer::{Client, Peer};
 use key_service::plain::{Answers, AnswersPlain, Outcome, PlainRequest};
 use key_service::random::{Generator, Kernel};
 use key_service::rate::Rates;
@@ -177,7 +178,8 @@ async fn exchange(setup: &Setup, wire: &[u8], has_short_way: bool) -> (Vec<Asked
     let ours = Sealed::new(Timed::new(ours, patience), Some(sealer));
     let drain = Drain::new();
     let (mut incoming, mut outgoing) = split(theirs);
-    let serving = connection(ours, recorder, drain.watch(), &METRICS);
+    let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
+    let serving = connection(ours, recorder, drain.watch(), &METRICS, buffers);
     let sending = async {
         for piece in wire.chunks(setup.piece) {
             if outgoing.write_all(piece).await.is_err() {

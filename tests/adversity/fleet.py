@@ -3,6 +3,13 @@
     fleet.py silent|half|drip|deaf PORT COUNT NET
         COUNT connections that say nothing, half a head, a byte every 5 seconds, or ask for a long key and never read it;
         prints `connected` once all are, and ends when the server has cut the last one
+    fleet.py hoard PORT COUNT NET FIRST plain|tls
+        COUNT connections that ask for as much as their sockets take and never read, 250 an address from number FIRST on:
+        raw keys, batches as hexadecimal digits and as JSON Web Keys, and long keys; prints `connected` once all have asked,
+        and ends when standard input does
+    fleet.py steady PORT 1 NET PAUSE plain|tls
+        one client that asks for a key again and again on a kept connection, PAUSE seconds after the last one; prints
+        `connected` after the first, and ends when standard input does
     fleet.py ask PORT COUNT NET PATH PAUSE new|kept
         COUNT clients that ask for PATH, each on new connections or on a kept one, PAUSE seconds after its last answer;
         prints `connected` after COUNT answers, and ends when standard input does
@@ -15,11 +22,12 @@ import json
 import re
 import select
 import socket
+import ssl
 import sys
 import time
 
 KIND, PORT, COUNT, NET = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-SHARING = 200
+SHARING = 250 if KIND == "hoard" else 200
 CONNECTING_MAX = 256  # the kernel's queue of a listener has 4,096 places: no SYN of ours is to be lost there
 PATIENCE = 60
 LONG = 256 << 20
@@ -30,7 +38,7 @@ def connection(number):
     client = socket.socket()
     client.setblocking(False)
     client.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT: connect(2) chooses, among more
-    if KIND == "deaf":
+    if KIND == "deaf" or KIND == "hoard" and number % 2:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     share = number // SHARING
     client.bind((f"127.{NET}.{share // 250}.{share % 250 + 1}", 0))
@@ -88,6 +96,93 @@ def hold():
                 poll.unregister(client)
                 clients.pop(number).close()
     say(json.dumps({"cut": len(lives), "soonest": min(lives), "latest": max(lives)}))
+
+
+# Each as often as fits a pipeline.
+HOARDED = [b"/key/1024", b"/key/1024?count=64&format=hex", b"/key/32?count=1024&format=jwk", b"/key/%d" % LONG,
+           b"/key/4000?format=base64", b"/key/64?count=1000&format=json"]
+
+
+class Hoarder:
+    """A client that asks and never reads."""
+
+    def __init__(self, number, tls):
+        self.client = connection(number)
+        if tls:
+            self.client = tls.wrap_socket(self.client, do_handshake_on_connect=False)
+        path = HOARDED[number % len(HOARDED)]
+        self.requests = memoryview(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path * 400)
+        self.is_shaking, self.has_asked = bool(tls), False
+
+    def go_on(self):
+        """True once the socket takes no more, or the connection is gone."""
+        try:
+            if self.is_shaking:
+                self.client.do_handshake()
+                self.is_shaking = False
+            while self.requests:
+                self.requests = self.requests[self.client.send(self.requests):]
+        except ssl.SSLWantReadError:
+            return False
+        except (ssl.SSLWantWriteError, BlockingIOError):
+            return not self.is_shaking
+        except OSError:
+            return True
+        return True
+
+
+def tls_context(kind):
+    """The name of the certificate is not what is tested."""
+    if kind != "tls":
+        return None
+    tls = ssl.create_default_context()
+    tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    return tls
+
+
+def steady():
+    pause, tls = float(sys.argv[5]), tls_context(sys.argv[6])
+    client = socket.create_connection(("127.0.0.1", PORT), PATIENCE, (f"127.{NET}.0.1", 0))
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if tls:
+        client = tls.wrap_socket(client)
+    times, failure = [], None
+    while not failure and not select.select([sys.stdin], [], [], pause)[0]:
+        begin, answer = time.monotonic(), b""
+        client.sendall(b"GET /key/32 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        while len(answer.partition(b"\r\n\r\n")[2]) < 32:
+            if not (piece := client.recv(65536)):
+                failure = f"closed after {len(answer)} bytes"
+                break
+            answer += piece
+        if not answer.startswith(b"HTTP/1.1 200 "):
+            failure = failure or f"{answer[:100]!r}"
+        times.append(time.monotonic() - begin)
+        if len(times) == 1:
+            say("connected")
+    times.sort()
+    say(json.dumps({"failure": failure, "count": len(times), "p99": times[len(times) * 99 // 100], "longest": times[-1]}))
+
+
+def hoard():
+    first, tls = int(sys.argv[5]), tls_context(sys.argv[6])
+    poll, hoarders, made, asked = select.epoll(), {}, 0, 0
+    limit = time.monotonic() + 4 * PATIENCE
+    while asked < COUNT:
+        if time.monotonic() > limit:
+            sys.exit(f"{asked} of {COUNT} have asked")
+        while made < COUNT and made - asked < CONNECTING_MAX:
+            hoarder = Hoarder(first + made, tls)
+            hoarders[hoarder.client.fileno()] = hoarder
+            poll.register(hoarder.client, select.EPOLLOUT | select.EPOLLIN | select.EPOLLET)
+            made += 1
+        for number, _ in poll.poll(0.1):
+            hoarder = hoarders[number]
+            if not hoarder.has_asked and hoarder.go_on():
+                hoarder.has_asked, asked = True, asked + 1
+    say("connected")
+    sys.stdin.read()
+    say(json.dumps({"asked": asked}))
 
 
 class Asker:
@@ -169,4 +264,4 @@ def ask():
                 finish(asker)
 
 
-ask() if KIND == "ask" else hold()
+{"ask": ask, "hoard": hoard, "steady": steady}.get(KIND, hold)()

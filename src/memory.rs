@@ -1,0 +1,97 @@
+//! Gives memory back to the kernel after many connections have left.
+//!
+//! glibc's malloc returns memory only from the top of a thread's heap, and keeps up to seven free chunks of each small size
+//! for the thread (mallopt(3), glibc.malloc.tcache_count). After 10,000 connections those lie anywhere in the heap, and
+//! each one keeps all that is below it: 47 MB stayed resident. So each worker puts aside as many chunks near the bottom of
+//! its heap. To give memory back they take the place of those that are kept; the top of the heap is free then, and the
+//! next large chunk that is freed has glibc return it.
+
+use std::cell::Cell;
+use std::hint::black_box;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use crate::server::Slots;
+use crate::{key, plain};
+
+/// Usable sizes of the chunks that a thread keeps, in bytes: from the first to the last in steps of 16.
+const SIZES: RangeInclusive<usize> = 24..=1032;
+
+/// How many of each size it keeps.
+const COUNT: usize = 7;
+
+/// A chunk that makes malloc merge what is free and return what is at the top: larger than 64 KiB, and smaller than those
+/// that come from mmap(2).
+const LARGE: usize = 100 * 1024;
+
+/// How often a worker looks at the number of connections.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// Fewer connections take too little memory for it to matter.
+const CONNECTIONS_MIN: usize = 256;
+
+/// How many times in a row memory is given back: the last connections of many leave it late.
+const REPETITIONS: u32 = 4;
+
+/// Chunks of each size.
+struct Chunks(#[expect(dead_code, reason = "they are only there")] Vec<Vec<u8>>);
+
+impl Chunks {
+    /// First those that the thread keeps, where it has some.
+    fn allocate() -> Self {
+        let sizes = SIZES.step_by(16).flat_map(|size| std::iter::repeat_n(size, COUNT));
+        let mut chunks = Vec::with_capacity(SIZES.step_by(16).count() * COUNT); // never grows: that would free small ones
+        chunks.extend(sizes.map(|size| Vec::with_capacity(black_box(size))));
+        Self(black_box(chunks))
+    }
+}
+
+thread_local! {
+    /// The chunks put aside, near the bottom of the thread's heap.
+    static ASIDE: Cell<Option<Chunks>> = const { Cell::new(None) };
+}
+
+/// Has what the calling thread keeps for as long as it lives at the bottom of its heap. To be called while there are few
+/// connections.
+pub fn put_aside() {
+    key::reserve();
+    plain::reserve();
+    ASIDE.set(Some(Chunks::allocate()));
+}
+
+/// Gives the calling thread's free memory back whenever most of many connections have left. Never returns.
+pub async fn give_back(slots: &Slots) {
+    let (mut most, mut repetitions) = (0, 0);
+    loop {
+        sleep(INTERVAL).await;
+        let open = slots.open();
+        if open > most {
+            (most, repetitions) = (open, 0);
+        }
+        if most < CONNECTIONS_MIN || open > most / 2 {
+            continue;
+        }
+        ASIDE.set(ASIDE.take().map(exchange));
+        repetitions += 1;
+        if repetitions == REPETITIONS {
+            (most, repetitions) = (open, 0);
+        }
+    }
+}
+
+/// Puts `near` in the place of the chunks that the thread keeps, frees those, and takes `near` back.
+fn exchange(near: Chunks) -> Chunks {
+    merge();
+    let far = Chunks::allocate();
+    drop(near);
+    drop(far);
+    merge();
+    Chunks::allocate()
+}
+
+/// Has malloc merge what is free, and return what is at the top.
+fn merge() {
+    drop(Vec::<u8>::with_capacity(black_box(LARGE)));
+}
