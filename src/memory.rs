@@ -32,7 +32,7 @@ const INTERVAL: Duration = Duration::from_secs(5);
 /// Fewer connections take too little memory for it to matter.
 const CONNECTIONS_MIN: usize = 256;
 
-/// How many times in a row memory is given back: the last connections of many leave it late.
+/// How many times in a row memory is given back.
 const REPETITIONS: u32 = 4;
 
 /// Chunks of each size.
@@ -61,23 +61,41 @@ pub fn put_aside() {
     ASIDE.set(Some(Chunks::allocate()));
 }
 
-/// Gives the calling thread's free memory back whenever most of many connections have left. Never returns.
+/// Gives the calling thread's free memory back after most of many connections have left. Never returns.
 pub async fn give_back(slots: &Slots) {
-    let (mut most, mut repetitions) = (0, 0);
+    let mut burst = Burst::default();
     loop {
         sleep(INTERVAL).await;
-        let open = slots.open();
-        if open > most {
-            (most, repetitions) = (open, 0);
+        if burst.is_leaving(slots.open()) {
+            ASIDE.set(ASIDE.take().map(exchange));
         }
-        if most < CONNECTIONS_MIN || open > most / 2 {
-            continue;
+    }
+}
+
+/// How many connections there were, and are left.
+#[derive(Debug, Default)]
+struct Burst {
+    most: usize,
+    least: usize,
+    repetitions: u32,
+}
+
+impl Burst {
+    /// Whether memory is to be given back now that `open` connections are left: a few times for each new low, since the
+    /// last ones leave late.
+    fn is_leaving(&mut self, open: usize) -> bool {
+        if open >= CONNECTIONS_MIN.max(self.most / 2) {
+            *self = Self { most: self.most.max(open), least: open, repetitions: 0 };
+            return false;
         }
-        ASIDE.set(ASIDE.take().map(exchange));
-        repetitions += 1;
-        if repetitions == REPETITIONS {
-            (most, repetitions) = (open, 0);
+        if self.most == 0 {
+            return false;
         }
+        if open < self.least {
+            (self.least, self.repetitions) = (open, 0);
+        }
+        self.repetitions += 1;
+        self.repetitions <= REPETITIONS
     }
 }
 
@@ -94,4 +112,25 @@ fn exchange(near: Chunks) -> Chunks {
 /// Has malloc merge what is free, and return what is at the top.
 fn merge() {
     drop(Vec::<u8>::with_capacity(black_box(LARGE)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_given_back_a_few_times_for_each_new_low_after_a_burst() {
+        let mut burst = Burst::default();
+        let mut is_leaving =
+            |open: &[usize]| open.iter().map(|open| burst.is_leaving(*open)).collect::<Vec<_>>();
+        assert_eq!(is_leaving(&[0, 100, 255, 0]), [false; 4], "there were never many");
+        assert_eq!(is_leaving(&[10_000, 9_000, 5_000]), [false; 3], "they are still there");
+        assert_eq!(is_leaving(&[128; 6]), [true, true, true, true, false, false], "some stay");
+        assert_eq!(
+            is_leaving(&[130, 0, 5, 0, 0, 0]),
+            [false, true, true, true, true, false],
+            "the rest left"
+        );
+        assert_eq!(is_leaving(&[6_000, 0]), [false, true], "another burst");
+    }
 }
