@@ -39,10 +39,10 @@ const REPETITIONS: u32 = 4;
 struct Chunks(#[expect(dead_code, reason = "they are only there")] Vec<Vec<u8>>);
 
 impl Chunks {
-    /// First those that the thread keeps, where it has some.
-    fn allocate() -> Self {
-        let sizes = SIZES.step_by(16).flat_map(|size| std::iter::repeat_n(size, COUNT));
-        let mut chunks = Vec::with_capacity(SIZES.step_by(16).count() * COUNT); // never grows: that would free small ones
+    /// `count` of each size: first those that the thread keeps, where it has some.
+    fn allocate(count: usize) -> Self {
+        let sizes = SIZES.step_by(16).flat_map(|size| std::iter::repeat_n(size, count));
+        let mut chunks = Vec::with_capacity(SIZES.step_by(16).count() * count); // never grows: that would free small ones
         chunks.extend(sizes.map(|size| Vec::with_capacity(black_box(size))));
         Self(black_box(chunks))
     }
@@ -58,7 +58,7 @@ thread_local! {
 pub fn put_aside() {
     key::reserve();
     plain::reserve();
-    ASIDE.set(Some(Chunks::allocate()));
+    ASIDE.set(Some(Chunks::allocate(COUNT)));
 }
 
 /// Gives the calling thread's free memory back after most of many connections have left. Never returns.
@@ -102,11 +102,12 @@ impl Burst {
 /// Puts `near` in the place of the chunks that the thread keeps, frees those, and takes `near` back.
 fn exchange(near: Chunks) -> Chunks {
     merge();
-    let far = Chunks::allocate();
+    // More than the thread keeps: with each chunk that malloc takes from its lists it hands the thread some more.
+    let far = Chunks::allocate(8 * COUNT);
     drop(near);
     drop(far);
     merge();
-    Chunks::allocate()
+    Chunks::allocate(COUNT)
 }
 
 /// Has malloc merge what is free, and return what is at the top.

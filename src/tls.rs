@@ -39,8 +39,8 @@ use crate::metrics::{HandshakeFailure, TlsMetrics};
 const FILE_MAX: u64 = 1 << 20;
 
 /// Handshakes at once; further ones wait for their turn with nothing read. A client may send 64 KiB before it has
-/// shown who it is, so this bounds that memory to 32 MiB.
-const HANDSHAKES: usize = 512;
+/// shown who it is, so this bounds that memory to 16 MiB.
+const HANDSHAKES: usize = 256;
 
 /// How long a handshake may take while half of them are taken: the turn of those that stall comes to an end soon.
 const BRIEF: Duration = Duration::from_secs(1);
