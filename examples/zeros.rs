@@ -20,6 +20,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
+use key_service::deadline::Timeouts;
 use key_service::listener::Inherited;
 use key_service::metrics::Metrics;
 use key_service::plain::Unhurried;
@@ -32,8 +33,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let inherited = Inherited::take()?;
     let mut heartbeats = Heartbeats::new();
     let listeners = inherited.http.into_iter().map(|listener| (listener, heartbeats.join())).collect();
-    let (slots, head, write) = (Slots::new(10_000, 256), Duration::from_secs(10), Duration::from_secs(15));
-    let terms = Terms::new(slots, head, write, Arc::new(Metrics::new()));
+    let timeouts = Timeouts::new(Duration::from_secs(10), Duration::from_secs(75), Duration::from_secs(15));
+    let terms = Terms::new(Slots::new(10_000, 256), timeouts, Arc::new(Metrics::new()));
     let drain = Drain::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     runtime.block_on(serve(listeners, http(|_, _| Unhurried(service_fn(answer))), terms, drain.watch()))?;

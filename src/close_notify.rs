@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::unconstrained;
 use tokio_rustls::server::TlsStream;
 
-use crate::deadline::Transport;
+use crate::deadline::{Sending, Transport};
 
 /// How many bytes of records wait for the kernel to take them, beside those of a handshake.
 const UNSENT_MAX: usize = 8 * 1024;
@@ -27,7 +27,9 @@ pub struct CloseNotify<S: AsyncRead + Transport + Unpin>(TlsStream<S>);
 impl<S: AsyncRead + Transport + Unpin> CloseNotify<S> {
     /// A connection whose handshake is done.
     pub fn new(mut stream: TlsStream<S>) -> Self {
-        stream.get_mut().1.set_buffer_limit(Some(UNSENT_MAX));
+        let (below, connection) = stream.get_mut();
+        connection.set_buffer_limit(Some(UNSENT_MAX));
+        below.expect_head();
         Self(stream)
     }
 
@@ -95,9 +97,14 @@ impl<S: AsyncRead + Transport + Unpin> Transport for CloseNotify<S> {
         self.0.get_ref().0.is_reset()
     }
 
-    fn set_streaming(&mut self, is_streaming: bool) {
+    fn expect_head(&mut self) {
+        self.0.get_mut().0.expect_head();
+    }
+
+    fn set_sending(&mut self, sending: Sending) {
         let (stream, connection) = self.0.get_mut();
-        connection.set_buffer_limit(Some(if is_streaming { UNSENT_MAX_STREAMING } else { UNSENT_MAX }));
-        stream.set_streaming(is_streaming);
+        let is_short = sending == Sending::Short;
+        connection.set_buffer_limit(Some(if is_short { UNSENT_MAX } else { UNSENT_MAX_STREAMING }));
+        stream.set_sending(sending);
     }
 }

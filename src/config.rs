@@ -68,9 +68,11 @@ pub struct Config {
     pub workers: usize,
     /// Connections that may be open at once.
     pub max_connections: usize,
-    /// Until a request's head must have arrived, and an idle connection closes.
+    /// Until the headers of a request must have arrived.
     pub head_timeout: Duration,
-    /// Until a write that makes no progress ends its connection.
+    /// Until an idle connection closes.
+    pub idle_timeout: Duration,
+    /// Until a connection closes whose client takes nothing of its response.
     pub write_timeout: Duration,
     /// Until busy connections are cut after the service was told to stop.
     pub drain_timeout: Duration,
@@ -119,7 +121,7 @@ impl TokensFile {
 }
 
 /// The names of all settings, as TOML has them.
-const NAMES: [&str; 30] = [
+const NAMES: [&str; 31] = [
     "host",
     "srv-port",
     "max-size",
@@ -129,6 +131,7 @@ const NAMES: [&str; 30] = [
     "workers",
     "max-connections",
     "head-timeout",
+    "idle-timeout",
     "write-timeout",
     "drain-timeout",
     "drain-delay",
@@ -249,6 +252,7 @@ impl Config {
             (self.workers as u64).into(),
             (self.max_connections as u64).into(),
             self.head_timeout.as_secs().into(),
+            self.idle_timeout.as_secs().into(),
             self.write_timeout.as_secs().into(),
             self.drain_timeout.as_secs().into(),
             self.drain_delay.as_secs().into(),
@@ -488,6 +492,7 @@ impl Reader<'_> {
         let workers = self.whole("workers", 0, 0..=256);
         let max_connections = self.whole("max-connections", 10_000, 1..=1_000_000);
         let head_timeout = self.whole("head-timeout", 10, 1..=ONE_HOUR);
+        let idle_timeout = self.whole("idle-timeout", 75, 1..=ONE_HOUR);
         let write_timeout = self.whole("write-timeout", 15, 1..=ONE_HOUR);
         let drain_timeout = self.whole("drain-timeout", 20, 0..=ONE_HOUR);
         let drain_delay = self.whole("drain-delay", 0, 0..=ONE_HOUR);
@@ -525,6 +530,7 @@ impl Reader<'_> {
             workers: workers?.try_into().ok()?,
             max_connections: max_connections?.try_into().ok()?,
             head_timeout: Duration::from_secs(head_timeout?),
+            idle_timeout: Duration::from_secs(idle_timeout?),
             write_timeout: Duration::from_secs(write_timeout?),
             drain_timeout: Duration::from_secs(drain_timeout?),
             drain_delay: Duration::from_secs(drain_delay?),

@@ -1,7 +1,7 @@
 //! A connection that ends when its client keeps it waiting too long. It sits below hyper, which has no deadline for a
 //! stalled write and would set a timer anew for every request.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,25 +11,47 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
 
+/// How often a blocked write is tried again. The kernel wakes a writer only once half of what it holds is sent, which
+/// takes a slow client minutes; it takes a few more bytes long before that, as soon as the client has acknowledged as many.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The most bytes of one write to a client that is not known to be fast: so much has to be acknowledged before the next
+/// write succeeds, which has to happen within the write timeout. A key of 4 KiB and its header fit.
+pub const WRITE_MAX: usize = 5 * 1024;
+
+/// A client is fast once it has taken so many bytes of a streamed response without a wait of [`RETRY`]. The buffers of both
+/// kernels hold less, so a slow client never is.
+const FAST_MIN: usize = 512 * 1024;
+
 /// How long a client may take; shared by the connections of a server, which may shorten it while they run.
 #[derive(Debug)]
-pub struct Patience {
-    head: AtomicU64,
+pub struct Timeouts {
+    head: Duration,
+    idle: Duration,
     write: Duration,
+    /// What both of the first two are at most.
+    read_max: AtomicU64,
     /// Whether connections that end from now on are reset.
     resets: AtomicBool,
 }
 
-impl Patience {
-    /// `head`: from the start of the connection, or from the last byte of an answer, until the next request's head is
-    /// complete. `write`: for a write that makes no progress.
-    pub fn new(head: Duration, write: Duration) -> Self {
-        Self { head: AtomicU64::new(millis(head)), write, resets: AtomicBool::new(false) }
+impl Timeouts {
+    /// `head`: until the headers of a request are complete, from the start of the connection or from their first byte.
+    /// `idle`: from a response until the first byte of the next request. `write`: from the last byte that the client
+    /// acknowledged, while a response waits for it; it is noticed within a second or two.
+    pub fn new(head: Duration, idle: Duration, write: Duration) -> Self {
+        Self { head, idle, write, read_max: AtomicU64::new(u64::MAX), resets: AtomicBool::new(false) }
     }
 
-    /// Shortens the wait for heads. Connections learn of it when they are next polled.
-    pub fn shorten_head(&self, to: Duration) {
-        self.head.fetch_min(millis(to), Ordering::Relaxed);
+    /// The same, each at most `limit`.
+    #[must_use]
+    pub fn at_most(&self, limit: Duration) -> Self {
+        Self::new(self.head.min(limit), self.idle.min(limit), self.write.min(limit))
+    }
+
+    /// Shortens the wait for requests. Connections learn of it when they are next polled.
+    pub fn shorten_reads(&self, to: Duration) {
+        self.read_max.fetch_min(millis(to), Ordering::Relaxed);
     }
 
     /// Resets every connection that ends from now on: what a client has of its answer is never taken for all of it.
@@ -37,10 +59,29 @@ impl Patience {
         self.resets.store(true, Ordering::Relaxed);
     }
 
-    /// How long a head may take now.
+    /// How long the headers of a request may take now.
     pub fn head(&self) -> Duration {
-        Duration::from_millis(self.head.load(Ordering::Relaxed))
+        self.head.min(self.read_max())
     }
+
+    fn idle(&self) -> Duration {
+        self.idle.min(self.read_max())
+    }
+
+    fn read_max(&self) -> Duration {
+        Duration::from_millis(self.read_max.load(Ordering::Relaxed))
+    }
+}
+
+/// What a connection sends, which decides how much the kernel may hold of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sending {
+    /// Short responses: as little as possible, since there may be as many as connections.
+    Short,
+    /// A streamed response, of which there are as many as permits: the connection must not run dry.
+    Stream,
+    /// The same, to a client that was fast and no longer is: room beside what a last large write has left there.
+    SlowStream,
 }
 
 /// A stream down to the socket, with what HTTP wants of a socket beside its bytes.
@@ -53,6 +94,22 @@ pub trait Transport: AsyncWrite {
         self.poll_write(cx, buf)
     }
 
+    /// Writes what the kernel takes at once, even if it has not called the socket writable again.
+    ///
+    /// # Errors
+    /// `WouldBlock` if it takes nothing; those of a write.
+    fn try_write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    /// Whether bytes have arrived that were not read.
+    fn has_input(&self) -> bool {
+        false
+    }
+
+    /// A request has begun, or has to begin: its headers have to be complete within their timeout.
+    fn expect_head(&mut self) {}
+
     /// From now on, closing it forgets what was not sent, and resets the connection.
     fn forget_unsent(&self);
 
@@ -61,25 +118,44 @@ pub trait Transport: AsyncWrite {
         false
     }
 
-    /// Lets the kernel hold more unsent bytes, for a streamed response, or few again.
-    fn set_streaming(&mut self, is_streaming: bool);
+    /// Lets the kernel hold as many unsent bytes as `sending` needs.
+    fn set_sending(&mut self, sending: Sending);
 }
 
 /// In memory there is no kernel that holds anything.
 impl Transport for tokio::io::DuplexStream {
     fn forget_unsent(&self) {}
 
-    fn set_streaming(&mut self, _: bool) {}
+    fn set_sending(&mut self, _: Sending) {}
 }
 
-/// A stream whose reads and writes fail with `TimedOut` when patience is at an end.
+/// What a connection waits for while it reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Awaiting {
+    /// The first byte of a request, after a response.
+    Request,
+    /// The rest of its headers. Since when is noted once it waits.
+    Begun,
+    /// The same, since a time that is known.
+    Head,
+}
+
+/// A stream whose reads and writes fail with `TimedOut` when their time is over.
 #[derive(Debug)]
 pub struct Timed<S: Transport + Unpin> {
     stream: S,
-    patience: Arc<Patience>,
-    /// The start of the connection or the last progress of a write: what both deadlines count from.
+    timeouts: Arc<Timeouts>,
+    /// What the deadlines count from: the start of the connection, the last progress of a write, or the first wait for the
+    /// rest of a request.
     since: Instant,
-    write_waits: bool,
+    awaiting: Awaiting,
+    /// When a write that waits was last tried.
+    blocked: Option<Instant>,
+    /// Whether the last write was a retry that the kernel took.
+    is_retrying: bool,
+    sending: Sending,
+    /// Bytes written since a write last waited for long.
+    quickly: usize,
     is_reset: AtomicBool,
     /// One timer for the life of the connection. It is set anew only when it fires or would fire too late, never for
     /// a request.
@@ -88,9 +164,19 @@ pub struct Timed<S: Transport + Unpin> {
 
 impl<S: Transport + Unpin> Timed<S> {
     /// Starts the clock.
-    pub fn new(stream: S, patience: Arc<Patience>) -> Self {
-        let (since, is_reset) = (Instant::now(), AtomicBool::new(false));
-        Self { stream, patience, since, write_waits: false, is_reset, timer: None }
+    pub fn new(stream: S, timeouts: Arc<Timeouts>) -> Self {
+        Self {
+            stream,
+            timeouts,
+            since: Instant::now(),
+            awaiting: Awaiting::Head,
+            blocked: None,
+            is_retrying: false,
+            sending: Sending::Short,
+            quickly: 0,
+            is_reset: AtomicBool::new(false),
+            timer: None,
+        }
     }
 
     /// The stream itself, for what needs no deadline.
@@ -99,24 +185,24 @@ impl<S: Transport + Unpin> Timed<S> {
     }
 
     /// What the client is held to.
-    pub fn patience(&self) -> &Patience {
-        &self.patience
+    pub fn timeouts(&self) -> &Timeouts {
+        &self.timeouts
     }
 
-    /// Ready when `limit` has passed since the last progress; else the task is woken when it may have.
-    fn poll_deadline(&mut self, cx: &mut Context<'_>, limit: Duration) -> Poll<io::Error> {
-        let deadline = self.since + limit;
+    /// Ready at `deadline`; else the task is woken when it may have come.
+    fn poll_deadline(&mut self, cx: &mut Context<'_>, deadline: Instant) -> Poll<()> {
         let mut is_set = self.timer.is_some();
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
         if timer.deadline() > deadline {
             timer.as_mut().reset(deadline);
+            is_set = false;
         }
         // A connection is one task's, whose waker stays the same: once the timer has it, it need not be polled again.
         while !is_set || timer.is_elapsed() {
             is_set = true;
             if timer.as_mut().poll(cx).is_ready() {
                 if Instant::now() >= deadline {
-                    return Poll::Ready(io::ErrorKind::TimedOut.into());
+                    return Poll::Ready(());
                 }
                 timer.as_mut().reset(deadline);
                 is_set = false;
@@ -124,25 +210,75 @@ impl<S: Transport + Unpin> Timed<S> {
         }
         Poll::Pending
     }
-}
 
-impl<S: Transport + Unpin> Timed<S> {
-    fn written(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        match result {
-            Poll::Ready(result) => {
-                self.write_waits = false;
-                self.since = Instant::now();
-                Poll::Ready(result)
+    /// Waits for the request that the client may send, or for the rest of it.
+    fn poll_overdue(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        if self.awaiting == Awaiting::Begun {
+            (self.since, self.awaiting) = (Instant::now(), Awaiting::Head);
+        }
+        let limit = match self.awaiting {
+            Awaiting::Request => self.timeouts.idle(),
+            Awaiting::Begun | Awaiting::Head => self.timeouts.head(),
+        };
+        ready!(self.poll_deadline(cx, self.since + limit));
+        // A client may use its connection at the last moment. Closed now, it would be reset with a request unread.
+        if self.awaiting == Awaiting::Request && self.stream.has_input() {
+            return Poll::Pending; // the runtime is about to say so
+        }
+        Poll::Ready(io::ErrorKind::TimedOut.into())
+    }
+
+    /// How many bytes one write may have.
+    fn write_max(&self) -> usize {
+        let is_fast = self.sending == Sending::Stream && self.quickly >= FAST_MIN;
+        if is_fast { usize::MAX } else { WRITE_MAX }
+    }
+
+    /// Notes what became of a write of `bufs`.
+    fn written(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut result: Poll<io::Result<usize>>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        while result.is_pending() {
+            // After a retry that the kernel took, it is filled at once, or each of the next would pass for progress.
+            if !self.is_retrying {
+                let tried = *self.blocked.get_or_insert_with(Instant::now);
+                ready!(self.poll_deadline(cx, (tried + RETRY).min(self.since + self.timeouts.write)));
+                if self.sending == Sending::Stream && self.quickly >= FAST_MIN {
+                    self.set_sending(Sending::SlowStream);
+                }
+                self.quickly = 0;
             }
-            Poll::Pending => {
-                self.write_waits = true;
-                let error = ready!(self.poll_deadline(cx, self.patience.write));
-                // Closed in order, its key bytes would stay in the kernel, megabytes a connection, for as long as the
-                // client acknowledges and does not read.
-                self.forget_unsent();
-                Poll::Ready(Err(error))
+            let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| buf);
+            match self.stream.try_write(&first[..first.len().min(WRITE_MAX)]) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let now = Instant::now();
+                    (self.blocked, self.is_retrying) = (Some(now), false);
+                    if now >= self.since + self.timeouts.write {
+                        // Closed in order, its key bytes would stay in the kernel, megabytes a connection, for as long
+                        // as the client acknowledges and does not read.
+                        self.forget_unsent();
+                        result = Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+                    }
+                }
+                tried => {
+                    self.is_retrying = true;
+                    result = Poll::Ready(tried);
+                }
             }
         }
+        self.blocked = None;
+        self.since = Instant::now();
+        self.awaiting = Awaiting::Request;
+        if let Poll::Ready(Ok(count)) = result {
+            self.quickly = self.quickly.saturating_add(count);
+            if self.sending == Sending::SlowStream && self.quickly >= FAST_MIN {
+                self.set_sending(Sending::Stream);
+            }
+        }
+        result
     }
 }
 
@@ -158,13 +294,19 @@ impl<S: Transport + Unpin> Drop for Timed<S> {
 impl<S: AsyncRead + Transport + Unpin> AsyncRead for Timed<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        let before = buf.filled().len();
         match Pin::new(&mut this.stream).poll_read(cx, buf) {
-            // While an answer waits for its reader, no head is owed.
-            Poll::Pending if !this.write_waits => {
-                let error = ready!(this.poll_deadline(cx, this.patience.head()));
+            // While an answer waits for its reader, no request is owed.
+            Poll::Pending if this.blocked.is_none() => {
+                let error = ready!(this.poll_overdue(cx));
                 Poll::Ready(Err(error))
             }
-            other => other,
+            result => {
+                if this.awaiting == Awaiting::Request && buf.filled().len() > before {
+                    this.awaiting = Awaiting::Begun;
+                }
+                result
+            }
         }
     }
 }
@@ -172,18 +314,30 @@ impl<S: AsyncRead + Transport + Unpin> AsyncRead for Timed<S> {
 impl<S: Transport + Unpin> AsyncWrite for Timed<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        let buf = &buf[..buf.len().min(this.write_max())];
         let result = Pin::new(&mut this.stream).poll_write(cx, buf);
-        this.written(cx, result)
+        this.written(cx, result, &[IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
+        bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let result = Pin::new(&mut this.stream).poll_write_vectored(cx, bufs);
-        this.written(cx, result)
+        let mut room = this.write_max();
+        if room == usize::MAX {
+            let result = Pin::new(&mut this.stream).poll_write_vectored(cx, bufs);
+            return this.written(cx, result, bufs);
+        }
+        let mut few = [IoSlice::new(&[]); 4];
+        for (few, buf) in few.iter_mut().zip(bufs) {
+            let size = buf.len().min(room);
+            *few = IoSlice::new(&buf[..size]);
+            room -= size;
+        }
+        let result = Pin::new(&mut this.stream).poll_write_vectored(cx, &few);
+        this.written(cx, result, &few)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -202,8 +356,17 @@ impl<S: Transport + Unpin> AsyncWrite for Timed<S> {
 impl<S: Transport + Unpin> Transport for Timed<S> {
     fn poll_write_last(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        if buf.len() > this.write_max() {
+            return Pin::new(this).poll_write(cx, buf);
+        }
         let result = Pin::new(&mut this.stream).poll_write_last(cx, buf);
-        this.written(cx, result)
+        this.written(cx, result, &[IoSlice::new(buf)])
+    }
+
+    fn expect_head(&mut self) {
+        if self.awaiting == Awaiting::Request {
+            self.awaiting = Awaiting::Begun;
+        }
     }
 
     fn forget_unsent(&self) {
@@ -212,11 +375,12 @@ impl<S: Transport + Unpin> Transport for Timed<S> {
     }
 
     fn is_reset(&self) -> bool {
-        self.is_reset.load(Ordering::Relaxed) || self.patience.resets.load(Ordering::Relaxed)
+        self.is_reset.load(Ordering::Relaxed) || self.timeouts.resets.load(Ordering::Relaxed)
     }
 
-    fn set_streaming(&mut self, is_streaming: bool) {
-        self.stream.set_streaming(is_streaming);
+    fn set_sending(&mut self, sending: Sending) {
+        (self.sending, self.quickly) = (sending, 0);
+        self.stream.set_sending(sending);
     }
 }
 
@@ -230,22 +394,27 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
     const HEAD: Duration = Duration::from_secs(10);
+    const IDLE: Duration = Duration::from_secs(75);
     const WRITE: Duration = Duration::from_secs(15);
 
-    fn pair() -> (Timed<DuplexStream>, DuplexStream, Arc<Patience>) {
+    fn pair() -> (Timed<DuplexStream>, DuplexStream, Arc<Timeouts>) {
         let (ours, theirs) = duplex(64);
-        let patience = Arc::new(Patience::new(HEAD, WRITE));
-        (Timed::new(ours, Arc::clone(&patience)), theirs, patience)
+        let timeouts = Arc::new(Timeouts::new(HEAD, IDLE, WRITE));
+        (Timed::new(ours, Arc::clone(&timeouts)), theirs, timeouts)
+    }
+
+    async fn seconds(count: u64) {
+        tokio::time::sleep(Duration::from_secs(count)).await;
     }
 
     #[tokio::test(start_paused = true)]
-    async fn bytes_that_drip_in_do_not_stretch_the_head_deadline() {
+    async fn bytes_that_drip_in_do_not_extend_the_head_timeout() {
         let (mut ours, mut theirs, _) = pair();
         let start = Instant::now();
         let dripping = async {
             loop {
                 theirs.write_all(b"x").await.unwrap();
-                tokio::time::sleep(Duration::from_secs(4)).await;
+                seconds(4).await;
             }
         };
         let reading = async { while ours.read_u8().await.is_ok() {} };
@@ -254,18 +423,44 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_answer_starts_the_head_deadline_afresh() {
+    async fn after_a_response_the_idle_timeout_holds_until_the_next_request_begins() {
         let (mut ours, mut theirs, _) = pair();
         let start = Instant::now();
         for _ in 0..3 {
-            tokio::time::sleep(Duration::from_secs(9)).await;
+            seconds(9).await;
             theirs.write_all(b"x").await.unwrap();
             ours.read_u8().await.unwrap();
             ours.write_all(b"y").await.unwrap();
         }
         let error = ours.read_u8().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        assert_eq!(start.elapsed(), Duration::from_secs(27) + HEAD);
+        assert_eq!(start.elapsed(), Duration::from_secs(27) + IDLE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_has_begun_has_the_head_timeout() {
+        let (mut ours, mut theirs, _) = pair();
+        for has_unread in [false, true] {
+            ours.write_all(b"y").await.unwrap();
+            let start = Instant::now();
+            let client = async {
+                seconds(70).await;
+                theirs.write_all(b"x").await.unwrap();
+                std::future::pending::<()>().await;
+            };
+            let reading = async {
+                if has_unread {
+                    ours.expect_head(); // its beginning came with the request before
+                } else {
+                    ours.read_u8().await.unwrap();
+                }
+                ours.read_u8().await.unwrap_err()
+            };
+            let error = tokio::select! { error = reading => error, () = client => unreachable!() };
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            let began = if has_unread { 0 } else { 70 };
+            assert_eq!(start.elapsed(), Duration::from_secs(began) + HEAD);
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -273,7 +468,7 @@ mod tests {
         let (mut ours, mut theirs, _) = pair();
         let start = Instant::now();
         let reading = async {
-            tokio::time::sleep(Duration::from_secs(12)).await;
+            seconds(12).await;
             theirs.read_exact(&mut [0; 10]).await.unwrap();
             std::future::pending::<()>().await;
         };
@@ -283,17 +478,80 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_shortened_deadline_holds_from_the_next_poll_on() {
-        let (mut ours, mut theirs, patience) = pair();
+    async fn a_shortened_timeout_holds_from_the_next_poll_on() {
+        let (mut ours, mut theirs, timeouts) = pair();
         let start = Instant::now();
         let nudging = async {
-            tokio::time::sleep(Duration::from_secs(3)).await;
-            patience.shorten_head(Duration::from_secs(5));
+            seconds(3).await;
+            timeouts.shorten_reads(Duration::from_secs(5));
             theirs.write_all(b"x").await.unwrap();
             std::future::pending::<()>().await;
         };
         let reading = async { while ours.read_u8().await.is_ok() {} };
         tokio::select! { () = nudging => {}, () = reading => {} }
         assert_eq!(start.elapsed(), Duration::from_secs(5));
+    }
+
+    /// A stream that the kernel never calls writable, and that takes bytes all the same when it is tried.
+    #[derive(Debug, Default)]
+    struct Reluctant {
+        taken: Vec<usize>,
+        is_full: bool,
+        sending: Vec<Sending>,
+    }
+
+    impl AsyncWrite for Reluctant {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            let this = self.get_mut();
+            if this.is_full {
+                return Poll::Pending;
+            }
+            this.taken.push(buf.len());
+            Poll::Ready(Ok(buf.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl Transport for Reluctant {
+        fn try_write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            self.taken.push(buf.len());
+            Ok(buf.len())
+        }
+
+        fn forget_unsent(&self) {}
+
+        fn set_sending(&mut self, sending: Sending) {
+            self.sending.push(sending);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn writes_are_small_until_the_client_is_fast_and_again_once_it_is_slow() {
+        const LARGE: usize = 64 * 1024;
+        let timeouts = Arc::new(Timeouts::new(HEAD, IDLE, WRITE));
+        let mut ours = Timed::new(Reluctant::default(), timeouts);
+        let large = vec![0; LARGE];
+        ours.write_all(&large).await.unwrap();
+        assert!(ours.get_ref().taken.iter().all(|size| *size <= WRITE_MAX), "a short response");
+        ours.set_sending(Sending::Stream);
+        for _ in 0..2 * FAST_MIN / LARGE {
+            ours.write_all(&large).await.unwrap();
+        }
+        let taken = std::mem::take(&mut ours.stream.taken);
+        assert_eq!(taken[0], WRITE_MAX);
+        assert_eq!(taken.last(), Some(&LARGE), "it has taken much without a wait");
+        ours.stream.is_full = true;
+        let start = Instant::now();
+        ours.write_all(&large).await.unwrap();
+        assert_eq!(start.elapsed(), RETRY, "then all that it takes");
+        assert!(ours.get_ref().taken.iter().all(|size| *size <= WRITE_MAX));
+        assert_eq!(ours.get_ref().sending, [Sending::Stream, Sending::SlowStream]);
     }
 }

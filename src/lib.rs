@@ -34,6 +34,7 @@
 //! | [`tls`] | certificates, handshakes, reload |
 //! | [`close_notify`] | how a TLS connection ends |
 //! | [`deadline`] | connections that keep us waiting end |
+//! | [`idle`] | connections between two requests, and which of them closes first |
 //! | [`server`] | the accept loop and the drain |
 //! | [`systemd`] | what the service manager is told |
 //! | [`signals`] | what it tells us |
@@ -54,6 +55,7 @@ pub mod deadline;
 pub mod format;
 pub mod forwarded;
 pub mod health;
+pub mod idle;
 pub mod key;
 pub mod listener;
 pub mod location;
@@ -99,6 +101,7 @@ use admission::Admission;
 use api::{Api, Routes, Session, Site};
 use config::{Config, Sources};
 use credential::Outlet;
+use deadline::Timeouts;
 use health::Health;
 use listener::{Inherited, ListenError, Listener};
 use logging::Log;
@@ -233,7 +236,8 @@ pub fn run(
 
     let terms = |connections, over_limit| {
         let slots = Slots::new(connections, over_limit);
-        Terms::new(slots, config.head_timeout, config.write_timeout, Arc::clone(&metrics))
+        let timeouts = Timeouts::new(config.head_timeout, config.idle_timeout, config.write_timeout);
+        Terms::new(slots, timeouts, Arc::clone(&metrics))
     };
     let shares = |limit| Some(Arc::new(Shares::new(limit, config.proxies.clone())));
     let key_terms = terms(limits.keys, limits.over_limit)

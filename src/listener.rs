@@ -14,11 +14,11 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use listenfd::ListenFd;
-use rustix::net::{SendAncillaryBuffer, SendFlags, send, sendmsg};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, send, sendmsg};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
-use crate::deadline::Transport;
+use crate::deadline::{Sending, Transport};
 use crate::peer::Peer;
 
 /// How many connections the kernel holds while they wait to be accepted; it caps this at net.core.somaxconn.
@@ -31,6 +31,13 @@ const NOTSENT_LOWAT: u32 = 4096;
 
 /// The same for a connection with a streamed response, of which there are as many as permits: it must not run dry.
 const NOTSENT_LOWAT_STREAMING: u32 = 128 * 1024;
+
+/// The same once its client is slow: above what the last large write, of a chunk, left there.
+const NOTSENT_LOWAT_SLOW: u32 = NOTSENT_LOWAT_STREAMING + 64 * 1024;
+
+/// The most bytes of one write to a Unix socket, whose kernel gives memory back only for whole writes: a slow client has to
+/// have read one before the next is taken.
+const UNIX_WRITE_MAX: usize = 8 * 1024;
 
 /// SO_RCVBUF (socket(7)), which the kernel doubles: the largest request header fits, and pipelined requests that nobody
 /// reads take no more. The kernel would let them grow to 6 MB (tcp_rmem).
@@ -411,7 +418,7 @@ impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(stream) => poll_send(stream, cx, || send(&*stream, buf, SEND)),
-            Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_write(cx, &buf[..buf.len().min(UNIX_WRITE_MAX)]),
         }
     }
 
@@ -424,7 +431,10 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => {
                 poll_send(stream, cx, || sendmsg(&*stream, bufs, &mut SendAncillaryBuffer::default(), SEND))
             }
-            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            unix @ Self::Unix(_) => {
+                let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| buf);
+                Pin::new(unix).poll_write(cx, first)
+            }
         }
     }
 
@@ -461,9 +471,29 @@ impl Transport for Stream {
         }
     }
 
-    fn set_streaming(&mut self, is_streaming: bool) {
+    fn try_write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        Ok(match self {
+            Self::Tcp(stream) => send(&*stream, buf, SEND)?,
+            Self::Unix(stream) => send(&*stream, buf, SendFlags::NOSIGNAL)?,
+        })
+    }
+
+    fn has_input(&self) -> bool {
+        let mut first = [0];
+        let found = match self {
+            Self::Tcp(stream) => recv(stream, &mut first, RecvFlags::PEEK),
+            Self::Unix(stream) => recv(stream, &mut first, RecvFlags::PEEK),
+        };
+        found.is_ok_and(|(read, _)| read > 0)
+    }
+
+    fn set_sending(&mut self, sending: Sending) {
         if let Self::Tcp(stream) = self {
-            let lowat = if is_streaming { NOTSENT_LOWAT_STREAMING } else { NOTSENT_LOWAT };
+            let lowat = match sending {
+                Sending::Short => NOTSENT_LOWAT,
+                Sending::Stream => NOTSENT_LOWAT_STREAMING,
+                Sending::SlowStream => NOTSENT_LOWAT_SLOW,
+            };
             let _ = SockRef::from(&*stream).set_tcp_notsent_lowat(lowat); // without it, it is slower or holds more
         }
     }

@@ -275,6 +275,8 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// How many of them are allowed.
     pub connections_limit: IntGauge,
+    /// Idle connections that were closed for new ones.
+    pub idle_connections_closed: IntCounter,
     /// Whether the last reload of the configuration was taken.
     pub config_last_reload_successful: IntGauge,
 }
@@ -411,6 +413,13 @@ impl Metrics {
                 &registry,
                 "http_connections_limit",
                 "Client connections that may be open at once.",
+            ),
+            idle_connections_closed: register(
+                &registry,
+                IntCounter::new(
+                    "http_idle_connections_closed_total",
+                    "Idle client connections closed for new ones, when all slots were taken.",
+                ),
             ),
             config_last_reload_successful,
             registry,

@@ -9,6 +9,7 @@ use std::fmt;
 use std::io::{self, Write};
 use std::mem::{self, MaybeUninit};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant, SystemTime};
@@ -17,12 +18,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::Zeroize;
 
 use crate::buffers::{BufferAccount, BufferPermit};
-use crate::deadline::Transport;
+use crate::deadline::{Sending, Transport};
+use crate::idle::Activity;
 use crate::key::{KeyLength, keep_lower};
 use crate::metrics::{Endpoint, Metrics, Rejection};
 
-/// The most header fields a request may have.
-pub const FIELDS_MAX: usize = 32;
+/// The most headers of a request; hyper reads as many, and answers more with 431.
+const FIELDS_MAX: usize = 100;
 
 /// Bytes that are read at once.
 const INPUT: usize = 4096;
@@ -42,12 +44,11 @@ const SAID_MAX: usize = ANSWER_HEAD_MAX - 128;
 /// How often a connection reads or writes before others have a turn: at most some 0.2 ms.
 const TURNS: usize = 4;
 
-/// The most bytes that one write may hand to the kernel, which takes it whole: so many are held there for a client that
-/// does not read, however large a response is. A key of 4 KiB and its header fit.
-const WRITE_MAX: usize = 5 * 1024;
-
-/// From so many bytes of a response on, writes are as large as they come. A response that long has a permit.
+/// From so many bytes of a response on, the kernel may hold more of it. A response that long has a permit.
 const STREAMING_MIN: usize = 64 * 1024;
+
+/// How long a connection that was never used is not closed for a new one.
+const UNUSED_GRACE: Duration = Duration::from_millis(250);
 
 /// The longest key that goes this way, in bytes.
 pub const KEY_MAX: u64 = 4096;
@@ -270,9 +271,7 @@ impl<'a> Answers<'a> {
     ) -> Poll<io::Result<()>> {
         while self.sent < self.bytes.len() {
             let (io, rest) = (Pin::new(&mut *io), &self.bytes[self.sent..]);
-            let next = &rest[..rest.len().min(WRITE_MAX)];
-            let last = last && next.len() == rest.len();
-            match ready!(if last { io.poll_write_last(cx, next) } else { io.poll_write(cx, next) })? {
+            match ready!(if last { io.poll_write_last(cx, rest) } else { io.poll_write(cx, rest) })? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 sent => self.sent += sent,
             }
@@ -307,6 +306,9 @@ pub struct Connection<'a, I, S> {
     has_answered: bool,
     metrics: &'a Metrics,
     buffers: BufferAccount,
+    activity: Arc<Activity>,
+    /// When its last request was read.
+    last_used: Instant,
     /// While answers wait for the client to read.
     held: Option<BufferPermit>,
 }
@@ -334,8 +336,15 @@ pub enum End {
 }
 
 impl<'a, I: AsyncRead + Transport + Unpin, S: AnswersPlain> Connection<'a, I, S> {
-    /// A connection of which nothing was read, whose buffers count on `buffers`.
-    pub fn new(io: I, service: S, metrics: &'a Metrics, buffers: BufferAccount) -> Self {
+    /// A connection of which nothing was read, whose buffers count on `buffers`, and which notes in `activity` when it is
+    /// idle.
+    pub fn new(
+        io: I,
+        service: S,
+        metrics: &'a Metrics,
+        buffers: BufferAccount,
+        activity: Arc<Activity>,
+    ) -> Self {
         Self {
             io,
             service,
@@ -345,6 +354,8 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: AnswersPlain> Connection<'a, I, S>
             has_answered: false,
             metrics,
             buffers,
+            activity,
+            last_used: Instant::now() + UNUSED_GRACE,
             held: None,
         }
     }
@@ -352,6 +363,11 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: AnswersPlain> Connection<'a, I, S>
     /// Whether there was an answer yet.
     pub fn has_answered(&self) -> bool {
         self.has_answered
+    }
+
+    /// Whether it is idle and has to close for another connection.
+    pub fn is_evicted(&self) -> bool {
+        self.is_idle() && self.unread.is_empty() && self.activity.is_evicted()
     }
 
     /// Whether it is between two requests, with nothing to send.
@@ -377,6 +393,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: AnswersPlain> Connection<'a, I, S>
     /// Goes on here with `unread`, which hyper read and did not use.
     pub fn resume(&mut self, unread: Vec<u8>) {
         self.has_answered = true;
+        self.last_used = Instant::now();
         self.next = if unread.is_empty() { Next::Read } else { Next::Answer };
         self.unread = unread;
     }
@@ -408,7 +425,18 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: AnswersPlain> Connection<'a, I, S>
                     let mut input = [const { MaybeUninit::uninit() }; INPUT];
                     let mut input = ReadBuf::uninit(&mut input);
                     input.put_slice(&self.unread);
-                    ready!(Pin::new(&mut self.io).poll_read(cx, &mut input))?;
+                    if !self.unread.is_empty() {
+                        self.io.expect_head();
+                    }
+                    let Poll::Ready(read) = Pin::new(&mut self.io).poll_read(cx, &mut input) else {
+                        if self.unread.is_empty() {
+                            self.activity.wake_on_eviction(cx.waker());
+                            self.activity.set_idle(self.last_used);
+                        }
+                        return Poll::Pending;
+                    };
+                    read?;
+                    self.activity.set_busy();
                     if input.filled().len() == self.unread.len() {
                         // The client sends no more. What it has begun is for hyper to judge.
                         self.next = if self.unread.is_empty() { Next::End } else { Next::Leave };
@@ -453,6 +481,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: AnswersPlain> Connection<'a, I, S>
         }
         if answers.count > 0 {
             self.has_answered = true;
+            self.last_used = answers.started;
             self.answers = Some(answers);
         }
     }
@@ -503,8 +532,7 @@ impl Exchange {
 }
 
 /// A stream that yields already-read bytes first. It is one type whatever the stream is: hyper would be in the binary
-/// once for each. It reads little at a time, so that hyper's buffer does not grow beyond what one request needs, and writes
-/// little at a time while a response is short.
+/// once for each. It reads little at a time, so that hyper's buffer does not grow beyond what one request needs.
 pub struct Rewound<'a> {
     unread: Vec<u8>,
     at: usize,
@@ -517,19 +545,18 @@ impl Rewound<'_> {
     /// What was read before and hyper did not take. The stream is as it was lent.
     pub fn finish(self) -> Vec<u8> {
         if self.is_streaming {
-            self.io.set_streaming(false);
+            self.io.set_sending(Sending::Short);
         }
         self.unread[self.at..].to_vec()
     }
 
-    /// How many bytes the next write may have.
-    fn allowance(&mut self) -> usize {
+    /// Before each write: lets the kernel hold as much as the response needs.
+    fn prepare(&mut self) {
         let is_streaming = self.exchange.is_streaming();
         if is_streaming != self.is_streaming {
             self.is_streaming = is_streaming;
-            self.io.set_streaming(is_streaming);
+            self.io.set_sending(if is_streaming { Sending::Stream } else { Sending::Short });
         }
-        if is_streaming { usize::MAX } else { WRITE_MAX }
     }
 
     fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -571,8 +598,8 @@ impl AsyncRead for Rewound<'_> {
 impl AsyncWrite for Rewound<'_> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let size = buf.len().min(this.allowance());
-        let written = Pin::new(&mut *this.io).poll_write(cx, &buf[..size]);
+        this.prepare();
+        let written = Pin::new(&mut *this.io).poll_write(cx, buf);
         this.note(written)
     }
 
@@ -582,18 +609,8 @@ impl AsyncWrite for Rewound<'_> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let mut room = this.allowance();
-        if room == usize::MAX {
-            let written = Pin::new(&mut *this.io).poll_write_vectored(cx, bufs);
-            return this.note(written);
-        }
-        let mut few = [io::IoSlice::new(&[]); 4];
-        for (few, buf) in few.iter_mut().zip(bufs) {
-            let size = buf.len().min(room);
-            *few = io::IoSlice::new(&buf[..size]);
-            room -= size;
-        }
-        let written = Pin::new(&mut *this.io).poll_write_vectored(cx, &few);
+        this.prepare();
+        let written = Pin::new(&mut *this.io).poll_write_vectored(cx, bufs);
         this.note(written)
     }
 
@@ -637,10 +654,10 @@ fn date(now: Instant) -> [u8; 29] {
 mod tests {
     use super::*;
     use crate::buffers::BufferLimit;
+    use crate::idle::IdleConnections;
     use crate::peer::Client;
     use std::convert::Infallible;
     use std::future::poll_fn;
-    use std::sync::Arc;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
     /// Keys of one letter, until `left` of them are gone.
@@ -770,7 +787,8 @@ mod tests {
         pipe: usize,
     ) -> (Connection<'_, DuplexStream, Letters>, DuplexStream) {
         let (ours, theirs) = duplex(pipe);
-        (Connection::new(ours, Letters { left: Cell::new(left) }, metrics, account(8, 1)), theirs)
+        let (service, activity) = (Letters { left: Cell::new(left) }, IdleConnections::new().activity());
+        (Connection::new(ours, service, metrics, account(8, 1), activity), theirs)
     }
 
     const REQUEST: &str = "GET /key/100 HTTP/1.1\r\nHost: a\r\n\r\n";

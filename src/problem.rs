@@ -92,15 +92,6 @@ impl Problem {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
     }
 
-    /// 431 for more than `limit` header fields.
-    pub fn too_many_fields(limit: usize) -> Self {
-        Self::new(
-            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            format!("At most {limit} header fields are read"),
-        )
-        .closing()
-    }
-
     /// 503: nothing can be had now; worth another try after `retry_after` seconds.
     pub fn unavailable(detail: impl Into<String>, retry_after: u32) -> Self {
         let mut problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, detail);

@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::deadline::Transport;
+use crate::deadline::{Sending, Transport};
 use crate::random::{Failure, Generator};
 use crate::token::{self, Digest, LENGTH, PREFIX};
 
@@ -190,8 +190,12 @@ impl<S: Transport + Unpin> Transport for Sealed<S> {
         self.stream.forget_unsent();
     }
 
-    fn set_streaming(&mut self, is_streaming: bool) {
-        self.stream.set_streaming(is_streaming);
+    fn expect_head(&mut self) {
+        self.stream.expect_head();
+    }
+
+    fn set_sending(&mut self, sending: Sending) {
+        self.stream.set_sending(sending);
     }
 }
 

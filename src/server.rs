@@ -24,7 +24,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, error};
 
 use crate::buffers::{BUFFERING_MAX, BufferAccount, BufferLimit};
-use crate::deadline::{Patience, Timed, Transport};
+use crate::deadline::{Timed, Timeouts, Transport};
+use crate::idle::{Activity, IdleConnections};
 use crate::listener::{Acceptor, Listener, Stream};
 use crate::memory;
 use crate::metrics::{AcceptError, Metrics, Rejection};
@@ -100,6 +101,8 @@ pub struct Slots {
     /// How many more are accepted.
     over_limit: usize,
     freed: Notify,
+    /// Those that have one, of which an idle one closes for a new connection.
+    idle: IdleConnections,
     /// The tasks of connections without a slot, and since when they are there; the oldest first.
     crowd: Mutex<VecDeque<(Instant, AbortHandle)>>,
     /// Every accept loop holds a receiver; nothing is ever sent.
@@ -116,6 +119,7 @@ impl Slots {
             limit,
             over_limit,
             freed: Notify::new(),
+            idle: IdleConnections::new(),
             crowd: Mutex::new(VecDeque::with_capacity(2 * over_limit)),
             accepting: watch::Sender::new(()),
         }
@@ -183,15 +187,16 @@ impl Slots {
         self.open.load(Ordering::Relaxed)
     }
 
-    /// A seat for one more. Who has no slot takes none from others either: a crowd that keeps coming would have had each
-    /// one that is given back, and nobody a key.
+    /// A seat for one more connection. If all slots are taken, it gets that of the connection that has been idle for longest,
+    /// which closes. Over-limit connections take no slot from others: a crowd that keeps coming would have had each one that
+    /// is given back, and nobody a key.
     fn seat(&self, is_excess: bool) -> Seat {
         self.taken.fetch_add(1, Ordering::Relaxed);
         self.open.fetch_add(1, Ordering::Relaxed);
         if is_excess {
             return Seat::Excess;
         }
-        if self.seated.fetch_add(1, Ordering::Relaxed) < self.limit {
+        if self.seated.fetch_add(1, Ordering::Relaxed) < self.limit || self.idle.evict() {
             return Seat::Regular;
         }
         self.seated.fetch_sub(1, Ordering::Relaxed);
@@ -212,9 +217,9 @@ impl Slots {
 #[derive(Debug, Clone)]
 pub struct Terms {
     /// Deadlines of a connection with a slot.
-    pub patience: Arc<Patience>,
+    pub timeouts: Arc<Timeouts>,
     /// Deadlines of one without.
-    pub crowd_patience: Arc<Patience>,
+    pub over_limit_timeouts: Arc<Timeouts>,
     /// The slots.
     pub slots: Arc<Slots>,
     /// Where failures are counted.
@@ -232,11 +237,11 @@ pub struct Terms {
 }
 
 impl Terms {
-    /// For `slots`; for `head` and `write` see [`Patience`].
-    pub fn new(slots: Slots, head: Duration, write: Duration, metrics: Arc<Metrics>) -> Self {
+    /// For `slots`.
+    pub fn new(slots: Slots, timeouts: Timeouts, metrics: Arc<Metrics>) -> Self {
         Self {
-            patience: Arc::new(Patience::new(head, write)),
-            crowd_patience: Arc::new(Patience::new(head.min(BRIEF), write.min(BRIEF))),
+            over_limit_timeouts: Arc::new(timeouts.at_most(BRIEF)),
+            timeouts: Arc::new(timeouts),
             slots: Arc::new(slots),
             metrics,
             gauge: None,
@@ -247,10 +252,10 @@ impl Terms {
         }
     }
 
-    fn patience(&self, seat: Seat) -> &Arc<Patience> {
+    fn timeouts(&self, seat: Seat) -> &Arc<Timeouts> {
         match seat {
-            Seat::Regular => &self.patience,
-            Seat::Crowd | Seat::Excess => &self.crowd_patience,
+            Seat::Regular => &self.timeouts,
+            Seat::Crowd | Seat::Excess => &self.over_limit_timeouts,
         }
     }
 
@@ -324,7 +329,7 @@ impl Drain {
             tokio::time::sleep(LINGER).await;
         }
         for terms in terms {
-            terms.patience.shorten_head(BRIEF);
+            terms.timeouts.shorten_reads(BRIEF);
         }
         self.0.send_replace(Phase::Closing);
     }
@@ -332,8 +337,8 @@ impl Drain {
     /// Makes every server return at once. Its runtime is to be dropped then, which resets the connections that are left.
     pub fn abort(&self, terms: &[&Terms]) {
         for terms in terms {
-            terms.patience.reset_connections();
-            terms.crowd_patience.reset_connections();
+            terms.timeouts.reset_connections();
+            terms.over_limit_timeouts.reset_connections();
         }
         self.0.send_replace(Phase::Aborting);
     }
@@ -404,8 +409,8 @@ pub struct Accepted {
 impl Accepted {
     /// Its bytes under the deadlines of its seat, who is at the other end, and what has to be kept until its end.
     pub fn open(self) -> (Timed<Stream>, Peer, impl Send) {
-        let patience = Arc::clone(self.guard.terms.patience(self.guard.seat));
-        (Timed::new(self.stream, patience), self.peer, self.guard)
+        let timeouts = Arc::clone(self.guard.terms.timeouts(self.guard.seat));
+        (Timed::new(self.stream, timeouts), self.peer, self.guard)
     }
 }
 
@@ -460,14 +465,14 @@ where
     move |Accepted { stream, peer, phase, guard }| {
         let seat = guard.seat;
         let buffers = BufferAccount::new(Arc::clone(&guard.terms.buffers), peer.origin.into());
-        let timed = |stream| Timed::new(stream, Arc::clone(guard.terms.patience(seat)));
+        let timed = |stream| Timed::new(stream, Arc::clone(guard.terms.timeouts(seat)));
         let slots = (seat != Seat::Regular).then(|| Arc::clone(&guard.terms.slots));
         let task = match (&guard.terms.tls, stream) {
             (Some(tls), stream @ Stream::Tcp(_)) => {
                 let (tls, stream, service) = (Arc::clone(tls), timed(stream), service.clone());
                 tokio::spawn(async move {
                     let service = move |identity| service(seat, Peer { identity, ..peer });
-                    encrypted(stream, &tls, service, phase, &guard.terms, buffers).await;
+                    encrypted(stream, &tls, service, phase, &guard, buffers).await;
                 })
             }
             (_, stream) => {
@@ -475,7 +480,8 @@ where
                 let stream = Sealed::new(stream, guard.terms.sealer.clone());
                 // In a box, since the runtime moves a task's future several times.
                 tokio::spawn(Box::pin(async move {
-                    connection(stream, service, phase, &guard.terms.metrics, buffers).await;
+                    let activity = Arc::clone(&guard.activity);
+                    connection(stream, service, phase, &guard.terms.metrics, buffers, activity).await;
                 }))
             }
         };
@@ -570,7 +576,7 @@ async fn encrypted<S, B>(
     tls: &Tls,
     service: impl FnOnce(Option<Arc<str>>) -> S,
     mut phase: watch::Receiver<Phase>,
-    terms: &Terms,
+    guard: &Open,
     buffers: BufferAccount,
 ) where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + AnswersPlain,
@@ -578,13 +584,14 @@ async fn encrypted<S, B>(
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let (head, serving) = (stream.patience().head(), phase.clone());
+    let (head, serving) = (stream.timeouts().head(), phase.clone());
     // In boxes, the handshake and what follows it: a task keeps the memory of its largest state for as long as its
     // connection lives, and that of a handshake is thrice what an idle connection needs.
     let mut handshake = Box::pin(async move {
         let (stream, identity) = tls.handshake(stream, head).await?;
-        let stream = Sealed::new(stream, terms.sealer.clone());
-        Some(Box::pin(connection(stream, service(identity), serving, &terms.metrics, buffers)))
+        let stream = Sealed::new(stream, guard.terms.sealer.clone());
+        let (metrics, activity) = (&guard.terms.metrics, Arc::clone(&guard.activity));
+        Some(Box::pin(connection(stream, service(identity), serving, metrics, buffers, activity)))
     });
     let connection = tokio::select! {
         biased;
@@ -605,6 +612,7 @@ pub fn connection<I, S, B>(
     mut phase: watch::Receiver<Phase>,
     metrics: &Metrics,
     buffers: BufferAccount,
+    activity: Arc<Activity>,
 ) -> impl Future<Output = ()>
 where
     I: AsyncRead + Transport + Send + Unpin + 'static,
@@ -614,11 +622,15 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     // Outside of the future, which would hold what it is made of, too: there is one for each connection.
-    let mut plain = plain::Connection::new(io, service, metrics, buffers);
+    let mut plain = plain::Connection::new(io, service, metrics, buffers, activity);
     async move {
         loop {
             let poll = |cx: &mut Context<'_>, is_closing| match plain.poll_serve(cx) {
-                // An answer that is on its way is sent first.
+                Poll::Pending if plain.is_evicted() => {
+                    metrics.idle_connections_closed.inc();
+                    Poll::Ready(Ok(End::Over))
+                }
+                // A response that is in flight is sent first.
                 Poll::Pending if is_closing && plain.is_idle() => Poll::Ready(Ok(End::Left)),
                 end => end,
             };
@@ -799,6 +811,8 @@ struct Open {
     terms: Arc<Terms>,
     /// Whether it got a slot.
     seat: Seat,
+    /// Whether it is idle.
+    activity: Arc<Activity>,
     _alive: mpsc::Sender<Infallible>,
     _share: Share,
 }
@@ -808,7 +822,11 @@ impl Open {
         if let Some(gauge) = &terms.gauge {
             gauge.inc();
         }
-        Self { terms, seat, _alive: alive, _share: share }
+        let activity = terms.slots.idle.activity();
+        if seat == Seat::Regular {
+            terms.slots.idle.add(&activity);
+        }
+        Self { terms, seat, activity, _alive: alive, _share: share }
     }
 }
 
@@ -816,6 +834,9 @@ impl Drop for Open {
     fn drop(&mut self) {
         if let Some(gauge) = &self.terms.gauge {
             gauge.dec();
+        }
+        if self.seat == Seat::Regular {
+            self.terms.slots.idle.remove(&self.activity);
         }
         self.terms.slots.leave(self.seat);
     }
@@ -844,7 +865,8 @@ mod tests {
         let heartbeat = heartbeats.join();
         let drain = Drain::new();
         let phase = drain.watch();
-        let terms = Terms::new(Slots::new(8, 8), BRIEF, BRIEF, Arc::new(Metrics::new()));
+        let terms =
+            Terms::new(Slots::new(8, 8), Timeouts::new(BRIEF, BRIEF, BRIEF), Arc::new(Metrics::new()));
         let (entered, is_entered) = blocking::channel();
         let (release, is_released) = blocking::channel::<()>();
         let is_released = Arc::new(Mutex::new(is_released));
@@ -886,7 +908,8 @@ mod tests {
         let serve = |io| {
             let service = service_fn(|_: Request<Incoming>| ready(Ok(Response::new(String::from("heard")))));
             let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
-            connection(io, Unhurried(service), drain.watch(), &metrics, buffers)
+            let activity = IdleConnections::new().activity();
+            connection(io, Unhurried(service), drain.watch(), &metrics, buffers, activity)
         };
         let ask = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
         let (mut new, theirs) = tokio::io::duplex(1024);

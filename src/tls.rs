@@ -30,7 +30,7 @@ use x509_cert::ext::pkix::name::GeneralName;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::close_notify::CloseNotify;
-use crate::deadline::Timed;
+use crate::deadline::{Timed, WRITE_MAX};
 use crate::listener::Stream;
 use crate::location::Location;
 use crate::metrics::{HandshakeFailure, TlsMetrics};
@@ -198,6 +198,9 @@ pub fn load(settings: &Settings) -> Result<Loaded, Vec<Fault>> {
     // No session is resumed: a ticket would keep a secret past its connection, and let a client in whose certificate
     // has expired or whose CA is gone. Keep-alive is what saves handshakes here.
     server.session_storage = Arc::new(NoServerSessionStorage {});
+    // A client has to receive a whole record before it can use a byte of it, and acknowledges in such steps: a slow one must
+    // be done with one well within the write timeout.
+    server.max_fragment_size = Some(WRITE_MAX);
     Ok(Loaded { server: Arc::new(server), validity })
 }
 

@@ -41,6 +41,7 @@ log-level = "info"
 workers = 0
 max-connections = 10000
 head-timeout = 10
+idle-timeout = 75
 write-timeout = 15
 drain-timeout = 20
 drain-delay = 0

@@ -15,6 +15,7 @@ use common::{Folder, PATIENCE, key_service, run_to_end};
 use key_service::admission::{Admission, Rules as Admitted};
 use key_service::api::Api;
 use key_service::credential::{Outlet, Rules};
+use key_service::deadline::Timeouts;
 use key_service::health::Health;
 use key_service::listener::{Host, Listener, Mode};
 use key_service::metrics::Metrics;
@@ -236,7 +237,7 @@ fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_k
     let heartbeat = Heartbeats::new().join();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let terms = Terms::new(Slots::new(8, 8), PATIENCE, PATIENCE, metrics);
+        let terms = Terms::new(Slots::new(8, 8), Timeouts::new(PATIENCE, PATIENCE, PATIENCE), metrics);
         runtime.block_on(serve(vec![(listener, heartbeat)], outlet.service(), terms, phase)).unwrap();
     });
     assert_eq!(fetch(&folder, "web.service", "key").len(), 32);

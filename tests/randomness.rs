@@ -13,8 +13,9 @@ use common::Daemon;
 use key_service::admission::{Admission, Rules};
 use key_service::api::{Api, Routes, Site};
 use key_service::buffers::{BufferAccount, BufferLimit};
-use key_service::deadline::{Patience, Timed, Transport};
+use key_service::deadline::{Timed, Timeouts, Transport};
 use key_service::health::Health;
+use key_service::idle::IdleConnections;
 use key_service::listener::Stream;
 use key_service::metrics::Metrics;
 use key_service::peer::{Client, Peer};
@@ -82,7 +83,8 @@ impl Service {
         let peer = Peer::tcp(([127, 0, 0, 1], 1).into());
         let session = self.site.clone().serve(Seat::Regular, peer);
         let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
-        let serving = connection(server, session, drain.watch(), &self.metrics, buffers);
+        let activity = IdleConnections::new().activity();
+        let serving = connection(server, session, drain.watch(), &self.metrics, buffers, activity);
         let asking = async {
             let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
             client.write_all(request.as_bytes()).await.unwrap();
@@ -182,7 +184,8 @@ async fn a_source_that_breaks_within_a_long_key_leaves_it_short() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let server = Stream::Tcp(listener.accept().await.unwrap().0);
-    let server = Timed::new(server, Arc::new(Patience::new(common::PATIENCE, common::PATIENCE)));
+    let server =
+        Timed::new(server, Arc::new(Timeouts::new(common::PATIENCE, common::PATIENCE, common::PATIENCE)));
     let (_, end) = broken().get_over(client, server, "/key/500000").await;
     assert_eq!(end.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionReset));
     let service = broken();

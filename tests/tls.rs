@@ -11,8 +11,10 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::tls::{Authority, Identity, connect, daemon, start, trusting};
-use common::{Client, Daemon, Folder, get, held_port, key_service, request, run_to_end, until};
+use common::tls::{Authority, Identity, connect, connect_over, daemon, start, trusting};
+use common::{
+    Client, Daemon, Folder, get, held_port, key_service, read_slowly, request, run_to_end, slow, until,
+};
 use rcgen::{DnType, date_time_ymd};
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConfig, NamedGroup, ProtocolVersion};
@@ -161,12 +163,52 @@ fn the_end_of_a_connection_is_announced() {
     assert!(client.is_closed(), "by close_notify: anything else is an error here");
 }
 
+#[test]
+fn a_connection_that_is_closed_for_a_new_one_is_announced_its_end() {
+    let authority = Authority::new();
+    let config = modern(&authority);
+    let daemon = daemon(&authority, &[("MAX_CONNECTIONS", "1")]);
+    let mut idle = connect(daemon.keys(), &config);
+    assert_eq!(idle.send(request("/key/32")).response().status, 200);
+    // It may take a moment until the one with the response counts as idle.
+    until("the slot", || {
+        let mut new = connect(daemon.keys(), &config);
+        (new.send(request("/key/32")).response().status == 200).then_some(())
+    });
+    assert!(idle.is_closed(), "by close_notify");
+}
+
+#[test]
+fn the_first_request_has_the_head_timeout() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[("HEAD_TIMEOUT", "1"), ("IDLE_TIMEOUT", "3600")]);
+    let mut silent = connect(daemon.keys(), &modern(&authority));
+    silent.stream.conn.complete_io(&mut silent.stream.sock).unwrap();
+    assert!(silent.is_closed());
+}
+
+#[test]
+fn a_client_that_reads_slowly_gets_its_whole_response_over_tls() {
+    let authority = Authority::new();
+    let timeouts =
+        [("WRITE_TIMEOUT", "2"), ("HEAD_TIMEOUT", "2"), ("IDLE_TIMEOUT", "2"), ("MAX_SIZE", "1000000")];
+    let daemon = daemon(&authority, &timeouts);
+    let config = modern(&authority);
+    std::thread::scope(|scope| {
+        for path in ["/key/400000", "/key/150000?format=hex"] {
+            let client = connect_over(slow(daemon.keys()), &config);
+            scope.spawn(move || assert_eq!(read_slowly(client.stream, path), Ok(())));
+        }
+    });
+}
+
 /// Ends of connections that are no accident. [`Client::is_closed`] takes none without close_notify.
 #[test]
 fn every_orderly_end_is_announced() {
     let authority = Authority::new();
     let config = modern(&authority);
-    let daemon = daemon(&authority, &[("HEAD_TIMEOUT", "1"), ("MAX_CONNECTIONS", "7")]);
+    let daemon =
+        daemon(&authority, &[("HEAD_TIMEOUT", "1"), ("IDLE_TIMEOUT", "1"), ("MAX_CONNECTIONS", "7")]);
     let open = || {
         let mut client = connect(daemon.keys(), &config);
         client.stream.conn.complete_io(&mut client.stream.sock).unwrap();
@@ -242,7 +284,7 @@ fn a_connection_past_the_limit_is_announced_its_end() {
     let config = modern(&authority);
     let daemon = daemon(&authority, &[("MAX_CONNECTIONS", "1"), ("HEAD_TIMEOUT", "3600")]);
     let mut held = connect(daemon.keys(), &config);
-    held.send(request("/key/32")).response();
+    held.send(request("/key/32") + "GET").response();
     let mut silent = connect(daemon.keys(), &config);
     silent.stream.conn.complete_io(&mut silent.stream.sock).unwrap();
     assert!(silent.is_closed(), "after its second");
@@ -340,11 +382,13 @@ fn plain_http_to_the_tls_port_gets_a_400_and_never_a_key() {
 #[test]
 fn past_the_connection_limit_health_is_answered_over_tls_and_the_rest_is_503() {
     let authority = Authority::new();
-    let daemon = daemon(&authority, &[("MAX_CONNECTIONS", "2")]);
+    let daemon = daemon(&authority, &[("MAX_CONNECTIONS", "2"), ("HEAD_TIMEOUT", "3600")]);
     let config = modern(&authority);
     let mut held: Vec<_> = (0..2).map(|_| connect(daemon.keys(), &config)).collect();
     for client in &mut held {
-        assert_eq!(client.send(request("/key/32")).response().status, 200);
+        // The beginning of a second request, since an idle connection would make room for another.
+        assert_eq!(client.send(request("/key/32") + "GET").response().status, 200);
+        client.stream.flush().unwrap();
     }
     let mut client = connect(daemon.keys(), &config);
     assert_eq!(client.send(request("/health")).response().status, 200);

@@ -25,10 +25,11 @@ use key_service::admission::{Admission, Rules};
 use key_service::api::{Answering, Api, Routes, Session, Site};
 use key_service::body::Body;
 use key_service::buffers::{BufferAccount, BufferLimit};
-use key_service::deadline::{Patience, Timed};
+use key_service::deadline::{Timed, Timeouts};
 use key_service::format::Format;
 use key_service::forwarded::Proxies;
 use key_service::health::Health;
+use key_service::idle::IdleConnections;
 use key_service::metrics::Metrics;
 use key_service::peer::{Client, Peer};
 use key_service::plain::{Answers, AnswersPlain, Outcome, PlainRequest};
@@ -174,12 +175,14 @@ async fn exchange(setup: &Setup, wire: &[u8], has_short_way: bool) -> (Vec<Asked
     let recorder = Recorder { session, has_short_way, requests: Rc::clone(&requests) };
 
     let (ours, theirs) = duplex(1 << 14);
-    let patience = Arc::new(Patience::new(Duration::from_secs(10), Duration::from_secs(15)));
-    let ours = Sealed::new(Timed::new(ours, patience), Some(sealer));
+    let seconds = Duration::from_secs;
+    let timeouts = Arc::new(Timeouts::new(seconds(10), seconds(20), seconds(15)));
+    let ours = Sealed::new(Timed::new(ours, timeouts), Some(sealer));
     let drain = Drain::new();
     let (mut incoming, mut outgoing) = split(theirs);
     let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
-    let serving = connection(ours, recorder, drain.watch(), &METRICS, buffers);
+    let activity = IdleConnections::new().activity();
+    let serving = connection(ours, recorder, drain.watch(), &METRICS, buffers, activity);
     let sending = async {
         for piece in wire.chunks(setup.piece) {
             if outgoing.write_all(piece).await.is_err() {

@@ -99,6 +99,7 @@ log-level = {{ .Values.server.logLevel | quote }}
 workers = {{ .Values.server.workers | int64 }}
 max-connections = {{ .Values.server.maxConnections | int64 }}
 head-timeout = {{ .Values.server.headTimeout | int64 }}
+idle-timeout = {{ .Values.server.idleTimeout | int64 }}
 write-timeout = {{ .Values.server.writeTimeout | int64 }}
 drain-delay = {{ .Values.server.drainDelay | int64 }}
 drain-timeout = {{ .Values.server.drainTimeout | int64 }}

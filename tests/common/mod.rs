@@ -449,3 +449,41 @@ pub fn connect_from(source: &str, to: SocketAddr) -> TcpStream {
 pub fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack.windows(needle.len()).position(|window| window == needle)
 }
+
+/// A connection whose kernel takes little more than its client has read.
+pub fn slow(to: SocketAddr) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    socket.connect(&to.into()).unwrap();
+    socket.into()
+}
+
+/// Asks for `paths`, separated by spaces, in one go, and reads 20 kB/s. An error says how much there was of what.
+pub fn read_slowly(mut stream: impl Read + Write, paths: &str) -> Result<(), String> {
+    let mut requests: Vec<_> = paths.split_whitespace().map(request).collect();
+    let count = requests.len();
+    let last = requests[count - 1].replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n");
+    requests[count - 1] = last;
+    stream.write_all(requests.concat().as_bytes()).unwrap();
+    stream.flush().unwrap();
+    let (mut received, mut piece) = (Vec::new(), [0; 1000]);
+    let result = loop {
+        match stream.read(&mut piece) {
+            Ok(0) => break Ok(()),
+            Ok(read) => received.extend_from_slice(&piece[..read]),
+            Err(error) => break Err(error),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    let mut rest = &received[..];
+    for number in 0..count {
+        let whole = find(rest, b"\r\n\r\n").and_then(|end| {
+            let head = Response::parse(std::str::from_utf8(&rest[..end]).unwrap());
+            let length: usize = head.header("content-length")?.parse().ok()?;
+            rest.get(end + 4 + length..)
+        });
+        rest = whole
+            .ok_or_else(|| format!("{} bytes, ends in response {number}: {result:?}", received.len()))?;
+    }
+    if rest.is_empty() { Ok(()) } else { Err(format!("{} bytes more than expected", rest.len())) }
+}

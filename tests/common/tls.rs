@@ -103,10 +103,14 @@ pub fn trusting(
 }
 
 pub fn connect(address: SocketAddr, config: &Arc<ClientConfig>) -> Client<Secure> {
-    let stream = TcpStream::connect(address).unwrap();
+    connect_over(TcpStream::connect(address).unwrap(), config)
+}
+
+/// TLS on a connection that is there.
+pub fn connect_over(stream: TcpStream, config: &Arc<ClientConfig>) -> Client<Secure> {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_nodelay(true).unwrap();
-    let name = ServerName::from(address.ip());
+    let name = ServerName::from(stream.peer_addr().unwrap().ip());
     Client::over(StreamOwned::new(ClientConnection::new(Arc::clone(config), name).unwrap(), stream))
 }
 
