@@ -257,6 +257,9 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Of each password of an answer.
 const ENTROPY_BITS: HeaderName = HeaderName::from_static("entropy-bits");
 
+/// Stops nginx from spooling a streamed response to a file on its disk, which it does at once when a client reads slowly.
+const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
+
 /// What every answer has, whoever made it.
 const COMMON: [(HeaderName, HeaderValue); 2] = [
     (CACHE_CONTROL, HeaderValue::from_static("no-store")),
@@ -375,6 +378,9 @@ impl Api {
         *response.headers_mut() = KEY_HEADERS.clone();
         if shape.format() != Format::Raw {
             response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(shape.content_type()));
+        }
+        if shape.is_streamed() {
+            response.headers_mut().insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
         }
         if let Kind::Password(alphabet) = shape.kind() {
             let bits = format!("{:.1}", alphabet.entropy_bits(length));
@@ -542,7 +548,7 @@ async fn serve_openapi(State(api): State<Arc<Api>>) -> impl IntoResponse {
         needs_token: api.admission.needs_token(),
         has_page: api.has_page,
     });
-    ([(CONTENT_TYPE, "application/json")], document.to_string())
+    ([(CONTENT_TYPE, "application/json")], document)
 }
 
 async fn serve_page(headers: HeaderMap) -> axum::response::Response {

@@ -17,8 +17,8 @@ pub struct Terms {
     pub has_page: bool,
 }
 
-/// The document.
-pub fn document(terms: Terms) -> Value {
+/// The document, as JSON.
+pub fn document(terms: Terms) -> String {
     let Terms { max_size, needs_token, has_page } = terms;
     let key = drawn(Kind::Key, max_size, needs_token);
     let password = drawn(Kind::Password(Alphabet::default()), max_size, needs_token);
@@ -33,6 +33,7 @@ pub fn document(terms: Terms) -> Value {
             "license": { "name": "MIT OR Apache-2.0", "identifier": "MIT OR Apache-2.0" },
         },
         "servers": [{ "url": "/" }],
+        "security": [], // an operation that needs a token says so
         "tags": [
             { "name": "keys", "description": "What is drawn" },
             { "name": "state", "description": "How the service is" },
@@ -54,7 +55,7 @@ pub fn document(terms: Terms) -> Value {
                 }), &["400", "405", "431", "503"]),
             })),
         },
-        "components": components(),
+        "components": components(needs_token),
     });
     if has_page {
         let text = json!({ "schema": { "type": "string" } });
@@ -72,8 +73,23 @@ pub fn document(terms: Terms) -> Value {
             }),
         );
     }
-    document
+    in_order(&document)
 }
+
+/// Writes a document. Names keep the place that [`placed`] gave them.
+fn in_order(document: &Value) -> String {
+    (0..=PLACES).fold(document.to_string(), |text, place| text.replace(&format!("\"\\u{place:04x}"), "\""))
+}
+
+/// `name`, for an object in which the order has a meaning for readers: `serde_json` sorts names, and these begin with a control
+/// character that [`in_order`] takes off.
+fn placed(place: u8, name: &str) -> String {
+    assert!(place <= PLACES, "a control character that JSON escapes by its number");
+    format!("{}{name}", char::from(place))
+}
+
+/// The last place: JSON has names of their own for the characters from 8 on.
+const PLACES: u8 = 7;
 
 /// The path of keys or of passwords.
 fn drawn(kind: Kind, max_size: u64, needs_token: bool) -> Value {
@@ -92,7 +108,7 @@ fn drawn(kind: Kind, max_size: u64, needs_token: bool) -> Value {
     });
     if needs_token {
         operation["security"] = json!([{ "token": [] }]);
-        refusals.push("401");
+        refusals.insert(1, "401");
     }
     operation["responses"] = responses(json!({ "200": served(kind) }), &refusals);
     let mut path = both(id, &operation);
@@ -111,11 +127,12 @@ fn parameter(kind: Kind, name: &str) -> Value {
     let (description, schema) = match name {
         query::FORMAT => (
             "How it is written".to_owned(),
-            json!({ "enum": kind.formats().iter().map(|format| format.name()).collect::<Vec<_>>() }),
+            json!({ "type": "string", "enum": kind.formats().iter().map(|format| format.name()).collect::<Vec<_>>() }),
         ),
         query::ALPHABET => (
             "The characters that it is made of".to_owned(),
             json!({
+                "type": "string",
                 "enum": Alphabet::ALL.map(Alphabet::name),
                 "default": Alphabet::default().name(),
             }),
@@ -142,26 +159,28 @@ fn parameter(kind: Kind, name: &str) -> Value {
     json!({ "name": name, "in": "query", "description": description, "schema": schema })
 }
 
-/// The answer that has what was asked for.
+/// The answer that has what was asked for. Its media types are in the order of the formats, the default first: generators
+/// of clients that know one type for each status take the first. Of keys that is `application/octet-stream`, which such a
+/// client hands over as bytes, in whatever format they come.
 fn served(kind: Kind) -> Value {
-    let mut content = Map::new();
+    let mut content: Vec<(&str, Value)> = Vec::new();
     for format in kind.formats() {
         for is_batch in [false, true] {
-            if !is_batch || format.has_batches() {
-                content.insert(
-                    format.media_type(is_batch).into(),
-                    json!({ "schema": schema(kind, *format, is_batch) }),
-                );
+            let media_type = format.media_type(is_batch);
+            let is_new = content.iter().all(|(known, _)| *known != media_type);
+            if is_new && (!is_batch || format.has_batches()) {
+                content.push((media_type, schema(kind, *format, is_batch)));
             }
         }
     }
-    // One media type for one object and for a batch of them.
-    let one = schema(kind, Format::Json, false);
-    let batch = json!({ "type": "array", "items": one, "minItems": 1, "maxItems": COUNT_MAX });
-    content[Format::Json.media_type(false)] = json!({ "schema": { "oneOf": [one, batch] } });
+    let content: Map<_, _> = (0..)
+        .zip(content)
+        .map(|(place, (media_type, schema))| (placed(place, media_type), json!({ "schema": schema })))
+        .collect();
     let mut headers = json!({
         "RateLimit-Policy": { "$ref": "#/components/headers/RateLimit-Policy" },
         "RateLimit": { "$ref": "#/components/headers/RateLimit" },
+        "X-Accel-Buffering": { "$ref": "#/components/headers/X-Accel-Buffering" },
         "X-Request-Id": { "$ref": "#/components/headers/X-Request-Id" },
     });
     if kind != Kind::Key {
@@ -172,15 +191,20 @@ fn served(kind: Kind) -> Value {
 
 /// What a media type holds.
 fn schema(kind: Kind, format: Format, is_batch: bool) -> Value {
-    let reference = match (format, kind) {
-        (Format::Raw, _) => return json!({}),
-        (Format::Text | Format::Hex | Format::Base64 | Format::Base64Url, _) => {
+    let reference = match format {
+        Format::Raw => return json!({ "description": "The bytes as they are" }),
+        Format::Text | Format::Hex | Format::Base64 | Format::Base64Url => {
             return json!({ "type": "string", "description": "A line for each, with its newline" });
         }
-        (Format::Json, Kind::Key) => "Key",
-        (Format::Json, Kind::Password(_)) => "Password",
-        (Format::Jwk, _) if is_batch => "JwkSet",
-        (Format::Jwk, _) => "Jwk",
+        // One media type for one object and for a batch of them.
+        Format::Json => {
+            let name = if kind == Kind::Key { "Key" } else { "Password" };
+            let one = json!({ "$ref": format!("#/components/schemas/{name}") });
+            let batch = json!({ "type": "array", "items": one, "minItems": 1, "maxItems": COUNT_MAX });
+            return json!({ "oneOf": [one, batch] });
+        }
+        Format::Jwk if is_batch => "JwkSet",
+        Format::Jwk => "Jwk",
     };
     json!({ "$ref": format!("#/components/schemas/{reference}") })
 }
@@ -228,7 +252,7 @@ fn responses(mut answers: Value, refusals: &[&str]) -> Value {
     answers
 }
 
-fn components() -> Value {
+fn components(needs_token: bool) -> Value {
     let header = |description: &str, schema: Value, is_required: bool| json!({ "description": description, "schema": schema, "required": is_required });
     let problem = |description: &str, headers: &[&str]| {
         let headers: Map<_, _> = headers
@@ -241,10 +265,9 @@ fn components() -> Value {
             "content": { "application/problem+json": { "schema": { "$ref": "#/components/schemas/Problem" } } },
         })
     };
-    json!({
+    let mut components = json!({
         "responses": {
             "400": problem("A length, a query parameter or its value that can't be, raw keys with a count, or a malformed message", &[]),
-            "401": problem("No valid bearer token", &["WWW-Authenticate"]),
             "405": problem("Another method than GET and HEAD", &["Allow"]),
             "406": problem("Nothing satisfies the Accept field; the detail lists what can be had", &[]),
             "413": problem("A length or a batch above its bound, which max names", &[]),
@@ -253,28 +276,28 @@ fn components() -> Value {
             "503": problem("Not available now: the generator is out of service, the service stops, or a limit of connections or of large responses is reached", &["Retry-After"]),
         },
         "headers": {
-            "Allow": header("The methods that there are", json!({ "const": "GET, HEAD" }), true),
+            "Allow": header("The methods that there are", json!({ "type": "string", "const": "GET, HEAD" }), true),
             "Entropy-Bits": header("Bits of entropy in each password", json!({ "type": "number", "minimum": 0 }), true),
             "RateLimit": header("Where the client stands, where rates are bounded", json!({ "type": "string" }), false),
             "RateLimit-Policy": header("The bounds, where there are", json!({ "type": "string" }), false),
             "Retry-After": header("Seconds until it is worth another try", json!({ "type": "integer", "minimum": 0 }), true),
-            "WWW-Authenticate": header("The challenge (RFC 6750)", json!({ "type": "string" }), true),
+            "X-Accel-Buffering": header("Asks nginx not to spool a response above 16 KiB to its disk; absent below", json!({ "type": "string", "const": "no" }), false),
             "X-Request-Id": header("Names the audit record, where there is one", json!({ "type": "string" }), false),
         },
         "schemas": {
             "Key": object(json!({
                 "length": { "type": "integer", "minimum": 1 },
-                "encoding": { "const": "base64" },
+                "encoding": { "type": "string", "const": "base64" },
                 "key": { "type": "string", "pattern": "^[A-Za-z0-9+/]+={0,2}$" },
             })),
             "Password": object(json!({
                 "length": { "type": "integer", "minimum": 1 },
-                "alphabet": { "enum": Alphabet::ALL.map(Alphabet::name) },
+                "alphabet": { "type": "string", "enum": Alphabet::ALL.map(Alphabet::name) },
                 "entropy_bits": { "type": "number", "minimum": 0 },
                 "password": { "type": "string", "minLength": 1 },
             })),
             "Jwk": object(json!({
-                "kty": { "const": "oct" },
+                "kty": { "type": "string", "const": "oct" },
                 "kid": { "type": "string", "description": "Drawn, not made of the key" },
                 "k": { "type": "string", "pattern": "^[A-Za-z0-9_-]+$" },
             })),
@@ -299,10 +322,16 @@ fn components() -> Value {
                 "required": ["title", "status", "detail"],
             },
         },
-        "securitySchemes": {
-            "token": { "type": "http", "scheme": "bearer", "description": "Asked for where the service has tokens" },
-        },
-    })
+    });
+    if needs_token {
+        components["responses"]["401"] = problem("No valid bearer token", &["WWW-Authenticate"]);
+        components["headers"]["WWW-Authenticate"] =
+            header("The challenge (RFC 6750)", json!({ "type": "string" }), true);
+        components["securitySchemes"] = json!({
+            "token": { "type": "http", "scheme": "bearer", "description": "A token of this service, which begins with ks_" },
+        });
+    }
+    components
 }
 
 /// An object with these fields and no other.

@@ -49,6 +49,46 @@ fn every_format_gives_exactly_the_bytes_that_were_asked_for_and_head_tells_its_l
 }
 
 #[test]
+fn streamed_responses_alone_ask_proxies_not_to_buffer_them() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
+    let mut client = Client::connect(daemon.keys());
+    let (mut whole, mut streamed) = (0, 0);
+    let mut check = |path: &str| {
+        let response = client.send(request(path)).response();
+        assert_eq!(response.status, 200, "{path}");
+        let expected = (response.body.len() > 16 * 1024).then_some("no");
+        *if expected.is_some() { &mut streamed } else { &mut whole } += 1;
+        assert_eq!(response.header("x-accel-buffering"), expected, "{path}: {} bytes", response.body.len());
+        let head = client.send(request(path).replace("GET", "HEAD")).head_response();
+        assert_eq!(head.header("x-accel-buffering"), expected, "HEAD {path}");
+    };
+    // 16,384 bytes are the last that are sent whole: as raw bytes, and with their encoding and separators.
+    for format in FORMATS {
+        for length in
+            [1, 4096, 8191, 8192, 12_000, 12_286, 12_287, 12_400, 16_383, 16_384, 16_385, 65_537, 1_048_576]
+        {
+            check(&format!("/key/{length}?format={format}"));
+        }
+        if format != "raw" {
+            for (length, count) in
+                [(1, 10), (32, 100), (32, 1024), (64, 1024), (8191, 2), (8192, 1), (12_400, 1)]
+            {
+                check(&format!("/key/{length}?format={format}&count={count}"));
+            }
+        }
+    }
+    for format in ["text", "json"] {
+        for (length, count) in [(24, 1), (24, 655), (24, 656), (1024, 15), (1024, 16), (1024, 64)] {
+            check(&format!("/password/{length}?format={format}&count={count}"));
+        }
+    }
+    assert!(whole > 40 && streamed > 40, "{whole} whole, {streamed} streamed");
+    for path in ["/", "/health", "/openapi.json", "/key/0", "/key/1048577", "/key/16385?format=no", "/no"] {
+        assert_eq!(client.send(request(path)).response().header("x-accel-buffering"), None, "{path}");
+    }
+}
+
+#[test]
 fn every_bit_of_a_key_is_written() {
     // A bit that is the same in all of 64 keys has a probability of 2⁻⁶³; of 256 bits in 6 formats, below 2⁻⁵².
     let daemon = Daemon::start(&[]);
