@@ -84,7 +84,7 @@ fn in_order(document: &Value) -> String {
 /// `name`, for an object in which the order has a meaning for readers: `serde_json` sorts names, and these begin with a control
 /// character that [`in_order`] takes off.
 fn placed(place: u8, name: &str) -> String {
-    assert!(place <= PLACES, "a control character that JSON escapes by its number");
+    debug_assert!(place <= PLACES, "a control character that JSON escapes by its number");
     format!("{}{name}", char::from(place))
 }
 
@@ -126,7 +126,11 @@ fn drawn(kind: Kind, max_size: u64, needs_token: bool) -> Value {
 fn parameter(kind: Kind, name: &str) -> Value {
     let (description, schema) = match name {
         query::FORMAT => (
-            "How it is written".to_owned(),
+            // Without a default: tools send one that is stated, and it would win over the media type that they accept.
+            format!(
+                "How it is written; without it as the Accept field prefers, or {}",
+                kind.formats()[0].name()
+            ),
             json!({ "type": "string", "enum": kind.formats().iter().map(|format| format.name()).collect::<Vec<_>>() }),
         ),
         query::ALPHABET => (

@@ -177,3 +177,50 @@ fn every_reference_in_it_leads_somewhere() {
         assert!(document.pointer(reference.trim_start_matches('#')).is_some(), "{reference}");
     }
 }
+
+#[test]
+fn generators_of_clients_find_types_and_the_default_format_first() {
+    fn untyped(value: &Value, found: &mut Vec<Value>) {
+        match value {
+            Value::Object(fields) => {
+                if (fields.contains_key("enum") || fields.contains_key("const"))
+                    && !fields.contains_key("type")
+                {
+                    found.push(value.clone());
+                }
+                fields.values().for_each(|value| untyped(value, found));
+            }
+            Value::Array(items) => items.iter().for_each(|item| untyped(item, found)),
+            _ => {}
+        }
+    }
+    let daemon = Daemon::start(&[]);
+    let mut found = Vec::new();
+    untyped(&document(&daemon), &mut found);
+    assert_eq!(found, Vec::<Value>::new(), "an enum or const without a type");
+    // A parser may lose the order, so this looks at the text.
+    let text = daemon.get("/openapi.json").text();
+    assert!(!text.contains("\\u00"), "{text}");
+    let responses: Vec<_> =
+        text.match_indices("\"200\":{\"content\":{").map(|(at, name)| &text[at + name.len()..]).collect();
+    let orders = [
+        [
+            "application/octet-stream",
+            "text/plain",
+            "application/json",
+            "application/jwk+json",
+            "application/jwk-set+json",
+        ]
+        .as_slice(),
+        &["text/plain", "application/json"],
+    ];
+    for order in orders {
+        let found = responses.iter().any(|content| {
+            let content = &content[..content.find("\"description\":\"Drawn").unwrap_or_default()];
+            let places: Option<Vec<_>> =
+                order.iter().map(|name| content.find(&format!("\"{name}\":"))).collect();
+            places.is_some_and(|places| places[0] == 0 && places.is_sorted())
+        });
+        assert!(found, "{order:?}: {text}");
+    }
+}
