@@ -30,10 +30,11 @@ def environment():
 
 
 class Daemon:
-    """Runs while it is entered, on free ports or a held one: through a notify socket of the test's it says READY, and where it is."""
+    """Runs while it is entered, on free ports or a held one: through a notify socket of the test's it says READY, and where it
+    is. What it logs is appended to the file `log`, if there is one."""
 
-    def __init__(self, folder, config="", port=0):
-        self.folder, self.config, self.port = folder, config, port
+    def __init__(self, folder, config="", port=0, log=None):
+        self.folder, self.config, self.port, self.log = folder, config, port, log
 
     def __enter__(self):
         notify = self.folder / "notify"
@@ -41,15 +42,16 @@ class Daemon:
         file = self.folder / "config.toml"
         file.write_text(self.config)
         file.chmod(0o644)  # whatever the umask is: a file that others may write to is refused
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, open(self.log or os.devnull, "ab") as log:
             manager.bind(str(notify))
             manager.settimeout(PATIENCE)
             self.process = subprocess.Popen(
                 [*self.command(), "--config", file, "--host", "127.0.0.1", "--srv-port", str(self.port), "--metrics-port", "0"],
-                env={**environment(), "NOTIFY_SOCKET": str(notify)}, stderr=subprocess.DEVNULL)
+                env={**environment(), "NOTIFY_SOCKET": str(notify)}, stderr=log)
             try:
                 message = manager.recv(4096).decode()
                 self.authority = re.search(r"Keys on ([0-9.:]+)", message).group(1)
+                self.metrics = re.search(r"metrics on ([0-9.:]+)", message).group(1)
             except BaseException:  # __exit__ is not called then
                 peers.kill(self.process, "key-service")
                 raise
