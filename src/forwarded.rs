@@ -99,9 +99,12 @@ impl Proxies {
         })
     }
 
-    /// The address that a request from `origin` comes from in truth: the rightmost one which is no trusted proxy's, or
-    /// the leftmost where all are. `None` where `origin` is the client itself: because it isn't trusted, says nothing, or
-    /// says something that can't be read before a client is found.
+    /// The address that a request from `origin` comes from in truth: the rightmost one which is no trusted proxy's. Where
+    /// the list ends, or can't be read, before there is one: the last trusted proxy that was read. `None` where that is
+    /// `origin` itself, and where `origin` isn't trusted.
+    ///
+    /// The list is read from the right, byte by byte, up to the client's address, and no further: what stands left of it,
+    /// the client may have made up.
     pub fn client(&self, origin: Origin, headers: &HeaderMap) -> Option<IpAddr> {
         if !self.trust(origin) {
             return None;
@@ -109,29 +112,51 @@ impl Proxies {
         let mut client = None;
         // Fields of one name are one list, in their order (RFC 9110 section 5.3).
         for value in headers.get_all(self.field.name()).iter().rev() {
-            let value = value.to_str().ok()?;
-            let elements = match self.field {
-                Field::XForwardedFor => value.split(',').collect(),
-                Field::Forwarded => split_quoted(value, b',')?,
-            };
-            for element in elements.into_iter().rev() {
-                let ip = match self.field {
-                    Field::XForwardedFor => address(element.trim_matches([' ', '\t']))?,
-                    Field::Forwarded => forwarded_for(element)?,
+            let mut left = Some(value.as_bytes());
+            while let Some(list) = left {
+                let Some((ip, rest)) = self.field.last(list) else {
+                    return client;
                 };
                 client = Some(ip);
                 if !self.trust(Origin::Ip(ip)) {
                     return client;
                 }
+                left = rest;
             }
         }
         client
     }
 }
 
+impl Field {
+    /// The address in the last element of `list`, and what is left of that element's comma. `None` if there is no address.
+    fn last(self, list: &[u8]) -> Option<(IpAddr, Option<&[u8]>)> {
+        match self {
+            Self::XForwardedFor => {
+                let comma = list.iter().rposition(|byte| *byte == b',');
+                let element = comma.map_or(list, |comma| &list[comma + 1..]);
+                Some((address(trimmed(element))?, comma.map(|comma| &list[..comma])))
+            }
+            Self::Forwarded => {
+                let (element, rest) = last_part(list, b',')?;
+                Some((forwarded_for(element)?, rest))
+            }
+        }
+    }
+}
+
+/// Without the optional whitespace of RFC 9110 section 5.6.3 around it.
+fn trimmed(mut text: &[u8]) -> &[u8] {
+    while let [b' ' | b'\t', inner @ ..] | [inner @ .., b' ' | b'\t'] = text {
+        text = inner;
+    }
+    text
+}
+
 /// An address as proxies write it: bare, or with a port; IPv6 in brackets where there is one. With a zone (RFC 4007) it
 /// names nobody beyond the host that wrote it.
-fn address(text: &str) -> Option<IpAddr> {
+fn address(text: &[u8]) -> Option<IpAddr> {
+    let text = str::from_utf8(text).ok()?;
     let bracketed = || text.strip_prefix('[')?.strip_suffix(']')?.parse().ok().map(IpAddr::V6);
     let with_port = || text.parse().ok().map(|address: SocketAddr| address.ip());
     let ip = text.parse().ok().or_else(bracketed).or_else(with_port)?;
@@ -139,54 +164,57 @@ fn address(text: &str) -> Option<IpAddr> {
 }
 
 /// The `for` of one element of `Forwarded` (RFC 7239 section 4); `unknown` and obfuscated names are no addresses.
-fn forwarded_for(element: &str) -> Option<IpAddr> {
+fn forwarded_for(element: &[u8]) -> Option<IpAddr> {
     let mut found = None;
-    for pair in split_quoted(element, b';')? {
-        let (name, value) = pair.trim_matches([' ', '\t']).split_once('=')?;
-        if name.eq_ignore_ascii_case("for") && found.replace(value).is_some() {
+    let mut left = Some(element);
+    while let Some(pairs) = left {
+        let (pair, rest) = last_part(pairs, b';')?;
+        let pair = trimmed(pair);
+        let equals = pair.iter().position(|byte| *byte == b'=')?;
+        if pair[..equals].eq_ignore_ascii_case(b"for") && found.replace(&pair[equals + 1..]).is_some() {
             return None; // each parameter at most once
         }
+        left = rest;
     }
-    let value = found?;
-    match value.strip_prefix('"') {
+    match found? {
         // An address has nothing to escape.
-        Some(quoted) => address(quoted.strip_suffix('"')?),
+        [b'"', quoted @ .., b'"'] => address(quoted),
         // Without quotes it is a token, which has no colon: IPv4 without a port.
-        None => value.parse().ok().map(IpAddr::V4),
+        token => str::from_utf8(token).ok()?.parse().ok().map(IpAddr::V4),
     }
 }
 
-/// The parts between separators outside of quoted strings (RFC 9110 section 5.6.4); `None` if a quote is not closed, or
-/// stands where no value begins or ends.
+/// What stands behind the last separator outside of quoted strings (RFC 9110 section 5.6.4), and what stands before it,
+/// if there is one. `None` if a quote has no other one, or stands where no value begins or ends.
 ///
-/// A proxy may add its element behind what a client made up, in one line, and quote the client's Host in it. Were a stray
-/// quote passed over, one in the client's text would turn the proxy's quotes inside out, and let the Host name an address.
-fn split_quoted(text: &str, separator: u8) -> Option<Vec<&str>> {
-    let bytes = text.as_bytes();
-    let mut parts = Vec::new();
-    let (mut start, mut is_quoted, mut is_escaped) = (0, false, false);
-    for (at, byte) in text.bytes().enumerate() {
-        match byte {
-            _ if is_escaped => is_escaped = false,
-            b'\\' if is_quoted => is_escaped = true,
-            b'"' if is_quoted => {
-                is_quoted = false;
-                let next = bytes[at + 1..].iter().find(|byte| !matches!(byte, b' ' | b'\t'));
-                if !matches!(next, None | Some(b',' | b';')) {
+/// A proxy may add its element behind what a client made up, in one line, and quote the client's Host in it. Read from
+/// the left, a quote in the client's text could turn the proxy's quotes inside out, and let the Host name an address. From
+/// the right, a closing quote has exactly one opening one: the nearest that no backslash escapes, since an opening quote
+/// follows a `=`. So an element that is well-formed is read the same, whatever stands left of its comma.
+fn last_part(text: &[u8], separator: u8) -> Option<(&[u8], Option<&[u8]>)> {
+    let mut at = text.len();
+    while let Some(last) = at.checked_sub(1) {
+        match text[last] {
+            byte if byte == separator => return Some((&text[at..], Some(&text[..last]))),
+            b'"' => {
+                let next = text[at..].iter().find(|byte| !matches!(byte, b' ' | b'\t'));
+                at = (0..last).rev().find(|at| text[*at] == b'"' && !is_escaped(text, *at))?;
+                if is_escaped(text, last)
+                    || !matches!(next, None | Some(b',' | b';'))
+                    || !text[..at].ends_with(b"=")
+                {
                     return None;
                 }
             }
-            b'"' if bytes[..at].ends_with(b"=") => is_quoted = true,
-            b'"' => return None,
-            _ if byte == separator && !is_quoted => {
-                parts.push(&text[start..at]);
-                start = at + 1;
-            }
-            _ => {}
+            _ => at = last,
         }
     }
-    parts.push(&text[start..]);
-    (!is_quoted).then_some(parts)
+    Some((text, None))
+}
+
+/// Whether a backslash escapes the byte at `at`: of an even number of them, each other one escapes the next.
+fn is_escaped(text: &[u8], at: usize) -> bool {
+    text[..at].iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1
 }
 
 #[cfg(test)]
@@ -200,10 +228,10 @@ mod tests {
         Proxies { trusted: trusted.to_vec(), field }
     }
 
-    fn client(field: Field, peer: &str, values: &[&str]) -> Option<String> {
+    fn client(field: Field, peer: &str, values: &[impl AsRef<[u8]>]) -> Option<String> {
         let mut headers = HeaderMap::new();
         for value in values {
-            headers.append(field.name(), HeaderValue::from_str(value).unwrap());
+            headers.append(field.name(), HeaderValue::from_bytes(value.as_ref()).unwrap());
         }
         let ip = proxies(field).client(Origin::Ip(peer.parse().unwrap()), &headers)?;
         Some(ip.to_string())
@@ -226,13 +254,15 @@ mod tests {
             // What a client made up stands left of its own address and is never looked at.
             (&["nonsense, 192.0.2.1"], Some("192.0.2.1")),
             (&["192.0.2.1, nonsense"], None),
-            (&["nonsense, 10.1.1.1"], None),
             (&["192.0.2.1,"], None),
             (&[""], None),
             (&["unknown"], None),
             (&["fe80::1%eth0"], None),
             (&["[fe80::1%1]:4711"], None),
             (&[], None),
+            // A trusted proxy whose own client can't be read.
+            (&["nonsense, 10.1.1.1"], Some("10.1.1.1")),
+            (&["192.0.2.1", ", 10.1.1.1"], Some("10.1.1.1")),
         ] {
             assert_eq!(client(Field::XForwardedFor, "10.0.0.1", values).as_deref(), found, "{values:?}");
             assert_eq!(client(Field::XForwardedFor, "192.0.2.9", values), None, "only from a trusted proxy");
@@ -254,10 +284,16 @@ mod tests {
             (&["for=192.0.2.1;for=192.0.2.2"], None),
             (&["for=\"192.0.2.1"], None),
             // A client's Forwarded `x="` and its Host `, for=198.51.100.1;y="`, as a proxy joins and quotes them.
-            (&["x=\", for=192.0.2.1;host=\", for=198.51.100.1;y=\\\"\""], None),
+            (&["x=\", for=192.0.2.1;host=\", for=198.51.100.1;y=\\\"\""], Some("192.0.2.1")),
             (&["for=192.0.2.1;host=\", for=198.51.100.1;y=\\\"\""], Some("192.0.2.1")),
-            (&["a\"b=c, for=192.0.2.1"], None),
-            (&["a=\"b\"c, for=192.0.2.1"], None),
+            (&["for=192.0.2.1;host=\"a\\\\\""], Some("192.0.2.1")),
+            (&["for=192.0.2.1;host=\"a\\\""], None),
+            (&["a\"b=c, for=192.0.2.1"], Some("192.0.2.1")),
+            (&["a=\"b\"c, for=192.0.2.1"], Some("192.0.2.1")),
+            (&["for=192.0.2.1;a\"b=c"], None),
+            (&["for=192.0.2.1;a=\"b\"c"], None),
+            (&["for=192.0.2.1;a \"b\""], None),
+            (&["a=\"b, for=10.1.1.1"], Some("10.1.1.1")),
             (&["a=\"b\" ;for=192.0.2.1"], Some("192.0.2.1")),
             (&["for=192.0.2.1:80"], None),
             (&["192.0.2.1"], None),
@@ -280,17 +316,43 @@ mod tests {
         }
     }
 
+    /// The field values that HTTP permits (RFC 9110 section 5.5).
+    fn field_value(length: usize) -> impl Strategy<Value = Vec<u8>> {
+        let byte = prop_oneof![
+            4 => prop::sample::select(b"\",;=\\ for10.".to_vec()),
+            1 => prop_oneof![Just(b'\t'), b' '..=b'~', 0x80..=0xffu8],
+        ];
+        prop::collection::vec(byte, 0..length)
+    }
+
+    /// A quoted string (RFC 9110 section 5.6.4).
+    fn quoted(text: &[u8]) -> Vec<u8> {
+        let escaped = text.iter().flat_map(|byte| match byte {
+            b'"' | b'\\' => vec![b'\\', *byte],
+            byte => vec![*byte],
+        });
+        [b'"'].into_iter().chain(escaped).chain([b'"']).collect()
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
-        fn nothing_left_of_the_client_changes_who_it_is(made_up in "[ -~]{0,60}", through in 0usize..3) {
-            let hops = format!("192.0.2.1{}", ", 10.1.1.1".repeat(through));
-            let text = format!("{made_up}, {hops}");
-            prop_assert_eq!(client(Field::XForwardedFor, "10.0.0.1", &[&text]), Some("192.0.2.1".into()));
-            let separate = [made_up.as_str(), hops.as_str()];
-            prop_assert_eq!(client(Field::XForwardedFor, "10.0.0.1", &separate), Some("192.0.2.1".into()));
-            let hops = format!("for={}", hops.replace(", ", ", for="));
-            let separate = [made_up.as_str(), hops.as_str()];
-            prop_assert_eq!(client(Field::Forwarded, "10.0.0.1", &separate), Some("192.0.2.1".into()));
+        fn nothing_left_of_the_client_changes_who_it_is(
+            made_up in field_value(60), host in field_value(40), through in 0usize..3
+        ) {
+            let hops = format!("192.0.2.1{}", ", 10.1.1.1".repeat(through)).into_bytes();
+            let elements = [
+                b"for=192.0.2.1;host=".to_vec(),
+                quoted(&host),
+                ", for=10.1.1.1;proto=https".repeat(through).into_bytes(),
+            ];
+            for (field, proxies) in [(Field::XForwardedFor, hops), (Field::Forwarded, elements.concat())] {
+                let joined = [&made_up[..], b", ", &proxies].concat();
+                let lines = [made_up.clone(), proxies];
+                prop_assert_eq!(client(field, "10.0.0.1", &[joined]), Some("192.0.2.1".into()));
+                prop_assert_eq!(client(field, "10.0.0.1", &lines), Some("192.0.2.1".into()));
+            }
         }
 
         #[test]
@@ -310,11 +372,13 @@ mod tests {
         fn every_address_is_read_in_every_form(v4: [u8; 4], v6: [u16; 8], port: u16) {
             let (v4, v6) = (std::net::Ipv4Addr::from(v4), std::net::Ipv6Addr::from(v6));
             let canonical = |ip: IpAddr| Some(ip.to_canonical());
-            prop_assert_eq!(address(&v4.to_string()), canonical(v4.into()));
-            prop_assert_eq!(address(&format!("{v4}:{port}")), canonical(v4.into()));
-            prop_assert_eq!(address(&v6.to_string()), canonical(v6.into()));
-            prop_assert_eq!(address(&format!("[{v6}]:{port}")), canonical(v6.into()));
-            prop_assert_eq!(forwarded_for(&format!("for=\"[{v6}]:{port}\"")), canonical(v6.into()));
+            let address = |text: String| address(text.as_bytes());
+            prop_assert_eq!(address(v4.to_string()), canonical(v4.into()));
+            prop_assert_eq!(address(format!("{v4}:{port}")), canonical(v4.into()));
+            prop_assert_eq!(address(v6.to_string()), canonical(v6.into()));
+            prop_assert_eq!(address(format!("[{v6}]:{port}")), canonical(v6.into()));
+            let element = format!("for=\"[{v6}]:{port}\"");
+            prop_assert_eq!(forwarded_for(element.as_bytes()), canonical(v6.into()));
         }
     }
 }

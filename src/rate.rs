@@ -101,10 +101,13 @@ impl Standing {
 
 /// What every client has taken, for at most [`CLIENTS_MAX`] of them, in about 2 MiB.
 ///
-/// A newcomer that finds no free place takes over the one of the client that is closest to having paid, *and its debt*.
-/// So nobody gets more than its rate by having another one's entry or its own pushed out, however many addresses it has
-/// (the counters only ever err upwards, as those of the Space-Saving algorithm do). The price: while more clients than
-/// there are places are in debt, some of them share what one of them may have.
+/// A newcomer that finds no free place takes over the one of the client that is closest to having paid, *and its debt*, up
+/// to one burst. So no client gets more than its rate by having another one's entry or its own pushed out, however many
+/// addresses it has (the counters only ever err upwards, as those of the Space-Saving algorithm do). The price: while more
+/// clients than there are places are in debt, some of them share what one of them may have.
+///
+/// Only a key larger than the burst makes a debt above one burst. A newcomer does not inherit that part: it never took such
+/// a key, and could wait for hours. A client that did take one, and whose entry was pushed out since, owes one burst then.
 #[derive(Debug)]
 pub struct Table {
     sets: Box<[Mutex<[Entry; WAYS]>]>,
@@ -146,8 +149,8 @@ impl Table {
         let set = usize::try_from(self.hasher.hash_one(client) % self.sets.len() as u64).unwrap_or(0);
         // What a panic elsewhere could leave behind is an entry, and any entry is sound.
         let mut set = self.sets[set].lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = place(&mut set, client);
         let tolerance = rates.tolerance();
+        let entry = place(&mut set, client, now.saturating_add(tolerance));
         let wait = wait(rates.requests, entry.requests, 1, tolerance, now).max(wait(
             rates.bytes,
             entry.bytes,
@@ -168,13 +171,14 @@ impl Table {
     }
 }
 
-/// The entry of `client`: its own, else that of the client with the least debt, which it takes over. The least debt of
-/// a set never falls: that is why a client which comes back finds at least the debt that it left.
-fn place(set: &mut [Entry; WAYS], client: Client) -> &mut Entry {
+/// The entry of `client`: its own, else that of the client with the least debt, which it takes over, but none of what is
+/// to be paid after `latest`. Before `latest`, the least debt of a set never falls: that is why a client which comes back
+/// finds the debt that it left, or one burst.
+fn place(set: &mut [Entry; WAYS], client: Client, latest: u64) -> &mut Entry {
     let own = set.iter().position(|entry| entry.client == Some(client));
     let place = own.unwrap_or_else(|| {
         let least = (0..WAYS).min_by_key(|place| set[*place].debt()).unwrap_or(0);
-        let debt = set[least].debt();
+        let debt = set[least].debt().min(latest);
         set[least] = Entry { client: Some(client), requests: debt, bytes: debt };
         least
     });
@@ -308,9 +312,47 @@ mod tests {
         assert_eq!(table.ask(ONE, &rates, 32, later).wait, None, "and is free once the flood is over");
     }
 
+    #[test]
+    fn a_flood_of_large_keys_keeps_new_clients_waiting_for_a_burst_at_most() {
+        let start = Instant::now();
+        let table = Table::new(start);
+        let rates = rates(0, 1024, 10);
+        for address in 0..131_072 {
+            table.ask(Client::V4(address), &rates, 65_536, start); // 64 seconds' worth
+        }
+        let newcomers = 0xc000_0200..0xc000_02c8;
+        let second = start + Duration::from_secs(1);
+        let ask_all = |bytes, now| {
+            let ask = |address| table.ask(Client::V4(address), &rates, bytes, now).retry_after();
+            newcomers.clone().filter_map(ask).collect::<Vec<_>>()
+        };
+        let refused = ask_all(32, start);
+        assert!(refused.iter().all(|seconds| *seconds == 1), "{refused:?}");
+        assert_eq!(ask_all(32, second), [0; 0], "and are served then");
+        let refused = ask_all(1 << 20, second);
+        assert!(refused.iter().all(|seconds| *seconds <= 10), "a key of any size: {refused:?}");
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Beyond the burst or the seconds that the largest key is worth, whichever is more, nobody waits.
+        #[test]
+        fn a_wait_is_bounded(asked in proptest::collection::vec((0u32..20, 0u64..30_000, 0u64..9), 1..200)) {
+            let start = Instant::now();
+            let table = Table::with_sets(1, start);
+            let rates = rates(3, 1000, 2);
+            let (mut known, mut now) = (std::collections::HashSet::new(), start);
+            for (client, bytes, step) in asked {
+                now += Duration::from_secs(step);
+                let wait = table.ask(Client::V4(client), &rates, bytes, now).retry_after().unwrap_or(0);
+                let most = if known.insert(client) { 2 } else { 30 };
+                prop_assert!(wait <= most, "{wait}");
+            }
+        }
+
         /// Against a model without a bound: what the table admits, the model admits. Twenty clients in one set of eight
-        /// push each other out all the time.
+        /// push each other out all the time. No key is larger than the burst, beyond which a debt is not inherited.
         #[test]
         fn nobody_gets_more_than_an_unbounded_table_would_give(
             asked in proptest::collection::vec((0u32..20, 0u64..3000, 0u64..2_000), 1..400)

@@ -129,6 +129,24 @@ fn only_a_trusted_proxy_says_who_its_client_is() {
 }
 
 #[test]
+fn bytes_left_of_the_client_do_not_change_who_it_is() {
+    let left: [&[u8]; 5] = [b"\xe9", b"\xff\xfe\"", b"x=\"", b"a\"b\\", b"for=\"\xc3"];
+    for (field, element) in [("X-Forwarded-For", ""), ("Forwarded", "for=")] {
+        let trusted = [("TRUSTED_PROXIES", "127.0.0.1"), ("FORWARDED_HEADER", &field.to_lowercase())];
+        let daemon = Daemon::start(&[&[("RATE_REQUESTS", "1"), ("RATE_BURST", "2")], &trusted[..]].concat());
+        for separator in [", ".to_owned(), format!("\r\n{field}: ")] {
+            let mut client = Client::connect(daemon.keys());
+            for n in 0..30 {
+                let start = format!("GET /key/1 HTTP/1.1\r\nHost: a\r\n{field}: ");
+                let end = format!("{separator}{element}192.0.2.{}\r\n\r\n", n + separator.len() % 7 * 32);
+                let request = [start.as_bytes(), left[n % left.len()], end.as_bytes()].concat();
+                assert_eq!(client.send(&request).response().status, 200, "{}", request.escape_ascii());
+            }
+        }
+    }
+}
+
+#[test]
 fn a_million_forwarded_addresses_take_no_more_memory_and_free_nobody() {
     const CLIENTS: u32 = 1_000_000;
     let settings = [

@@ -1,9 +1,9 @@
 //! Whom a proxy speaks for. The first byte of an input says which field it is and how the proxies write; the rest is what
 //! a client made up, a field a line. The first proxy may quote the last line, as it quotes the `Host` of a client.
 //!
-//! A chain of trusted proxies adds its words behind that, as proxies do, and the client must be the address that the
-//! first of them saw. Where what was made up spoils the field for everyone, there may be no client, but never another
-//! one. From who is no trusted proxy, nothing is believed at all; and no address is named that is not written there.
+//! A chain of trusted proxies adds its elements behind that, as proxies do, and the client must be the address that the
+//! first of them saw, whatever was made up. Nothing is believed of a peer that is not trusted, and no address is named that
+//! is not written there.
 
 #![no_main]
 
@@ -44,30 +44,28 @@ fuzz_target!(|input: &[u8]| {
     let client = CLIENT[usize::from(setup >> 1 & 3)];
     let truth = address(client).expect("the client has an address");
     let hops = usize::from(setup >> 3 & 15) % (BETWEEN.len() + 1);
-    let mut chain: Vec<String> =
-        [client].iter().chain(&BETWEEN[..hops]).map(|hop| written(field, hop)).collect();
-    if let (Field::Forwarded, true, Some(Ok(host))) =
-        (field, setup & 128 != 0, made_up.last().map(HeaderValue::to_str))
-    {
+    let mut chain: Vec<Vec<u8>> =
+        [client].iter().chain(&BETWEEN[..hops]).map(|hop| written(field, hop).into_bytes()).collect();
+    if let (Field::Forwarded, true, Some(host)) = (field, setup & 128 != 0, made_up.last()) {
         // RFC 7239 section 5.3: the Host of the request, quoted (RFC 9110 section 5.6.4) since it may have a colon.
-        chain[0] += &format!(";host=\"{}\"", host.replace('\\', "\\\\").replace('"', "\\\""));
+        chain[0].extend(b";host=\"");
+        for byte in host.as_bytes() {
+            if matches!(byte, b'"' | b'\\') {
+                chain[0].push(b'\\');
+            }
+            chain[0].push(*byte);
+        }
+        chain[0].push(b'"');
     }
-    let chain = chain.join(", ");
-    let chain = HeaderValue::from_str(&chain).expect("a chain has no control characters");
+    let chain = chain.join(&b", "[..]);
+    let chain = HeaderValue::from_bytes(&chain).expect("a chain has no control characters");
     let apart: Vec<_> = made_up.iter().cloned().chain([chain.clone()]).collect();
     assert_eq!(proxies.client(near, &fields(field, &apart)), Some(truth), "a field of its own: {apart:?}");
     if let Some((last, before)) = made_up.split_last() {
         let joined = [last.as_bytes(), b", ", chain.as_bytes()].concat();
         let joined = HeaderValue::from_bytes(&joined).expect("two values make one");
-        let spoils = match field {
-            Field::XForwardedFor => joined.to_str().is_err(),
-            Field::Forwarded => joined.to_str().is_err() || last.as_bytes().contains(&b'"'),
-        };
         let values: Vec<_> = before.iter().cloned().chain([joined]).collect();
-        match proxies.client(near, &fields(field, &values)) {
-            None => assert!(spoils, "{values:?} names nobody"),
-            found => assert_eq!(found, Some(truth), "{values:?}"),
-        }
+        assert_eq!(proxies.client(near, &fields(field, &values)), Some(truth), "in one field: {values:?}");
     }
 });
 
@@ -134,13 +132,13 @@ fn is_port(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok()
 }
 
-/// The rightmost address of the list that is not trusted, else the leftmost one; nothing, if something unreadable is met.
+/// The rightmost address of the list that is not trusted; where something unreadable is met first, the one right of that.
 fn rightmost(values: &[HeaderValue]) -> Option<IpAddr> {
     let mut found = None;
     for value in values.iter().rev() {
-        let text = value.to_str().ok()?;
-        for element in text.rsplit(',') {
-            let ip = address(element.trim_matches([' ', '\t']))?;
+        for element in value.as_bytes().rsplit(|byte| *byte == b',') {
+            let text = String::from_utf8_lossy(element);
+            let Some(ip) = address(text.trim_matches([' ', '\t'])) else { return found };
             found = Some(ip);
             if !is_trusted(ip) {
                 return found;
@@ -152,6 +150,6 @@ fn rightmost(values: &[HeaderValue]) -> Option<IpAddr> {
 
 /// Whether the address is written somewhere in the value.
 fn names(value: &HeaderValue, ip: IpAddr) -> bool {
-    let text = value.to_str().unwrap_or_default();
+    let text = String::from_utf8_lossy(value.as_bytes());
     text.split([',', ';', '=', '"', ' ', '\t']).any(|word| address(word) == Some(ip))
 }
