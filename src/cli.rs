@@ -19,11 +19,11 @@ use crate::token::{Date, Name};
 )]
 pub struct Cli {
     /// Address to serve keys on: IPv4, IPv6 or unix:/path [default: 0.0.0.0]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, global = true, value_name = "ADDRESS")]
     host: Option<String>,
 
     /// Port to serve keys on [default: 1123]
-    #[arg(long, value_name = "PORT")]
+    #[arg(long, global = true, value_name = "PORT")]
     srv_port: Option<String>,
 
     /// Largest key that is handed out, in bytes [default: 1024]
@@ -31,19 +31,19 @@ pub struct Cli {
     max_size: Option<String>,
 
     /// Port to serve metrics on; the same as --srv-port serves them beside the keys [default: 8000]
-    #[arg(long, value_name = "PORT")]
+    #[arg(long, global = true, value_name = "PORT")]
     metrics_port: Option<String>,
 
     /// Severity from which on events are logged: off, error, warn, info, debug or trace [default: info]
-    #[arg(long, value_name = "LEVEL")]
+    #[arg(long, global = true, value_name = "LEVEL")]
     log_level: Option<String>,
 
     /// Configuration file, which must exist [default: /etc/key-service/config.toml, which need not]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, global = true, value_name = "PATH")]
     config: Option<PathBuf>,
 
     /// Read the configuration, print what is in effect, and stop
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub check: bool,
 
     /// What to do instead of serving keys.
@@ -59,6 +59,10 @@ pub enum Command {
         /// Whom to ask: http://host:port, with a path other than /health if need be [default: the configured address]
         #[arg(long, value_name = "URL")]
         url: Option<String>,
+
+        /// Taken as before `health`. It is not global: `token new` has one of its own.
+        #[arg(long, value_name = "BYTES", hide = true)]
+        max_size: Option<String>,
     },
     /// Make a bearer token
     Token {

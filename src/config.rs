@@ -2,6 +2,9 @@
 //!
 //! Every mistake is reported, each with where it stands; nothing is started while there is one.
 
+mod environment;
+mod file;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
@@ -14,10 +17,11 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use figment::providers::{Env, Format, Toml};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider, Source};
 
+use self::environment::Variable;
+use self::file::File;
 use crate::admission::Rules;
 use crate::credential;
 use crate::format::{Kind, Shape};
@@ -82,6 +86,8 @@ pub struct Config {
     pub exit_idle: Option<Duration>,
     /// Who the service is, where keys are served over TLS.
     pub tls: Option<tls::Settings>,
+    /// The oldest version of TLS, also where TLS is off.
+    pub tls_min_version: MinVersion,
     /// Where the hashes of tokens are, and what was found there; `None` where no token is asked for.
     pub tokens: Option<TokensFile>,
     /// The mode of a Unix socket that is bound here.
@@ -102,6 +108,32 @@ pub struct Config {
     pub page: bool,
     /// What units get that load a credential.
     pub credentials: credential::Rules,
+}
+
+/// Where a service is, for a client on this machine, and whether it speaks TLS there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Where keys are served.
+    pub host: Host,
+    /// Its port.
+    pub srv_port: u16,
+    /// Where metrics are served.
+    pub metrics_host: Host,
+    /// Its port.
+    pub metrics_port: u16,
+    /// Whether keys are served over TLS.
+    pub tls: bool,
+    /// The service's certificate, where it is set.
+    pub certificate: Option<Location>,
+    /// Whether clients have to show a certificate.
+    pub wants_certificate: bool,
+}
+
+impl Endpoint {
+    /// As [`Config::shares_port`].
+    pub fn shares_port(&self) -> bool {
+        self.srv_port == self.metrics_port && self.srv_port != 0 && self.host == self.metrics_host
+    }
 }
 
 /// The file of tokens, read.
@@ -260,7 +292,7 @@ impl Config {
             file(tls.map(|tls| &tls.certificate)),
             file(tls.map(|tls| &tls.key)),
             file(tls.and_then(|tls| tls.client_ca.as_ref())),
-            text(&tls.map_or(MinVersion::Tls13, |tls| tls.min_version)),
+            text(&self.tls_min_version),
             self.tokens.as_ref().map_or("", |file| &file.place).into(),
             text(&self.unix_mode),
             self.unix_trust.into(),
@@ -336,13 +368,24 @@ impl Sources {
         )
     }
 
-    /// Reads all layers, for who only wants to know where the service is and may not read its key.
+    /// As [`Sources::load`], but no other file is opened than that of the configuration.
     ///
     /// # Errors
     /// Every mistake that shows without opening another file.
     pub fn settings(&self) -> Result<Config, Mistakes> {
         let files = &mut WatchedFiles::default();
         self.read(Path::new(DEFAULT_PATH), false, FileAccess::None, files).map(|(config, _)| config)
+    }
+
+    /// Where the service is. What is wrong with any other setting is none of the caller's business: a running service may
+    /// be older than the mistake, and may read files that the caller can't.
+    ///
+    /// # Errors
+    /// Every mistake in the settings that [`Endpoint`] is made of.
+    pub fn endpoint(&self) -> Result<Endpoint, Mistakes> {
+        let files = &mut WatchedFiles::default();
+        self.with_reader(Path::new(DEFAULT_PATH), false, FileAccess::None, files, |reader| reader.endpoint())
+            .map(|(endpoint, ..)| endpoint)
     }
 
     fn read(
@@ -352,6 +395,22 @@ impl Sources {
         access: FileAccess,
         files: &mut WatchedFiles,
     ) -> Result<(Config, Vec<String>), Mistakes> {
+        self.with_reader(default, must_exist, access, files, |reader| {
+            reader.refuse_unknown();
+            reader.config()
+        })
+        .map(|(config, file, unchecked)| (Config { file, ..config }, unchecked))
+    }
+
+    /// What `read` makes of the layers, the file that was read, and a sentence for each file that could not be checked.
+    fn with_reader<T>(
+        &self,
+        default: &Path,
+        must_exist: bool,
+        access: FileAccess,
+        files: &mut WatchedFiles,
+        read: impl FnOnce(&mut Reader<'_>) -> Option<T>,
+    ) -> Result<(T, Option<PathBuf>, Vec<String>), Mistakes> {
         let path = self.file.as_deref().unwrap_or(default);
         files.add(path);
         // A file that can't be read at all hides whatever else is in it; the other layers are still looked at.
@@ -365,30 +424,40 @@ impl Sources {
             Ok(text) => (text, None),
             Err(problem) => (None, Some(problem)),
         };
-        let file = text.as_deref().map(|text| TomlFile { path, text });
-        let malformed =
-            file.as_ref().and_then(|file| file.data().err()).map(|error| unreadable_toml(path, &error));
+        let mut mistakes: Vec<String> = unreadable.into_iter().collect();
+        let file = text.as_deref().map(|text| File::parse(path, text));
+        let file = file.and_then(|file| file.map_err(|malformed| mistakes.extend(malformed)).ok());
+        let (variables, _) = environment::read();
         let mut figment = Figment::new();
-        if let Some(file) = file.filter(|_| malformed.is_none()) {
+        if let Some(file) = &file {
             figment = figment.merge(file);
         }
-        let environment = Env::prefixed(ENV_PREFIX).map(|key| key.as_str().replace('_', "-").into());
+        let environment = variables.iter().map(|variable| (variable.setting(), &*variable.text));
+        let flags = self.flags.iter().map(|(name, text)| ((*name).to_owned(), &**text));
+        figment =
+            figment.merge(Texts(ENVIRONMENT, environment.collect())).merge(Texts(FLAG, flags.collect()));
         let mut reader = Reader {
-            figment: figment.merge(environment).merge(Flags(&self.flags)),
-            mistakes: unreadable.into_iter().chain(malformed).collect(),
+            figment,
+            file: file.as_ref(),
+            variables: &variables,
+            flags: &self.flags,
+            mistakes,
             access,
             unchecked: Vec::new(),
             files,
         };
-        reader.refuse_unknown();
-        let config = reader.config();
-        match config {
-            Some(config) if reader.mistakes.is_empty() => {
-                Ok((Config { file: text.map(|_| path.to_owned()), ..config }, reader.unchecked))
+        match read(&mut reader) {
+            Some(read) if reader.mistakes.is_empty() => {
+                Ok((read, text.as_ref().map(|_| path.to_owned()), reader.unchecked))
             }
             _ => Err(Mistakes(reader.mistakes)),
         }
     }
+}
+
+/// The names of variables that Kubernetes or Docker injects for a Service or container of this name, and that are ignored.
+pub fn injected_variables() -> Vec<String> {
+    environment::read().1
 }
 
 /// What an administrator can do who wants no configuration file.
@@ -415,24 +484,11 @@ fn config_text(path: &Path) -> Result<Option<String>, String> {
         return Ok(Some(String::new()));
     }
     let (bytes, _) = location::read_file(path, FILE_MAX)?;
-    let text = str::from_utf8(&bytes).map_err(|error| format!("{}: {error}", path.display()))?;
+    let text = str::from_utf8(&bytes).map_err(|error| {
+        let line = 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
+        format!("{}:{line}: expected UTF-8, found {error}", path.display())
+    })?;
     Ok(Some(text.to_owned()))
-}
-
-/// The text of a file that has been read, as a layer.
-struct TomlFile<'a> {
-    path: &'a Path,
-    text: &'a str,
-}
-
-impl Provider for TomlFile<'_> {
-    fn metadata(&self) -> Metadata {
-        Metadata::from("TOML file", self.path)
-    }
-
-    fn data(&self) -> figment::Result<Map<Profile, Dict>> {
-        Toml::string(self.text).data()
-    }
 }
 
 /// Which of the files that settings name are opened.
@@ -465,6 +521,9 @@ impl Mistakes {
 
 struct Reader<'a> {
     figment: Figment,
+    file: Option<&'a File<'a>>,
+    variables: &'a [Variable],
+    flags: &'a [(&'static str, String)],
     mistakes: Vec<String>,
     access: FileAccess,
     /// A sentence for each file that could not be checked.
@@ -475,20 +534,12 @@ struct Reader<'a> {
 impl Reader<'_> {
     /// `None` where a setting is wrong; all of them have been looked at then.
     fn config(&mut self) -> Option<Config> {
-        let any = Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        let host = self.parsed("host", any, "an IP address or unix:/path");
-        // Metrics of a service on a Unix socket are for this machine only, until told otherwise.
-        let beside = match &host {
-            Some(Host::Ip(ip)) => Host::Ip(*ip),
-            _ => Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)),
-        };
-        let metrics_host = self.parsed("metrics-host", beside, "an IP address or unix:/path");
+        let (host, metrics_host) = self.hosts();
+        let (srv_port, metrics_port) = self.ports();
         let levels = format!("one of {}", LogLevel::NAMES.join(", "));
         let info = "info".parse().expect("info is a level");
         let log_level = self.parsed("log-level", info, &levels);
-        let srv_port = self.whole("srv-port", 1123, 0..=u16::MAX.into());
         let max_size = self.whole("max-size", 1024, 1..=MAX_SIZE_LIMIT);
-        let metrics_port = self.whole("metrics-port", 8000, 0..=u16::MAX.into());
         let workers = self.whole("workers", 0, 0..=256);
         let max_connections = self.whole("max-connections", 10_000, 1..=1_000_000);
         let head_timeout = self.whole("head-timeout", 10, 1..=ONE_HOUR);
@@ -497,7 +548,8 @@ impl Reader<'_> {
         let drain_timeout = self.whole("drain-timeout", 20, 0..=ONE_HOUR);
         let drain_delay = self.whole("drain-delay", 0, 0..=ONE_HOUR);
         let exit_idle = self.whole("exit-idle", 0, 0..=24 * ONE_HOUR);
-        let tls = self.tls();
+        let min_version = self.version("tls-min-version");
+        let tls = self.tls(min_version);
         let tokens = self.tokens();
         let modes = "a mode in octal digits, such as \"0660\"";
         let unix_mode = self.parsed("unix-mode", Mode::default(), modes);
@@ -505,7 +557,7 @@ impl Reader<'_> {
         let rate_requests = self.whole("rate-requests", 0, 0..=1_000_000_000);
         let rate_bytes = self.whole("rate-bytes", 0, 0..=1 << 40);
         let rate_burst = self.whole("rate-burst", 10, 1..=ONE_HOUR);
-        let trusted = self.list("trusted-proxies", "a list of IP addresses, networks (10.0.0.0/8) or unix");
+        let trusted = self.list("trusted-proxies", "an IP address, a network (10.0.0.0/8) or unix");
         let fields = format!("one of {}", Field::NAMES.join(", "));
         let field = self.parsed("forwarded-header", Field::default(), &fields);
         let max_connections_per_client = self.whole("max-connections-per-client", 256, 0..=1_000_000);
@@ -522,10 +574,10 @@ impl Reader<'_> {
         Some(Config {
             file: None,
             host: host?,
-            srv_port: srv_port?.try_into().ok()?,
+            srv_port: srv_port?,
             max_size: max_size?,
             metrics_host: metrics_host?,
-            metrics_port: metrics_port?.try_into().ok()?,
+            metrics_port: metrics_port?,
             log_level: log_level?,
             workers: workers?.try_into().ok()?,
             max_connections: max_connections?.try_into().ok()?,
@@ -536,6 +588,7 @@ impl Reader<'_> {
             drain_delay: Duration::from_secs(drain_delay?),
             exit_idle: Some(Duration::from_secs(exit_idle?)).filter(|period| !period.is_zero()),
             tls: tls?,
+            tls_min_version: min_version?,
             tokens: tokens?,
             unix_mode: unix_mode?,
             unix_trust: unix_trust?,
@@ -554,12 +607,44 @@ impl Reader<'_> {
         })
     }
 
+    fn hosts(&mut self) -> (Option<Host>, Option<Host>) {
+        let any = Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let host = self.parsed("host", any, "an IP address or unix:/path");
+        // Metrics of a service on a Unix socket are for this machine only, until told otherwise.
+        let beside = match &host {
+            Some(Host::Ip(ip)) => Host::Ip(*ip),
+            _ => Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        };
+        (host, self.parsed("metrics-host", beside, "an IP address or unix:/path"))
+    }
+
+    fn ports(&mut self) -> (Option<u16>, Option<u16>) {
+        let mut port = |name, default| self.whole(name, default, 0..=u16::MAX.into())?.try_into().ok();
+        (port("srv-port", 1123), port("metrics-port", 8000))
+    }
+
+    fn endpoint(&mut self) -> Option<Endpoint> {
+        let (host, metrics_host) = self.hosts();
+        let (srv_port, metrics_port) = self.ports();
+        let [certificate, key, client_ca] =
+            ["tls-cert", "tls-key", "tls-client-ca"].map(|name| self.location(name));
+        let (certificate, key, client_ca) = (certificate?, key?, client_ca?);
+        Some(Endpoint {
+            host: host?,
+            srv_port: srv_port?,
+            metrics_host: metrics_host?,
+            metrics_port: metrics_port?,
+            tls: certificate.is_some() || key.is_some() || client_ca.is_some(),
+            certificate,
+            wants_certificate: client_ca.is_some(),
+        })
+    }
+
     /// `None` where something is wrong, `Some(None)` where TLS is off.
-    fn tls(&mut self) -> Option<Option<tls::Settings>> {
+    fn tls(&mut self, min_version: Option<MinVersion>) -> Option<Option<tls::Settings>> {
         let certificate = self.location("tls-cert");
         let key = self.location("tls-key");
         let client_ca = self.location("tls-client-ca");
-        let min_version = self.version("tls-min-version");
         let (certificate, key, client_ca, min_version) = (certificate?, key?, client_ca?, min_version?);
         let (certificate, key) = match (certificate, key) {
             (Some(certificate), Some(key)) => (certificate, key),
@@ -582,8 +667,7 @@ impl Reader<'_> {
                     continue;
                 }
                 let value = self.figment.find_value(name).expect("it named the file that was read");
-                let source = self.source(name, &value);
-                self.mistakes.push(format!("{name}: {} ({source})", fault.sentence));
+                self.report(&[name], &value, &fault.sentence);
             }
         }
         Some(Some(settings))
@@ -623,8 +707,7 @@ impl Reader<'_> {
 
     fn miss<T>(&mut self, name: &str, missing: &str) -> Option<T> {
         let value = self.figment.find_value(name).expect("it is there and wants for another");
-        let source = self.source(name, &value);
-        self.mistakes.push(format!("{name}: expected {missing} beside it, found none ({source})"));
+        self.report(&[name], &value, &format!("expected {missing} beside it, found none"));
         None
     }
 
@@ -652,22 +735,30 @@ impl Reader<'_> {
         }
     }
 
-    /// A list; in the environment its brackets may be left out.
+    /// A list; in the environment its brackets may be left out. Each item that is wrong is reported.
     fn list<T: FromStr>(&mut self, name: &'static str, expected: &str) -> Option<Vec<T>> {
         let Ok(value) = self.figment.find_value(name) else {
             return Some(Vec::new());
         };
-        let items: Option<Vec<String>> = match &value {
-            Value::Array(_, items) => items.iter().map(|item| item.as_str().map(str::to_owned)).collect(),
-            Value::String(_, text) => Some(
-                text.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect(),
-            ),
-            _ => None,
+        let items: Vec<Value> = match &value {
+            Value::Array(_, items) => items.clone(),
+            Value::String(_, text) => {
+                text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(Value::from).collect()
+            }
+            _ => return self.refuse(name, &value, &format!("a list, each of which is {expected}")),
         };
-        match items.and_then(|items| items.iter().map(|item| item.parse().ok()).collect()) {
-            Some(list) => Some(list),
-            None => self.refuse(name, &value, expected),
+        let mut list = Vec::new();
+        for (at, item) in items.iter().enumerate() {
+            match item.as_str().and_then(|text| text.parse().ok()) {
+                Some(read) => list.push(read),
+                None => {
+                    let names = [name, &at.to_string()];
+                    let found = self.written(&names, &value).unwrap_or_else(|| shown(item));
+                    self.report(&names, &value, &format!("expected {expected}, found {found}"));
+                }
+            }
         }
+        (list.len() == items.len()).then_some(list)
     }
 
     /// The file of tokens, read: a mistake in it is one of the configuration. `Some(None)` where none is set.
@@ -698,9 +789,7 @@ impl Reader<'_> {
         match token::read(&path) {
             Ok(grants) => Some(Some(TokensFile { grants: grants.into(), ..unread })),
             Err(mistakes) => {
-                let source = self.source(name, &value);
-                self.mistakes
-                    .extend(mistakes.into_iter().map(|mistake| format!("{name}: {mistake} ({source})")));
+                mistakes.iter().for_each(|mistake| self.report(&[name], &value, mistake));
                 None
             }
         }
@@ -720,9 +809,21 @@ impl Reader<'_> {
                 Ok(shape) => {
                     rules.insert(selector.clone(), shape);
                 }
-                Err(mistake) => {
-                    let source = self.source(name, entry);
-                    self.mistakes.push(format!("{name}: {selector:?}: {mistake} ({source})"));
+                Err((field, expected, hint)) => {
+                    let names = [name, selector, field];
+                    let names = if field.is_empty() { &names[..2] } else { &names };
+                    let value = entry.as_dict().and_then(|fields| fields.get(field)).unwrap_or(entry);
+                    let found = match field {
+                        "" | LENGTH | FORMAT | ALPHABET => {
+                            self.written(names, value).unwrap_or_else(|| shown(value))
+                        }
+                        unknown => quoted(unknown),
+                    };
+                    self.report(
+                        names,
+                        value,
+                        &format!("{}: expected {expected}, found {found}{hint}", quoted(selector)),
+                    );
                 }
             }
         }
@@ -745,15 +846,15 @@ impl Reader<'_> {
     }
 
     fn refuse<T>(&mut self, name: &str, value: &Value, expected: &str) -> Option<T> {
-        let source = self.source(name, value);
-        self.mistakes.push(format!("{name}: expected {expected}, found {} ({source})", shown(value)));
+        let found = self.written(&[name], value).unwrap_or_else(|| shown(value));
+        self.report(&[name], value, &format!("expected {expected}, found {found}"));
         None
     }
 
     fn refuse_unknown(&mut self) {
-        let settings: Dict = self.figment.extract().unwrap_or_default();
-        for (name, value) in settings.iter().filter(|(name, _)| !NAMES.contains(&name.as_str())) {
-            let source = self.source(name, value);
+        let data = self.figment.data().unwrap_or_default();
+        for (name, value) in data.into_values().flatten().filter(|(name, _)| !NAMES.contains(&name.as_str()))
+        {
             let meant = NAMES
                 .into_iter()
                 .find(|known| known.replace('-', "") == name.replace(['-', '_'], "").to_lowercase());
@@ -761,68 +862,95 @@ impl Reader<'_> {
                 || format!("the settings are {}", NAMES.join(", ")),
                 |known| format!("did you mean {known}?"),
             );
-            self.mistakes.push(format!("{name}: not a setting ({source}); {hint}"));
+            self.report(&[&name], &value, &format!("not a setting; {hint}"));
         }
     }
 
-    /// Where a value stands, in words that find it.
-    fn source(&self, name: &str, value: &Value) -> String {
-        match self.figment.get_metadata(value.tag()) {
-            Some(Metadata { source: Some(Source::File(path)), .. }) => path.display().to_string(),
-            Some(metadata) if metadata.name == FLAG => format!("--{name}"),
-            _ => format!("{ENV_PREFIX}{}", name.replace('-', "_").to_uppercase()),
+    /// Notes a mistake in a value, or in what `names` lead to inside of it, with where it stands.
+    fn report(&mut self, names: &[&str], value: &Value, sentence: &str) {
+        let name = key(names[0]);
+        self.mistakes.push(match self.source(value) {
+            Layer::File(file) => format!("{}: {name}: {sentence}", file.place(names)),
+            Layer::Flags => format!("{name}: {sentence} (--{name})"),
+            Layer::Environment => {
+                let variable = self.variables.iter().rfind(|variable| variable.setting() == names[0]);
+                let variable = variable.map_or("the environment", |variable| &variable.name);
+                format!("{name}: {sentence} ({})", one_line(variable))
+            }
+        });
+    }
+
+    /// A value as it is written, on one line. `None` where the environment or a flag has it as a text, or inside of a text.
+    fn written(&self, names: &[&str], value: &Value) -> Option<String> {
+        match self.source(value) {
+            Layer::File(file) => file.written(names),
+            _ if names.len() > 1 || value.as_str().is_some() => None,
+            Layer::Flags => {
+                let flag = self.flags.iter().rfind(|(name, _)| *name == names[0]);
+                flag.map(|(_, text)| one_line(text.trim()))
+            }
+            Layer::Environment => {
+                let variable = self.variables.iter().rfind(|variable| variable.setting() == names[0]);
+                variable.map(|variable| one_line(variable.text.trim()))
+            }
         }
     }
+
+    fn source(&self, value: &Value) -> Layer<'_> {
+        match (self.figment.get_metadata(value.tag()), self.file) {
+            (Some(Metadata { source: Some(Source::File(_)), .. }), Some(file)) => Layer::File(file),
+            (Some(metadata), _) if metadata.name == FLAG => Layer::Flags,
+            _ => Layer::Environment,
+        }
+    }
+}
+
+/// Where a value comes from.
+enum Layer<'a> {
+    File(&'a File<'a>),
+    Environment,
+    Flags,
 }
 
 const LENGTH: &str = "length";
 const FORMAT: &str = "format";
 const ALPHABET: &str = "alphabet";
 
-/// What a unit gets, out of its table.
-fn credential_rule(selector: &str, entry: &Value) -> Result<Shape, String> {
-    let quotation = "a name with a dot stands in quotation marks";
+/// What a unit gets, out of its table; else which field is wrong (none: the table itself), what was expected of it, and
+/// what may help.
+fn credential_rule<'a>(selector: &str, entry: &'a Value) -> Result<Shape, (&'a str, String, &'static str)> {
+    let quotation = "; a name with a dot stands in quotation marks";
     if !credential::is_selector(selector) {
-        return Err("expected the name of a credential, or UNIT:NAME with the unit's suffix".into());
+        return Err(("", "the name of a credential, or UNIT:NAME with the unit's suffix".into(), quotation));
     }
     let Value::Dict(_, fields) = entry else {
-        let expected = "expected a table such as { length = 32, format = \"hex\" }";
-        return Err(format!("{expected}, found {}; {quotation}", shown(entry)));
+        return Err(("", "a table such as { length = 32, format = \"hex\" }".into(), quotation));
     };
     let known = [LENGTH, FORMAT, ALPHABET];
     if let Some(unknown) = fields.keys().find(|name| !known.contains(&name.as_str())) {
-        return Err(format!("expected {}, found {unknown:?}; {quotation}", known.join(", ")));
+        return Err((unknown, known.join(", "), quotation));
     }
-    let kind =
-        match fields.get(ALPHABET) {
-            None => Kind::Key,
-            Some(value) => {
-                let named = |alphabet: &Alphabet| value.as_str() == Some(alphabet.name());
-                let names = Alphabet::ALL.map(Alphabet::name).join(", ");
-                let alphabet = Alphabet::ALL.into_iter().find(named);
-                Kind::Password(alphabet.ok_or_else(|| {
-                    format!("expected alphabet to be one of {names}, found {}", shown(value))
-                })?)
-            }
-        };
-    let most = kind.length_max(credential::LENGTH_MAX);
-    let length = match fields.get(LENGTH) {
-        None => Some(credential::LENGTH_DEFAULT),
-        Some(value) => whole_number(value),
+    let one_of = |name, names: Vec<&str>| (name, format!("{name} to be one of {}", names.join(", ")), "");
+    let kind = match fields.get(ALPHABET) {
+        None => Kind::Key,
+        Some(value) => {
+            let named = |alphabet: &Alphabet| value.as_str() == Some(alphabet.name());
+            let alphabet = Alphabet::ALL.into_iter().find(named);
+            let names = || Alphabet::ALL.map(Alphabet::name).to_vec();
+            Kind::Password(alphabet.ok_or_else(|| one_of(ALPHABET, names()))?)
+        }
     };
+    let most = kind.length_max(credential::LENGTH_MAX);
+    let length = fields.get(LENGTH).map_or(Some(credential::LENGTH_DEFAULT), whole_number);
     let length = length.and_then(|length| KeyLength::parse(&length.to_string(), most).ok());
-    let length = length.ok_or_else(|| {
-        let found = fields.get(LENGTH).map_or_else(String::new, shown);
-        format!("expected length to be a whole number from 1 to {most}, found {found}")
-    })?;
+    let length =
+        length.ok_or_else(|| (LENGTH, format!("length to be a whole number from 1 to {most}"), ""))?;
     let format = match fields.get(FORMAT) {
         None => kind.formats()[0],
         Some(value) => {
             let named = kind.formats().iter().find(|format| value.as_str() == Some(format.name()));
-            let names: Vec<_> = kind.formats().iter().map(|format| format.name()).collect();
-            *named.ok_or_else(|| {
-                format!("expected format to be one of {}, found {}", names.join(", "), shown(value))
-            })?
+            let names = || kind.formats().iter().map(|format| format.name()).collect();
+            *named.ok_or_else(|| one_of(FORMAT, names()))?
         }
     };
     Ok(Shape::new(kind, length, format, None).expect("only a batch can be too large"))
@@ -842,20 +970,22 @@ fn credential_value(shape: &Shape) -> Value {
 
 const FLAG: &str = "flag";
 
-/// Flags as a layer: read the way the environment is, so that a value means the same in both.
-struct Flags<'a>(&'a [(&'static str, String)]);
+const ENVIRONMENT: &str = "environment";
 
-impl Provider for Flags<'_> {
+/// A layer of texts, the environment's or of flags: read in the same way, so that a value means the same in both.
+struct Texts<'a>(&'static str, Vec<(String, &'a str)>);
+
+impl Provider for Texts<'_> {
     fn metadata(&self) -> Metadata {
-        Metadata::named(FLAG)
+        Metadata::named(self.0)
     }
 
     fn data(&self) -> figment::Result<Map<Profile, Dict>> {
-        let entry = |(name, text): &(&str, String)| {
+        let entry = |(name, text): &(String, &str)| {
             let value = text.parse().unwrap_or_else(|never: std::convert::Infallible| match never {});
-            ((*name).to_owned(), value)
+            (name.clone(), value)
         };
-        Ok(Profile::Default.collect(self.0.iter().map(entry).collect()))
+        Ok(Profile::Default.collect(self.1.iter().map(entry).collect()))
     }
 }
 
@@ -875,6 +1005,32 @@ fn quoted(text: &str) -> String {
     format!("\"{}\"", characters.collect::<String>())
 }
 
+/// The longest text that is repeated from a configuration, in characters.
+const SHOWN_MAX: usize = 200;
+
+/// The first line of a text, as far as it prints, with `…` where it goes on.
+fn one_line(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    let mut shown: String = line
+        .chars()
+        .take(SHOWN_MAX)
+        .flat_map(|c| match c {
+            '"' | '\'' | '\\' => vec![c],
+            c => c.escape_debug().collect(),
+        })
+        .collect();
+    if line.chars().nth(SHOWN_MAX).is_some() || line.len() < text.trim_end().len() {
+        shown.push('…');
+    }
+    shown
+}
+
+/// A key as TOML writes it.
+fn key(name: &str) -> String {
+    let is_bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    if name.chars().all(is_bare) && !name.is_empty() { name.to_owned() } else { quoted(name) }
+}
+
 /// A value as TOML writes it.
 fn shown(value: &Value) -> String {
     match value {
@@ -882,12 +1038,7 @@ fn shown(value: &Value) -> String {
         Value::Bool(_, truth) => truth.to_string(),
         Value::Dict(_, entries) if entries.is_empty() => "{}".into(),
         Value::Dict(_, entries) => {
-            let is_bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
-            let name = |name: &str| match name.chars().all(is_bare) && !name.is_empty() {
-                true => name.to_owned(),
-                false => quoted(name),
-            };
-            let entry = |(key, value): (&String, &Value)| format!("{} = {}", name(key), shown(value));
+            let entry = |(name, value): (&String, &Value)| format!("{} = {}", key(name), shown(value));
             format!("{{ {} }}", entries.iter().map(entry).collect::<Vec<_>>().join(", "))
         }
         Value::Array(_, items) => format!("[{}]", items.iter().map(shown).collect::<Vec<_>>().join(", ")),
@@ -896,20 +1047,9 @@ fn shown(value: &Value) -> String {
         Value::Num(_, number) => match (number.to_u128(), number.to_i128(), number.to_f64()) {
             (Some(whole), ..) => whole.to_string(),
             (None, Some(whole), _) => whole.to_string(),
-            (None, None, Some(fraction)) => fraction.to_string(),
+            (None, None, Some(fraction)) => format!("{fraction:?}"),
             _ => "a number".into(),
         },
-    }
-}
-
-/// The parser's error in one line: where, and what.
-fn unreadable_toml(path: &Path, error: &figment::Error) -> String {
-    let text = error.to_string();
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let first = lines.next().unwrap_or("not readable");
-    match lines.next_back() {
-        Some(last) => format!("{}: {first}: {last}", path.display()),
-        None => format!("{}: {first}", path.display()),
     }
 }
 

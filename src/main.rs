@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use key_service::cli::{Cli, Command, TokenAction};
-use key_service::config::Config;
+use key_service::config::{Mistakes, Sources, injected_variables};
 use key_service::listener::Inherited;
 use key_service::logging::Log;
 use key_service::probe::Target;
@@ -28,23 +28,23 @@ fn main() -> ExitCode {
         return new_token(action);
     }
     let sources = cli.sources();
+    if let (Some(Command::Health { url, .. }), false) = (command, check) {
+        return health(url.as_deref(), &sources);
+    }
     let mut files = WatchedFiles::default();
-    let loaded = match command {
-        // Who asks for health need not be allowed to read the service's key.
-        Some(_) => sources.settings(),
-        // systemd runs it as the unit: what the unit lacks is a mistake. A shell has none of the unit's credentials.
-        None if check && !systemd::is_invoker() => sources.check().map(|(config, unchecked)| {
+    // systemd runs it as the unit: what the unit lacks is a mistake. A shell has none of the unit's credentials.
+    let loaded = if check && !systemd::is_invoker() {
+        sources.check().map(|(config, unchecked)| {
             unchecked.iter().for_each(|notice| eprintln!("key-service: {notice}"));
             config
-        }),
-        None => sources.load(&mut files),
+        })
+    } else {
+        sources.load(&mut files)
     };
     let config = match loaded {
         Ok(config) => config,
         Err(mistakes) => {
-            for mistake in mistakes.iter() {
-                eprintln!("key-service: {mistake}");
-            }
+            report(&mistakes);
             systemd::refused(&mistakes.to_string());
             return EXIT_CONFIG.into();
         }
@@ -52,12 +52,18 @@ fn main() -> ExitCode {
     if check {
         return print(&config.to_string());
     }
-    if let Some(Command::Health { url }) = command {
-        return health(url, &config);
-    }
     // Before there are threads, since it changes the environment; judged when there is a log to say it in.
     let inherited = Inherited::take();
     let log = Log::start(config.log_level);
+    let injected = injected_variables();
+    if !injected.is_empty() {
+        let variables = injected.join(" ").escape_debug().to_string();
+        tracing::debug!(
+            count = injected.len(),
+            variables,
+            "ignored the variables of a Service or a link of this name"
+        );
+    }
     if let Err(error) = forbid_core_dumps() {
         tracing::warn!(%error, "core dumps can't be forbidden");
     }
@@ -74,8 +80,26 @@ fn main() -> ExitCode {
     }
 }
 
-fn health(url: Option<String>, config: &Config) -> ExitCode {
-    let target = url.map_or_else(|| Target::local(config), |url| Target::parse(&url, config));
+fn report(mistakes: &Mistakes) {
+    mistakes.iter().for_each(|mistake| eprintln!("key-service: {mistake}"));
+}
+
+fn health(url: Option<&str>, sources: &Sources) -> ExitCode {
+    // A URL of plain HTTP says all that there is to know.
+    let endpoint = match url {
+        Some(url) if url.starts_with("http://") => None,
+        _ => match sources.endpoint() {
+            Ok(endpoint) => Some(endpoint),
+            Err(mistakes) => {
+                report(&mistakes);
+                return EXIT_CONFIG.into();
+            }
+        },
+    };
+    let target = match (url, &endpoint) {
+        (None, Some(endpoint)) => Target::local(endpoint),
+        (url, endpoint) => Target::parse(url.unwrap_or_default(), endpoint.as_ref()),
+    };
     match target.and_then(|target| target.ask()) {
         Ok(answer) => print(&format!("{answer}\n")),
         Err(error) => {

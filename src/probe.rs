@@ -10,8 +10,9 @@ use std::time::Duration;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConnection, StreamOwned};
 
-use crate::config::Config;
+use crate::config::Endpoint;
 use crate::listener::Host;
+use crate::location::Location;
 use crate::tls;
 
 /// How long each step may take: connecting, the request, the answer.
@@ -31,26 +32,27 @@ pub struct Target {
 }
 
 impl Target {
-    /// The service that `config` describes, on this machine. Where it asks clients for certificates, its metrics
-    /// listener is asked: this one has none.
+    /// The service at `endpoint`, on this machine. Its metrics listener is asked, in plain HTTP, where this program lacks
+    /// what the listener of keys wants: a client certificate, or the service's certificate to know it by, which may be a
+    /// credential of its unit or a file that the caller may not read.
     ///
     /// # Errors
-    /// A sentence, where the service's certificate can't be read or it has no place to ask.
-    pub fn local(config: &Config) -> Result<Self, String> {
-        let wants_certificate = config.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
-        let is_tcp = matches!(config.host, Host::Ip(_));
-        let (host, port) = match (wants_certificate && is_tcp, config.shares_port()) {
-            (false, _) => (&config.host, config.srv_port),
-            (true, false) => (&config.metrics_host, config.metrics_port),
-            (true, true) => {
-                return Err("expected a metrics-port of its own where tls-client-ca asks for certificates, found that of \
-                            srv-port: health has no certificate to show"
-                    .into());
-            }
+    /// A sentence, where the service has no place to ask.
+    pub fn local(endpoint: &Endpoint) -> Result<Self, String> {
+        let is_tls = endpoint.tls && matches!(endpoint.host, Host::Ip(_));
+        let certificate = match (is_tls, endpoint.wants_certificate) {
+            (false, _) => Ok(None),
+            (true, true) => Err("tls-client-ca asks for certificates, and health has none to show".into()),
+            (true, false) => known_by(endpoint.certificate.as_ref()).map(Some),
         };
-        let certificate = match &config.tls {
-            Some(tls) if is_tcp && !wants_certificate => Some(tls::leaf(&tls.certificate)?),
-            _ => None,
+        let (host, port, certificate) = match certificate {
+            Ok(certificate) => (&endpoint.host, endpoint.srv_port, certificate),
+            Err(_) if !endpoint.shares_port() => (&endpoint.metrics_host, endpoint.metrics_port, None),
+            Err(reason) => {
+                return Err(format!(
+                    "expected a metrics-port of its own to ask for health, found that of srv-port: {reason}"
+                ));
+            }
         };
         let authority = match host {
             Host::Unix(path) => format!("unix:{}", path.display()),
@@ -67,23 +69,19 @@ impl Target {
         Ok(Self { authority, path: "/health".into(), certificate })
     }
 
-    /// `http://host:port/path`, or `https://` for a service with the certificate of `config`; without a path,
+    /// `http://host:port/path`, or `https://` for a service with the certificate of `endpoint`; without a path,
     /// `/health`.
     ///
     /// # Errors
     /// A sentence, where `url` is none of that.
-    pub fn parse(url: &str, config: &Config) -> Result<Self, String> {
+    pub fn parse(url: &str, endpoint: Option<&Endpoint>) -> Result<Self, String> {
         let expected = || format!("expected http://host:port/path, found {url:?}");
         let (rest, default_port, certificate) =
             match (url.strip_prefix("http://"), url.strip_prefix("https://")) {
                 (Some(rest), _) => (rest, "80", None),
                 (None, Some(rest)) => {
-                    let tls = config.tls.as_ref().ok_or_else(|| {
-                    format!(
-                        "expected tls-cert in the configuration to know the service at {url} by, found none"
-                    )
-                })?;
-                    (rest, "443", Some(tls::leaf(&tls.certificate)?))
+                    let certificate = endpoint.and_then(|endpoint| endpoint.certificate.as_ref());
+                    (rest, "443", Some(known_by(certificate)?))
                 }
                 (None, None) => return Err(expected()),
             };
@@ -153,6 +151,12 @@ impl fmt::Display for Target {
     }
 }
 
+/// The certificate that the service has to show.
+fn known_by(certificate: Option<&Location>) -> Result<CertificateDer<'static>, String> {
+    let expected = || "expected tls-cert in the configuration to know the service by, found none".to_owned();
+    tls::leaf(certificate.ok_or_else(expected)?)
+}
+
 /// Tries every address of the name, as a name may have one of each kind.
 fn connect(authority: &str) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
@@ -168,22 +172,20 @@ fn connect(authority: &str) -> io::Result<TcpStream> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Sources;
 
     #[test]
     fn a_target_is_an_http_url() {
-        let config = Sources { file: Some("/dev/null".into()), flags: Vec::new() }.settings().unwrap();
         for (url, shown) in [
             ("http://keys:1123", "keys:1123/health"),
             ("http://[::1]:8000/readyz", "[::1]:8000/readyz"),
             ("http://keys", "keys:80/health"),
         ] {
-            assert_eq!(Target::parse(url, &config).unwrap().to_string(), shown);
+            assert_eq!(Target::parse(url, None).unwrap().to_string(), shown);
         }
         for bad in
             ["", "keys:1123", "https://keys", "http://", "http://keys:x", "http://a:1/ b", "http://a:1/\r\nX"]
         {
-            assert!(Target::parse(bad, &config).is_err(), "{bad}");
+            assert!(Target::parse(bad, None).is_err(), "{bad}");
         }
     }
 
@@ -193,8 +195,7 @@ mod tests {
         let held = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         held.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
         let free = held.local_addr().unwrap().as_socket().unwrap();
-        let config = Sources { file: Some("/dev/null".into()), flags: Vec::new() }.settings().unwrap();
-        let error = Target::parse(&format!("http://{free}"), &config).unwrap().ask().unwrap_err();
+        let error = Target::parse(&format!("http://{free}"), None).unwrap().ask().unwrap_err();
         assert!(error.starts_with(&format!("{free}/health: ")), "{error}");
     }
 }

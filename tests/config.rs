@@ -7,7 +7,7 @@ mod common;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 
-use common::{Folder, key_service, run_to_end};
+use common::{Daemon, Folder, key_service, run_to_end};
 
 /// `--check` with a file, variables and flags: status, output, errors.
 fn check(file: Option<&str>, variables: &[(&str, &str)], flags: &[&str]) -> (Option<i32>, String, String) {
@@ -105,21 +105,296 @@ fn every_mistake_is_reported_with_its_source() {
     let (status, printed, errors) = check(file, &variables, &["--metrics-port", "99999"]);
     assert_eq!((status, printed.as_str()), (Some(78), ""));
     for expected in [
-        "host: expected an IP address or unix:/path, found \"localhost\" (/",
-        "workers: expected a whole number from 0 to 256, found -1 (/",
-        "srv-port: expected a whole number from 0 to 65535, found \"1123\" (/",
-        "maxsize: not a setting (/",
-        "did you mean max-size?",
-        "table: not a setting (/",
+        "/config.toml:1: host: expected an IP address or unix:/path, found \"localhost\"\n",
+        "/config.toml:2: workers: expected a whole number from 0 to 256, found -1\n",
+        "/config.toml:3: srv-port: expected a whole number from 0 to 65535, found \"1123\"\n",
+        "/config.toml:4: maxsize: not a setting; did you mean max-size?\n",
+        "/config.toml:5: table: not a setting; the settings are host, ",
         "max-size: expected a whole number from 1 to 1073741824, found \"1k\" (KEYSERVICE_MAX_SIZE)",
         "head-timeout: expected a whole number from 1 to 3600, found 0 (KEYSERVICE_HEAD_TIMEOUT)",
         "log-level: expected one of off, error, warn, info, debug, trace, found \"verbose\" (KEYSERVICE_LOG_LEVEL)",
-        "port: not a setting (KEYSERVICE_PORT)",
+        "port: not a setting; the settings are host, ",
+        "(KEYSERVICE_PORT)",
         "metrics-port: expected a whole number from 0 to 65535, found 99999 (--metrics-port)",
     ] {
         assert!(errors.contains(expected), "{expected}\nis not in\n{errors}");
     }
     assert_eq!(errors.lines().count(), 10, "one line each:\n{errors}");
+}
+
+/// The mistakes in a configuration file, without what all of them begin with.
+fn mistakes(file: &str) -> Vec<String> {
+    let (status, _, errors) = check(Some(file), &[], &[]);
+    assert_eq!(status, Some(78), "{file}");
+    let after_folder =
+        |line: &str| line.split_once("/config.toml:").unwrap_or_else(|| panic!("{line}")).1.to_owned();
+    errors.lines().map(after_folder).collect()
+}
+
+#[test]
+fn a_mistake_in_a_file_is_reported_with_its_line_and_as_it_is_written() {
+    let size = "expected a whole number from 1 to 1073741824, found";
+    for (found, shown) in [
+        ("4096.0", "4096.0"),
+        ("1e3", "1e3"),
+        ("+0", "+0"),
+        ("0x0", "0x0"),
+        ("99_999_999_999", "99_999_999_999"),
+        ("99999999999999999999999999", "99999999999999999999999999"),
+        ("1979-05-27T07:32:00Z", "1979-05-27T07:32:00Z"),
+        ("inf", "inf"),
+        ("'1'", "'1'"),
+        ("\"\\u001b[1m\"", "\"\\u001b[1m\""),
+        ("\"\u{9b}\"", "\"\\u{9b}\""),
+        ("[1, 2.50]", "[1, 2.50]"),
+        ("[\n1,\n2]", "[…"),
+        ("{ a = 1.0 }", "{ a = 1.0 }"),
+        ("true # not a size", "true"),
+    ] {
+        let file = format!("# a comment\n\nmax-size = {found}\nworkers = 1\n");
+        assert_eq!(mistakes(&file), [format!("3: max-size: {size} {shown}")]);
+    }
+    let long = mistakes(&format!("host = \"{}\"", "a".repeat(100_000))).remove(0);
+    assert!(long.len() < 300 && long.ends_with("aaa…"), "{long}");
+}
+
+#[test]
+fn a_mistake_inside_of_a_table_or_a_list_is_reported_with_its_own_line() {
+    let length = "expected length to be a whole number from 1 to 4096, found";
+    for (file, expected) in [
+        ("[credentials.x]\nformat = \"hex\"\nlength = 0.5\n", vec![format!("3: credentials: \"x\": {length} 0.5")]),
+        ("[credentials]\nx = { format = \"hex\", length = 0 }\n", vec![format!("2: credentials: \"x\": {length} 0")]),
+        ("credentials = { y = {}, x = { length = 0 } }\n", vec![format!("1: credentials: \"x\": {length} 0")]),
+        ("page = true\ncredentials.x.length = -1\n", vec![format!("2: credentials: \"x\": {length} -1")]),
+        (
+            "[credentials]\n\"a/b\" = {}\nc = 32\nd = { lenght = 1 }\ne = { format = 2.0 }\n",
+            vec![
+                "2: credentials: \"a/b\": expected the name of a credential, or UNIT:NAME with the unit's suffix, found {}; a \
+                 name with a dot stands in quotation marks"
+                    .into(),
+                "3: credentials: \"c\": expected a table such as { length = 32, format = \"hex\" }, found 32; a name with a dot \
+                 stands in quotation marks"
+                    .into(),
+                "4: credentials: \"d\": expected length, format, alphabet, found \"lenght\"; a name with a dot stands in \
+                 quotation marks"
+                    .into(),
+                "5: credentials: \"e\": expected format to be one of raw, hex, base64, base64url, json, jwk, found 2.0".into(),
+            ],
+        ),
+        (
+            "trusted-proxies = [\n  \"10.0.0.0/8\",\n  \"10.0.0.0/33\", \"::1\", 7.0,\n]\n",
+            vec![
+                "3: trusted-proxies: expected an IP address, a network (10.0.0.0/8) or unix, found \"10.0.0.0/33\"".into(),
+                "3: trusted-proxies: expected an IP address, a network (10.0.0.0/8) or unix, found 7.0".into(),
+            ],
+        ),
+        (
+            "trusted-proxies = 7.0\n",
+            vec!["1: trusted-proxies: expected a list, each of which is an IP address, a network (10.0.0.0/8) or unix, found 7.0".into()],
+        ),
+        (
+            "\n[max-size]\nx = 1\n",
+            vec!["2: max-size: expected a whole number from 1 to 1073741824, found [max-size]".into()],
+        ),
+        ("page = false\n\n\"a b\" = 1", vec![]),
+        ("unix-trust = true\ntrusted-proxies = [\"unix\"]", vec!["1: unix-trust: expected false where trusted-proxies has unix, found true".into()]),
+        ("\n\ntls-client-ca = \"/ca\"", vec!["3: tls-client-ca: expected tls-cert and tls-key beside it, found none".into()]),
+    ] {
+        let found = mistakes(file);
+        if expected.is_empty() {
+            assert!(found[0].starts_with("3: \"a b\": not a setting; "), "{found:?}");
+        } else {
+            assert_eq!(found, expected);
+        }
+    }
+}
+
+#[test]
+fn each_line_that_is_not_toml_is_reported() {
+    for (file, expected) in [
+        ("max-size = 1\nmax-size = 2\n", vec!["2: not valid TOML: duplicate key, found max-size"]),
+        (
+            "[credentials]\na = {}\n[credentials]\n",
+            vec!["3: not valid TOML: duplicate key, found credentials"],
+        ),
+        ("[credentials.x]\nlength = 1\nlength = 2\n", vec!["3: not valid TOML: duplicate key, found length"]),
+        ("host = \n\npage = yes\n", vec!["1: not valid TOML: ", "3: not valid TOML: "]),
+        ("page = false\nhost = \"a\n", vec!["2: not valid TOML: "]),
+        ("page = false\nkey\n", vec!["2: not valid TOML: "]),
+        ("page = false\n\u{1}\n", vec!["2: not valid TOML: "]),
+    ] {
+        let found = mistakes(file);
+        assert_eq!(found.len(), expected.len(), "{found:?}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(found.starts_with(expected), "{expected} is not {found}");
+            assert!(!found.contains(|c: char| c.is_control()), "{found:?}");
+        }
+    }
+    assert_eq!(mistakes(&"x\n".repeat(1000)).len(), 10, "and no more than ten of them");
+    let folder = Folder::new();
+    let path = folder.file("config.toml");
+    std::fs::write(&path, b"page = true\nhost = \"\xff\"\n").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let errors = texts(run_to_end(with_path(&mut key_service(&folder), &path))).2;
+    assert!(errors.contains("/config.toml:2: expected UTF-8, found invalid utf-8"), "{errors}");
+    assert_eq!(
+        check(Some("\u{feff}page = true\r\n"), &[], &[]).0,
+        Some(0),
+        "a byte order mark is none of it"
+    );
+}
+
+#[test]
+fn a_variable_and_a_flag_are_shown_as_they_are_written() {
+    for (text, found) in
+        [("4096.0", "4096.0"), ("-0", "-0"), ("1k", "\"1k\""), ("[1.50]", "[1.50]"), ("{a=1.0}", "{a=1.0}")]
+    {
+        let expected = |source: &str| {
+            format!(
+                "key-service: max-size: expected a whole number from 1 to 1073741824, found {found} ({source})\n"
+            )
+        };
+        assert_eq!(check(None, &[("MAX_SIZE", text)], &[]).2, expected("KEYSERVICE_MAX_SIZE"));
+        assert_eq!(check(None, &[], &[&format!("--max-size={text}")]).2, expected("--max-size"));
+    }
+    let errors = check(None, &[("TRUSTED_PROXIES", "10.0.0.0/8, host,::1 , 10.0.0.1/40")], &[]).2;
+    let expected =
+        "key-service: trusted-proxies: expected an IP address, a network (10.0.0.0/8) or unix, found";
+    assert_eq!(
+        errors.lines().collect::<Vec<_>>(),
+        ["host", "10.0.0.1/40"].map(|bad| format!("{expected} \"{bad}\" (KEYSERVICE_TRUSTED_PROXIES)"))
+    );
+}
+
+#[test]
+fn each_tls_setting_is_shown_or_refused_without_the_others() {
+    for (name, value) in
+        [("tls-cert", "/a"), ("tls-key", "/a"), ("tls-client-ca", "/a"), ("tls-min-version", "1.2")]
+    {
+        let line = format!("{name} = \"{value}\"\n");
+        let (status, printed, errors) = check(Some(&line), &[], &[]);
+        let is_shown = status == Some(0) && printed.contains(&line);
+        let is_refused = status == Some(78) && errors.contains(&format!("/config.toml:1: {name}: expected "));
+        assert!(is_shown || is_refused, "{name}: {printed}{errors}");
+        assert_eq!(is_shown, name == "tls-min-version");
+    }
+}
+
+#[test]
+fn options_may_stand_before_and_after_a_subcommand() {
+    let folder = Folder::new();
+    let file = folder.write("config.toml", "");
+    let file = file.to_str().unwrap();
+    let options = [
+        ("--host", "127.0.0.1"),
+        ("--srv-port", "1"),
+        ("--max-size", "32"),
+        ("--metrics-port", "2"),
+        ("--log-level", "info"),
+        ("--config", file),
+    ];
+    let run = |arguments: &[&str]| texts(run_to_end(with(key_service(&folder), arguments)));
+    for (name, value) in options {
+        for arguments in
+            [[name, value, "token", "new", "--name=a"], ["token", "new", "--name=a", name, value]]
+        {
+            assert_eq!(run(&arguments).0, Some(0), "{arguments:?}");
+        }
+        for arguments in [[name, value, "health", "--url", "x"], ["health", "--url", "x", name, value]] {
+            let (status, _, errors) = run(&arguments);
+            assert_eq!(status, Some(1), "{arguments:?}: {errors}");
+            assert!(
+                errors.contains("expected http://host:port/path, found \"x\""),
+                "{arguments:?}: {errors}"
+            );
+        }
+    }
+    let (status, printed, _) = run(&["health", "--check", "--config", file, "--srv-port", "7"]);
+    assert!(status == Some(0) && printed.contains("srv-port = 7"), "{printed}");
+    let granted = run(&["--max-size", "64", "token", "new", "--name=a"]).1;
+    assert!(!granted.contains("max-size"), "the service's is not the token's: {granted}");
+}
+
+/// What the kubelet and Docker set for a Service, or a link, of this name.
+const INJECTED: [(&str, &str); 22] = [
+    ("SERVICE_HOST", "10.0.0.1"),
+    ("SERVICE_PORT", "1123"),
+    ("SERVICE_PORT_HTTP", "1123"),
+    ("SERVICE_PORT_HTTP_ALT", "1124"),
+    ("PORT", "tcp://10.0.0.1:1123"),
+    ("PORT_1123_TCP", "tcp://10.0.0.1:1123"),
+    ("PORT_1123_TCP_PROTO", "tcp"),
+    ("PORT_1123_TCP_PORT", "1123"),
+    ("PORT_1123_TCP_ADDR", "10.0.0.1"),
+    ("PORT_1124_UDP", "udp://10.0.0.1:1124"),
+    ("PORT_1124_UDP_PROTO", "udp"),
+    ("PORT_1125_SCTP", "sctp://10.0.0.1:1125"),
+    ("PORT_1125_SCTP_ADDR", "10.0.0.1"),
+    ("PORT_1123_TCP_START", "tcp://10.0.0.1:1123"),
+    ("PORT_1123_TCP_PORT_START", "1123"),
+    ("PORT_1123_TCP_PORT_END", "1125"),
+    ("NAME", "/web/keyservice"),
+    ("ENV_PATH", "/usr/bin"),
+    ("ENV_MAX_SIZE", "a text\n"),
+    ("1_PORT", "tcp://[fd00::1]:1123"),
+    ("1_PORT_1123_TCP_ADDR", "fd00::1"),
+    ("HEADLESS_1_NAME", "/web_1/keyservice-headless-1"),
+];
+
+#[test]
+fn what_kubernetes_and_docker_inject_is_ignored_and_logged() {
+    assert_eq!(check(None, &INJECTED, &[]), (Some(0), DEFAULTS.into(), String::new()));
+    let daemon = Daemon::start(&[&INJECTED[..], &[("LOG_LEVEL", "debug"), ("MAX_SIZE", "32")]].concat());
+    daemon.wait_for_log("ignored the variables of a Service or a link of this name");
+    let log = daemon.log();
+    assert!(log.contains("count=22") && log.contains("KEYSERVICE_1_PORT_1123_TCP_ADDR"), "{log}");
+    assert_eq!(daemon.get("/key/33").status, 413);
+}
+
+#[test]
+fn a_variable_that_only_looks_injected_is_a_mistake() {
+    for (name, value) in [
+        // Settings, whatever their value is; a Service named keyservice-metrics or keyservice-srv has these names.
+        ("METRICS_PORT", "tcp://10.0.0.1:1123"),
+        ("SRV_PORT", "tcp://10.0.0.1:1123"),
+        ("HOST", "tcp://10.0.0.1:1123"),
+        // What does not agree with the rest.
+        ("SERVICE_HOST", "10.0.0.2"),
+        ("SERVICE_HOST", "example.org"),
+        ("SERVICE_PORT", "9000"),
+        ("SERVICE_PORT_", "1123"),
+        ("SERVICE_PORT_HTTP", "9000"),
+        ("SERVICE_PORTS", "1123"),
+        ("PORT", "1123"),
+        ("PORT", "http://10.0.0.1:1123"),
+        ("PORT", "tcp://10.0.0.1"),
+        ("PORT_1123_TCP", "udp://10.0.0.1:1123"),
+        ("PORT_1123_TCP", "tcp://10.0.0.1:1124"),
+        ("PORT_1123_TCP_PORT", "01123"),
+        ("PORT_1123_TCP_ADDRESS", "10.0.0.1"),
+        ("PORT_01123_TCP_ADDR", "10.0.0.1"),
+        ("PORT_1123_TLS", "tls://10.0.0.1:1123"),
+        ("NAME", "keyservice"),
+        ("NAME", "/web/other"),
+        ("2_ENV_A", "x"),
+        ("MAXSIZE", "64"),
+        ("METRIC_PORT", "8001"),
+    ] {
+        let mut variables: Vec<_> = INJECTED.into_iter().filter(|(injected, _)| *injected != name).collect();
+        variables.push((name, value));
+        let (status, _, errors) = check(None, &variables, &[]);
+        assert_eq!(status, Some(78), "{name}={value}: {errors}");
+        assert!(errors.contains(&format!("(KEYSERVICE_{name})")), "{name}={value}: {errors}");
+    }
+    // Alone, none of them but the two that say it all.
+    for (name, value) in INJECTED {
+        let status = check(None, &[(name, value)], &[]).0;
+        assert_eq!(
+            status == Some(0),
+            name.ends_with("NAME") || value.contains("://") && name.ends_with("PORT"),
+            "{name}"
+        );
+    }
 }
 
 #[test]
@@ -159,7 +434,7 @@ fn a_file_that_is_named_must_be_there() {
 fn a_file_that_is_not_toml_is_refused_with_its_line() {
     let (status, _, errors) = check(Some("max-size = 1\nhost = \n"), &[], &["--max-size", "0"]);
     assert_eq!(status, Some(78));
-    assert!(errors.contains("config.toml: ") && errors.contains("line 2"), "{errors}");
+    assert!(errors.contains("/config.toml:2: not valid TOML: "), "{errors}");
     assert!(errors.contains("(--max-size)"), "{errors}");
     assert_eq!(errors.lines().count(), 2, "{errors}");
 }
@@ -240,7 +515,7 @@ fn wrong_usage_is_2() {
 }
 
 #[test]
-fn what_kubernetes_sets_for_a_service_of_this_name_is_not_ours() {
+fn what_kubernetes_sets_for_a_service_named_key_service_is_not_ours() {
     let folder = Folder::new();
     let mut command = key_service(&folder);
     command.arg("--check").arg("--config").arg(folder.write("config.toml", ""));

@@ -503,7 +503,7 @@ fn a_bad_renewal_keeps_the_certificate_and_says_so_until_it_is_mended() {
     daemon.folder.write("cert.pem", &second.certificate);
     daemon.wait_for_metric("tls_last_reload_successful", 0.0);
     daemon.wait_for_log("the certificate has changed and is refused; the one before stays");
-    daemon.wait_for_log("expected the key of the certificate in");
+    daemon.wait_for_log("expected the key of the first certificate in");
     wait_for_renewal(&daemon, &authority, &first);
     daemon.signal("HUP");
     daemon.wait_for_log("the configuration stays as it was");
@@ -634,13 +634,13 @@ fn every_mistake_in_certificates_and_keys_is_reported_with_its_source() {
             vec![
                 "absent.pem: expected a file that can be read, found: No such file",
                 "tls-key: expected a key that others have no access to, found mode 0644: chmod o= /",
-                "tls-client-ca: expected PEM certificates, found none in /",
+                "tls-client-ca: expected PEM certificates, found an empty file in /",
                 "workers: expected",
             ],
         ),
         (
             vec![("TLS_CERT", &*cert), ("TLS_KEY", &*other)],
-            vec!["tls-key: expected the key of the certificate in /", "found another in /"],
+            vec!["tls-key: expected the key of the first certificate in /", "found another in /"],
         ),
         (
             vec![("TLS_CERT", &*broken), ("TLS_KEY", &*broken)],
@@ -673,6 +673,117 @@ fn every_mistake_in_certificates_and_keys_is_reported_with_its_source() {
         for expected in expected {
             assert!(errors.contains(expected), "{settings:?}: {expected}\nis not in\n{errors}");
         }
+    }
+}
+
+/// An element of DER (X.690 section 8.1).
+fn der(tag: u8, content: &[u8]) -> Vec<u8> {
+    let [high, low] = u16::try_from(content.len()).unwrap().to_be_bytes();
+    let header = match (high, low) {
+        (0, 0..0x80) => vec![tag, low],
+        (0, _) => vec![tag, 0x81, low],
+        _ => vec![tag, 0x82, high, low],
+    };
+    [&header, content].concat()
+}
+
+/// A PKCS #1 private key with a modulus of so many bits. It is none that works, which nobody finds out before its size.
+fn rsa_key(bits: usize) -> Vec<u8> {
+    let modulus = [&[0][..], &vec![0xff; bits / 8]].concat();
+    der(0x30, &[der(2, &[0]), der(2, &modulus), der(2, &[1, 0, 1])].concat())
+}
+
+/// A PKCS #8 private key of an algorithm, whose identifiers are in DER.
+fn pkcs8_key(identifiers: &[u8], key: &[u8]) -> Vec<u8> {
+    der(0x30, &[der(2, &[0]), der(0x30, identifiers), der(4, key)].concat())
+}
+
+fn pem(label: &str, der: &[u8]) -> String {
+    use base64ct::Encoding;
+    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", base64ct::Base64::encode_string(der))
+}
+
+#[test]
+fn what_is_wrong_with_a_certificate_or_a_key_is_named() {
+    let (authority, server) = (Authority::new(), Authority::new().server());
+    let folder = Folder::new();
+    let Identity { certificate, key } = authority.server();
+    let ca = authority.pem();
+    let rsa = [6, 9, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0xd, 1, 1, 1, 5, 0];
+    let secp256k1 = [6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 5, 0x2b, 0x81, 4, 0, 0xa];
+    let (small, small_pkcs8) = (rsa_key(1024), pkcs8_key(&rsa, &rsa_key(512)));
+    let utf16: String = certificate.chars().flat_map(|c| [c, '\0']).collect();
+    let accepted =
+        "expected a private key of RSA (2048 to 8192 bits), ECDSA (P-256, P-384 or P-521) or Ed25519, found";
+    for (certificate, key, expected) in [
+        (
+            format!("{ca}{certificate}"),
+            key.clone(),
+            "tls-cert: expected the certificate of the key in ".to_owned(),
+        ),
+        (format!("{ca}{certificate}"), key.clone(), "found it as number 2 in ".into()),
+        (
+            format!("{certificate}{ca}"),
+            server.key,
+            "tls-key: expected the key of the first certificate in ".into(),
+        ),
+        (
+            format!("\u{feff}{certificate}{ca}"),
+            key.clone(),
+            "beginning of line 1, found a byte order mark (U+FEFF) before it in ".into(),
+        ),
+        (
+            format!("note\n  {certificate}{ca}"),
+            key.clone(),
+            "beginning of line 2, found spaces before it in ".into(),
+        ),
+        (
+            format!("{}{ca}", certificate.replace("CERTIFICATE", "TRUSTED CERTIFICATE")),
+            key.clone(),
+            "line 1, found -----BEGIN TRUSTED CERTIFICATE----- in ".into(),
+        ),
+        (certificate.clone(), format!("\u{feff}{key}"), "tls-key: expected -----BEGIN".into()),
+        (
+            format!("\u{ff}\u{fe}{utf16}"),
+            key.clone(),
+            "tls-cert: expected PEM certificates, found UTF-16 in ".into(),
+        ),
+        ("0\u{82}\u{1}".into(), key.clone(), "tls-cert: expected PEM certificates, found DER in ".into()),
+        (
+            certificate.clone(),
+            pem("RSA PRIVATE KEY", &small),
+            format!("tls-key: {accepted} an RSA key of 1024 bits in "),
+        ),
+        (
+            certificate.clone(),
+            pem("PRIVATE KEY", &small_pkcs8),
+            format!("tls-key: {accepted} an RSA key of 512 bits in "),
+        ),
+        (
+            certificate.clone(),
+            pem("PRIVATE KEY", &pkcs8_key(&secp256k1, b"")),
+            format!("tls-key: {accepted} a key of algorithm 1.2.840.10045.2.1 on curve 1.3.132.0.10 in "),
+        ),
+        (
+            certificate.clone(),
+            key.replace("PRIVATE", "ENCRYPTED PRIVATE"),
+            "tls-key: expected a PEM private key without a passphrase, found one with a passphrase in "
+                .into(),
+        ),
+    ] {
+        for (name, text) in [("cert.pem", &certificate), ("key.pem", &key)] {
+            // As Latin-1, so that bytes beyond ASCII can be written above; but a byte order mark as UTF-8.
+            let bytes = text
+                .chars()
+                .flat_map(|c| u8::try_from(c).map_or_else(|_| c.to_string().into(), |byte| vec![byte]));
+            fs::write(folder.file(name), bytes.collect::<Vec<_>>()).unwrap();
+            fs::set_permissions(folder.file(name), fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        let file = |name: &str| folder.file(name).to_str().unwrap().to_owned();
+        let settings = [("TLS_CERT", &*file("cert.pem")), ("TLS_KEY", &file("key.pem"))];
+        let (status, errors) = check(&folder, &settings);
+        assert_eq!(status, Some(78), "{expected}: {errors}");
+        assert!(errors.contains(&expected) && errors.lines().count() == 1, "{expected}\nis not in\n{errors}");
     }
 }
 
@@ -783,7 +894,10 @@ fn health_asks_a_tls_service_and_takes_no_other_certificate() {
 #[test]
 fn health_finds_a_tls_service_by_its_configuration() {
     // Port 0 means any, so the service is given ports that are held for it.
-    for mutual in [false, true] {
+    for case in
+        ["", "mutual", "certificate alone", "nothing readable", "credentials", "mistakes", "only a URL"]
+    {
+        let mutual = case == "mutual";
         let authority = Authority::new();
         let folder = Folder::new();
         authority.server().write(&folder);
@@ -800,11 +914,30 @@ fn health_finds_a_tls_service_by_its_configuration() {
         }
         folder.write("config.toml", &config);
         let daemon = Daemon::start_with(folder, |_| {});
+        // What the caller has need not be what the service has.
+        let addresses = format!("host = \"127.0.0.1\"\nsrv-port = {keys}\nmetrics-port = {metrics}\n");
+        let certificate = format!("tls-cert = {:?}\n", daemon.folder.file("cert.pem"));
+        let credentials =
+            "tls-cert = \"credential:a\"\ntls-key = \"credential:b\"\ntokens-file = \"credential:c\"\n";
+        let seen = match case {
+            "certificate alone" => addresses + &certificate,
+            "nothing readable" => {
+                addresses + "tls-cert = \"/absent\"\ntls-key = \"/absent\"\ntokens-file = \"/absent\"\n"
+            }
+            "credentials" => addresses + credentials,
+            "mistakes" => addresses + &certificate + "max-size = 0\nmax-sise = 1\ntls-min-version = 3\n",
+            "only a URL" => "not TOML".into(),
+            _ => config,
+        };
+        let path = daemon.folder.write("seen.toml", &seen);
         let mut command = key_service(&daemon.folder);
-        command.arg("--config").arg(daemon.folder.file("config.toml")).arg("health");
+        command.arg("health").arg("--config").arg(path).env_remove("CREDENTIALS_DIRECTORY");
+        if case == "only a URL" {
+            command.args(["--url", &format!("http://127.0.0.1:{metrics}")]);
+        }
         let ended = run_to_end(command);
         let said = String::from_utf8([ended.stdout, ended.stderr].concat()).unwrap();
-        assert_eq!((ended.status.code(), said.as_str()), (Some(0), "OK\n"), "mutual: {mutual}");
+        assert_eq!((ended.status.code(), said.as_str()), (Some(0), "OK\n"), "{case}");
     }
 }
 
