@@ -79,7 +79,7 @@ impl Record {
             Kind::Password(alphabet) => Some(alphabet.name()),
         };
         let (uid, gid, pid) = match self.peer.origin {
-            Origin::Unix(peer) => (Some(peer.uid), Some(peer.gid), peer.pid),
+            Origin::Unix(peer) => (Some(number(peer.uid)), Some(number(peer.gid)), peer.pid),
             Origin::Ip(_) => (None, None, None),
         };
         let proxy = proxy.map(|origin| match origin {
@@ -113,5 +113,28 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         self.write("key issued", if self.is_complete { "complete" } else { "aborted" });
+    }
+}
+
+/// A user or group that is not known is not written as one that exists.
+fn number(id: Option<u32>) -> String {
+    id.map_or_else(|| "unknown".into(), |id| id.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[tokio::test]
+    async fn a_user_of_another_namespace_is_unknown() {
+        assert_eq!(number(None), "unknown");
+        let (ours, _theirs) = tokio::net::UnixStream::pair().unwrap();
+        let uid = std::fs::metadata("/proc/self").unwrap().uid();
+        let Origin::Unix(credentials) = Peer::unix(&ours).unwrap().origin else {
+            panic!("not a Unix socket")
+        };
+        let expected = if uid == 65534 { "unknown".to_owned() } else { uid.to_string() };
+        assert_eq!(number(credentials.uid), expected);
     }
 }

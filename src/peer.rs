@@ -29,10 +29,19 @@ pub enum Origin {
 pub struct Credentials {
     /// Its number, where it is in a namespace that we see.
     pub pid: Option<i32>,
-    /// Its effective user.
-    pub uid: u32,
-    /// Its effective group.
-    pub gid: u32,
+    /// Its effective user, where our user namespace has it.
+    pub uid: Option<u32>,
+    /// Its effective group, likewise.
+    pub gid: Option<u32>,
+}
+
+/// What the kernel says instead of a user or group that our user namespace does not have (user_namespaces(7)): in a unit with
+/// `PrivateUsers=yes`, all but root and the unit's own. It is the kernel's default, and systemd supports no other; the
+/// sandbox hides /proc/sys/kernel/overflowuid. A process of the user `nobody` has the same number, and can't be told apart.
+const OVERFLOW_ID: u32 = 65534;
+
+fn known(id: u32) -> Option<u32> {
+    (id != OVERFLOW_ID).then_some(id)
 }
 
 /// Whom a limit is counted for. One host can't have many of them for nothing: an IPv6 network is one client.
@@ -43,8 +52,8 @@ pub enum Client {
     /// The first 64 bits of an IPv6 address: what a host or a household is given whole (RFC 6177, RFC 4291 section
     /// 2.5.4), so that a limit on less can be walked around.
     V6(u64),
-    /// A user of this host.
-    User(u32),
+    /// A user of this host; all whom our user namespace does not have are one.
+    User(Option<u32>),
     /// The bearer of a token, by a digest of the token's name.
     Bearer(u64),
 }
@@ -82,7 +91,7 @@ impl Peer {
     /// When the kernel does not name it.
     pub fn unix(stream: &UnixStream) -> io::Result<Self> {
         let found = stream.peer_cred()?;
-        let credentials = Credentials { pid: found.pid(), uid: found.uid(), gid: found.gid() };
+        let credentials = Credentials { pid: found.pid(), uid: known(found.uid()), gid: known(found.gid()) };
         Ok(Self { origin: Origin::Unix(credentials), identity: None })
     }
 }
