@@ -1058,6 +1058,56 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
+    /// What each document says of a reload, held to [`LIVE`] and [`LIVE_TLS`].
+    #[test]
+    fn documents_name_the_settings_that_change_at_a_reload() {
+        let is_live = |name: &str| LIVE.contains(&name) || LIVE_TLS.contains(&name);
+        let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+
+        let manual = include_str!("../packaging/man/key-service.toml.5").replace("\\-", "-");
+        for block in manual.split(".TP\n.BR ").skip(1) {
+            let name = block.split(' ').next().unwrap();
+            let says = words(block);
+            let changes =
+                says.contains("Changes at a reload") || says.contains("Changes as .B tls-cert does");
+            assert_eq!(changes, is_live(name), "key-service.toml(5): {name}");
+        }
+
+        let sample = include_str!("../packaging/config.toml");
+        let (mut block, mut changes, mut seen) = (String::new(), false, 0);
+        for line in sample.lines() {
+            if let Some((name, _)) = line.strip_prefix('#').and_then(|line| line.split_once(" = "))
+                && NAMES.contains(&name)
+            {
+                if !block.is_empty() {
+                    changes = words(&block).contains("hange at a reload")
+                        || words(&block).contains("hanges at a reload");
+                }
+                block.clear();
+                seen += 1;
+                // The first of TLS speaks for all four.
+                assert_eq!(changes, is_live(name) && !LIVE_TLS[1..].contains(&name), "config.toml: {name}");
+            } else if line.is_empty() {
+                block.clear();
+            } else {
+                block += line.trim_start_matches('#');
+            }
+        }
+        assert_eq!(seen, NAMES.len());
+
+        let access = include_str!("../docs/access.md");
+        let access = access.split("## What changes at a reload").nth(1).unwrap();
+        let manual = include_str!("../packaging/man/key-service.8").replace("\\-", "-");
+        let signal = manual.split(".B SIGHUP").nth(1).unwrap().split(".SH").next().unwrap();
+        for name in NAMES {
+            assert_eq!(access.contains(&format!("`{name}`")), is_live(name), "access.md: {name}");
+            assert!(
+                LIVE.contains(&name) == words(signal).split(' ').any(|word| word == name),
+                "key-service(8): {name}"
+            );
+        }
+    }
+
     /// What the file that need not be named is taken for: whether it was read, or why it is refused.
     fn read(default: &Path, must_exist: bool) -> Result<bool, String> {
         Sources::default()
