@@ -60,7 +60,7 @@ pub enum Command {
         #[arg(long, value_name = "URL")]
         url: Option<String>,
 
-        /// Taken as before `health`. It is not global: `token new` has one of its own.
+        /// As before `health`. It can't be a global option: `token new` has one of the same name.
         #[arg(long, value_name = "BYTES", hide = true)]
         max_size: Option<String>,
     },

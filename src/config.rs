@@ -377,11 +377,11 @@ impl Sources {
         self.read(Path::new(DEFAULT_PATH), false, FileAccess::None, files).map(|(config, _)| config)
     }
 
-    /// Where the service is. What is wrong with any other setting is none of the caller's business: a running service may
-    /// be older than the mistake, and may read files that the caller can't.
+    /// Where the service is. An error in any other setting is ignored: the running service may be older than the error, and
+    /// may read files that the caller can't.
     ///
     /// # Errors
-    /// Every mistake in the settings that [`Endpoint`] is made of.
+    /// Every error in the settings that [`Endpoint`] is made of.
     pub fn endpoint(&self) -> Result<Endpoint, Mistakes> {
         let files = &mut WatchedFiles::default();
         self.with_reader(Path::new(DEFAULT_PATH), false, FileAccess::None, files, |reader| reader.endpoint())
@@ -735,7 +735,7 @@ impl Reader<'_> {
         }
     }
 
-    /// A list; in the environment its brackets may be left out. Each item that is wrong is reported.
+    /// A list; in the environment its brackets may be left out. Each wrong item is reported.
     fn list<T: FromStr>(&mut self, name: &'static str, expected: &str) -> Option<Vec<T>> {
         let Ok(value) = self.figment.find_value(name) else {
             return Some(Vec::new());
@@ -866,7 +866,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Notes a mistake in a value, or in what `names` lead to inside of it, with where it stands.
+    /// Adds an error in a value, or in what `names` lead to inside of it, with its place.
     fn report(&mut self, names: &[&str], value: &Value, sentence: &str) {
         let name = key(names[0]);
         self.mistakes.push(match self.source(value) {
@@ -880,7 +880,7 @@ impl Reader<'_> {
         });
     }
 
-    /// A value as it is written, on one line. `None` where the environment or a flag has it as a text, or inside of a text.
+    /// A value as it is written, on one line. `None` for a text of the environment or a flag, and for what is inside one.
     fn written(&self, names: &[&str], value: &Value) -> Option<String> {
         match self.source(value) {
             Layer::File(file) => file.written(names),

@@ -29,6 +29,8 @@ pub struct Target {
     path: String,
     /// The certificate that the service has to have, where it speaks TLS.
     certificate: Option<CertificateDer<'static>>,
+    /// Why this is not the listener of keys.
+    reason: Option<String>,
 }
 
 impl Target {
@@ -45,14 +47,14 @@ impl Target {
             (true, true) => Err("tls-client-ca asks for certificates, and health has none to show".into()),
             (true, false) => known_by(endpoint.certificate.as_ref()).map(Some),
         };
-        let (host, port, certificate) = match certificate {
-            Ok(certificate) => (&endpoint.host, endpoint.srv_port, certificate),
-            Err(_) if !endpoint.shares_port() => (&endpoint.metrics_host, endpoint.metrics_port, None),
-            Err(reason) => {
+        let (host, port, certificate, reason) = match certificate {
+            Ok(certificate) => (&endpoint.host, endpoint.srv_port, certificate, None),
+            Err(reason) if endpoint.shares_port() => {
                 return Err(format!(
                     "expected a metrics-port of its own to ask for health, found that of srv-port: {reason}"
                 ));
             }
+            Err(reason) => (&endpoint.metrics_host, endpoint.metrics_port, None, Some(reason)),
         };
         let authority = match host {
             Host::Unix(path) => format!("unix:{}", path.display()),
@@ -66,7 +68,7 @@ impl Target {
             }
             Host::Ip(ip) => std::net::SocketAddr::new(*ip, port).to_string(),
         };
-        Ok(Self { authority, path: "/health".into(), certificate })
+        Ok(Self { authority, path: "/health".into(), certificate, reason })
     }
 
     /// `http://host:port/path`, or `https://` for a service with the certificate of `endpoint`; without a path,
@@ -91,7 +93,7 @@ impl Target {
         if host.is_empty() || port.parse::<u16>().is_err() || !is_plain(rest) {
             return Err(expected());
         }
-        Ok(Self { authority: format!("{host}:{port}"), path: format!("/{path}"), certificate })
+        Ok(Self { authority: format!("{host}:{port}"), path: format!("/{path}"), certificate, reason: None })
     }
 
     /// One request. The answer's body where its status is 200.
@@ -99,7 +101,11 @@ impl Target {
     /// # Errors
     /// A sentence: what was asked, and what came.
     pub fn ask(&self) -> Result<String, String> {
-        let answer = self.exchange().map_err(|error| format!("{self}: {error}"))?;
+        let answer = self.exchange().map_err(|error| {
+            let reason =
+                self.reason.as_ref().map_or_else(String::new, |reason| format!(" (metrics: {reason})"));
+            format!("{self}: {error}{reason}")
+        })?;
         let text = String::from_utf8_lossy(&answer);
         let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
         let status = head.lines().next().unwrap_or_default();

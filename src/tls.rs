@@ -490,7 +490,7 @@ fn private_key(
     loaded
 }
 
-/// What kind of key it is: the size where it is RSA's, else its algorithm's number. Nothing of the key itself.
+/// The kind of a key: its size if it is an RSA key, else the number of its algorithm. Nothing of the key itself.
 fn kind(key: &PrivateKeyDer<'_>) -> Option<String> {
     const RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
     let sequence = |der| {
@@ -521,9 +521,9 @@ fn kind(key: &PrivateKeyDer<'_>) -> Option<String> {
     }
 }
 
-/// Whether each block can be seen by the parser, which passes over what does not begin a line, and over other labels.
+/// Whether the parser sees each block: it skips one that does not begin a line, and other labels.
 ///
-/// A certificate that is passed over would leave the next one in its place.
+/// If it skipped the first certificate, the next one would take its place.
 fn check_pem(text: &[u8], location: &Location) -> Result<(), String> {
     const BEGIN: &[u8] = b"-----BEGIN ";
     let lines = text.split(|byte| *byte == b'\n').zip(1..);

@@ -355,8 +355,8 @@ fn the_new_settings_are_checked() {
     for (name, value, expected) in [
         ("RATE_REQUESTS", "-1", "expected a whole number from 0"),
         ("RATE_BURST", "0", "expected a whole number from 1 to 3600"),
-        ("TRUSTED_PROXIES", "localhost", "expected a list of IP addresses, networks"),
-        ("TRUSTED_PROXIES", "10.0.0.0/33", "expected a list of IP addresses, networks"),
+        ("TRUSTED_PROXIES", "localhost", "expected an IP address, a network"),
+        ("TRUSTED_PROXIES", "10.0.0.0/33", "expected an IP address, a network"),
         ("FORWARDED_HEADER", "x-real-ip", "expected one of x-forwarded-for, forwarded"),
         ("MAX_BULK_STREAMS", "0", "expected a whole number from 1"),
         ("UNIX_MODE", "0888", "expected a mode in octal digits"),

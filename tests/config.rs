@@ -122,8 +122,8 @@ fn every_mistake_is_reported_with_its_source() {
     assert_eq!(errors.lines().count(), 10, "one line each:\n{errors}");
 }
 
-/// The mistakes in a configuration file, without what all of them begin with.
-fn mistakes(file: &str) -> Vec<String> {
+/// The errors in a configuration file, without the directory that all of them begin with.
+fn errors_in(file: &str) -> Vec<String> {
     let (status, _, errors) = check(Some(file), &[], &[]);
     assert_eq!(status, Some(78), "{file}");
     let after_folder =
@@ -132,7 +132,7 @@ fn mistakes(file: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_mistake_in_a_file_is_reported_with_its_line_and_as_it_is_written() {
+fn an_error_in_a_file_has_its_line_and_the_value_as_written() {
     let size = "expected a whole number from 1 to 1073741824, found";
     for (found, shown) in [
         ("4096.0", "4096.0"),
@@ -152,14 +152,14 @@ fn a_mistake_in_a_file_is_reported_with_its_line_and_as_it_is_written() {
         ("true # not a size", "true"),
     ] {
         let file = format!("# a comment\n\nmax-size = {found}\nworkers = 1\n");
-        assert_eq!(mistakes(&file), [format!("3: max-size: {size} {shown}")]);
+        assert_eq!(errors_in(&file), [format!("3: max-size: {size} {shown}")]);
     }
-    let long = mistakes(&format!("host = \"{}\"", "a".repeat(100_000))).remove(0);
+    let long = errors_in(&format!("host = \"{}\"", "a".repeat(100_000))).remove(0);
     assert!(long.len() < 300 && long.ends_with("aaa…"), "{long}");
 }
 
 #[test]
-fn a_mistake_inside_of_a_table_or_a_list_is_reported_with_its_own_line() {
+fn an_error_inside_a_table_or_a_list_has_a_line_of_its_own() {
     let length = "expected length to be a whole number from 1 to 4096, found";
     for (file, expected) in [
         ("[credentials.x]\nformat = \"hex\"\nlength = 0.5\n", vec![format!("3: credentials: \"x\": {length} 0.5")]),
@@ -200,7 +200,7 @@ fn a_mistake_inside_of_a_table_or_a_list_is_reported_with_its_own_line() {
         ("unix-trust = true\ntrusted-proxies = [\"unix\"]", vec!["1: unix-trust: expected false where trusted-proxies has unix, found true".into()]),
         ("\n\ntls-client-ca = \"/ca\"", vec!["3: tls-client-ca: expected tls-cert and tls-key beside it, found none".into()]),
     ] {
-        let found = mistakes(file);
+        let found = errors_in(file);
         if expected.is_empty() {
             assert!(found[0].starts_with("3: \"a b\": not a setting; "), "{found:?}");
         } else {
@@ -223,14 +223,14 @@ fn each_line_that_is_not_toml_is_reported() {
         ("page = false\nkey\n", vec!["2: not valid TOML: "]),
         ("page = false\n\u{1}\n", vec!["2: not valid TOML: "]),
     ] {
-        let found = mistakes(file);
+        let found = errors_in(file);
         assert_eq!(found.len(), expected.len(), "{found:?}");
         for (found, expected) in found.iter().zip(expected) {
             assert!(found.starts_with(expected), "{expected} is not {found}");
             assert!(!found.contains(|c: char| c.is_control()), "{found:?}");
         }
     }
-    assert_eq!(mistakes(&"x\n".repeat(1000)).len(), 10, "and no more than ten of them");
+    assert_eq!(errors_in(&"x\n".repeat(1000)).len(), 10, "and no more than ten of them");
     let folder = Folder::new();
     let path = folder.file("config.toml");
     std::fs::write(&path, b"page = true\nhost = \"\xff\"\n").unwrap();
@@ -352,7 +352,7 @@ fn what_kubernetes_and_docker_inject_is_ignored_and_logged() {
 }
 
 #[test]
-fn a_variable_that_only_looks_injected_is_a_mistake() {
+fn a_variable_that_only_looks_injected_is_an_error() {
     for (name, value) in [
         // Settings, whatever their value is; a Service named keyservice-metrics or keyservice-srv has these names.
         ("METRICS_PORT", "tcp://10.0.0.1:1123"),

@@ -942,6 +942,24 @@ fn health_finds_a_tls_service_by_its_configuration() {
 }
 
 #[test]
+fn health_names_the_certificate_that_it_can_not_read() {
+    let folder = Folder::new();
+    let (_metrics, metrics) = held_port(); // where nothing listens
+    for (port, expected) in [
+        (metrics, format!("127.0.0.1:{metrics}/health: Connection refused (os error 111) (metrics: /absent: expected a file")),
+        (1123, "expected a metrics-port of its own to ask for health, found that of srv-port: /absent: expected a file".into()),
+    ] {
+        let mut command = key_service(&folder);
+        command.args(["health", "--host", "127.0.0.1", "--metrics-port", &port.to_string()]);
+        command.env("KEYSERVICE_TLS_CERT", "/absent");
+        let ended = run_to_end(command);
+        let said = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(1), "{said}");
+        assert!(said.contains(&expected), "{said}");
+    }
+}
+
+#[test]
 fn a_unix_socket_stays_plain() {
     let authority = Authority::new();
     let folder = Folder::new();

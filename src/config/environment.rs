@@ -46,8 +46,8 @@ fn sort(variables: impl Iterator<Item = (String, String)>) -> (Vec<Variable>, Ve
     (settings, injected)
 }
 
-/// Whether the variable is one of those that Kubernetes injects for each Service ("Discovering services" in its manual, Go's
-/// `envvars.FromServices`) or Docker for each link. Both repeat themselves, so that name and value must agree with the other
+/// Whether Kubernetes injects the variable for a Service ("Discovering services" in its manual, `envvars.FromServices` in its
+/// code), or Docker for a link. Both inject the same values several times, so name and value must agree with the other
 /// variables of the same Service or link. The name may go on after `KEYSERVICE`, as in `KEYSERVICE_1_PORT`.
 fn is_injected(name: &str, value: &str, all: &BTreeMap<String, String>) -> bool {
     let mut ends = name.match_indices('_').map(|(at, _)| at).filter(|at| *at + 1 >= ENV_PREFIX.len());
@@ -64,7 +64,7 @@ fn is_of_service(service: &str, rest: &str, value: &str, all: &BTreeMap<String, 
             && path.next().is_none()
             && alias.to_ascii_uppercase().replace('-', "_") == service;
     }
-    // `tcp://10.0.0.1:1123`: Services and links have it, and every other variable repeats some of it.
+    // `tcp://10.0.0.1:1123`: each Service and link has it, and every other variable repeats some of it.
     let Some((_, first)) = all.get(&format!("{service}_PORT")).and_then(|text| url(text)) else {
         return false;
     };
