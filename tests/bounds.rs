@@ -7,13 +7,10 @@ mod common;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{
-    Client, Daemon, Folder, PATIENCE, connect_from, get, key_service, read_slowly, request, slow, until,
-};
+use common::{Client, Daemon, Folder, PATIENCE, connect_from, get, read_slowly, request, slow, until};
 
 /// Reads to the end of the connection and returns how many bytes came.
 fn drain(stream: &mut TcpStream) -> usize {
@@ -92,8 +89,7 @@ fn the_longest_idle_connection_is_closed_at_the_limit() {
         assert_eq!(ask(&mut client, path), 200);
         client
     };
-    let (mut first, mut second, mut third) =
-        (open("/key/32"), open("/key/500?format=hex"), open("/health"));
+    let (mut first, mut second, mut third) = (open("/key/32"), open("/key/500?format=hex"), open("/health"));
     assert_eq!(ask(&mut first, "/key/32"), 200, "now the second has been idle for longest");
     let mut new = open("/key/32");
     assert!(second.is_closed());
@@ -222,12 +218,9 @@ fn a_crowd_past_the_limit_is_let_in_bit_by_bit_and_the_daemon_outlives_it() {
 /// A daemon that may open `count` files.
 fn with_descriptors(count: u32, settings: &[(&str, &str)]) -> Daemon {
     let folder = Folder::new();
-    let inner = key_service(&folder);
-    let mut command = Command::new("sh");
-    let script = format!("ulimit -n {count} && exec \"$@\"");
-    command.arg("-c").arg(script).arg("sh").arg(inner.get_program());
+    let mut command = common::process::shell(&format!("ulimit -n {count} && exec \"$@\""));
     common::scrub(&mut command, &folder);
-    command.arg("--config").arg(folder.file("config.toml"));
+    command.arg(common::binary()).arg("--config").arg(folder.file("config.toml"));
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     for (name, value) in settings {
         command.env(format!("KEYSERVICE_{name}"), value);

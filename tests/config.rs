@@ -235,7 +235,7 @@ fn each_line_that_is_not_toml_is_reported() {
     let path = folder.file("config.toml");
     std::fs::write(&path, b"page = true\nhost = \"\xff\"\n").unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let errors = texts(run_to_end(with_path(&mut key_service(&folder), &path))).2;
+    let errors = texts(run_to_end(with_path(&folder, &path))).2;
     assert!(errors.contains("/config.toml:2: expected UTF-8, found invalid utf-8"), "{errors}");
     assert_eq!(
         check(Some("\u{feff}page = true\r\n"), &[], &[]).0,
@@ -444,8 +444,7 @@ fn a_folder_in_place_of_the_file_is_refused() {
     let folder = Folder::new();
     let path = folder.file("folder.toml");
     std::fs::create_dir(&path).unwrap();
-    let mut command = key_service(&folder);
-    let (status, _, errors) = texts(run_to_end(with_path(&mut command, &path)));
+    let (status, _, errors) = texts(run_to_end(with_path(&folder, &path)));
     assert_eq!(status, Some(78), "{errors}");
     assert!(errors.contains("folder.toml"), "{errors}");
 }
@@ -464,12 +463,12 @@ fn only_a_path_that_does_not_exist_is_no_file() {
         ),
     ] {
         let path = folder.file(path);
-        let (status, _, errors) = texts(run_to_end(with_path(&mut key_service(&folder), &path)));
+        let (status, _, errors) = texts(run_to_end(with_path(&folder, &path)));
         assert_eq!(status, Some(78), "{errors}");
         assert!(errors.contains(expected), "{errors}");
     }
     let null = std::path::Path::new("/dev/null");
-    assert_eq!(texts(run_to_end(with_path(&mut key_service(&folder), null))).0, Some(0));
+    assert_eq!(texts(run_to_end(with_path(&folder, null))).0, Some(0));
 }
 
 #[test]
@@ -480,7 +479,7 @@ fn a_file_that_others_may_write_to_is_refused() {
         [(0o600, 0), (0o640, 0), (0o644, 0), (0o444, 0), (0o664, 78), (0o646, 78), (0o602, 78)]
     {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
-        let (found, _, errors) = texts(run_to_end(with_path(&mut key_service(&folder), &path)));
+        let (found, _, errors) = texts(run_to_end(with_path(&folder, &path)));
         assert_eq!(found, Some(status), "{mode:o}: {errors}");
         assert_eq!(
             errors.contains("open.toml: expected a file that only its owner may write to"),
@@ -489,10 +488,10 @@ fn a_file_that_others_may_write_to_is_refused() {
     }
 }
 
-fn with_path(command: &mut Command, path: &std::path::Path) -> Command {
-    let mut checked = Command::new(command.get_program());
-    checked.arg("--check").arg("--config").arg(path);
-    checked
+fn with_path(folder: &Folder, path: &std::path::Path) -> Command {
+    let mut command = key_service(folder);
+    command.arg("--check").arg("--config").arg(path);
+    command
 }
 
 #[test]

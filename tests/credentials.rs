@@ -6,7 +6,7 @@ mod common;
 
 use std::io::{self, Read};
 use std::net::TcpListener;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -170,8 +170,8 @@ fn a_credential_socket_over_tcp_is_refused() {
     );
 }
 
-fn run_to_end_with_stdin(mut command: Command) -> String {
-    let ended = command.stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+fn run_to_end_with_stdin(command: Command) -> String {
+    let ended = run_to_end(command);
     assert_eq!(ended.status.code(), Some(1));
     String::from_utf8(ended.stderr).unwrap()
 }

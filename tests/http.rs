@@ -392,6 +392,9 @@ fn hosts_of_every_kind_are_understood() {
 
 #[test]
 fn an_ipv6_host_serves() {
+    if !common::has_ipv6() {
+        return;
+    }
     let daemon = Daemon::start_with(Folder::new(), |command| {
         command.args(["--host", "::1", "--srv-port", "0", "--metrics-port", "0"]);
     });

@@ -9,10 +9,18 @@ use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use common::{Client, Daemon, Folder, get, request, until};
+use common::{Client, Daemon, Folder, Process, get, request, until};
+
+/// The daemon with its standard input handed over as descriptor 3 (sd_listen_fds(3)).
+fn handing_over(folder: &Folder) -> Command {
+    let mut command = common::process::shell("exec 3<&0 && exec \"$@\"");
+    common::scrub(&mut command, folder);
+    command.arg(env!("CARGO_BIN_EXE_key-service"));
+    command
+}
 
 #[test]
 fn ready_comes_with_the_addresses() {
@@ -295,13 +303,18 @@ fn a_start_that_serves_everybody_says_so() {
             }
         })
     };
-    let daemon = start("0.0.0.0", false);
-    daemon.wait_for_log(EVERYBODY);
-    let log = daemon.log();
-    let line = log.lines().find(|line| line.contains(EVERYBODY)).unwrap();
-    assert!(line.contains("WARN") && line.contains(&format!("addresses={}", daemon.keys())), "{line}");
-    assert_eq!(log.matches(EVERYBODY).count(), 1);
+    for host in ["0.0.0.0"] {
+        let daemon = start(host, false);
+        daemon.wait_for_log(EVERYBODY);
+        let log = daemon.log();
+        let line = log.lines().find(|line| line.contains(EVERYBODY)).unwrap();
+        assert!(line.contains("WARN") && line.contains(&format!("addresses={}", daemon.keys())), "{line}");
+        assert_eq!(log.matches(EVERYBODY).count(), 1);
+    }
     for (host, tokens) in [("127.0.0.1", false), ("::1", false), ("0.0.0.0", true)] {
+        if host == "::1" && !common::has_ipv6() {
+            continue;
+        }
         let mut daemon = start(host, tokens);
         daemon.signal("TERM");
         assert_eq!(daemon.wait(), 0);
@@ -314,9 +327,7 @@ fn a_start_on_inherited_sockets_that_serves_everybody_says_so() {
     for (host, is_said) in [("0.0.0.0", true), ("127.0.0.1", false)] {
         let listener = TcpListener::bind((host, 0)).unwrap();
         let folder = Folder::new();
-        let mut command = Command::new("sh");
-        common::scrub(&mut command, &folder);
-        command.args(["-c", "exec 3<&0 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_key-service")]);
+        let mut command = handing_over(&folder);
         command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
         // The setting is not what counts: it is not used where a socket is inherited.
         command.args(["--host", if is_said { "127.0.0.1" } else { "0.0.0.0" }]);
@@ -360,14 +371,6 @@ fn a_stopped_process_blames_no_worker_and_is_alive_again() {
 
 #[test]
 fn an_abstract_notify_socket_gets_every_message() {
-    /// Ends with the test, which it must not outlive.
-    struct Started(Child);
-    impl Drop for Started {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
     let folder = Folder::new();
     let name = format!("key-service-test-{}", std::process::id());
     let manager = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
@@ -382,17 +385,16 @@ fn an_abstract_notify_socket_gets_every_message() {
         command.arg("--config").arg(folder.file("config.toml"));
         command.args(["--host", host, "--srv-port", "0", "--metrics-port", "0"]);
         command.env("NOTIFY_SOCKET", format!("@{name}")).env("WATCHDOG_USEC", "300000");
-        Started(command.stderr(Stdio::null()).spawn().unwrap())
+        Process::spawn(command)
     };
     let mut child = start("127.0.0.1");
     let ready = message();
     assert!(ready.starts_with("READY=1\nSTATUS=Keys on 127.0.0.1:"), "{ready}");
     assert_eq!(message(), "WATCHDOG=1\n");
-    let pid = child.0.id().to_string();
-    assert!(Command::new("kill").args(["-s", "TERM", &pid]).status().unwrap().success());
+    child.signal("TERM");
     until("the end", || (message() == "STOPPING=1\nSTATUS=Draining\n").then_some(()));
-    assert_eq!(child.0.wait().unwrap().code(), Some(0));
-    assert_eq!(start("nowhere").0.wait().unwrap().code(), Some(78));
+    assert_eq!(child.wait().code(), Some(0));
+    assert_eq!(start("nowhere").wait().code(), Some(78));
     assert!(message().starts_with("STATUS=host: expected"));
 }
 
@@ -420,9 +422,7 @@ fn a_full_notify_socket_stalls_no_request() {
     // READY can't be said, so the socket to ask is handed over.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut command = Command::new("sh");
-    common::scrub(&mut command, &folder);
-    command.args(["-c", "exec 3<&0 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_key-service")]);
+    let mut command = handing_over(&folder);
     command.arg("--config").arg(folder.file("config.toml")).args([
         "--metrics-port",
         "0",
@@ -430,14 +430,13 @@ fn a_full_notify_socket_stalls_no_request() {
         "off",
     ]);
     command.env("LISTEN_FDS", "1").env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "20000");
-    let mut child = command.stdin(OwnedFd::from(listener)).spawn().unwrap();
+    command.stdin(OwnedFd::from(listener));
+    let mut child = Process::spawn(command);
     for _ in 0..50 {
         assert_eq!(get(address, "/key/32").body.len(), 32);
     }
-    let pid = child.id().to_string();
-    assert!(Command::new("kill").args(["-s", "TERM", &pid]).status().unwrap().success());
-    let status = until("the daemon's end", || child.try_wait().unwrap());
-    assert_eq!(status.code(), Some(0), "nor does it hold the end");
+    child.signal("TERM");
+    assert_eq!(child.wait().code(), Some(0), "nor does it hold the end");
     drop(stuck);
 }
 
@@ -448,9 +447,7 @@ fn a_full_log_stalls_no_request() {
     let folder = Folder::new();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut command = Command::new("sh");
-    common::scrub(&mut command, &folder);
-    command.args(["-c", "exec 3<&0 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_key-service")]);
+    let mut command = handing_over(&folder);
     command.arg("--config").arg(folder.file("config.toml")).args([
         "--metrics-port",
         "0",
@@ -458,19 +455,14 @@ fn a_full_log_stalls_no_request() {
         "trace",
     ]);
     command.env("LISTEN_FDS", "1").env("KEYSERVICE_MAX_CONNECTIONS", "100");
-    let mut child = command
-        .stdin(OwnedFd::from(listener))
-        .stderr(writer.as_fd().try_clone_to_owned().unwrap())
-        .spawn()
-        .unwrap();
+    command.stdin(OwnedFd::from(listener)).stderr(writer.as_fd().try_clone_to_owned().unwrap());
+    let child = Process::spawn(command);
     // Each refused message is a line; the pipe holds 64 KiB and the queue 1,024 lines.
     for _ in 0..3000 {
         let _ = common::exchange(address, "nonsense\r\n\r\n");
     }
     assert_eq!(get(address, "/key/32").body.len(), 32);
-    let _ = child.kill();
-    let _ = child.wait();
-    drop(reader);
+    drop((child, reader));
 }
 
 #[test]
@@ -479,9 +471,7 @@ fn restarts_on_an_inherited_socket_lose_no_connection() {
     let address = listener.local_addr().unwrap();
     let start = || {
         let folder = Folder::new();
-        let mut command = Command::new("sh");
-        common::scrub(&mut command, &folder);
-        command.args(["-c", "exec 3<&0 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_key-service")]);
+        let mut command = handing_over(&folder);
         command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
         command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "http");
         command.stdin(OwnedFd::from(listener.try_clone().unwrap()));
@@ -531,9 +521,7 @@ fn an_activated_daemon_ends_when_it_is_idle() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let folder = Folder::new();
-    let mut command = Command::new("sh");
-    common::scrub(&mut command, &folder);
-    command.args(["-c", "exec 3<&0 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_key-service")]);
+    let mut command = handing_over(&folder);
     command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
     command.env("LISTEN_FDS", "1").env("KEYSERVICE_EXIT_IDLE", "2").stdin(OwnedFd::from(listener));
     let mut daemon = Daemon::run(folder, command);

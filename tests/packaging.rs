@@ -6,7 +6,6 @@ mod common;
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use common::{Folder, key_service, run_to_end};
 
@@ -72,10 +71,10 @@ fn the_versions_agree() {
 
 /// What rustc reports for the generator alone under these flags. Without its crates it never compiles.
 fn errors_of_the_generator(flags: &[&str]) -> String {
-    let mut command = Command::new("rustc");
+    let mut command = common::process::rustc();
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["--edition", "2024", "--crate-type", "lib"]);
     command.args(["--emit", "metadata", "-o", "/dev/null"]).args(flags).arg("src/random.rs");
-    let ended = command.output().unwrap();
+    let ended = run_to_end(command);
     assert!(!ended.status.success());
     String::from_utf8(ended.stderr).unwrap()
 }

@@ -1,4 +1,4 @@
-//! Sockets that a service manager hands over, by hand everywhere and by systemd's own activator where it is installed.
+//! Sockets that a service manager hands over, and those that are bound here. With systemd itself: tests/system/run.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -11,17 +11,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 
-use common::{Daemon, Folder, get, run_to_end, until};
+use common::process::{run_to_end_keeping_stdout, shell};
+use common::{Daemon, Folder, get, run_to_end};
 
 /// The daemon with descriptors 3, 4 and 5 handed over, as sd_listen_fds(3) has it: they come to a shell as its standard
 /// streams, and it moves them.
 fn activated(folder: &Folder, names: Option<&str>, sockets: Vec<OwnedFd>) -> Command {
     let count = sockets.len();
-    let mut command = Command::new("sh");
+    let mut command = shell("exec 3<&0 4<&1; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null");
     common::scrub(&mut command, folder);
-    let script = "exec 3<&0 4<&1; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null";
-    command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_key-service")]);
-    command.arg("--config").arg(folder.file("config.toml"));
+    command.arg(env!("CARGO_BIN_EXE_key-service")).arg("--config").arg(folder.file("config.toml"));
     for (name, value) in [("HOST", "127.0.0.1"), ("SRV_PORT", "0"), ("METRICS_PORT", "0")] {
         command.env(format!("KEYSERVICE_{name}"), value);
     }
@@ -35,18 +34,15 @@ fn activated(folder: &Folder, names: Option<&str>, sockets: Vec<OwnedFd>) -> Com
     command
 }
 
-/// As [`Daemon::run`], which would take the standard output for itself.
 fn start(names: Option<&str>, sockets: Vec<OwnedFd>) -> Daemon {
     let folder = Folder::new();
     let command = activated(&folder, names, sockets);
-    Daemon::run_keeping_stdout(folder, command)
+    Daemon::run(folder, command)
 }
 
 fn refused(names: Option<&str>, sockets: Vec<OwnedFd>) -> String {
     let folder = Folder::new();
-    let mut command = activated(&folder, names, sockets);
-    command.stderr(Stdio::piped());
-    let ended = command.spawn().unwrap().wait_with_output().unwrap();
+    let ended = run_to_end_keeping_stdout(activated(&folder, names, sockets));
     assert_eq!(ended.status.code(), Some(1));
     String::from_utf8(ended.stderr).unwrap()
 }
@@ -149,13 +145,11 @@ fn what_does_not_listen_is_refused() {
 #[test]
 fn a_third_socket_without_a_name_is_refused() {
     let folder = Folder::new();
-    let mut shell = Command::new("sh");
-    common::scrub(&mut shell, &folder);
-    let script = "exec 3<&0 4<&1 5<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null";
-    shell.args(["-c", script, "sh", env!("CARGO_BIN_EXE_key-service"), "--config"]);
-    shell.arg(folder.file("config.toml")).env("LISTEN_FDS", "3");
-    shell.stdin(OwnedFd::from(tcp())).stdout(OwnedFd::from(tcp())).stderr(Stdio::piped());
-    let ended = shell.spawn().unwrap().wait_with_output().unwrap();
+    let mut command = shell("exec 3<&0 4<&1 5<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null");
+    common::scrub(&mut command, &folder);
+    command.args([env!("CARGO_BIN_EXE_key-service"), "--config"]).arg(folder.file("config.toml"));
+    command.env("LISTEN_FDS", "3").stdin(OwnedFd::from(tcp())).stdout(OwnedFd::from(tcp()));
+    let ended = run_to_end_keeping_stdout(command);
     assert_eq!(ended.status.code(), Some(1));
     let log = String::from_utf8(ended.stderr).unwrap();
     assert!(log.contains("inherited descriptor 5"), "{log}");
@@ -207,40 +201,9 @@ fn one_port_may_serve_both() {
     let folder = Folder::new();
     let mut command = activated(&folder, Some("http"), vec![listener.into()]);
     command.args(["--srv-port", "1123", "--metrics-port", "1123"]); // what is inherited is not bound
-    let daemon = Daemon::run_keeping_stdout(folder, command);
+    let daemon = Daemon::run(folder, command);
     assert!(daemon.status.ends_with("; metrics on the same"));
     for path in ["/key/32", "/health", "/metrics"] {
         assert_eq!(daemon.get(path).status, 200, "{path}");
     }
-}
-
-#[test]
-fn systemd_socket_activate_starts_it() {
-    let is_installed = Command::new("systemd-socket-activate").arg("--version").output().is_ok();
-    if !is_installed {
-        assert!(
-            std::env::var_os("CI").is_none(),
-            "systemd-socket-activate is missing: apt-get install systemd"
-        );
-        eprintln!(
-            "systemd-socket-activate (Debian package systemd) is not installed; the other tests here do its part by hand"
-        );
-        return;
-    }
-    let folder = Folder::new();
-    folder.write("config.toml", "");
-    let path = folder.file("http.sock");
-    let mut command = Command::new("systemd-socket-activate");
-    common::scrub(&mut command, &folder);
-    command.arg("-l").arg(&path).arg("--fdname=http").arg("-E").arg("KEYSERVICE_METRICS_PORT=0");
-    command.args(["-E", "KEYSERVICE_METRICS_HOST=127.0.0.1", env!("CARGO_BIN_EXE_key-service"), "--config"]);
-    let mut activator = command.arg(folder.file("config.toml")).stderr(Stdio::null()).spawn().unwrap();
-    let mut stream = until("the socket", || std::os::unix::net::UnixStream::connect(&path).ok());
-    stream.write_all(b"GET /key/32 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = Vec::new();
-    std::io::Read::read_to_end(&mut stream, &mut answer).unwrap();
-    let _ = activator.kill(); // it has become the daemon
-    let _ = activator.wait();
-    assert!(answer.starts_with(b"HTTP/1.1 200 OK\r\n"), "{}", String::from_utf8_lossy(&answer));
-    assert_eq!(answer.len() - common::find(&answer, b"\r\n\r\n").unwrap() - 4, 32);
 }

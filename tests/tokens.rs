@@ -9,7 +9,8 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use common::{Daemon, Folder, Response, exchange, get, key_service, run_to_end};
 
@@ -273,7 +274,7 @@ fn every_mistake_in_the_file_is_reported_and_no_secret_with_it() {
     }
     fs::remove_file(&path).unwrap();
     assert_eq!(check().0, Some(78), "a file that is not there");
-    assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+    mknodat(CWD, &path, FileType::Fifo, Mode::RUSR, 0).unwrap();
     assert!(check().1.contains("expected a file"), "a pipe is not waited for");
 }
 
@@ -286,7 +287,7 @@ fn a_credential_is_found_where_the_service_manager_puts_it() {
     write(&credentials.join("tokens"), &line);
     // Below systemd a missing credential is an error of the unit; in a shell there are none, and only that is said.
     let unit = "export SYSTEMD_EXEC_PID=$$; exec \"$@\"";
-    let shell = "export SYSTEMD_EXEC_PID=1; \"$@\"";
+    let shell = "export SYSTEMD_EXEC_PID=1; exec \"$@\"";
     for (name, invoker, folder_is_told, status) in [
         ("tokens", unit, true, 0),
         ("tokens", unit, false, 78),
@@ -297,11 +298,9 @@ fn a_credential_is_found_where_the_service_manager_puts_it() {
         ("none", unit, true, 78),
         ("none", shell, true, 78),
     ] {
-        let mut command = Command::new("sh");
+        let mut command = common::process::shell(invoker);
         common::scrub(&mut command, &folder);
-        command
-            .args(["-c", invoker, "sh", &common::binary(), "--check", "--config"])
-            .arg(folder.file("config.toml"));
+        command.args([&common::binary(), "--check", "--config"]).arg(folder.file("config.toml"));
         command.env("KEYSERVICE_TOKENS_FILE", format!("credential:{name}"));
         command.env_remove("CREDENTIALS_DIRECTORY");
         if folder_is_told {

@@ -22,11 +22,9 @@ pub fn start(config: &str, settings: &[(&str, &str)]) -> Daemon {
 
 /// The daemon with descriptor 3 handed over under a name (sd_listen_fds(3)).
 pub fn activated(folder: &Folder, name: &str, socket: OwnedFd, settings: &[(&str, &str)]) -> Command {
-    let mut command = Command::new("sh");
+    let mut command = super::process::shell("exec 3<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null");
     super::scrub(&mut command, folder);
-    let script = "exec 3<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null";
-    command.args(["-c", script, "sh", &super::binary()]);
-    command.arg("--config").arg(folder.file("config.toml"));
+    command.arg(super::binary()).arg("--config").arg(folder.file("config.toml"));
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     for (name, value) in settings {
         command.env(format!("KEYSERVICE_{name}"), value);

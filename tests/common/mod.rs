@@ -2,20 +2,29 @@
 //!
 //! Nothing waits by the clock: the daemon says READY through a notify socket of the test's, with its addresses.
 
-#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses a part of this")]
+#![allow(
+    dead_code,
+    unused_imports,
+    unreachable_pub,
+    missing_docs,
+    reason = "each test file uses a part of this"
+)]
 
 pub mod credential;
+pub mod process;
 pub mod shapes;
 pub mod tls;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+pub use process::{Process, binary, run_to_end};
 
 /// Far longer than anything here takes; only a hang meets it.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -58,14 +67,9 @@ impl Drop for Folder {
     }
 }
 
-/// The binary: $KEY_SERVICE_BIN, such as that of a package, else the one that Cargo built with these tests.
-pub fn binary() -> String {
-    std::env::var("KEY_SERVICE_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_key-service").into())
-}
-
 /// The binary, in an environment that says nothing to it, with no configuration file of the host's.
 pub fn key_service(folder: &Folder) -> Command {
-    let mut command = Command::new(binary());
+    let mut command = process::daemon();
     scrub(&mut command, folder);
     command
 }
@@ -118,7 +122,7 @@ impl Manager {
 
 /// A running daemon. It is killed when the test is done with it.
 pub struct Daemon {
-    child: Child,
+    process: Process,
     pub manager: Manager,
     pub folder: Folder,
     pub status: String,
@@ -146,12 +150,6 @@ impl Daemon {
 
     /// Whatever `command` becomes; it has to say READY.
     pub fn run(folder: Folder, mut command: Command) -> Self {
-        command.stdout(Stdio::null());
-        Self::run_keeping_stdout(folder, command)
-    }
-
-    /// As [`Daemon::run`], for a command whose standard output is a socket to hand over.
-    pub fn run_keeping_stdout(folder: Folder, mut command: Command) -> Self {
         command.stderr(std::fs::File::create(folder.file("stderr")).unwrap());
         Self::spawn(folder, command)
     }
@@ -163,7 +161,7 @@ impl Daemon {
         prepare: impl FnOnce(&mut Command),
     ) -> Self {
         let mut command = key_service(&folder);
-        command.arg("--config").arg(folder.file("config.toml")).stdout(Stdio::null());
+        command.arg("--config").arg(folder.file("config.toml"));
         prepare(&mut command);
         command.stderr(stderr);
         folder.write("stderr", "");
@@ -174,7 +172,7 @@ impl Daemon {
         let (manager, notify) = Manager::new(&folder);
         let stderr = folder.file("stderr");
         command.env("NOTIFY_SOCKET", notify);
-        let mut child = command.spawn().unwrap();
+        let mut process = Process::spawn(command);
         manager.0.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         let since = Instant::now();
         let status = loop {
@@ -185,13 +183,13 @@ impl Daemon {
                 break text.lines().find_map(|line| line.strip_prefix("STATUS=")).unwrap().to_owned();
             }
             let log = || std::fs::read_to_string(&stderr).unwrap();
-            if let Some(ended) = child.try_wait().unwrap() {
+            if let Some(ended) = process.try_wait() {
                 panic!("the daemon ended with {ended} instead of getting ready:\n{}", log());
             }
             assert!(since.elapsed() < PATIENCE, "the daemon does not get ready:\n{}", log());
         };
         manager.0.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self { child, manager, folder, status, stderr }
+        Self { process, manager, folder, status, stderr }
     }
 
     /// Where keys are served (the first address).
@@ -205,12 +203,11 @@ impl Daemon {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.pid()
     }
 
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").args(["-s", name, &self.pid().to_string()]).status().unwrap();
-        assert!(status.success());
+        self.process.signal(name);
     }
 
     /// What the daemon wrote to stderr so far.
@@ -226,12 +223,12 @@ impl Daemon {
 
     /// The daemon's exit status, once it has ended.
     pub fn wait(&mut self) -> i32 {
-        let status = until("the daemon's end", || self.child.try_wait().unwrap());
+        let status = self.process.wait();
         status.code().unwrap_or_else(|| panic!("{status}\n{}", self.log()))
     }
 
     pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
+        self.process.try_wait().is_none()
     }
 
     pub fn get(&self, path: &str) -> Response {
@@ -250,13 +247,6 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn address(status: &str, after: &str) -> SocketAddr {
     let (_, rest) = status.split_once(after).unwrap_or_else(|| panic!("no {after:?} in {status:?}"));
     rest.split([';', ',']).next().unwrap().parse().unwrap_or_else(|_| panic!("no address in {status:?}"))
@@ -265,11 +255,6 @@ fn address(status: &str, after: &str) -> SocketAddr {
 pub fn metric(text: &str, series: &str) -> f64 {
     let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("no {series} in\n{text}")).parse().unwrap()
-}
-
-/// Runs to the end, for a daemon that must not start.
-pub fn run_to_end(mut command: Command) -> Output {
-    command.stdin(Stdio::null()).output().unwrap()
 }
 
 /// Polls for what another process brings about.
@@ -429,6 +414,11 @@ pub fn held_port() -> (socket2::Socket, u16) {
     socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
     let port = socket.local_addr().unwrap().as_socket().unwrap().port();
     (socket, port)
+}
+
+/// Whether this host has IPv6: some containers and kernels have none.
+pub fn has_ipv6() -> bool {
+    TcpListener::bind("[::1]:0").is_ok()
 }
 
 /// A well-formed GET.
