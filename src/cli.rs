@@ -18,7 +18,7 @@ use crate::token::{Date, Name};
     after_help = "Exit status: 0 stopped as told, 1 could not start or go on, 2 wrong usage, 78 wrong configuration."
 )]
 pub struct Cli {
-    /// Address to serve keys on: IPv4, IPv6 or unix:/path [default: 0.0.0.0]
+    /// Address to serve keys on: IPv4, IPv6, unix:/path, or * for every address [default: *]
     #[arg(long, global = true, value_name = "ADDRESS")]
     host: Option<String>,
 

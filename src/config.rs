@@ -51,6 +51,9 @@ const FILE_MAX: u64 = 1 << 20;
 
 const ONE_HOUR: u64 = 3600;
 
+/// What `host` and `metrics-host` may be.
+const HOST: &str = "an IP address, unix:/path or *";
+
 /// Every setting, valid.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -608,14 +611,13 @@ impl Reader<'_> {
     }
 
     fn hosts(&mut self) -> (Option<Host>, Option<Host>) {
-        let any = Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        let host = self.parsed("host", any, "an IP address or unix:/path");
+        let host = self.parsed("host", Host::Any, HOST);
         // Metrics of a service on a Unix socket are for this machine only, until told otherwise.
         let beside = match &host {
-            Some(Host::Ip(ip)) => Host::Ip(*ip),
+            Some(host @ (Host::Any | Host::Ip(_))) => host.clone(),
             _ => Host::Ip(IpAddr::V4(Ipv4Addr::LOCALHOST)),
         };
-        (host, self.parsed("metrics-host", beside, "an IP address or unix:/path"))
+        (host, self.parsed("metrics-host", beside, HOST))
     }
 
     fn ports(&mut self) -> (Option<u16>, Option<u16>) {

@@ -390,11 +390,13 @@ fn listeners(config: &Config, inherited: Inherited) -> Result<Listeners, RunErro
     let is_activated = !inherited.http.is_empty();
     let mut keys = inherited.http;
     if keys.is_empty() {
-        keys.push(Listener::bind(&config.host, config.srv_port, config.unix_mode)?);
+        let bound = Listener::bind(&config.host, config.srv_port, config.unix_mode);
+        keys.push(bound.map_err(|error| error.of_settings("host", "srv-port"))?);
     }
     let mut metrics = inherited.metrics;
     if metrics.is_empty() && !config.shares_port() {
-        match Listener::bind(&config.metrics_host, config.metrics_port, config.unix_mode) {
+        let bound = Listener::bind(&config.metrics_host, config.metrics_port, config.unix_mode);
+        match bound.map_err(|error| error.of_settings("metrics-host", "metrics-port")) {
             Ok(listener) => metrics.push(listener),
             // An administrator has switched the metrics socket off: keys are still served.
             Err(error) if is_activated && error.is_forbidden() => {

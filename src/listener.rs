@@ -4,7 +4,7 @@ use std::env;
 use std::fmt;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use listenfd::ListenFd;
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, send, sendmsg};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -46,9 +47,11 @@ const RECEIVE_BUFFER: usize = 8 * 1024;
 /// The first descriptor that a service manager passes (sd_listen_fds(3)).
 const FIRST_FD: usize = 3;
 
-/// Where to listen: an IP address, or `unix:` and a path.
+/// Where to listen: `*`, an IP address, or `unix:` and a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
+    /// Every address of this host, IPv4 and IPv6: one dual-stack socket, or one of IPv4 where the host has no IPv6.
+    Any,
     /// An IPv4 or IPv6 address; `::` takes both kinds, as Linux has it.
     Ip(IpAddr),
     /// A stream socket in the file system.
@@ -59,6 +62,9 @@ impl FromStr for Host {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
+        if text == "*" {
+            return Ok(Self::Any);
+        }
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.starts_with('/') { Ok(Self::Unix(path.into())) } else { Err(()) };
         }
@@ -69,6 +75,7 @@ impl FromStr for Host {
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Any => f.write_str("*"),
             Self::Ip(ip) => ip.fmt(f),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
         }
@@ -116,19 +123,20 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// Binds `host`, with `port` where it is an IP address (0: any free port) and `mode` where it is a path.
+    /// Binds `host`, with `port` where it is no path (0: any free port) and `mode` where it is one.
     ///
     /// # Errors
-    /// A sentence that names the address.
-    pub fn bind(host: &Host, port: u16, mode: Mode) -> Result<Self, ListenError> {
+    /// When the kernel refuses the address or the port.
+    pub fn bind(host: &Host, port: u16, mode: Mode) -> Result<Self, BindError> {
         let (address, bound) = match host {
+            Host::Any => bind_any(port, bind_tcp),
             Host::Ip(ip) => {
                 let address = SocketAddr::new(*ip, port);
                 (address.to_string(), bind_tcp(address))
             }
             Host::Unix(path) => (host.to_string(), bind_unix(path, mode)),
         };
-        bound.map_err(|source| ListenError::Bind { address, source })
+        bound.map_err(|source| BindError { host: host.clone(), address, source })
     }
 
     /// Another handle on the same socket.
@@ -242,6 +250,25 @@ impl Inherited {
     }
 }
 
+/// Why an address can't be bound.
+#[derive(Debug)]
+pub struct BindError {
+    host: Host,
+    address: String,
+    source: io::Error,
+}
+
+impl BindError {
+    /// With the setting to change: `host` and `port` are the names of those that the address came from.
+    pub fn of_settings(self, host: &'static str, port: &'static str) -> ListenError {
+        // The port is to blame where another process has it, or where it is below 1024 and not for this process.
+        let is_of_port =
+            matches!(self.source.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied);
+        let setting = if is_of_port && !matches!(self.host, Host::Unix(_)) { port } else { host };
+        ListenError::Bind { address: self.address, setting, source: self.source }
+    }
+}
+
 /// Why there is no listener.
 #[derive(Debug)]
 pub enum ListenError {
@@ -249,6 +276,8 @@ pub enum ListenError {
     Bind {
         /// The address, as a person writes it.
         address: String,
+        /// The setting to change.
+        setting: &'static str,
         /// What the kernel said.
         source: io::Error,
     },
@@ -267,14 +296,16 @@ impl ListenError {
     /// Whether this process may make no such sockets at all, as in the sandbox of the shipped unit.
     pub fn is_forbidden(&self) -> bool {
         matches!(self, Self::Bind { source, .. }
-            if source.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()))
+            if source.raw_os_error() == Some(Errno::AFNOSUPPORT.raw_os_error()))
     }
 }
 
 impl fmt::Display for ListenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Bind { address, source } => write!(f, "can't listen on {address}: {source}"),
+            Self::Bind { address, setting, source } => {
+                write!(f, "can't listen on {address} ({setting}): {source}")
+            }
             Self::Inherited { descriptor, name, reason } => {
                 write!(f, "inherited descriptor {descriptor} (name \"{name}\") is refused: {reason}")
             }
@@ -284,8 +315,30 @@ impl fmt::Display for ListenError {
 
 impl std::error::Error for ListenError {}
 
+/// Every address by one socket, bound by `bind`; the address that was tried last goes with the result. IPv4 alone where
+/// there is no IPv6: socket(2) fails with EAFNOSUPPORT where the kernel (`ipv6.disable=1`) or a sandbox has none, and
+/// bind(2) with EADDRNOTAVAIL where a sysctl (`disable_ipv6`) has taken its addresses away.
+fn bind_any<T>(port: u16, bind: impl Fn(SocketAddr) -> io::Result<T>) -> (String, io::Result<T>) {
+    let address = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+    let lacks_ipv6 = |error: &io::Error| {
+        let lacks = [Errno::AFNOSUPPORT, Errno::ADDRNOTAVAIL].map(|errno| Some(errno.raw_os_error()));
+        lacks.contains(&error.raw_os_error())
+    };
+    match bind(address) {
+        Err(error) if lacks_ipv6(&error) => {
+            let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+            (address.to_string(), bind(address))
+        }
+        bound => (address.to_string(), bound),
+    }
+}
+
 fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        // `::` takes IPv4 too, whatever net.ipv6.bindv6only is.
+        socket.set_only_v6(false)?;
+    }
     // A restart must not wait for connections of the process before to leave TIME_WAIT.
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
@@ -505,11 +558,58 @@ mod tests {
 
     #[test]
     fn a_host_is_an_address_or_a_path() {
-        for good in ["0.0.0.0", "::", "127.0.0.1", "unix:/run/key.sock"] {
+        for good in ["*", "0.0.0.0", "::", "127.0.0.1", "unix:/run/key.sock"] {
             assert_eq!(good.parse::<Host>().unwrap().to_string(), good);
         }
-        for bad in ["", "localhost", "127.0.0.1:99999", "unix:relative", "unix:", "/run/key.sock", "[::1]"] {
+        for bad in [
+            "",
+            "**",
+            "*:80",
+            "localhost",
+            "127.0.0.1:99999",
+            "unix:relative",
+            "unix:",
+            "/run/key.sock",
+            "[::1]",
+        ] {
             assert!(bad.parse::<Host>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_bind_error_names_the_setting_to_change() {
+        let path = Host::Unix("/run/key.sock".into());
+        for (host, errno, setting) in [
+            (&Host::Any, Errno::ADDRINUSE, "srv-port"),
+            (&Host::Any, Errno::ACCESS, "srv-port"), // a port below 1024
+            (&Host::Any, Errno::AFNOSUPPORT, "host"),
+            (&Host::Ip(Ipv4Addr::LOCALHOST.into()), Errno::ADDRNOTAVAIL, "host"),
+            (&path, Errno::ADDRINUSE, "host"),
+            (&path, Errno::ACCESS, "host"),
+        ] {
+            let error = BindError { host: host.clone(), address: "[::]:80".into(), source: errno.into() };
+            let sentence = error.of_settings("host", "srv-port").to_string();
+            assert!(sentence.starts_with(&format!("can't listen on [::]:80 ({setting}): ")), "{sentence}");
+        }
+    }
+
+    #[test]
+    fn every_address_is_ipv4_alone_where_there_is_no_ipv6() {
+        let bind = |errno: Option<Errno>, both_fail: bool| {
+            bind_any(1123, |address| match errno {
+                Some(errno) if address.is_ipv6() || both_fail => Err(io::Error::from(errno)),
+                _ => Ok(()),
+            })
+        };
+        let outcome = |(address, bound): (String, io::Result<()>)| (address, bound.is_ok());
+        assert_eq!(outcome(bind(None, false)), ("[::]:1123".into(), true));
+        for errno in [Errno::AFNOSUPPORT, Errno::ADDRNOTAVAIL] {
+            assert_eq!(outcome(bind(Some(errno), false)), ("0.0.0.0:1123".into(), true), "{errno:?}");
+            assert_eq!(outcome(bind(Some(errno), true)), ("0.0.0.0:1123".into(), false), "{errno:?}");
+        }
+        // Another error is of IPv4 too, or would hide that half of the clients are not served.
+        for errno in [Errno::ADDRINUSE, Errno::ACCESS, Errno::MFILE] {
+            assert_eq!(outcome(bind(Some(errno), false)), ("[::]:1123".into(), false), "{errno:?}");
         }
     }
 

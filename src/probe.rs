@@ -41,7 +41,7 @@ impl Target {
     /// # Errors
     /// A sentence, where the service has no place to ask.
     pub fn local(endpoint: &Endpoint) -> Result<Self, String> {
-        let is_tls = endpoint.tls && matches!(endpoint.host, Host::Ip(_));
+        let is_tls = endpoint.tls && !matches!(endpoint.host, Host::Unix(_));
         let certificate = match (is_tls, endpoint.wants_certificate) {
             (false, _) => Ok(None),
             (true, true) => Err("tls-client-ca asks for certificates, and health has none to show".into()),
@@ -58,6 +58,8 @@ impl Target {
         };
         let authority = match host {
             Host::Unix(path) => format!("unix:{}", path.display()),
+            // Over IPv4, which it takes whether or not this machine has IPv6.
+            Host::Any => std::net::SocketAddr::from((Ipv4Addr::LOCALHOST, port)).to_string(),
             // An unspecified address takes connections to this machine.
             Host::Ip(ip) if ip.is_unspecified() => {
                 let loopback = match ip {

@@ -32,10 +32,10 @@ fn texts(ended: Output) -> (Option<i32>, String, String) {
     (ended.status.code(), text(ended.stdout), text(ended.stderr))
 }
 
-const DEFAULTS: &str = r#"host = "0.0.0.0"
+const DEFAULTS: &str = r#"host = "*"
 srv-port = 1123
 max-size = 1024
-metrics-host = "0.0.0.0"
+metrics-host = "*"
 metrics-port = 8000
 log-level = "info"
 workers = 0
@@ -105,7 +105,7 @@ fn every_mistake_is_reported_with_its_source() {
     let (status, printed, errors) = check(file, &variables, &["--metrics-port", "99999"]);
     assert_eq!((status, printed.as_str()), (Some(78), ""));
     for expected in [
-        "/config.toml:1: host: expected an IP address or unix:/path, found \"localhost\"\n",
+        "/config.toml:1: host: expected an IP address, unix:/path or *, found \"localhost\"\n",
         "/config.toml:2: workers: expected a whole number from 0 to 256, found -1\n",
         "/config.toml:3: srv-port: expected a whole number from 0 to 65535, found \"1123\"\n",
         "/config.toml:4: maxsize: not a setting; did you mean max-size?\n",

@@ -303,7 +303,7 @@ fn a_start_that_serves_everybody_says_so() {
             }
         })
     };
-    for host in ["0.0.0.0"] {
+    for host in ["0.0.0.0", "*"] {
         let daemon = start(host, false);
         daemon.wait_for_log(EVERYBODY);
         let log = daemon.log();

@@ -6,7 +6,7 @@ mod common;
 
 use std::fs::File;
 use std::io::Write;
-use std::net::{TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
@@ -179,19 +179,112 @@ fn a_blocking_socket_is_made_non_blocking() {
     assert_eq!(daemon.get("/livez").status, 200);
 }
 
+/// The daemon without `--host`: on every address.
+fn on_every_address() -> Daemon {
+    Daemon::start_with(Folder::new(), |command| {
+        command.args(["--srv-port", "0", "--metrics-port", "0"]);
+    })
+}
+
 #[test]
-fn a_port_in_use_ends_the_start_with_1_and_is_named() {
+fn localhost_is_served_over_ipv4_and_ipv6() {
+    let daemon = on_every_address();
+    let (keys, metrics) = (daemon.keys().port(), daemon.metrics().port());
+    let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+    for ip in loopback.into_iter().filter(|ip| ip.is_ipv4() || common::has_ipv6()) {
+        assert_eq!(get((ip, keys).into(), "/key/32").body.len(), 32, "{ip}");
+        assert_eq!(get((ip, metrics).into(), "/metrics").status, 200, "{ip}");
+    }
+    if common::has_ipv6() {
+        assert_eq!(daemon.status, format!("Keys on [::]:{keys}; metrics on [::]:{metrics}"));
+    }
+}
+
+#[test]
+fn an_ipv4_client_of_a_dual_stack_socket_is_known_by_its_ipv4_address() {
+    let daemon = Daemon::start_with(Folder::new(), |command| {
+        command.args(["--srv-port", "0", "--metrics-port", "0"]).env("KEYSERVICE_AUDIT", "true");
+    });
+    let keys = (Ipv4Addr::LOCALHOST, daemon.keys().port()).into();
+    assert_eq!(get(keys, "/key/32").status, 200);
+    daemon.wait_for_log("address=127.0.0.1");
+    assert!(!daemon.log().contains("::ffff:"), "{}", daemon.log());
+}
+
+#[test]
+fn a_given_host_of_ipv4_is_ipv4_alone() {
+    let daemon = Daemon::start_with(Folder::new(), |command| {
+        command.args(["--host", "0.0.0.0", "--srv-port", "0", "--metrics-port", "0"]);
+    });
+    let (keys, metrics) = (daemon.keys().port(), daemon.metrics().port());
+    assert_eq!(daemon.status, format!("Keys on 0.0.0.0:{keys}; metrics on 0.0.0.0:{metrics}"));
+    let ipv6 = TcpListener::bind((Ipv6Addr::LOCALHOST, keys));
+    assert!(ipv6.is_ok() || !common::has_ipv6(), "the port is free for IPv6: {ipv6:?}");
+}
+
+#[test]
+fn the_health_subcommand_finds_a_service_on_every_address() {
+    let daemon = on_every_address();
+    let folder = Folder::new();
+    let mut command = common::key_service(&folder);
+    command.arg("--config").arg(folder.file("config.toml"));
+    command.args(["--srv-port", &daemon.keys().port().to_string(), "health"]);
+    let ended = run_to_end(command);
+    assert_eq!((ended.status.code(), &*ended.stdout), (Some(0), b"OK\n".as_slice()));
+}
+
+/// Standard error of a daemon that has no place to listen.
+fn bind_error(flags: &[&str], settings: &[(&str, &str)]) -> String {
+    let folder = Folder::new();
+    let mut command = common::key_service(&folder);
+    command.arg("--config").arg(folder.file("config.toml")).args(flags);
+    for (name, value) in settings {
+        command.env(format!("KEYSERVICE_{name}"), value);
+    }
+    let ended = run_to_end(command);
+    assert_eq!(ended.status.code(), Some(1), "{flags:?}");
+    String::from_utf8(ended.stderr).unwrap()
+}
+
+#[test]
+fn a_failure_to_listen_names_the_address_and_the_setting() {
     let taken = tcp();
-    let port = taken.local_addr().unwrap().port().to_string();
-    for flags in [["--srv-port", &port, "--metrics-port", "0"], ["--srv-port", "0", "--metrics-port", &port]]
-    {
-        let folder = Folder::new();
-        let mut command = common::key_service(&folder);
-        command.arg("--config").arg(folder.file("config.toml")).args(["--host", "127.0.0.1"]).args(flags);
-        let ended = run_to_end(command);
-        assert_eq!(ended.status.code(), Some(1));
-        let log = String::from_utf8(ended.stderr).unwrap();
-        assert!(log.contains(&format!("can't listen on 127.0.0.1:{port}: Address already in use")), "{log}");
+    let taken = taken.local_addr().unwrap().port().to_string();
+    let folder = Folder::new();
+    let file = folder.write("a-file", "").to_str().unwrap().to_owned();
+    let path = format!("unix:{file}");
+    let (local, free, absent) = (["--host", "127.0.0.1"], ["--srv-port", "0"], "192.0.2.1");
+    let metrics = |port| ["--metrics-port", port];
+    let in_use = "Address already in use";
+    for (flags, settings, expected) in [
+        (
+            [local, ["--srv-port", &taken], metrics("0")],
+            None,
+            format!("127.0.0.1:{taken} (srv-port): {in_use}"),
+        ),
+        ([local, free, metrics(&taken)], None, format!("127.0.0.1:{taken} (metrics-port): {in_use}")),
+        // A socket of every address conflicts with one of a single address.
+        (
+            [["--host", "*"], ["--srv-port", &taken], metrics("0")],
+            None,
+            format!(":{taken} (srv-port): {in_use}"),
+        ),
+        (
+            [["--host", absent], free, metrics("0")],
+            None,
+            format!("{absent}:0 (host): Cannot assign requested"),
+        ),
+        (
+            [local, free, metrics("0")],
+            Some(absent),
+            format!("{absent}:0 (metrics-host): Cannot assign requested"),
+        ),
+        ([["--host", &path], free, metrics("0")], None, format!("{path} (host): {in_use}")),
+        ([local, free, metrics("0")], Some(&path), format!("{path} (metrics-host): {in_use}")),
+    ] {
+        let settings: Vec<_> = settings.into_iter().map(|host| ("METRICS_HOST", host)).collect();
+        let log = bind_error(flags.as_flattened(), &settings);
+        assert!(log.contains("can't listen on ") && log.contains(&expected), "{expected}\n{log}");
     }
 }
 
