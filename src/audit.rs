@@ -82,10 +82,7 @@ impl Record {
             Origin::Unix(peer) => (Some(number(peer.uid)), Some(number(peer.gid)), peer.pid),
             Origin::Ip(_) => (None, None, None),
         };
-        let proxy = proxy.map(|origin| match origin {
-            Origin::Ip(ip) => ip.to_string(),
-            Origin::Unix(_) => "unix".into(),
-        });
+        let proxy = proxy.map(|origin| origin.to_string());
         info!(
             target: AUDIT,
             request_id = self.id(),

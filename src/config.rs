@@ -101,6 +101,8 @@ pub struct Config {
     pub rates: Rates,
     /// Whose word on the client's address is taken.
     pub proxies: Proxies,
+    /// Whether these proxies begin each connection with a PROXY header.
+    pub proxy_protocol: bool,
     /// Connections that one address may have open; `None` is no bound.
     pub max_connections_per_client: Option<u32>,
     /// Responses above 16 KiB that may be in flight at once; one client has at most a quarter of them.
@@ -130,6 +132,8 @@ pub struct Endpoint {
     pub certificate: Option<Location>,
     /// Whether clients have to show a certificate.
     pub wants_certificate: bool,
+    /// The proxies that begin each connection for keys with a PROXY header, if any do.
+    pub proxies: Option<Proxies>,
 }
 
 impl Endpoint {
@@ -156,7 +160,7 @@ impl TokensFile {
 }
 
 /// The names of all settings, as TOML has them.
-const NAMES: [&str; 31] = [
+const NAMES: [&str; 32] = [
     "host",
     "srv-port",
     "max-size",
@@ -183,6 +187,7 @@ const NAMES: [&str; 31] = [
     "rate-burst",
     "trusted-proxies",
     "forwarded-header",
+    "proxy-protocol",
     "max-connections-per-client",
     "max-bulk-streams",
     "audit",
@@ -304,6 +309,7 @@ impl Config {
             u64::from(self.rates.burst).into(),
             self.proxies.trusted.iter().map(ToString::to_string).collect::<Vec<_>>().into(),
             text(&self.proxies.field),
+            self.proxy_protocol.into(),
             u64::from(self.max_connections_per_client.unwrap_or(0)).into(),
             (self.max_bulk_streams as u64).into(),
             self.audit.into(),
@@ -560,9 +566,10 @@ impl Reader<'_> {
         let rate_requests = self.whole("rate-requests", 0, 0..=1_000_000_000);
         let rate_bytes = self.whole("rate-bytes", 0, 0..=1 << 40);
         let rate_burst = self.whole("rate-burst", 10, 1..=ONE_HOUR);
-        let trusted = self.list("trusted-proxies", "an IP address, a network (10.0.0.0/8) or unix");
+        let trusted = self.trusted_proxies();
         let fields = format!("one of {}", Field::NAMES.join(", "));
         let field = self.parsed("forwarded-header", Field::default(), &fields);
+        let proxy_protocol = self.truth("proxy-protocol", false);
         let max_connections_per_client = self.whole("max-connections-per-client", 256, 0..=1_000_000);
         let max_bulk_streams = self.whole("max-bulk-streams", 64, 1..=1_000_000);
         let audit = self.truth("audit", false);
@@ -573,6 +580,10 @@ impl Reader<'_> {
             // Clients of a proxy behind the socket would need no token either, which nobody can want.
             let value = self.figment.find_value("unix-trust").ok()?;
             return self.refuse("unix-trust", &value, "false where trusted-proxies has unix");
+        }
+        let proxy_protocol = proxy_protocol?;
+        if proxy_protocol && proxies.trusted.is_empty() {
+            return self.miss("proxy-protocol", "trusted-proxies");
         }
         Some(Config {
             file: None,
@@ -601,6 +612,7 @@ impl Reader<'_> {
                 burst: rate_burst?.try_into().ok()?,
             },
             proxies,
+            proxy_protocol,
             max_connections_per_client: Some(max_connections_per_client?.try_into().ok()?)
                 .filter(|limit| *limit > 0),
             max_bulk_streams: max_bulk_streams?.try_into().ok()?,
@@ -631,6 +643,7 @@ impl Reader<'_> {
         let [certificate, key, client_ca] =
             ["tls-cert", "tls-key", "tls-client-ca"].map(|name| self.location(name));
         let (certificate, key, client_ca) = (certificate?, key?, client_ca?);
+        let trusted = self.trusted_proxies();
         Some(Endpoint {
             host: host?,
             srv_port: srv_port?,
@@ -639,7 +652,14 @@ impl Reader<'_> {
             tls: certificate.is_some() || key.is_some() || client_ca.is_some(),
             certificate,
             wants_certificate: client_ca.is_some(),
+            proxies: self
+                .truth("proxy-protocol", false)?
+                .then_some(Proxies { trusted: trusted?, ..Proxies::default() }),
         })
+    }
+
+    fn trusted_proxies(&mut self) -> Option<Vec<Proxy>> {
+        self.list("trusted-proxies", "an IP address, a network (10.0.0.0/8) or unix")
     }
 
     /// `None` where something is wrong, `Some(None)` where TLS is off.

@@ -19,6 +19,7 @@
 //! | [`token`], [`seal`] | bearer tokens, and what keeps their text out of the process |
 //! | [`rate`] | what each client has taken |
 //! | [`forwarded`] | whom a proxy speaks for |
+//! | [`proxy_protocol`] | the PROXY header that begins a connection |
 //! | [`shares`] | connections of each client |
 //! | [`memory`] | gives memory back when many connections have left |
 //! | [`permits`] | streamed responses of each client |
@@ -71,6 +72,7 @@ pub mod plain;
 pub mod probe;
 pub mod problem;
 mod process;
+pub mod proxy_protocol;
 pub mod query;
 pub mod random;
 pub mod rate;
@@ -106,6 +108,7 @@ use health::Health;
 use listener::{Inherited, ListenError, Listener};
 use logging::Log;
 use metrics::Metrics;
+use proxy_protocol::ProxyProtocol;
 use random::{Failure, Generator, Source};
 use seal::Sealer;
 use server::{Accepted, Drain, Heartbeat, Heartbeats, Phase, Slots, Terms};
@@ -230,6 +233,9 @@ pub fn run(
             Some(Arc::new(tls))
         }
     };
+    let proxy_protocol = config
+        .proxy_protocol
+        .then(|| Arc::new(ProxyProtocol::new(config.proxies.clone(), metrics.proxy_protocol())));
     let status = status(&keys, &credentials, &operator, config.shares_port());
     let exposed = exposed_addresses(&config, &keys);
     let outlet = Arc::new(Outlet::new(Arc::clone(&api), config.credentials.clone()));
@@ -244,6 +250,7 @@ pub fn run(
         .counted_on(metrics.connections.clone())
         .shared_by(config.max_connections_per_client.and_then(shares))
         .sealed_by(api.admission.sealer())
+        .identifying(config.proxy_protocol)
         .encrypted(tls.clone());
     let operator_terms =
         terms(limits.metrics, limits.metrics).shared_by(shares(METRICS_CONNECTIONS_PER_CLIENT));
@@ -261,7 +268,8 @@ pub fn run(
         let listeners = share(&keys, &mut heartbeats)
             .map_err(|error| RunError::System("a listener can't be shared", error))?;
         let site = Site::new(routes, Arc::clone(&api));
-        workers.push(Worker::start(listeners, site, key_terms.clone(), &drain)?);
+        let begin = proxy_protocol::identified(proxy_protocol.clone(), seated(site));
+        workers.push(Worker::start(listeners, begin, key_terms.clone(), &drain)?);
     }
     drop(keys);
 
@@ -507,7 +515,7 @@ struct Worker(oneshot::Receiver<()>);
 impl Worker {
     fn start(
         listeners: Vec<(Listener, Heartbeat)>,
-        site: Site,
+        begin: impl Fn(Accepted) + Clone + Send + 'static,
         terms: Terms,
         drain: &Drain,
     ) -> Result<Self, RunError> {
@@ -519,7 +527,7 @@ impl Worker {
             .spawn(move || {
                 let slots = Arc::clone(&terms.slots);
                 runtime.spawn(async move { memory::give_back(&slots).await });
-                if let Err(error) = runtime.block_on(server::serve(listeners, seated(site), terms, phase)) {
+                if let Err(error) = runtime.block_on(server::serve(listeners, begin, terms, phase)) {
                     tracing::error!(%error, "a worker can't listen");
                 }
                 drop(runtime); // with the connections that are left after an abort, each of which leaves its record

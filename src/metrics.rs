@@ -252,6 +252,34 @@ impl HandshakeFailure {
     }
 }
 
+/// Why a connection was closed before TLS and HTTP, where the PROXY protocol is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProxyProtocolError {
+    /// A client that is no trusted proxy sent a header.
+    Untrusted,
+    /// A trusted proxy sent something else.
+    Missing,
+    /// A trusted proxy sent a header that is not valid.
+    Malformed,
+    /// A trusted proxy sent no complete header in time.
+    Timeout,
+}
+
+impl ProxyProtocolError {
+    /// Every reason.
+    pub const ALL: [Self; 4] = [Self::Untrusted, Self::Missing, Self::Malformed, Self::Timeout];
+
+    /// Its name, in metrics and log.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Untrusted => "untrusted",
+            Self::Missing => "missing",
+            Self::Malformed => "malformed",
+            Self::Timeout => "timeout",
+        }
+    }
+}
+
 /// Every metric of the daemon, each series resolved once.
 #[derive(Debug)]
 pub struct Metrics {
@@ -453,6 +481,19 @@ impl Metrics {
         }
     }
 
+    /// The metric of the PROXY protocol, which is there only where the protocol is on.
+    pub fn proxy_protocol(&self) -> ProxyProtocolMetrics {
+        let errors = counters(
+            &self.registry,
+            "proxy_protocol_errors_total",
+            "Connections closed because of their PROXY header or the lack of one, by reason.",
+            "reason",
+        );
+        ProxyProtocolMetrics {
+            errors: ProxyProtocolError::ALL.map(|reason| errors.with_label_values(&[reason.label()])),
+        }
+    }
+
     /// Counts an answer.
     pub fn answered(&self, status: StatusCode) {
         self.responses
@@ -548,6 +589,19 @@ impl TlsMetrics {
     }
 }
 
+/// What is counted where the PROXY protocol is on.
+#[derive(Debug)]
+pub struct ProxyProtocolMetrics {
+    errors: [IntCounter; ProxyProtocolError::ALL.len()],
+}
+
+impl ProxyProtocolMetrics {
+    /// Counts a connection that is closed.
+    pub fn failed(&self, reason: ProxyProtocolError) {
+        self.errors[reason as usize].inc();
+    }
+}
+
 fn register<C: prometheus::core::Collector + Clone + 'static>(
     registry: &Registry,
     metric: prometheus::Result<C>,
@@ -618,6 +672,9 @@ mod tests {
             assert_eq!(outcome as usize, place);
         }
         for (place, reason) in HandshakeFailure::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, place);
+        }
+        for (place, reason) in ProxyProtocolError::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, place);
         }
         assert_eq!(Endpoint::of("/health"), Endpoint::Health);

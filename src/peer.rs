@@ -1,5 +1,6 @@
 //! Who is at the other end of a connection.
 
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -75,6 +76,16 @@ impl From<Origin> for Client {
         match origin {
             Origin::Ip(ip) => ip.into(),
             Origin::Unix(credentials) => Self::User(credentials.uid),
+        }
+    }
+}
+
+/// The address, or `unix`.
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(ip) => ip.fmt(f),
+            Self::Unix(_) => f.write_str("unix"),
         }
     }
 }

@@ -11,8 +11,11 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConnection, StreamOwned};
 
 use crate::config::Endpoint;
+use crate::forwarded::{Proxies, Proxy};
 use crate::listener::Host;
 use crate::location::Location;
+use crate::peer::Peer;
+use crate::proxy_protocol;
 use crate::tls;
 
 /// How long each step may take: connecting, the request, the answer.
@@ -29,6 +32,8 @@ pub struct Target {
     path: String,
     /// The certificate that the service has to have, where it speaks TLS.
     certificate: Option<CertificateDer<'static>>,
+    /// The proxies that have to send a PROXY header there, if any do.
+    proxies: Option<Proxies>,
     /// Why this is not the listener of keys.
     reason: Option<String>,
 }
@@ -70,7 +75,8 @@ impl Target {
             }
             Host::Ip(ip) => std::net::SocketAddr::new(*ip, port).to_string(),
         };
-        Ok(Self { authority, path: "/health".into(), certificate, reason })
+        let proxies = endpoint.proxies.clone().filter(|_| reason.is_none());
+        Ok(Self { authority, path: "/health".into(), certificate, proxies, reason })
     }
 
     /// `http://host:port/path`, or `https://` for a service with the certificate of `endpoint`; without a path,
@@ -95,7 +101,8 @@ impl Target {
         if host.is_empty() || port.parse::<u16>().is_err() || !is_plain(rest) {
             return Err(expected());
         }
-        Ok(Self { authority: format!("{host}:{port}"), path: format!("/{path}"), certificate, reason: None })
+        let (authority, path) = (format!("{host}:{port}"), format!("/{path}"));
+        Ok(Self { authority, path, certificate, proxies: None, reason: None })
     }
 
     /// One request. The answer's body where its status is 200.
@@ -120,15 +127,23 @@ impl Target {
     fn exchange(&self) -> io::Result<Vec<u8>> {
         match self.authority.strip_prefix("unix:") {
             Some(path) => {
-                let stream = UnixStream::connect(path)?;
+                let mut stream = UnixStream::connect(path)?;
                 stream.set_read_timeout(Some(PATIENCE))?;
                 stream.set_write_timeout(Some(PATIENCE))?;
+                if self.proxies.as_ref().is_some_and(|proxies| proxies.trusted.contains(&Proxy::Unix)) {
+                    stream.write_all(&proxy_protocol::LOCAL)?;
+                }
                 self.converse(stream, "localhost")
             }
             None => {
-                let stream = connect(&self.authority)?;
+                let mut stream = connect(&self.authority)?;
                 stream.set_read_timeout(Some(PATIENCE))?;
                 stream.set_write_timeout(Some(PATIENCE))?;
+                // On this machine, the service sees the address that this end has.
+                let own = Peer::tcp(stream.local_addr()?).origin;
+                if self.proxies.as_ref().is_some_and(|proxies| proxies.trust(own)) {
+                    stream.write_all(&proxy_protocol::LOCAL)?;
+                }
                 match &self.certificate {
                     None => self.converse(stream, &self.authority),
                     Some(certificate) => {

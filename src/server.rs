@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,7 +30,7 @@ use crate::idle::{Activity, IdleConnections};
 use crate::listener::{Acceptor, Listener, Stream};
 use crate::memory;
 use crate::metrics::{AcceptError, Metrics, Rejection};
-use crate::peer::Peer;
+use crate::peer::{Origin, Peer};
 use crate::plain::{self, AnswersPlain, End, Exchange};
 use crate::seal::{Sealed, Sealer};
 use crate::shares::{Share, Shares};
@@ -190,17 +191,23 @@ impl Slots {
     /// A seat for one more connection. If all slots are taken, it gets that of the connection that has been idle for longest,
     /// which closes. Over-limit connections take no slot from others: a crowd that keeps coming would have had each one that
     /// is given back, and nobody a key.
-    fn seat(&self, is_excess: bool) -> Seat {
+    fn seat(&self, is_excess: bool, evicts: bool) -> Seat {
         self.taken.fetch_add(1, Ordering::Relaxed);
         self.open.fetch_add(1, Ordering::Relaxed);
-        if is_excess {
-            return Seat::Excess;
+        match is_excess {
+            true => Seat::Excess,
+            false if self.take_slot(evicts) => Seat::Regular,
+            false => Seat::Crowd,
         }
-        if self.seated.fetch_add(1, Ordering::Relaxed) < self.limit || self.idle.evict() {
-            return Seat::Regular;
+    }
+
+    fn take_slot(&self, evicts: bool) -> bool {
+        let is_taken =
+            self.seated.fetch_add(1, Ordering::Relaxed) < self.limit || (evicts && self.idle.evict());
+        if !is_taken {
+            self.seated.fetch_sub(1, Ordering::Relaxed);
         }
-        self.seated.fetch_sub(1, Ordering::Relaxed);
-        Seat::Crowd
+        is_taken
     }
 
     fn leave(&self, seat: Seat) {
@@ -234,6 +241,9 @@ pub struct Terms {
     pub sealer: Option<Arc<Sealer>>,
     /// How many connections may hold buffers.
     pub buffers: Arc<BufferLimit>,
+    /// Whether [`Accepted::identified`] follows, before which a connection takes no slot from an idle one: its client may
+    /// have as many as it may.
+    pub identifies: bool,
 }
 
 impl Terms {
@@ -249,6 +259,7 @@ impl Terms {
             shares: None,
             sealer: None,
             buffers: Arc::new(BufferLimit::new(BUFFERING_MAX)),
+            identifies: false,
         }
     }
 
@@ -277,6 +288,13 @@ impl Terms {
     #[must_use]
     pub fn shared_by(mut self, shares: Option<Arc<Shares>>) -> Self {
         self.shares = shares;
+        self
+    }
+
+    /// Waits for [`Accepted::identified`] before a connection takes the slot of an idle one.
+    #[must_use]
+    pub fn identifying(mut self, identifies: bool) -> Self {
+        self.identifies = identifies;
         self
     }
 
@@ -412,6 +430,55 @@ impl Accepted {
         let timeouts = Arc::clone(self.guard.terms.timeouts(self.guard.seat));
         (Timed::new(self.stream, timeouts), self.peer, self.guard)
     }
+
+    /// Runs `task` with it. A task of a connection without a slot is ended early when even those are too many.
+    pub fn spawn<F>(self, task: impl FnOnce(Self) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let slots = (self.guard.seat != Seat::Regular).then(|| Arc::clone(&self.guard.terms.slots));
+        let task = tokio::spawn(task(self));
+        if let Some(slots) = slots {
+            slots.keep(task.abort_handle());
+        }
+    }
+
+    /// What `read` gives, if that takes no longer than a request header may, and no longer than a second once idle
+    /// connections close.
+    pub async fn within_head_timeout<T>(&self, read: impl Future<Output = T>) -> Option<T> {
+        let read = timeout(self.guard.terms.timeouts(self.guard.seat).head(), read);
+        pin!(read);
+        let mut phase = self.phase.clone();
+        tokio::select! {
+            biased;
+            read = read.as_mut() => read.ok(),
+            () = reached(&mut phase, Phase::Closing) => timeout(BRIEF, read).await.ok()?.ok(),
+        }
+    }
+
+    /// Whether idle connections close by now.
+    pub fn is_closing(&self) -> bool {
+        *self.phase.borrow() >= Phase::Closing
+    }
+
+    /// Counts it from now on for `client`, whom a proxy named, or still for its own address. Returns whether the client may
+    /// have it: a connection over its limit gives back its slot, and is one that gets a 503; beyond those it must be closed.
+    pub fn identified(&mut self, client: Option<IpAddr>) -> bool {
+        if let Some(origin) = client.map(Origin::Ip) {
+            let terms = &self.guard.terms;
+            let Some(share) = Shares::take(terms.shares.as_ref(), origin) else {
+                terms.metrics.rejected(Rejection::ClientConnections);
+                return false;
+            };
+            if share.is_excess() {
+                self.guard.give_up_slot();
+            }
+            self.guard.share = share;
+            self.peer.origin = origin;
+        }
+        self.guard.ask_for_slot();
+        true
+    }
 }
 
 /// Serves `listeners` until the drain is over, or aborted. `begin` starts a task for each connection, such as [`http`] makes.
@@ -543,7 +610,7 @@ async fn accept(
                     terms.metrics.rejected(Rejection::ClientConnections);
                     continue;
                 };
-                let seat = terms.slots.seat(share.is_excess());
+                let seat = terms.slots.seat(share.is_excess(), !terms.identifies);
                 if !has_put_aside && terms.slots.open() > FEW {
                     has_put_aside = true;
                     memory::put_aside();
@@ -814,7 +881,7 @@ struct Open {
     /// Whether it is idle.
     activity: Arc<Activity>,
     _alive: mpsc::Sender<Infallible>,
-    _share: Share,
+    share: Share,
 }
 
 impl Open {
@@ -826,7 +893,25 @@ impl Open {
         if seat == Seat::Regular {
             terms.slots.idle.add(&activity);
         }
-        Self { terms, seat, activity, _alive: alive, _share: share }
+        Self { terms, seat, activity, _alive: alive, share }
+    }
+}
+
+impl Open {
+    /// Takes the slot of an idle connection, if all were taken when this one was accepted.
+    fn ask_for_slot(&mut self) {
+        if self.seat == Seat::Crowd && self.terms.slots.take_slot(true) {
+            self.seat = Seat::Regular;
+            self.terms.slots.idle.add(&self.activity);
+        }
+    }
+
+    /// Gives back the slot of a connection that stays open without one.
+    fn give_up_slot(&mut self) {
+        if std::mem::replace(&mut self.seat, Seat::Excess) == Seat::Regular {
+            self.terms.slots.idle.remove(&self.activity);
+            self.terms.slots.seated.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -931,12 +1016,12 @@ mod tests {
     #[test]
     fn slots_seat_up_to_the_limit_and_the_rest_is_a_crowd_that_takes_none() {
         let slots = Slots::new(2, CROWD);
-        let seat = || slots.seat(false);
+        let seat = || slots.seat(false, true);
         assert_eq!(
             [seat(), seat(), seat(), seat()],
             [Seat::Regular, Seat::Regular, Seat::Crowd, Seat::Crowd]
         );
-        assert_eq!(slots.seat(true), Seat::Excess);
+        assert_eq!(slots.seat(true, true), Seat::Excess);
         slots.leave(Seat::Regular);
         assert_eq!([seat(), seat()], [Seat::Regular, Seat::Crowd], "whatever the crowd is");
         for seat in [Seat::Crowd, Seat::Crowd, Seat::Crowd, Seat::Excess, Seat::Regular] {
@@ -963,7 +1048,7 @@ mod tests {
     async fn the_oldest_of_a_full_crowd_goes_for_who_comes_and_nobody_with_a_slot() {
         let slots = Arc::new(Slots::new(2, CROWD));
         let sit = || {
-            let seated = Seated(Arc::clone(&slots), slots.seat(false));
+            let seated = Seated(Arc::clone(&slots), slots.seat(false, true));
             let is_regular = seated.1 == Seat::Regular;
             let task = tokio::spawn(async move {
                 let _seated = seated;

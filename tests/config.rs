@@ -58,6 +58,7 @@ rate-bytes = 0
 rate-burst = 10
 trusted-proxies = []
 forwarded-header = "x-forwarded-for"
+proxy-protocol = false
 max-connections-per-client = 256
 max-bulk-streams = 64
 audit = false

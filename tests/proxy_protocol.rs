@@ -1,0 +1,613 @@
+//! PROXY protocol: whom a header names, who may send one, and what happens to every other connection.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use common::tls::{Authority, trusting};
+use common::{Client, Daemon, Folder, PATIENCE, connect_from, get, key_service, request, run_to_end, until};
+use rustls::pki_types::ServerName;
+use rustls::version::{TLS12, TLS13};
+use rustls::{ClientConnection, StreamOwned};
+
+/// The address of the trusted proxy. Others of loopback are not trusted.
+const PROXY: &str = "127.0.0.9";
+
+const LOCAL: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
+
+const REASONS: [&str; 4] = ["untrusted", "missing", "malformed", "timeout"];
+
+fn start(settings: &[(&str, &str)]) -> Daemon {
+    Daemon::start(&[&[("PROXY_PROTOCOL", "true"), ("TRUSTED_PROXIES", PROXY)], settings].concat())
+}
+
+/// A header of version 1 for a client at `ip`.
+fn v1(ip: &str) -> Vec<u8> {
+    let (family, to) = if ip.contains(':') { ("TCP6", "2001:db8::7") } else { ("TCP4", "198.51.100.7") };
+    format!("PROXY {family} {ip} {to} 56324 1123\r\n").into_bytes()
+}
+
+/// A header of version 2.
+fn v2(command: u8, family: u8, block: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(block.len()).unwrap();
+    [&LOCAL[..12], &[command, family], &length.to_be_bytes(), block].concat()
+}
+
+/// A header of version 2 for a client at `ip`, with a TLV of `padding` bytes behind it.
+fn v2_of(ip: &str, padding: u16) -> Vec<u8> {
+    let noop = [[4].as_slice(), &padding.to_be_bytes(), &vec![0; padding.into()]].concat();
+    match ip.parse().unwrap() {
+        std::net::IpAddr::V4(ip) => v2(0x21, 0x11, &[&ip.octets(), [7; 8].as_slice(), &noop].concat()),
+        std::net::IpAddr::V6(ip) => v2(0x21, 0x21, &[&ip.octets(), [7; 20].as_slice(), &noop].concat()),
+    }
+}
+
+/// A connection from `source` that began with `bytes`.
+fn begin(daemon: &Daemon, source: &str, bytes: &[u8]) -> Client {
+    let mut client = Client::on(connect_from(source, daemon.keys()));
+    client.send(bytes);
+    client
+}
+
+fn through_proxy(daemon: &Daemon, header: &[u8]) -> Client {
+    begin(daemon, PROXY, header)
+}
+
+/// The status of one request behind a header.
+fn status(daemon: &Daemon, header: &[u8], path: &str) -> u16 {
+    through_proxy(daemon, &[header, request(path).as_bytes()].concat()).response().status
+}
+
+fn errors(daemon: &Daemon) -> [f64; 4] {
+    let text = get(daemon.metrics(), "/metrics").text();
+    REASONS
+        .map(|reason| common::metric(&text, &format!("proxy_protocol_errors_total{{reason=\"{reason}\"}}")))
+}
+
+/// The one warning in the log; the log is written by a thread of its own.
+fn closing(daemon: &Daemon) -> String {
+    let mut lines = until("a warning", || Some(closings(daemon)).filter(|lines| !lines.is_empty()));
+    assert_eq!(lines.len(), 1, "once a minute: {lines:?}");
+    lines.remove(0)
+}
+
+fn closings(daemon: &Daemon) -> Vec<String> {
+    daemon.log().lines().filter(|line| line.contains("closed by proxy-protocol")).map(str::to_owned).collect()
+}
+
+/// The last record of the audit, once there are `count`.
+fn record(daemon: &Daemon, count: usize) -> String {
+    until("the record", || {
+        let log = daemon.log();
+        let records: Vec<_> = log.lines().filter(|line| line.contains("key issued")).collect();
+        (records.len() == count).then(|| records[count - 1].to_owned())
+    })
+}
+
+#[test]
+fn the_header_names_the_client_of_the_audit_record() {
+    let daemon = start(&[("AUDIT", "true")]);
+    let mapped = [[0; 10].as_slice(), &[255, 255, 192, 0, 2, 5], &[0; 20]].concat();
+    let cases = [
+        (v1("192.0.2.1"), "192.0.2.1"),
+        (v1("2001:db8::1"), "2001:db8::1"),
+        (v1("::ffff:192.0.2.2"), "192.0.2.2"),
+        (v2_of("192.0.2.3", 0), "192.0.2.3"),
+        (v2_of("2001:db8::3", 0), "2001:db8::3"),
+        (v2_of("192.0.2.4", 4000), "192.0.2.4"),
+        (v2(0x21, 0x21, &mapped), "192.0.2.5"),
+        (b"PROXY UNKNOWN\r\n".to_vec(), PROXY),
+        (b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n".to_vec(), PROXY),
+        (LOCAL.to_vec(), PROXY),
+        (v2(0x20, 0x11, &[1; 12]), PROXY),
+        (v2(0x21, 0x00, &[1; 12]), PROXY),
+        (v2(0x21, 0x31, &[1; 216]), PROXY),
+    ];
+    for (n, (header, address)) in cases.iter().enumerate() {
+        // In one segment.
+        assert_eq!(status(&daemon, header, "/key/32"), 200, "{}", header.escape_ascii());
+        let record = record(&daemon, n + 1);
+        assert!(record.contains(&format!("address={address} length=32")), "{address}: {record}");
+    }
+    assert_eq!((errors(&daemon), closings(&daemon)), ([0.0; 4], Vec::new()));
+}
+
+#[test]
+fn a_header_may_arrive_byte_by_byte() {
+    let daemon = start(&[("AUDIT", "true")]);
+    for (n, header) in [v1("192.0.2.1"), v2_of("192.0.2.1", 300), LOCAL.to_vec()].iter().enumerate() {
+        let mut client = through_proxy(&daemon, b"");
+        for byte in header {
+            client.send([*byte]);
+            std::thread::yield_now();
+        }
+        for path in ["/key/32", "/health"] {
+            assert_eq!(client.send(request(path)).response().status, 200, "and the connection stays open");
+        }
+        record(&daemon, n + 1);
+    }
+    // The parts of one that the client never ends, and those of what is none.
+    let mut half = through_proxy(&daemon, b"PROXY TCP4 192.0.2.1");
+    half.stream.shutdown(Shutdown::Write).unwrap();
+    assert!(half.is_closed());
+    let mut half = through_proxy(&daemon, &v2_of("192.0.2.1", 300)[..200]);
+    half.stream.shutdown(Shutdown::Write).unwrap();
+    assert!(half.is_closed());
+    assert!(through_proxy(&daemon, b"GE").is_closed(), "at the first byte that is none");
+    assert_eq!(errors(&daemon), [0.0, 1.0, 2.0, 0.0]);
+}
+
+#[test]
+fn tls_begins_behind_the_header() {
+    let authority = Authority::new();
+    let settings = [
+        ("PROXY_PROTOCOL", "true"),
+        ("TRUSTED_PROXIES", PROXY),
+        ("AUDIT", "true"),
+        ("TLS_MIN_VERSION", "1.2"),
+    ];
+    let daemon = common::tls::daemon(&authority, &settings);
+    let over = |stream: TcpStream, version| {
+        let config = trusting(&authority, &[version], None);
+        let name = ServerName::from(daemon.keys().ip());
+        Client::over(StreamOwned::new(ClientConnection::new(config, name).unwrap(), stream))
+    };
+    let mut count = 0;
+    for version in [&TLS13, &TLS12] {
+        for (header, address) in [
+            (v1("192.0.2.1"), "192.0.2.1"),
+            (v2_of("2001:db8::1", 100), "2001:db8::1"),
+            (LOCAL.to_vec(), PROXY),
+        ] {
+            let stream = through_proxy(&daemon, &header).stream;
+            let mut client = over(stream, version);
+            assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
+            count += 1;
+            assert!(record(&daemon, count).contains(&format!("address={address} ")));
+        }
+    }
+    // The first flight in one segment with the header.
+    let mut hello = Vec::new();
+    let name = ServerName::from(daemon.keys().ip());
+    let mut connection = ClientConnection::new(trusting(&authority, &[&TLS13], None), name).unwrap();
+    connection.write_tls(&mut hello).unwrap();
+    let stream = through_proxy(&daemon, &[v1("192.0.2.1"), hello.clone()].concat()).stream;
+    let mut client = Client::over(StreamOwned::new(connection, stream));
+    assert_eq!(client.send(request("/key/32")).response().status, 200);
+    // Without a header, from the proxy and from a client.
+    assert!(through_proxy(&daemon, &hello).is_closed());
+    let mut client = over(connect_from("127.0.0.2", daemon.keys()), &TLS13);
+    assert_eq!(client.send(request("/key/32")).response().status, 200);
+    assert_eq!(errors(&daemon), [0.0, 1.0, 0.0, 0.0]);
+}
+
+#[test]
+fn a_malformed_header_closes_the_connection_without_a_response() {
+    let daemon = start(&[]);
+    let wires = [
+        v1("192.0.2.256"),
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 1 70000\r\n".to_vec(),
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\n".to_vec(),
+        format!("PROXY UNKNOWN {}\r\n", "x".repeat(200)).into_bytes(),
+        v2(0x22, 0x11, &[1; 12]),
+        v2(0x31, 0x11, &[1; 12]),
+        v2(0x21, 0x44, &[1; 12]),
+        v2(0x21, 0x21, &[1; 12]),
+        [&LOCAL[..12], b"\x21\x11\xff\xff"].concat(),
+    ];
+    for wire in &wires {
+        let bytes = [wire.as_slice(), request("/key/32").as_bytes()].concat();
+        assert!(through_proxy(&daemon, &bytes).is_closed(), "{}", wire.escape_ascii());
+    }
+    assert_eq!(errors(&daemon), [0.0, 0.0, wires.len() as f64, 0.0]);
+    let logged = closing(&daemon);
+    assert!(logged.contains("WARN") && logged.contains("address=127.0.0.9 reason=malformed"), "{logged}");
+    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0);
+}
+
+#[test]
+fn a_trusted_proxy_without_a_header_is_closed_and_logged() {
+    let daemon = start(&[]);
+    for wire in [request("/key/32"), request("/health"), "PROXY\r\n".into(), "\r\n\r\nGET".into()] {
+        assert!(through_proxy(&daemon, wire.as_bytes()).is_closed(), "{wire}");
+    }
+    assert_eq!(errors(&daemon), [0.0, 4.0, 0.0, 0.0]);
+    let logged = closing(&daemon);
+    assert!(logged.contains("address=127.0.0.9 reason=missing"), "{logged}");
+}
+
+#[test]
+fn a_late_header_closes_the_connection() {
+    let daemon = start(&[("HEAD_TIMEOUT", "1"), ("MAX_CONNECTIONS", "4")]);
+    let mut silent = through_proxy(&daemon, b"");
+    let mut half = through_proxy(&daemon, b"PROXY TCP4 192.0.2.1 ");
+    let mut without_tlvs = through_proxy(&daemon, &v2_of("192.0.2.1", 9)[..30]);
+    let mut direct = begin(&daemon, "127.0.0.2", b"P");
+    daemon.wait_for_metric("http_connections", 4.0);
+    assert!(silent.is_closed() && half.is_closed() && without_tlvs.is_closed() && direct.is_closed());
+    assert_eq!(errors(&daemon), [0.0, 0.0, 0.0, 3.0], "a client that is not trusted owes none");
+    assert!(closing(&daemon).contains("address=127.0.0.9 reason=timeout"));
+    daemon.wait_for_metric("http_connections", 0.0);
+}
+
+#[test]
+fn an_over_limit_connection_has_a_second_for_its_header() {
+    let daemon = start(&[("HEAD_TIMEOUT", "3600"), ("MAX_CONNECTIONS", "1")]);
+    let mut held = through_proxy(&daemon, &v1("192.0.2.1"));
+    assert_eq!(held.send(request("/key/32")).response().status, 200);
+    held.send("GET /key"); // an idle one would make room
+    assert!(through_proxy(&daemon, b"PROXY ").is_closed());
+    assert_eq!(errors(&daemon), [0.0, 0.0, 0.0, 1.0]);
+    assert_eq!(status(&daemon, &v1("192.0.2.2"), "/key/32"), 503);
+    assert_eq!(status(&daemon, &v1("192.0.2.2"), "/health"), 200);
+}
+
+#[test]
+fn a_header_from_an_untrusted_address_is_refused_and_logged() {
+    let daemon = start(&[("AUDIT", "true")]);
+    for wire in [v1("192.0.2.1"), v2_of("192.0.2.1", 0), LOCAL.to_vec(), b"PROXY garbage".to_vec()] {
+        let bytes = [wire.as_slice(), request("/key/32").as_bytes()].concat();
+        assert!(begin(&daemon, "127.0.0.2", &bytes).is_closed(), "{}", wire.escape_ascii());
+    }
+    assert!(begin(&daemon, "127.0.0.3", &v1("192.0.2.1")).is_closed());
+    assert_eq!(errors(&daemon), [5.0, 0.0, 0.0, 0.0]);
+    let logged = closing(&daemon);
+    assert!(logged.contains("address=127.0.0.2 reason=untrusted"), "{logged}");
+    assert!(logged.contains("trusted-proxies"), "{logged}");
+    // Without one it is a client like any other, whose address is its own.
+    let mut direct = begin(&daemon, "127.0.0.2", request("/key/32").as_bytes());
+    assert_eq!(direct.response().status, 200);
+    assert!(record(&daemon, 1).contains("address=127.0.0.2 "));
+    // Half of what begins like a header.
+    let mut post = begin(&daemon, "127.0.0.2", b"P");
+    daemon.wait_for_metric("http_connections", 2.0);
+    assert_eq!(post.send(request("/key/32").replace("GET", "OST")).response().status, 405);
+    let mut ended = begin(&daemon, "127.0.0.2", b"PROX");
+    ended.stream.shutdown(Shutdown::Write).unwrap();
+    assert!(ended.is_closed());
+    assert_eq!(errors(&daemon), [5.0, 0.0, 0.0, 0.0]);
+}
+
+#[test]
+fn without_the_setting_a_header_is_malformed_http() {
+    let daemon = Daemon::start(&[("TRUSTED_PROXIES", PROXY)]);
+    for header in [v1("192.0.2.1"), v2_of("192.0.2.1", 0)] {
+        let bytes = [header.as_slice(), request("/key/32").as_bytes()].concat();
+        assert_eq!(through_proxy(&daemon, &bytes).response().status, 400);
+    }
+    assert!(!get(daemon.metrics(), "/metrics").text().contains("proxy_protocol"));
+}
+
+#[test]
+fn a_second_header_is_malformed_http() {
+    let daemon = start(&[]);
+    for second in [v1("192.0.2.2"), v2_of("192.0.2.2", 0)] {
+        let mut client = through_proxy(&daemon, &[v1("192.0.2.1"), second.clone()].concat());
+        assert_eq!(client.send(request("/key/32")).response().status, 400, "at once");
+        let mut client = through_proxy(&daemon, &v1("192.0.2.1"));
+        assert_eq!(client.send(request("/key/32")).response().status, 200);
+        assert_eq!(client.send(second).send(request("/key/32")).response().status, 400, "later");
+    }
+}
+
+#[test]
+fn health_checks_are_no_errors() {
+    let daemon = start(&[("LOG_LEVEL", "info")]);
+    daemon.wait_for_log("Keys on");
+    let before = daemon.log();
+    for header in [LOCAL, b"PROXY UNKNOWN\r\n", &v1("127.0.0.9"), b""] {
+        // As haproxy ends a check that needs no answer: by a reset, or by the end.
+        let client = through_proxy(&daemon, header);
+        socket2::SockRef::from(&client.stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        drop(client);
+        drop(through_proxy(&daemon, header));
+        let mut ended = through_proxy(&daemon, header);
+        ended.stream.shutdown(Shutdown::Write).unwrap();
+        assert!(ended.is_closed());
+    }
+    assert_eq!(status(&daemon, LOCAL, "/health"), 200);
+    assert_eq!(errors(&daemon), [0.0; 4]);
+    assert_eq!(daemon.metric("http_rejections_total{reason=\"malformed\"}"), 0.0);
+    assert_eq!(daemon.log(), before);
+}
+
+#[test]
+fn rates_are_those_of_the_client() {
+    let daemon = start(&[("RATE_BYTES", "1"), ("RATE_BURST", "1000")]);
+    assert_eq!(status(&daemon, &v1("192.0.2.1"), "/key/900"), 200);
+    for header in [v1("192.0.2.1"), v2_of("192.0.2.1", 0), v1("::ffff:192.0.2.1")] {
+        assert_eq!(status(&daemon, &header, "/key/900"), 429, "whatever the version and the form");
+    }
+    for header in [v1("192.0.2.2"), v2_of("2001:db8::1", 0), LOCAL.to_vec()] {
+        assert_eq!(status(&daemon, &header, "/key/900"), 200);
+    }
+}
+
+#[test]
+fn permits_for_streams_are_those_of_the_client() {
+    let daemon = start(&[("MAX_SIZE", "1073741824"), ("MAX_BULK_STREAMS", "4")]);
+    let stream = |ip: &str| {
+        let bytes = [v1(ip), request("/key/1073741824").into_bytes()].concat();
+        let mut stream = through_proxy(&daemon, &bytes).stream;
+        let mut status = [0; 12];
+        stream.read_exact(&mut status).unwrap();
+        (String::from_utf8(status[9..].to_vec()).unwrap(), stream)
+    };
+    let held = ["192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.3"].map(stream);
+    assert_eq!(held.each_ref().map(|(status, _)| status.as_str()), ["200", "503", "200", "200"]);
+}
+
+#[test]
+fn connections_are_those_of_the_client() {
+    let daemon =
+        start(&[("MAX_CONNECTIONS_PER_CLIENT", "2"), ("MAX_CONNECTIONS", "4"), ("HEAD_TIMEOUT", "3600")]);
+    let open = |ip: &str| through_proxy(&daemon, &v1(ip));
+    let held: Vec<_> = (0..2)
+        .map(|_| {
+            let mut client = open("192.0.2.1");
+            assert_eq!(client.send(request("/key/32")).response().status, 200);
+            client.send("GET /key"); // an idle one would make room
+            client
+        })
+        .collect();
+    let mut over = open("192.0.2.1");
+    let refused = over.send(request("/key/32")).response();
+    assert_eq!((refused.status, refused.header("connection")), (503, Some("close")));
+    assert_eq!(open("192.0.2.1").send(request("/health")).response().status, 200, "health is answered");
+    // Eight of them get an answer, and more are closed; none keeps a slot, which others have.
+    let half = [v1("192.0.2.1").as_slice(), b"GET /key"].concat();
+    let mut flood: Vec<_> = (0..40).map(|_| through_proxy(&daemon, &half)).collect();
+    let closed = "http_rejections_total{reason=\"client_connections\"}";
+    until("the rest to be closed", || (daemon.metric(closed) >= 30.0).then_some(()));
+    let others: Vec<_> = ["192.0.2.2", "192.0.2.2"]
+        .map(|ip| {
+            let mut client = open(ip);
+            assert_eq!(client.send(request("/key/32")).response().status, 200, "others have slots");
+            client
+        })
+        .into();
+    assert!(
+        flood.iter_mut().all(Client::is_closed),
+        "those that may get an answer, after a second of silence"
+    );
+    daemon.wait_for_metric("http_connections", 4.0);
+    drop(held);
+    until("a free share", || {
+        (open("192.0.2.1").send(request("/key/32")).response().status == 200).then_some(())
+    });
+    drop(others);
+    // The proxy itself has no such limit, and neither has a proxy behind it.
+    daemon.wait_for_metric("http_connections", 0.0);
+    for header in [LOCAL.to_vec(), v1(PROXY)] {
+        let held: Vec<_> = (0..4)
+            .map(|_| {
+                let mut client = through_proxy(&daemon, &header);
+                assert_eq!(client.send(request("/key/32")).response().status, 200);
+                client
+            })
+            .collect();
+        drop(held);
+        daemon.wait_for_metric("http_connections", 0.0);
+    }
+}
+
+#[test]
+fn a_client_over_its_limit_closes_no_idle_connection_of_others() {
+    let daemon =
+        start(&[("MAX_CONNECTIONS_PER_CLIENT", "1"), ("MAX_CONNECTIONS", "2"), ("IDLE_TIMEOUT", "3600")]);
+    let hold = |ip: &str| {
+        let mut client = through_proxy(&daemon, &v1(ip));
+        assert_eq!(client.send(request("/key/32")).response().status, 200);
+        client
+    };
+    let (mut oldest, mut other) = (hold("192.0.2.1"), hold("192.0.2.2"));
+    for _ in 0..5 {
+        assert_eq!(status(&daemon, &v1("192.0.2.2"), "/key/32"), 503);
+    }
+    assert_eq!(other.send(request("/key/32")).response().status, 200);
+    assert_eq!(oldest.send(request("/key/32")).response().status, 200, "is still open");
+    // A client within its limit gets the slot of the one that has been idle for longest; so does one without a header.
+    drop(hold("192.0.2.3"));
+    assert!(other.is_closed());
+    daemon.wait_for_metric("http_connections", 1.0);
+    let _held = hold("192.0.2.4");
+    assert_eq!(begin(&daemon, "127.0.0.2", request("/key/32").as_bytes()).response().status, 200);
+    assert!(oldest.is_closed());
+}
+
+#[test]
+fn a_forwarded_address_counts_only_from_a_trusted_client() {
+    let daemon = start(&[("AUDIT", "true")]);
+    let ask = "GET /key/32 HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 203.0.113.7\r\n\r\n";
+    for (n, (header, expected)) in [
+        (v1("192.0.2.1"), "address=192.0.2.1 length"),
+        (v1(PROXY), "address=203.0.113.7 proxy=127.0.0.9 length"),
+        (LOCAL.to_vec(), "address=203.0.113.7 proxy=127.0.0.9 length"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut client = through_proxy(&daemon, &header);
+        assert_eq!(client.send(ask).response().status, 200);
+        let record = record(&daemon, n + 1);
+        assert!(record.contains(expected), "{record}");
+    }
+}
+
+#[test]
+fn a_connection_without_a_header_does_not_hold_the_end() {
+    let mut daemon = start(&[("HEAD_TIMEOUT", "3600"), ("DRAIN_TIMEOUT", "3600")]);
+    let mut silent = through_proxy(&daemon, b"");
+    let mut half = through_proxy(&daemon, &v2_of("192.0.2.1", 100)[..60]);
+    let mut direct = begin(&daemon, "127.0.0.2", b"PRO");
+    let mut idle = through_proxy(&daemon, &v1("192.0.2.1"));
+    assert_eq!(idle.send(request("/key/32")).response().status, 200);
+    // On its way when the end begins.
+    let mut late = through_proxy(&daemon, b"PROXY TCP4 192.0.2.2 ");
+    daemon.wait_for_metric("http_connections", 5.0);
+    daemon.signal("TERM");
+    daemon.manager.wait_for("STOPPING=1");
+    let rest = [b"192.0.2.3 1 2\r\n".as_slice(), request("/key/32").as_bytes()].concat();
+    assert_eq!(late.send(rest).response().status, 200);
+    assert_eq!(daemon.wait(), 0);
+    assert!([&mut silent, &mut half, &mut direct, &mut idle].into_iter().all(Client::is_closed));
+    assert_eq!(closings(&daemon), Vec::<String>::new());
+    assert!(!daemon.log().contains("still open"), "{}", daemon.log());
+}
+
+#[test]
+fn the_unix_socket_takes_headers_too() {
+    for trusted in ["unix", "192.0.2.9"] {
+        let folder = Folder::new();
+        let path = folder.file("socket");
+        let daemon = Daemon::start_with(folder, |command| {
+            command.env("KEYSERVICE_HOST", format!("unix:{}", path.display())).args(["--metrics-port", "0"]);
+            command.env("KEYSERVICE_PROXY_PROTOCOL", "true").env("KEYSERVICE_TRUSTED_PROXIES", trusted);
+            command.env("KEYSERVICE_AUDIT", "true");
+        });
+        let ask = |header: &[u8]| {
+            let mut client = Client::over(UnixStream::connect(&path).unwrap());
+            client.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let sent = [header, b"GET /key/32 HTTP/1.1\r\nHost: a\r\n\r\n"].concat();
+            for byte in sent {
+                if client.stream.write_all(&[byte]).is_err() {
+                    return None; // closed early
+                }
+            }
+            client.read_response(true).map(|response| response.status)
+        };
+        let answers =
+            [v1("192.0.2.1"), v2_of("192.0.2.1", 500), LOCAL.to_vec(), Vec::new()].map(|header| ask(&header));
+        if trusted == "unix" {
+            assert_eq!(answers, [Some(200), Some(200), Some(200), None]);
+            assert!(record(&daemon, 3).contains("peer_uid="), "of LOCAL");
+            assert!(daemon.log().contains("address=192.0.2.1 length=32"));
+            assert_eq!(errors(&daemon), [0.0, 1.0, 0.0, 0.0]);
+            assert!(closing(&daemon).contains("address=unix"));
+        } else {
+            assert_eq!(answers, [None, None, None, Some(200)]);
+            assert_eq!(errors(&daemon), [3.0, 0.0, 0.0, 0.0]);
+        }
+        // The health command sends what is wanted of it.
+        let mut health = key_service(&daemon.folder);
+        health.arg("--config").arg(daemon.folder.file("config.toml")).arg("health");
+        health.env("KEYSERVICE_HOST", format!("unix:{}", path.display()));
+        health.env("KEYSERVICE_PROXY_PROTOCOL", "true").env("KEYSERVICE_TRUSTED_PROXIES", trusted);
+        let ended = run_to_end(health);
+        assert!(ended.status.success(), "{trusted}: {}", String::from_utf8_lossy(&ended.stderr));
+    }
+}
+
+#[test]
+fn the_health_command_sends_a_header_where_it_is_a_trusted_proxy() {
+    let authority = Authority::new();
+    for trusted in ["127.0.0.1", PROXY] {
+        for has_tls in [false, true] {
+            let (held, port) = common::held_port();
+            let folder = Folder::new();
+            authority.server().write(&folder);
+            let (certificate, key) = (folder.file("cert.pem"), folder.file("key.pem"));
+            let tls = if has_tls {
+                format!("tls-cert = {certificate:?}\ntls-key = {key:?}\n")
+            } else {
+                String::new()
+            };
+            let config = format!(
+                "host = \"127.0.0.1\"\nsrv-port = {port}\nmetrics-port = 0\nproxy-protocol = true\n\
+                 trusted-proxies = [\"{trusted}\"]\n{tls}"
+            );
+            let file = folder.write("config.toml", &config);
+            let daemon = Daemon::start_with(folder, |_| {});
+            let mut health = key_service(&daemon.folder);
+            let ended = run_to_end({
+                health.arg("--config").arg(file).arg("health");
+                health
+            });
+            assert!(ended.status.success(), "{trusted}: {}", String::from_utf8_lossy(&ended.stderr));
+            assert_eq!(errors(&daemon), [0.0; 4], "{trusted}");
+            drop(held);
+        }
+    }
+}
+
+#[test]
+fn metrics_on_the_same_port_are_behind_the_header_too() {
+    let (held, port) = common::held_port();
+    let port = port.to_string();
+    let daemon = Daemon::start_with(Folder::new(), |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", &port, "--metrics-port", &port]);
+        command.env("KEYSERVICE_PROXY_PROTOCOL", "true").env("KEYSERVICE_TRUSTED_PROXIES", PROXY);
+    });
+    assert_eq!(status(&daemon, LOCAL, "/metrics"), 200);
+    assert!(through_proxy(&daemon, request("/metrics").as_bytes()).is_closed());
+    let scrape = get(daemon.keys(), "/metrics").text();
+    assert_eq!(common::metric(&scrape, "proxy_protocol_errors_total{reason=\"missing\"}"), 1.0);
+    drop(held);
+}
+
+#[test]
+fn the_setting_takes_trusted_proxies() {
+    let check = |settings: &[(&str, &str)]| {
+        let folder = Folder::new();
+        let mut command = key_service(&folder);
+        command.arg("--check").arg("--config").arg(folder.write("config.toml", ""));
+        for (name, value) in settings {
+            command.env(format!("KEYSERVICE_{name}"), value);
+        }
+        let ended = run_to_end(command);
+        (ended.status.code(), String::from_utf8([ended.stderr, ended.stdout].concat()).unwrap())
+    };
+    let (status, errors) = check(&[("PROXY_PROTOCOL", "true")]);
+    assert_eq!(status, Some(78));
+    let expected =
+        "proxy-protocol: expected trusted-proxies beside it, found none (KEYSERVICE_PROXY_PROTOCOL)";
+    assert!(errors.contains(expected), "{errors}");
+    let (status, errors) = check(&[("PROXY_PROTOCOL", "v2")]);
+    assert!(status == Some(78) && errors.contains("proxy-protocol: expected true or false"), "{errors}");
+    let (status, printed) = check(&[("PROXY_PROTOCOL", "true"), ("TRUSTED_PROXIES", "10.0.0.0/8")]);
+    assert!(status == Some(0) && printed.contains("proxy-protocol = true\n"), "{printed}");
+}
+
+#[test]
+fn the_setting_takes_a_restart() {
+    let folder = Folder::new();
+    let file = folder.write("config.toml", "trusted-proxies = [\"127.0.0.9\"]\n");
+    let daemon = Daemon::start_with(folder, |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+    });
+    std::fs::write(file, "trusted-proxies = [\"127.0.0.9\"]\nproxy-protocol = true\n").unwrap();
+    daemon.signal("HUP");
+    daemon.manager.wait_for("RELOADING=1");
+    daemon.manager.wait_for("READY=1");
+    daemon.wait_for_log("setting=proxy-protocol");
+    assert_eq!(begin(&daemon, PROXY, request("/key/32").as_bytes()).response().status, 200);
+}
+
+#[test]
+fn a_client_certificate_names_a_client_behind_the_header() {
+    let authority = Authority::new();
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    let ca = folder.write("ca.pem", &authority.pem());
+    let settings = [
+        ("PROXY_PROTOCOL", "true"),
+        ("TRUSTED_PROXIES", PROXY),
+        ("AUDIT", "true"),
+        ("TLS_CLIENT_CA", ca.to_str().unwrap()),
+    ];
+    let daemon = common::tls::start(folder, &settings);
+    let config = trusting(&authority, &[&TLS13], Some(&authority.client("web")));
+    let stream = through_proxy(&daemon, &v1("192.0.2.1")).stream;
+    let name = ServerName::from(daemon.keys().ip());
+    let mut client =
+        Client::over(StreamOwned::new(ClientConnection::new(Arc::clone(&config), name).unwrap(), stream));
+    assert_eq!(client.send(request("/key/32")).response().status, 200);
+    let record = record(&daemon, 1);
+    assert!(record.contains("CN:web"), "{record}");
+    assert!(record.contains("address=192.0.2.1 "), "{record}");
+}
