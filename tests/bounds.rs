@@ -131,7 +131,7 @@ fn a_client_that_never_reads_is_closed_after_the_write_timeout() {
 #[test]
 fn a_client_that_reads_slowly_gets_its_whole_response() {
     let timeouts =
-        [("WRITE_TIMEOUT", "2"), ("HEAD_TIMEOUT", "2"), ("IDLE_TIMEOUT", "2"), ("MAX_SIZE", "1000000")];
+        [("WRITE_TIMEOUT", "4"), ("HEAD_TIMEOUT", "4"), ("IDLE_TIMEOUT", "4"), ("MAX_SIZE", "1000000")];
     let daemon = Daemon::start(&timeouts);
     let folder = Folder::new();
     let socket = folder.file("socket");
@@ -140,14 +140,14 @@ fn a_client_that_reads_slowly_gets_its_whole_response() {
         command.envs(timeouts.map(|(name, value)| (format!("KEYSERVICE_{name}"), value)));
     });
     thread::scope(|scope| {
-        for path in ["/key/400000", "/key/150000?format=hex"] {
+        for path in ["/key/220000", "/key/110000?format=hex"] {
             let (remote, local) = (slow(daemon.keys()), UnixStream::connect(&socket).unwrap());
             scope.spawn(move || assert_eq!(read_slowly(remote, path), Ok(())));
             scope.spawn(move || assert_eq!(read_slowly(local, path), Ok(())));
         }
         // Many short responses in a row.
         let remote = slow(daemon.keys());
-        scope.spawn(move || assert_eq!(read_slowly(remote, &"/key/1024 ".repeat(200)), Ok(())));
+        scope.spawn(move || assert_eq!(read_slowly(remote, &"/key/1024 ".repeat(180)), Ok(())));
     });
     drop(local);
 }

@@ -162,11 +162,11 @@ fn the_first_request_has_the_head_timeout() {
 fn a_client_that_reads_slowly_gets_its_whole_response_over_tls() {
     let authority = Authority::new();
     let timeouts =
-        [("WRITE_TIMEOUT", "2"), ("HEAD_TIMEOUT", "2"), ("IDLE_TIMEOUT", "2"), ("MAX_SIZE", "1000000")];
+        [("WRITE_TIMEOUT", "4"), ("HEAD_TIMEOUT", "4"), ("IDLE_TIMEOUT", "4"), ("MAX_SIZE", "1000000")];
     let daemon = daemon(&authority, &timeouts);
     let config = modern(&authority);
     std::thread::scope(|scope| {
-        for path in ["/key/400000", "/key/150000?format=hex"] {
+        for path in ["/key/220000", "/key/110000?format=hex"] {
             let client = connect_over(slow(daemon.keys()), &config);
             scope.spawn(move || assert_eq!(read_slowly(client.stream, path), Ok(())));
         }

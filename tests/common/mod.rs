@@ -448,7 +448,7 @@ pub fn slow(to: SocketAddr) -> TcpStream {
     socket.into()
 }
 
-/// Asks for `paths`, separated by spaces, in one go, and reads 20 kB/s. An error says how much there was of what.
+/// Asks for `paths`, separated by spaces, in one go, and reads 10 kB/s. An error says how much there was of what.
 pub fn read_slowly(mut stream: impl Read + Write, paths: &str) -> Result<(), String> {
     let mut requests: Vec<_> = paths.split_whitespace().map(request).collect();
     let count = requests.len();
@@ -456,7 +456,7 @@ pub fn read_slowly(mut stream: impl Read + Write, paths: &str) -> Result<(), Str
     requests[count - 1] = last;
     stream.write_all(requests.concat().as_bytes()).unwrap();
     stream.flush().unwrap();
-    let (mut received, mut piece) = (Vec::new(), [0; 1000]);
+    let (mut received, mut piece) = (Vec::new(), [0; 500]);
     let result = loop {
         match stream.read(&mut piece) {
             Ok(0) => break Ok(()),
