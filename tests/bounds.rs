@@ -22,8 +22,8 @@ fn drain(stream: &mut TcpStream) -> usize {
 /// A client that holds its slot: it has had a key and begun another request.
 fn busy(daemon: &Daemon) -> Client {
     let mut client = Client::connect(daemon.keys());
-    assert_eq!(client.send(request("/key/32")).response().status, 200);
-    client.send(BEGINNING);
+    // Together: between the two it would be idle.
+    assert_eq!(client.send(request("/key/32") + BEGINNING).response().status, 200);
     client
 }
 
@@ -74,15 +74,17 @@ fn an_idle_connection_outlives_the_head_timeout() {
 #[test]
 fn half_a_request_after_a_response_is_closed_after_the_head_timeout() {
     let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1"), ("IDLE_TIMEOUT", "3600")]);
-    let mut alone = busy(&daemon);
-    let mut together = Client::connect(daemon.keys());
-    together.send(request("/key/32") + BEGINNING).response();
+    let mut together = busy(&daemon);
+    let mut alone = Client::connect(daemon.keys());
+    alone.send(request("/key/32")).response();
+    alone.send(BEGINNING);
     assert!(alone.is_closed() && together.is_closed());
 }
 
 #[test]
 fn the_longest_idle_connection_is_closed_at_the_limit() {
-    let daemon = Daemon::start(&[("MAX_CONNECTIONS", "3"), ("WORKERS", "2")]);
+    // One worker has noted that a connection is idle before it accepts another.
+    let daemon = Daemon::start(&[("MAX_CONNECTIONS", "3"), ("WORKERS", "1")]);
     let ask = |client: &mut Client, path| client.send(request(path)).response().status;
     let open = |path| {
         let mut client = Client::connect(daemon.keys());
@@ -183,11 +185,8 @@ fn a_slot_that_is_given_back_is_there_at_once_whatever_the_crowd_is() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS", "4"), ("HEAD_TIMEOUT", "60")]);
     let seated = || {
         let mut client = Client::connect(daemon.keys());
-        let has_slot = client.send(request("/key/32")).response().status == 200;
-        has_slot.then(|| {
-            client.send(BEGINNING); // an idle one would make room for the crowd
-            client
-        })
+        // An idle one would make room for the crowd.
+        (client.send(request("/key/32") + BEGINNING).response().status == 200).then_some(client)
     };
     let mut held: Vec<_> = (0..4).map(|_| until("a slot", seated)).collect();
     // The crowd is closed after a second of silence, and a busy machine may take as long: one of five is enough.
