@@ -162,7 +162,7 @@ fn parse_v2(bytes: &[u8]) -> Result<Option<Header>, &'static str> {
     }
 }
 
-/// Who may send headers, and what happens to other connections.
+/// The proxies that may send headers, and what happens to other connections.
 #[derive(Debug)]
 pub struct ProxyProtocol {
     proxies: Proxies,

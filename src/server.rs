@@ -189,8 +189,8 @@ impl Slots {
     }
 
     /// A seat for one more connection. If all slots are taken, it gets that of the connection that has been idle for longest,
-    /// which closes. Over-limit connections take no slot from others: a crowd that keeps coming would have had each one that
-    /// is given back, and nobody a key.
+    /// which closes. Over-limit connections take no slot from others: if they keep coming, they would take each one that is
+    /// given back, and no client would get a key.
     fn seat(&self, is_excess: bool, evicts: bool) -> Seat {
         self.taken.fetch_add(1, Ordering::Relaxed);
         self.open.fetch_add(1, Ordering::Relaxed);
@@ -436,11 +436,8 @@ impl Accepted {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let slots = (self.guard.seat != Seat::Regular).then(|| Arc::clone(&self.guard.terms.slots));
-        let task = tokio::spawn(task(self));
-        if let Some(slots) = slots {
-            slots.keep(task.abort_handle());
-        }
+        let over_limit = self.guard.over_limit();
+        spawn(over_limit, task(self));
     }
 
     /// What `read` gives, if that takes no longer than a request header may, and no longer than a second once idle
@@ -533,28 +530,34 @@ where
         let seat = guard.seat;
         let buffers = BufferAccount::new(Arc::clone(&guard.terms.buffers), peer.origin.into());
         let timed = |stream| Timed::new(stream, Arc::clone(guard.terms.timeouts(seat)));
-        let slots = (seat != Seat::Regular).then(|| Arc::clone(&guard.terms.slots));
-        let task = match (&guard.terms.tls, stream) {
+        let over_limit = guard.over_limit();
+        match (&guard.terms.tls, stream) {
             (Some(tls), stream @ Stream::Tcp(_)) => {
                 let (tls, stream, service) = (Arc::clone(tls), timed(stream), service.clone());
-                tokio::spawn(async move {
+                spawn(over_limit, async move {
                     let service = move |identity| service(seat, Peer { identity, ..peer });
                     encrypted(stream, &tls, service, phase, &guard, buffers).await;
-                })
+                });
             }
             (_, stream) => {
                 let (stream, service) = (timed(stream), service(seat, peer));
                 let stream = Sealed::new(stream, guard.terms.sealer.clone());
                 // In a box, since the runtime moves a task's future several times.
-                tokio::spawn(Box::pin(async move {
+                let task = async move {
                     let activity = Arc::clone(&guard.activity);
                     connection(stream, service, phase, &guard.terms.metrics, buffers, activity).await;
-                }))
+                };
+                spawn(over_limit, Box::pin(task));
             }
-        };
-        if let Some(slots) = slots {
-            slots.keep(task.abort_handle());
         }
+    }
+}
+
+/// Runs the task of a connection. Without a slot among those of `over_limit`, it ends early when even such are too many.
+fn spawn(over_limit: Option<Arc<Slots>>, task: impl Future<Output = ()> + Send + 'static) {
+    let task = tokio::spawn(task);
+    if let Some(slots) = over_limit {
+        slots.keep(task.abort_handle());
     }
 }
 
@@ -895,9 +898,12 @@ impl Open {
         }
         Self { terms, seat, activity, _alive: alive, share }
     }
-}
 
-impl Open {
+    /// The slots of which it has none; `None` if it has one.
+    fn over_limit(&self) -> Option<Arc<Slots>> {
+        (self.seat != Seat::Regular).then(|| Arc::clone(&self.terms.slots))
+    }
+
     /// Takes the slot of an idle connection, if all were taken when this one was accepted.
     fn ask_for_slot(&mut self) {
         if self.seat == Seat::Crowd && self.terms.slots.take_slot(true) {
