@@ -103,14 +103,134 @@ idle-timeout = {{ .Values.server.idleTimeout | int64 }}
 write-timeout = {{ .Values.server.writeTimeout | int64 }}
 drain-delay = {{ .Values.server.drainDelay | int64 }}
 drain-timeout = {{ .Values.server.drainTimeout | int64 }}
+{{- if include "key-service.tlsSecret" . }}
+tls-cert = "/run/key-service/tls/tls.crt"
+tls-key = "/run/key-service/tls/tls.key"
+tls-min-version = {{ .Values.tls.minVersion | quote }}
+{{- end }}
+{{- if include "key-service.hasClientCA" . }}
+tls-client-ca = "/run/key-service/client-ca/ca.crt"
+{{- end }}
+{{- if .Values.tokens.existingSecret }}
+tokens-file = "/run/key-service/tokens/tokens"
+{{- end }}
+audit = {{ .Values.audit }}
+rate-requests = {{ .Values.rates.requests | int64 }}
+rate-bytes = {{ .Values.rates.bytes | int64 }}
+rate-burst = {{ .Values.rates.burst | int64 }}
+trusted-proxies = {{ .Values.trustedProxies | toJson }}
+forwarded-header = {{ .Values.forwardedHeader | quote }}
+proxy-protocol = {{ .Values.proxyProtocol }}
 {{- end }}
 
-{{/* A probe. A list: the path, and the probe's values. */}}
+{{/* The Secret with the certificate and its key; empty without TLS. */}}
+{{- define "key-service.tlsSecret" -}}
+{{- if .Values.tls.certificate.enabled }}
+{{- include "key-service.fullname" . }}-tls
+{{- else }}
+{{- .Values.tls.existingSecret }}
+{{- end }}
+{{- end }}
+
+{{/* The names that the Service has inside of the cluster. */}}
+{{- define "key-service.dnsNames" -}}
+{{- $name := include "key-service.fullname" . -}}
+- {{ $name | quote }}
+- {{ printf "%s.%s" $name .Release.Namespace | quote }}
+- {{ printf "%s.%s.svc" $name .Release.Namespace | quote }}
+- {{ printf "%s.%s.svc.cluster.local" $name .Release.Namespace | quote }}
+{{- end }}
+
+{{- define "key-service.scheme" -}}
+{{- if include "key-service.tlsSecret" . }}https{{ else }}http{{ end }}
+{{- end }}
+
+{{- define "key-service.hasClientCA" -}}
+{{- or .Values.tls.clientCA.existingSecret .Values.tls.clientCA.existingConfigMap }}
+{{- end }}
+
+{{/*
+The port that answers whoever has neither a client certificate nor a PROXY header: kubelets and `helm test`. The metrics
+port asks for neither, and its /health, /livez and /readyz are the same.
+*/}}
+{{- define "key-service.healthPort" -}}
+{{- if or (include "key-service.hasClientCA" .) .Values.proxyProtocol }}metrics{{ else }}http{{ end }}
+{{- end }}
+
+{{/* The pod of `helm test`, for a policy of the port that it asks. A list: the chart's scope, the port. */}}
+{{- define "key-service.testPeer" -}}
+{{- $root := index . 0 }}
+{{- if eq (index . 1) (include "key-service.healthPort" $root) -}}
+# `helm test`
+- podSelector:
+    matchLabels:
+      app.kubernetes.io/name: {{ include "key-service.name" $root | quote }}
+      app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
+      app.kubernetes.io/component: test
+{{- end }}
+{{- end }}
+
+{{/* The URL that `helm test` asks. */}}
+{{- define "key-service.testURL" -}}
+{{- $name := include "key-service.fullname" . }}
+{{- if eq (include "key-service.healthPort" .) "metrics" }}
+{{- printf "http://%s-metrics:%d" $name (int64 .Values.metrics.port) }}
+{{- else }}
+{{- printf "%s://%s:%s" (include "key-service.scheme" .) $name (include "key-service.servicePort" .) }}
+{{- end }}
+{{- end }}
+
+{{/*
+Volumes of the Secrets that values name. Mode 0440, which is 288: the daemon refuses a key that others may read, and reads it by fsGroup.
+Each is a volume of its own, so that one which can't be renewed holds up no other.
+*/}}
+{{- define "key-service.secretVolumes" -}}
+{{- with include "key-service.tlsSecret" . }}
+- name: key-service-tls
+  secret:
+    secretName: {{ . | quote }}
+    defaultMode: 288
+    items:
+      - {key: tls.crt, path: tls.crt}
+      - {key: tls.key, path: tls.key}
+{{- end }}
+{{- with .Values.tls.clientCA }}
+{{- if or .existingSecret .existingConfigMap }}
+- name: key-service-client-ca
+  {{- if .existingSecret }}
+  secret:
+    secretName: {{ .existingSecret | quote }}
+  {{- else }}
+  configMap:
+    name: {{ .existingConfigMap | quote }}
+  {{- end }}
+    defaultMode: 288
+    items:
+      - {key: {{ .key | quote }}, path: ca.crt}
+{{- end }}
+{{- end }}
+{{- with .Values.tokens }}
+{{- if .existingSecret }}
+- name: key-service-tokens
+  secret:
+    secretName: {{ .existingSecret | quote }}
+    defaultMode: 288
+    items:
+      - {key: {{ .key | quote }}, path: tokens}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* A probe. A list: the chart's scope, the path, and the probe's values. The kubelet does not verify certificates. */}}
 {{- define "key-service.probe" -}}
+{{- $port := include "key-service.healthPort" (index . 0) -}}
 httpGet:
-  path: {{ index . 0 }}
-  port: http
-{{ toYaml (omit (index . 1) "enabled") }}
+  path: {{ index . 1 }}
+  port: {{ $port }}
+  {{- if and (eq $port "http") (include "key-service.tlsSecret" (index . 0)) }}
+  scheme: HTTPS
+  {{- end }}
+{{ toYaml (omit (index . 2) "enabled") }}
 {{- end }}
 
 {{- define "key-service.renderManifest" -}}

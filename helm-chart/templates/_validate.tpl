@@ -73,8 +73,34 @@
 {{- end }}
 {{- end }}
 
+{{- with .Values.tls }}
+{{- $isOn := include "key-service.tlsSecret" $ }}
+{{- if and .existingSecret .certificate.enabled }}
+{{- fail "tls.existingSecret: expected nothing where tls.certificate.enabled is true" }}
+{{- end }}
+{{- if and .certificate.enabled (not .certificate.issuerRef.name) }}
+{{- fail "tls.certificate.issuerRef.name: expected an issuer where tls.certificate.enabled is true" }}
+{{- end }}
+{{- if and .clientCA.existingSecret .clientCA.existingConfigMap }}
+{{- fail "tls.clientCA.existingConfigMap: expected nothing where tls.clientCA.existingSecret is set" }}
+{{- end }}
+{{- if and (include "key-service.hasClientCA" $) (not $isOn) }}
+{{- fail "tls.clientCA: expected nothing without TLS: set tls.existingSecret or tls.certificate.enabled" }}
+{{- end }}
+{{- $backend := $.Values.httpRoute.backendTLS }}
+{{- if and $isOn $.Values.httpRoute.enabled (not (or $backend.caCertificateRefs $backend.wellKnownCACertificates)) }}
+{{- fail "httpRoute.backendTLS.caCertificateRefs: expected the CA of the pods' certificate, or httpRoute.backendTLS.wellKnownCACertificates, where httpRoute.enabled is true and the pods serve TLS" }}
+{{- end }}
+{{- if and $backend.caCertificateRefs $backend.wellKnownCACertificates }}
+{{- fail "httpRoute.backendTLS.wellKnownCACertificates: expected nothing where httpRoute.backendTLS.caCertificateRefs is set" }}
+{{- end }}
+{{- end }}
+{{- if and .Values.proxyProtocol (not .Values.trustedProxies) }}
+{{- fail "trustedProxies: expected the load balancer's addresses where proxyProtocol is true" }}
+{{- end }}
+
 {{/* Ports, probes, Services and the grace period are made from these values; an override would part them. */}}
-{{- $owned := dict "host" "server.host" "srv-port" "server.port" "metrics-port" "metrics.port" "metrics-host" "server.host" "drain-delay" "server.drainDelay" "drain-timeout" "server.drainTimeout" }}
+{{- $owned := dict "host" "server.host" "srv-port" "server.port" "metrics-port" "metrics.port" "metrics-host" "server.host" "drain-delay" "server.drainDelay" "drain-timeout" "server.drainTimeout" "tls-cert" "tls.existingSecret" "tls-key" "tls.existingSecret" "tls-client-ca" "tls.clientCA" "proxy-protocol" "proxyProtocol" }}
 {{- range $name, $value := $owned }}
 {{- $variable := printf "KEYSERVICE_%s" ($name | upper | replace "-" "_") }}
 {{- range $.Values.extraEnv }}

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 RULES = {}
 
 POD_KINDS = ("Deployment", "Pod")
-CUSTOM_KINDS = ("HTTPRoute", "PrometheusRule", "ServiceMonitor")
+CUSTOM_KINDS = ("BackendTLSPolicy", "Certificate", "HTTPRoute", "PrometheusRule", "ServiceMonitor")
 BUILT_IN_KINDS = ("ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Ingress", "NetworkPolicy", "Pod", "PodDisruptionBudget",
                   "Service", "ServiceAccount")
 
@@ -120,6 +120,18 @@ def name(resource):
     return f"{resource['kind']}/{resource['metadata'].get('name')}"
 
 
+def settings_of(release, deployment):
+    """The daemon's configuration file, where it can be read."""
+    mounted = [volume.get("configMap", {}).get("name") for volume in deployment["spec"]["template"]["spec"]["volumes"] if volume["name"] == "config"]
+    for resource in release.of("ConfigMap"):
+        if resource["metadata"]["name"] in mounted:
+            try:
+                return tomllib.loads(resource["data"]["config.toml"])
+            except (tomllib.TOMLDecodeError, KeyError):
+                pass
+    return {}
+
+
 def matches(selector, labels):
     selector = selector or {}
     for key, value in selector.get("matchLabels", {}).items():
@@ -212,7 +224,7 @@ def kinds(release):
 
 @rule
 def custom_models(release):
-    """Values as the CRDs have them: ServiceMonitor, PrometheusRule, HTTPRoute."""
+    """Values as the CRDs have them."""
     found = release.of(*CUSTOM_KINDS)
     if found:
         ran = subprocess.run(["node", HERE / "models.mjs", tools.PACKAGES], input=json.dumps(found), text=True,
@@ -223,6 +235,10 @@ def custom_models(release):
 
 RELABEL = {"sourceLabels": 0, "separator": 0, "targetLabel": 0, "regex": 0, "modulus": 0, "replacement": 0, "action": 0}
 CUSTOM_FIELDS = {
+    "BackendTLSPolicy": {"spec": {"targetRefs": {"group": 0, "kind": 0, "name": 0, "sectionName": 0}, "validation": {
+        "hostname": 0, "caCertificateRefs": {"group": 0, "kind": 0, "name": 0}, "wellKnownCACertificates": 0}}},
+    "Certificate": {"spec": {"secretName": 0, "issuerRef": {"name": 0, "kind": 0, "group": 0}, "dnsNames": 0, "duration": 0, "renewBefore": 0,
+                             "privateKey": {"algorithm": 0, "size": 0, "rotationPolicy": 0}, "usages": 0}},
     "ServiceMonitor": {"spec": {"namespaceSelector": {"matchNames": 0}, "selector": {"matchLabels": None}, "endpoints": {
         "port": 0, "path": 0, "interval": 0, "scrapeTimeout": 0, "honorLabels": 0,
         "relabelings": RELABEL, "metricRelabelings": RELABEL}}},
@@ -382,6 +398,102 @@ def probed(release):
 
 
 @rule
+def mounted_secrets(release):
+    """Every file that the configuration names is mounted, from a whole volume, so that it follows its Secret; others can't read it."""
+    for deployment in release.of("Deployment"):
+        spec = deployment["spec"]["template"]["spec"]
+        settings = settings_of(release, deployment)
+        by_name = {volume["name"]: volume for volume in spec["volumes"]}
+        for setting in ("tls-cert", "tls-key", "tls-client-ca", "tokens-file"):
+            directory, _, file = settings.get(setting, "").rpartition("/")
+            mounts = [mount for mount in spec["containers"][0]["volumeMounts"] if mount["mountPath"] == directory]
+            if not file:
+                continue
+            if len(mounts) != 1:
+                yield f"{name(deployment)}: {setting}: nothing is mounted at {directory}"
+                continue
+            if "subPath" in mounts[0]:
+                yield f"{name(deployment)}: {setting}: expected a whole volume, since a subPath never changes"
+            volume = by_name.get(mounts[0]["name"], {})
+            source = volume.get("secret") or volume.get("configMap") or {}
+            if file not in [item["path"] for item in source.get("items", [])]:
+                yield f"{name(deployment)}: {setting}: volume {mounts[0]['name']} has no file {file}"
+            if source.get("defaultMode", 0o644) & 0o037:
+                yield f"{name(deployment)}: {setting}: expected the mode 0440, found {source.get('defaultMode', 0o644):04o}"
+            if not spec.get("securityContext", {}).get("fsGroup"):
+                yield f"{name(deployment)}: {setting}: expected an fsGroup, which the daemon reads it by"
+
+
+@rule
+def transport(release):
+    """Whatever speaks to the key port speaks TLS where the pods do; whoever can't meet its terms asks the metrics port."""
+    for deployment in release.of("Deployment"):
+        template = deployment["spec"]["template"]
+        settings = settings_of(release, deployment)
+        tls = "tls-cert" in settings
+        terms = "tls-client-ca" in settings or settings.get("proxy-protocol", False)
+        if settings.get("proxy-protocol") and not settings.get("trusted-proxies"):
+            yield f"{name(deployment)}: expected trusted-proxies, which alone send PROXY headers"
+        probes = [template["spec"]["containers"][0].get(kind) for kind in ("startupProbe", "livenessProbe", "readinessProbe")]
+        for probe in [probe["httpGet"] for probe in probes if probe]:
+            if probe["port"] == "http" and terms:
+                yield f"{name(deployment)}: expected probes of the port metrics, as a kubelet has no certificate and sends no PROXY header"
+            if (probe.get("scheme") == "HTTPS") != (tls and probe["port"] == "http"):
+                yield f"{name(deployment)}: expected probes of the scheme that the port {probe['port']} has, found {probe.get('scheme')}"
+        keys = [s for s in release.of("Service") if s["spec"]["ports"][0].get("targetPort") == "http"]
+        for service in keys:
+            expected = None if settings.get("proxy-protocol") else "https" if tls else "http"
+            if service["spec"]["ports"][0].get("appProtocol") != expected:
+                yield f"{name(service)}: expected the appProtocol {expected}"
+        for ingress in release.of("Ingress"):
+            texts = {**ingress["metadata"].get("annotations", {}), **keys[0]["metadata"].get("annotations", {})}
+            if any((texts.get(key) == value) != tls for key, value in BACKEND_ANNOTATIONS.items()):
+                yield f"{name(ingress)}: expected the controllers' annotations for a backend with{'' if tls else 'out'} TLS, found {texts}"
+        policies = release.of("BackendTLSPolicy")
+        if len(policies) != (1 if tls and release.of("HTTPRoute") else 0):
+            yield f"{name(deployment)}: expected a BackendTLSPolicy where there are TLS and an HTTPRoute, found {len(policies)}"
+        for resource in policies:
+            targets = [(target["kind"], target["name"], target.get("sectionName")) for target in resource["spec"]["targetRefs"]]
+            if targets != [("Service", service["metadata"]["name"], "http") for service in keys]:
+                yield f"{name(resource)}: expected the Service of keys as target, found {targets}"
+            if ("caCertificateRefs" in resource["spec"]["validation"]) == ("wellKnownCACertificates" in resource["spec"]["validation"]):
+                yield f"{name(resource)}: expected one of caCertificateRefs and wellKnownCACertificates"
+        for pod in release.of("Pod"):
+            url = str(pod["spec"]["containers"][0].get("args", [None])[-1])
+            expected = "http://" if terms or not tls else "https://"
+            port = "metrics" if terms else "http"
+            if not url.startswith(expected):
+                yield f"{name(pod)}: expected {expected}, found {url}"
+            if not url.rpartition(":")[2] == str([s for s in release.of("Service") if s["spec"]["ports"][0].get("targetPort") == port][0]["spec"]["ports"][0]["port"]):
+                yield f"{name(pod)}: expected the Service of {port}, found {url}"
+            for resource in release.of("NetworkPolicy"):
+                for entry in resource["spec"]["ingress"]:
+                    if [p["port"] for p in entry.get("ports", [])] == [port] and entry.get("from") and not any(
+                            matches(peer["podSelector"], pod["metadata"]["labels"]) for peer in entry["from"] if peer.get("podSelector")):
+                        yield f"{name(resource)}: expected to let the pod of `helm test` in to {port}"
+
+
+BACKEND_ANNOTATIONS = {
+    "nginx.ingress.kubernetes.io/backend-protocol": "HTTPS", "haproxy-ingress.github.io/backend-protocol": "h1-ssl",
+    "alb.ingress.kubernetes.io/backend-protocol": "HTTPS", "traefik.ingress.kubernetes.io/service.serversscheme": "https",
+    "projectcontour.io/upstream-protocol.tls": "http", "cloud.google.com/app-protocols": '{"http":"HTTPS"}',
+}
+
+
+@rule
+def certificates(release):
+    """cert-manager writes the Secret that is mounted, for the names of the Service of keys."""
+    for certificate in release.of("Certificate"):
+        mounted = [volume["secret"]["secretName"] for _, _, spec in release.pods() for volume in spec.get("volumes", []) if "secret" in volume]
+        if certificate["spec"]["secretName"] not in mounted:
+            yield f"{name(certificate)}: expected the Secret that the pods mount, found {certificate['spec']['secretName']}"
+        service = next(s["metadata"]["name"] for s in release.of("Service") if s["spec"]["ports"][0].get("targetPort") == "http")
+        names = [f"{service}{end}" for end in ("", f".{release.namespace}", f".{release.namespace}.svc", f".{release.namespace}.svc.cluster.local")]
+        if not set(names) <= set(certificate["spec"]["dnsNames"]):
+            yield f"{name(certificate)}: expected the names {names}, found {certificate['spec']['dnsNames']}"
+
+
+@rule
 def volumes(release):
     """Every mount has its volume, at a place of its own; every volume has a mount and what it is made of."""
     maps = {resource["metadata"]["name"] for resource in release.of("ConfigMap")}
@@ -401,7 +513,7 @@ def volumes(release):
         for volume in known.values():
             if volume["name"] not in mounted:
                 yield f"{name(resource)}: volume {volume['name']} is mounted nowhere"
-            source = volume.get("configMap")
+            source = volume.get("configMap") if volume["name"] != "key-service-client-ca" else None  # it is not the chart's
             if source and not source.get("optional") and source.get("name") not in maps:
                 yield f"{name(resource)}: volume {volume['name']}: there is no ConfigMap {source.get('name')}"
 
@@ -708,7 +820,7 @@ def tests(release):
             yield f"{name(pod)}: expected the hook `test` and restartPolicy: Never"
         for container in pod["spec"]["containers"]:
             command, flag, url = (container.get("args", []) + [None] * 3)[:3]
-            host, _, port = str(url).removeprefix("http://").partition(":")
+            host, _, port = str(url).rpartition("/")[2].partition(":")
             known = [s for s in release.of("Service") if s["metadata"]["name"] == host and port in [str(p["port"]) for p in s["spec"]["ports"]]]
             if container["image"] not in own or (command, flag) != ("health", "--url") or not known:
                 yield f"{name(pod)}: expected to ask a Service of the release with its own image, found {container['image']} {container.get('args')}"

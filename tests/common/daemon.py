@@ -50,6 +50,7 @@ class Daemon:
                 env={**environment(), "NOTIFY_SOCKET": str(notify)}, stderr=log)
             try:
                 message = manager.recv(4096).decode()
+                assert "Keys on" in message, f"expected READY, found {message!r}"
                 self.authority = re.search(r"Keys on ([0-9.:]+)", message).group(1)
                 self.metrics = re.search(r"metrics on ([0-9.:]+)", message).group(1)
             except BaseException:  # __exit__ is not called then
