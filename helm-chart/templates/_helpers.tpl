@@ -1,21 +1,51 @@
 {{/* Names, labels and what several templates share; what contradicts itself is in _validate.tpl. */}}
 
+{{/*
+Sets every missing value to its default. Every template begins with this line. A value is missing if it is newer than the installed
+chart, in an upgrade with --reuse-values: Helm then reads that chart's values.yaml instead of this one's. Templates can't read
+values.yaml, so files/values.yaml is a copy of it.
+*/}}
+{{- define "key-service.defaults" -}}
+{{- include "key-service.setDefaults" (list .Values (.Files.Get "files/values.yaml" | fromYaml)) }}
+{{- end }}
+
+{{/*
+Sets what is missing or null in a map. A list: the map, its defaults. Kubernetes' own structures are taken as they are: null removes
+a field from them. Likewise, null means "no target" for the autoscaler's target.
+*/}}
+{{- define "key-service.setDefaults" -}}
+{{- $values := index . 0 }}
+{{- range $key, $default := index . 1 }}
+{{- if not (kindIs "invalid" (index $values $key)) }}
+{{- if and (kindIs "map" $default) (not (has $key (list "labels" "podSecurityContext" "resources" "securityContext"))) }}
+{{- include "key-service.setDefaults" (list (index $values $key) $default) }}
+{{- end }}
+{{- else if ne $key "targetCPUUtilizationPercentage" }}
+{{- $_ := set $values $key $default }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "key-service.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* A Service's name is a DNS label, and "-metrics" is appended to it: 55 characters at most. */}}
+{{/*
+A Service's name is a DNS label that begins with a letter (RFC 1035), and "-metrics" is appended to it: 55 characters at most. A
+release's name may begin with a digit, and then comes last.
+*/}}
 {{- define "key-service.fullname" -}}
-{{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 55 | trimSuffix "-" }}
-{{- else }}
 {{- $name := include "key-service.name" . }}
-{{- if contains $name .Release.Name }}
-{{- .Release.Name | trunc 55 | trimSuffix "-" }}
+{{- $fullname := .Values.fullnameOverride }}
+{{- if $fullname }}
+{{- else if regexMatch "^[0-9]" .Release.Name }}
+{{- $fullname = printf "%s-%s" $name .Release.Name }}
+{{- else if contains $name .Release.Name }}
+{{- $fullname = .Release.Name }}
 {{- else }}
-{{- printf "%s-%s" .Release.Name $name | trunc 55 | trimSuffix "-" }}
+{{- $fullname = printf "%s-%s" .Release.Name $name }}
 {{- end }}
-{{- end }}
+{{- $fullname | trunc 55 | trimAll "-" }}
 {{- end }}
 
 {{- define "key-service.serviceAccountName" -}}
@@ -36,8 +66,8 @@
 
 {{/* Whom Services, budgets and policies select. It can't change between releases. */}}
 {{- define "key-service.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "key-service.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "key-service.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: server
 {{- end }}
 
@@ -66,13 +96,27 @@ All labels of a resource. A dictionary:
 
 {{/* The metadata of a resource. A dictionary: root, component and labels as above, suffix of the name, annotations. */}}
 {{- define "key-service.metadata" -}}
-name: {{ default (printf "%s%s" (include "key-service.fullname" .root) (default "" .suffix)) .name }}
-namespace: {{ .root.Release.Namespace }}
+name: {{ default (printf "%s%s" (include "key-service.fullname" .root) (default "" .suffix)) .name | quote }}
+namespace: {{ .root.Release.Namespace | quote }}
 labels:
   {{- include "key-service.labels" . | nindent 2 }}
 {{- with merge (dict) (default dict .annotations) .root.Values.commonAnnotations }}
 annotations:
   {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/*
+PreferSameZone is the name that PreferClose has since Kubernetes 1.34, where PreferSameNode is new; before 1.30 there is neither.
+*/}}
+{{- define "key-service.trafficDistribution" -}}
+{{- $version := .Capabilities.KubeVersion.Version }}
+{{- with .Values.service.trafficDistribution }}
+{{- if semverCompare ">=1.34-0" $version }}
+{{- eq . "PreferClose" | ternary "PreferSameZone" . }}
+{{- else if semverCompare ">=1.30-0" $version }}
+{{- "PreferClose" }}
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -98,6 +142,7 @@ metrics-port = {{ .Values.metrics.port | int64 }}
 log-level = {{ .Values.server.logLevel | quote }}
 workers = {{ .Values.server.workers | int64 }}
 max-connections = {{ .Values.server.maxConnections | int64 }}
+max-connections-per-client = {{ .Values.server.maxConnectionsPerClient | int64 }}
 head-timeout = {{ .Values.server.headTimeout | int64 }}
 idle-timeout = {{ .Values.server.idleTimeout | int64 }}
 write-timeout = {{ .Values.server.writeTimeout | int64 }}
@@ -206,7 +251,8 @@ Each is a volume of its own, so that one which can't be renewed holds up no othe
   {{- end }}
     defaultMode: 288
     items:
-      - {key: {{ .key | quote }}, path: ca.crt}
+      - key: {{ .key | quote }}
+        path: ca.crt
 {{- end }}
 {{- end }}
 {{- with .Values.tokens }}
@@ -216,7 +262,8 @@ Each is a volume of its own, so that one which can't be renewed holds up no othe
     secretName: {{ .existingSecret | quote }}
     defaultMode: 288
     items:
-      - {key: {{ .key | quote }}, path: tokens}
+      - key: {{ .key | quote }}
+        path: tokens
 {{- end }}
 {{- end }}
 {{- end }}
@@ -225,8 +272,8 @@ Each is a volume of its own, so that one which can't be renewed holds up no othe
 {{- define "key-service.probe" -}}
 {{- $port := include "key-service.healthPort" (index . 0) -}}
 httpGet:
-  path: {{ index . 1 }}
-  port: {{ $port }}
+  path: {{ index . 1 | quote }}
+  port: {{ $port | quote }}
   {{- if and (eq $port "http") (include "key-service.tlsSecret" (index . 0)) }}
   scheme: HTTPS
   {{- end }}

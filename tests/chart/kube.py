@@ -6,6 +6,7 @@ find, most of it after the schemas were content; the rest it takes, and then it 
 import ast
 import functools
 import inspect
+import ipaddress
 import json
 import re
 import subprocess
@@ -35,8 +36,8 @@ PORT_NAME = re.compile(r"(?=.*[a-z])(?!.*--)[a-z0-9]([-a-z0-9]{0,13}[a-z0-9])?")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 VARIABLE = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
 PERCENTAGE = re.compile(r"[0-9]+%")
-QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|[eE][0-9]+)?")
-SUFFIXES = {"": 1, "m": Decimal("0.001"), **{s: 1000 ** n for n, s in enumerate("kMGTPE", 1)},
+QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(n|u|m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|[eE][-+]?[0-9]+)?")
+SUFFIXES = {"": 1, "n": Decimal("1e-9"), "u": Decimal("1e-6"), "m": Decimal("0.001"), **{s: 1000 ** n for n, s in enumerate("kMGTPE", 1)},
             **{f"{s}i": 1024 ** n for n, s in enumerate("KMGTPE", 1)}}
 RECOMMENDED = ("helm.sh/chart", "app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/version",
                "app.kubernetes.io/component", "app.kubernetes.io/managed-by")
@@ -146,7 +147,7 @@ def quantity(text):
     if not match:
         return None
     suffix = match[2] or ""
-    factor = SUFFIXES[suffix] if suffix in SUFFIXES else 10 ** int(suffix[1:])
+    factor = SUFFIXES[suffix] if suffix in SUFFIXES else Decimal(10) ** int(suffix[1:])
     return Decimal(match[1]) * factor
 
 
@@ -491,6 +492,15 @@ def certificates(release):
         names = [f"{service}{end}" for end in ("", f".{release.namespace}", f".{release.namespace}.svc", f".{release.namespace}.svc.cluster.local")]
         if not set(names) <= set(certificate["spec"]["dnsNames"]):
             yield f"{name(certificate)}: expected the names {names}, found {certificate['spec']['dnsNames']}"
+@rule
+def mount_points(release):
+    """No mount is below a read-only one, in which the container runtime can't make its mount point."""
+    for resource, _, container in release.containers():
+        mounts = container.get("volumeMounts", [])
+        for outer in mounts:
+            for inner in mounts:
+                if outer.get("readOnly") and inner["mountPath"].startswith(f"{outer['mountPath'].rstrip('/')}/"):
+                    yield f"{name(resource)}: {container['name']}: {inner['mountPath']} is below {outer['mountPath']}, which is read-only"
 
 
 @rule
@@ -550,6 +560,17 @@ def resources(release):
 
 
 @rule
+def further_limits(release):
+    """No request of another resource than CPU and memory is above its limit either."""
+    for resource, _, container in release.containers():
+        found = container.get("resources", {})
+        for what, text in found.get("requests", {}).items():
+            limit = quantity(found.get("limits", {}).get(what))
+            if what not in ("cpu", "memory") and limit is not None and quantity(text) > limit:
+                yield f"{name(resource)}: {container['name']}: {what}: expected a request of at most the limit"
+
+
+@rule
 def rollout(release):
     """An update can begin, and takes no pod away before another is ready, unless the values say so."""
     for deployment in release.of("Deployment"):
@@ -571,6 +592,56 @@ def disruption(release):
         for field, value in found.items():
             if not is_bound(value):
                 yield f"{name(budget)}: expected a count or a percentage as {field}, found {value!r}"
+
+
+@rule
+def evictions(release):
+    """A disruption budget lets a pod go, however few of them there are; percentages are rounded up."""
+    for budget in release.of("PodDisruptionBudget"):
+        counts = [scaler["spec"].get("minReplicas", 1) for scaler in release.of("HorizontalPodAutoscaler")]
+        counts = counts or [deployment["spec"].get("replicas", 1) for deployment in release.of("Deployment")]
+        for pods in counts:
+            def rounded(value):
+                return -(-int(value[:-1]) * pods // 100) if isinstance(value, str) else value
+            try:
+                stay = rounded(budget["spec"].get("minAvailable", pods - rounded(budget["spec"].get("maxUnavailable", 1))))
+            except ValueError:
+                continue  # what `disruption` finds
+            if stay >= pods > 0:
+                yield f"{name(budget)}: expected to let one of {pods} pods go"
+
+
+@rule
+def spreads(release):
+    """Each topology is spread over once by each means."""
+    for resource, _, spec in release.pods():
+        found = [(c["topologyKey"], c["whenUnsatisfiable"]) for c in spec.get("topologySpreadConstraints", [])]
+        if len(set(found)) < len(found):
+            yield f"{name(resource)}: topologySpreadConstraints: expected each topologyKey once, found {found}"
+
+
+@rule
+def networks(release):
+    """Networks are in CIDR notation, and exceptions are within them."""
+    def network(text):
+        try:
+            return ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            return None
+    for service in release.of("Service"):
+        for text in service["spec"].get("loadBalancerSourceRanges", []):
+            if network(text) is None:
+                yield f"{name(service)}: expected a network, found {text}"
+    for resource in release.of("NetworkPolicy"):
+        for entry in resource["spec"].get("ingress", []) + resource["spec"].get("egress", []):
+            for block in [peer["ipBlock"] for peer in entry.get("from", []) + entry.get("to", []) if "ipBlock" in peer]:
+                outer = network(block["cidr"])
+                for text in [block["cidr"], *block.get("except", [])]:
+                    inner = network(text)
+                    if inner is None:
+                        yield f"{name(resource)}: expected a network, found {text}"
+                    elif text != block["cidr"] and (outer is None or outer.version != inner.version or not inner.subnet_of(outer) or inner == outer):
+                        yield f"{name(resource)}: expected a part of {block['cidr']}, found {text}"
 
 
 @rule
@@ -795,6 +866,21 @@ def services(release):
 
 
 @rule
+def families(release):
+    """A Service has as many families as its policy takes; a headless one has the pods' port; nothing in it is deprecated."""
+    for service in release.of("Service"):
+        spec = service["spec"]
+        if spec.get("ipFamilyPolicy") == "SingleStack" and len(spec.get("ipFamilies", [])) > 1:
+            yield f"{name(service)}: expected one family, found {spec['ipFamilies']}"
+        for _, _, pod in release.selected({"matchLabels": spec.get("selector")}) if spec.get("clusterIP") == "None" else []:
+            for port in spec["ports"]:
+                if port["port"] != dict(container_ports(pod)).get(port.get("targetPort"), port.get("targetPort")):
+                    yield f"{name(service)}: port {port['port']} leads nowhere, as a headless Service translates no ports"
+        if spec.get("trafficDistribution") == "PreferClose":
+            yield f"{name(service)}: PreferClose is deprecated"
+
+
+@rule
 def sizes(release):
     """A ConfigMap is at most 1 MiB, and its JSON is JSON."""
     for resource in release.of("ConfigMap"):
@@ -806,6 +892,16 @@ def sizes(release):
                     json.loads(text)
                 except ValueError as error:
                     yield f"{name(resource)}: {file}: {error}"
+
+
+@rule
+def hooks(release):
+    """Helm deletes its hooks itself once they have ended, however they ended: `helm uninstall` leaves hooks where they are."""
+    for resource in release:
+        annotations = resource["metadata"].get("annotations", {})
+        policies = set(annotations.get("helm.sh/hook-delete-policy", "").split(","))
+        if "helm.sh/hook" in annotations and policies != {"before-hook-creation", "hook-succeeded", "hook-failed"}:
+            yield f"{name(resource)}: expected to be deleted before and after every test, found {policies}"
 
 
 @rule

@@ -1,0 +1,58 @@
+"""What the values' schema says of Kubernetes' own structures: Kubernetes' own definitions, so that a typo in one is refused.
+
+The API server refuses more than the definitions do: it takes a few words only where they say "string". NARROWED has those.
+"""
+import json
+import re
+
+import kubernetes_validate
+
+PREFIX = "#/definitions/io.k8s."
+PROFILE = {"type": {"enum": ["Localhost", "RuntimeDefault", "Unconfined"]}}
+USER = {"minimum": 0, "maximum": 2147483647}
+LABEL_OPERATORS = {"operator": {"enum": ["In", "NotIn", "Exists", "DoesNotExist"]}}
+NARROWED = {
+    "api.core.v1.SeccompProfile": PROFILE,
+    "api.core.v1.AppArmorProfile": PROFILE,
+    "api.core.v1.SecurityContext": {"runAsUser": USER, "runAsGroup": USER, "procMount": {"enum": ["Default", "Unmasked", None]}},
+    "api.core.v1.PodSecurityContext": {"runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
+                                       "fsGroupChangePolicy": {"enum": ["Always", "OnRootMismatch", None]}},
+    "api.core.v1.VolumeMount": {"mountPropagation": {"enum": ["Bidirectional", "HostToContainer", "None", None]}},
+    "api.core.v1.NodeSelectorRequirement": {"operator": {"enum": ["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]}},
+    "apimachinery.pkg.apis.meta.v1.LabelSelectorRequirement": LABEL_OPERATORS,
+    "apimachinery.pkg.apis.meta.v1.LabelSelector": {"matchLabels": {"$ref": "#/definitions/selector"}},
+    "api.autoscaling.v2.HPAScalingRules": {"stabilizationWindowSeconds": {"minimum": 0, "maximum": 3600},
+                                           "selectPolicy": {"enum": ["Max", "Min", "Disabled", None]}},
+    "api.autoscaling.v2.HPAScalingPolicy": {"type": {"enum": ["Pods", "Percent"]}, "value": {"minimum": 1},
+                                            "periodSeconds": {"minimum": 1, "maximum": 1800}},
+}
+
+
+def with_kubernetes(schema):
+    """The schema with those of Kubernetes' definitions that it refers to, without their descriptions."""
+    version = kubernetes_validate.latest_version()
+    known = kubernetes_validate.utils.schema_contents(f"kubernetes-json-schema/v{version}-local-strict/_definitions.json", version)["$defs"]
+    made = {**schema, "definitions": {name: node for name, node in schema["definitions"].items() if not name.startswith("io.k8s.")}}
+    while names := {name for name in re.findall(r'"#/definitions/(io\.k8s\.[^"]+)"', json.dumps(made))} - set(made["definitions"]):
+        for name in sorted(names):
+            node = plain(json.loads(re.sub(r'"(_definitions\.json)?#/\$defs/', '"#/definitions/', json.dumps(known[name]))))
+            for field, narrower in NARROWED.get(name.removeprefix("io.k8s."), {}).items():
+                # A reference takes no other keywords beside it, and neither does a definition of text that has become a choice.
+                node["properties"][field] = {**node["properties"][field], **narrower} if "minimum" in narrower else narrower
+            made["definitions"][name] = schema["definitions"]["quantity"] if name.endswith(".Quantity") else node
+    return made
+
+
+def text(schema):
+    """The schema as its file has it: what is ours spread out, and a definition of Kubernetes' on a line."""
+    lines = {name: json.dumps(node) for name, node in schema["definitions"].items() if name.startswith("io.k8s.")}
+    spread = json.dumps({**schema, "definitions": {**schema["definitions"], **{name: name for name in lines}}}, indent=2, ensure_ascii=False)
+    for name, line in lines.items():
+        spread = spread.replace(f'"{name}": "{name}"', f'"{name}": {line}')
+    return f"{spread}\n"
+
+
+def plain(node):
+    if isinstance(node, dict):
+        return {key: plain(inner) for key, inner in node.items() if not key.startswith("x-") and not (key == "description" and isinstance(inner, str))}
+    return [plain(inner) for inner in node] if isinstance(node, list) else node
