@@ -2,6 +2,7 @@
 //! stalled write and would set a timer anew for every request.
 
 use std::io::{self, IoSlice};
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,6 +11,8 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::unacknowledged::EndedConnections;
 
 /// How often a blocked write is tried again. The kernel wakes a writer only once half of what it holds is sent, which
 /// takes a slow client minutes; it takes a few more bytes long before that, as soon as the client has acknowledged as many.
@@ -33,6 +36,9 @@ pub struct Timeouts {
     read_max: AtomicU64,
     /// Whether connections that end from now on are reset.
     resets: AtomicBool,
+    /// Whether a connection that ends in order is kept until its client has all of it.
+    keeps: AtomicBool,
+    ended: Arc<EndedConnections>,
 }
 
 impl Timeouts {
@@ -40,7 +46,15 @@ impl Timeouts {
     /// `idle`: from a response until the first byte of the next request. `write`: from the last byte that the client
     /// acknowledged, while a response waits for it; it is noticed within a second or two.
     pub fn new(head: Duration, idle: Duration, write: Duration) -> Self {
-        Self { head, idle, write, read_max: AtomicU64::new(u64::MAX), resets: AtomicBool::new(false) }
+        Self {
+            head,
+            idle,
+            write,
+            read_max: AtomicU64::new(u64::MAX),
+            resets: AtomicBool::new(false),
+            keeps: AtomicBool::new(false),
+            ended: Arc::default(),
+        }
     }
 
     /// The same, each at most `limit`.
@@ -57,6 +71,16 @@ impl Timeouts {
     /// Resets every connection that ends from now on: what a client has of its answer is never taken for all of it.
     pub fn reset_connections(&self) {
         self.resets.store(true, Ordering::Relaxed);
+    }
+
+    /// Keeps a descriptor of every connection that ends in order from now on, so that it can still be reset.
+    pub fn keep_ended_connections(&self) {
+        self.keeps.store(true, Ordering::Relaxed);
+    }
+
+    /// The connections that were kept.
+    pub fn ended_connections(&self) -> &EndedConnections {
+        &self.ended
     }
 
     /// How long the headers of a request may take now.
@@ -118,6 +142,18 @@ pub trait Transport: AsyncWrite {
         false
     }
 
+    /// After the sending side was shut down: discards what the client sends. Ready once the client has closed its sending
+    /// side, too; true if it has acknowledged everything.
+    fn poll_client_closed(&mut self, _: &mut Context<'_>) -> Poll<bool> {
+        Poll::Ready(true)
+    }
+
+    /// Ends the sending side, and gives another descriptor of the connection. `None` where closing it is enough: where the
+    /// client gets the rest whatever becomes of the network.
+    fn end_and_keep(&self) -> Option<OwnedFd> {
+        None
+    }
+
     /// Lets the kernel hold as many unsent bytes as `sending` needs.
     fn set_sending(&mut self, sending: Sending);
 }
@@ -157,6 +193,10 @@ pub struct Timed<S: Transport + Unpin> {
     /// Bytes written since a write last waited for long.
     quickly: usize,
     is_reset: AtomicBool,
+    /// Whether the kernel may hold much of a response that its client has not taken.
+    may_have_unsent: bool,
+    /// Since when the sending side is shut down.
+    ended: Option<Instant>,
     /// One timer for the life of the connection. It is set anew only when it fires or would fire too late, never for
     /// a request.
     timer: Option<Pin<Box<Sleep>>>,
@@ -175,6 +215,8 @@ impl<S: Transport + Unpin> Timed<S> {
             sending: Sending::Short,
             quickly: 0,
             is_reset: AtomicBool::new(false),
+            may_have_unsent: false,
+            ended: None,
             timer: None,
         }
     }
@@ -234,6 +276,22 @@ impl<S: Transport + Unpin> Timed<S> {
         if is_fast { usize::MAX } else { WRITE_MAX }
     }
 
+    /// Keeps an ended connection open until its client has closed it too and has all of it, for at most the write timeout:
+    /// if the drain comes meanwhile, it can still be reset. The drain itself looks after connections that have ended.
+    fn poll_linger(&mut self, cx: &mut Context<'_>, ended: Instant) -> Poll<()> {
+        let end = ended + self.timeouts.write;
+        while !self.timeouts.keeps.load(Ordering::Relaxed) && Instant::now() < end {
+            let next_look = match self.stream.poll_client_closed(cx) {
+                Poll::Ready(true) => break,
+                // Nothing wakes the task when the client takes the rest.
+                Poll::Ready(false) => Instant::now() + RETRY,
+                Poll::Pending => end,
+            };
+            ready!(self.poll_deadline(cx, end.min(next_look)));
+        }
+        Poll::Ready(())
+    }
+
     /// Notes what became of a write of `bufs`.
     fn written(
         &mut self,
@@ -242,6 +300,7 @@ impl<S: Transport + Unpin> Timed<S> {
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         while result.is_pending() {
+            self.may_have_unsent = true;
             // After a retry that the kernel took, it is filled at once, or each of the next would pass for progress.
             if !self.is_retrying {
                 let tried = *self.blocked.get_or_insert_with(Instant::now);
@@ -287,6 +346,10 @@ impl<S: Transport + Unpin> Drop for Timed<S> {
     fn drop(&mut self) {
         if self.is_reset() {
             self.stream.forget_unsent();
+        } else if self.timeouts.keeps.load(Ordering::Relaxed)
+            && let Some(connection) = self.stream.end_and_keep()
+        {
+            self.timeouts.ended.add(connection);
         }
     }
 }
@@ -303,7 +366,8 @@ impl<S: AsyncRead + Transport + Unpin> AsyncRead for Timed<S> {
             }
             result => {
                 if this.awaiting == Awaiting::Request && buf.filled().len() > before {
-                    this.awaiting = Awaiting::Begun;
+                    // Its client has the response before, most often.
+                    (this.awaiting, this.may_have_unsent) = (Awaiting::Begun, false);
                 }
                 result
             }
@@ -348,8 +412,14 @@ impl<S: Transport + Unpin> AsyncWrite for Timed<S> {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.ended.is_none() {
+            ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+            // Most connections have sent all that they had when they end.
+            this.ended = this.may_have_unsent.then(Instant::now);
+        }
+        this.ended.map_or(Poll::Ready(()), |ended| this.poll_linger(cx, ended)).map(Ok)
     }
 }
 
@@ -380,6 +450,7 @@ impl<S: Transport + Unpin> Transport for Timed<S> {
 
     fn set_sending(&mut self, sending: Sending) {
         (self.sending, self.quickly) = (sending, 0);
+        self.may_have_unsent |= sending != Sending::Short;
         self.stream.set_sending(sending);
     }
 }

@@ -37,6 +37,7 @@
 //! | [`deadline`] | connections that keep us waiting end |
 //! | [`idle`] | connections between two requests, and which of them closes first |
 //! | [`server`] | the accept loop and the drain |
+//! | [`unacknowledged`] | connections that have ended and whose client does not have all of them |
 //! | [`systemd`] | what the service manager is told |
 //! | [`signals`] | what it tells us |
 //! | [`logging`] | the journal, else stderr |
@@ -83,6 +84,7 @@ pub mod signals;
 pub mod systemd;
 pub mod tls;
 pub mod token;
+pub mod unacknowledged;
 pub mod watch;
 
 use std::fmt::{self, Display};
@@ -203,6 +205,7 @@ pub fn run(
     let generator = Arc::new(Generator::new(source)?);
     let is_activated = !inherited.http.is_empty();
     let Listeners { keys, metrics: operator, credentials } = listeners(&config, inherited)?;
+    let ports: Vec<u16> = keys.iter().chain(&operator).filter_map(Listener::port).collect();
     let workers_count = worker_count(config.workers);
     let descriptors = raise_descriptors()?;
     let limits = ConnectionLimits::fit(descriptors, config.max_connections, workers_count);
@@ -273,7 +276,8 @@ pub fn run(
     }
     drop(keys);
 
-    control.block_on(async {
+    let terms = [&key_terms, &operator_terms, &credential_terms];
+    let is_drained = control.block_on(async {
         let listeners = operator.into_iter().map(|listener| (listener, heartbeats.join())).collect();
         let site = Site::new(Routes::Operator, Arc::clone(&api));
         let operators =
@@ -344,7 +348,6 @@ pub fn run(
         info!(reason, "stopping");
         health.start_draining();
         notifier.stopping("Draining");
-        let terms = [&key_terms, &operator_terms, &credential_terms];
         let drained = async {
             tokio::time::sleep(running.drain_delay).await;
             health.start_stopping();
@@ -354,6 +357,7 @@ pub fn run(
                 // Each ends with its last connection; a panic there has been logged.
                 let _ = operators.await;
                 let _ = units.await;
+                drain.acknowledged(&terms, &ports).await;
             };
             timeout(running.drain_timeout, all_gone).await.is_ok()
         };
@@ -366,9 +370,10 @@ pub fn run(
             is_drained = drained => {
                 if is_drained {
                     info!("stopped");
-                    return;
+                    return true;
                 }
-                warn!(connections = connections.get(), "stopped with connections still open");
+                let unacknowledged = drain.close_acknowledged(&terms, &ports);
+                warn!(connections = connections.get(), unacknowledged, "stopped with connections still open");
             }
         }
         log.wait_for_room();
@@ -376,9 +381,13 @@ pub fn run(
         if timeout(ABORT, all_finished(&mut workers)).await.is_err() {
             warn!("a worker does not stop: connections and audit records of its own are lost");
         }
+        false
     });
     // With what is left of its connections, as the workers' runtimes went with theirs.
     control.shutdown_background();
+    if !is_drained {
+        drain.reset_ended(&terms, &ports);
+    }
     let lost = log.dropped().audit_records();
     if lost > 0 {
         warn!(lost, "audit records were dropped since the start: the log did not take them in time");

@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -15,9 +16,10 @@ use std::time::Duration;
 
 use listenfd::ListenFd;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, send, sendmsg};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, send, sendmsg, shutdown};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use zeroize::Zeroizing;
 
 use crate::deadline::{Sending, Transport};
 use crate::peer::Peer;
@@ -43,6 +45,9 @@ const UNIX_WRITE_MAX: usize = 8 * 1024;
 /// SO_RCVBUF (socket(7)), which the kernel doubles: the largest request header fits, and pipelined requests that nobody
 /// reads take no more. The kernel would let them grow to 6 MB (tcp_rmem).
 const RECEIVE_BUFFER: usize = 8 * 1024;
+
+/// Bytes that are read at once from a client that goes on sending after its last response.
+const DISCARDED_AT_ONCE: usize = 1024;
 
 /// The first descriptor that a service manager passes (sd_listen_fds(3)).
 const FIRST_FD: usize = 3;
@@ -147,6 +152,14 @@ impl Listener {
         match self {
             Self::Tcp(listener) => listener.try_clone().map(Self::Tcp),
             Self::Unix(listener) => listener.try_clone().map(Self::Unix),
+        }
+    }
+
+    /// Its port, of TCP.
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr().ok().map(|address| address.port()),
+            Self::Unix(_) => None,
         }
     }
 
@@ -522,6 +535,27 @@ impl Transport for Stream {
         if let Self::Tcp(stream) = self {
             let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO)); // without it, it is closed in order
         }
+    }
+
+    fn poll_client_closed(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        let Self::Tcp(stream) = self else { return Poll::Ready(true) };
+        let mut input = Zeroizing::new([0; DISCARDED_AT_ONCE]); // it may have a token
+        loop {
+            let mut unread = ReadBuf::new(&mut input[..]);
+            match ready!(Pin::new(&mut *stream).poll_read(cx, &mut unread)) {
+                Ok(()) if !unread.filled().is_empty() => {}
+                // getpeername(2): a TCP connection has no peer once both ends are closed and acknowledged, or it is reset.
+                Ok(()) | Err(_) => return Poll::Ready(stream.peer_addr().is_err()),
+            }
+        }
+    }
+
+    fn end_and_keep(&self) -> Option<OwnedFd> {
+        let Self::Tcp(stream) = self else { return None };
+        let kept = stream.as_fd().try_clone_to_owned().ok()?; // out of descriptors, it is closed in order
+        // While there is another descriptor, close(2) does not end it. It may have ended already, or be broken.
+        let _ = shutdown(&kept, Shutdown::Write);
+        Some(kept)
     }
 
     fn try_write(&mut self, buf: &[u8]) -> io::Result<usize> {

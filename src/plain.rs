@@ -505,6 +505,8 @@ pub struct Exchange {
     is_unflushed: AtomicBool,
     /// Bytes written since the last request was read.
     written: AtomicUsize,
+    /// The connection has begun to end.
+    is_ending: AtomicBool,
 }
 
 impl Exchange {
@@ -520,9 +522,9 @@ impl Exchange {
         self.is_started.load(Ordering::Relaxed)
     }
 
-    /// Whether so much of a response was written that it must have a permit.
+    /// Whether so much of a response was written that it must have a permit. It has none while the connection ends.
     pub fn is_streaming(&self) -> bool {
-        self.written.load(Ordering::Relaxed) >= STREAMING_MIN
+        self.written.load(Ordering::Relaxed) >= STREAMING_MIN && !self.is_ending.load(Ordering::Relaxed)
     }
 
     /// Whether every request that was read is answered and every answer sent.
@@ -626,7 +628,9 @@ impl AsyncWrite for Rewound<'_> {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.get_mut().io).poll_shutdown(cx)
+        let this = self.get_mut();
+        this.exchange.is_ending.store(true, Ordering::Relaxed);
+        Pin::new(&mut *this.io).poll_shutdown(cx)
     }
 }
 

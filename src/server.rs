@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::thread;
 use std::time::Duration;
 
 use hyper::body::{Body, Incoming};
@@ -35,6 +36,7 @@ use crate::plain::{self, AnswersPlain, End, Exchange};
 use crate::seal::{Sealed, Sealer};
 use crate::shares::{Share, Shares};
 use crate::tls::Tls;
+use crate::unacknowledged::UnacknowledgedSockets;
 
 /// The largest request head, in bytes; hyper answers a larger one with 431.
 pub const HEAD_MAX: usize = 16 * 1024;
@@ -54,6 +56,12 @@ const SWEEP: Duration = Duration::from_millis(20);
 /// How long open connections are still read from after the drain began, so that a request which is on its way gets its
 /// answer instead of a reset.
 const LINGER: Duration = Duration::from_millis(250);
+
+/// How often the kernel is asked whether clients have acknowledged the last bytes and the end of their connections.
+const ACKNOWLEDGED_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How long the process stays for clients that were reset, and for the acknowledgement of what was sent last.
+const RESET_GRACE: Duration = Duration::from_millis(250);
 
 /// With so many connections more may come, and their memory is to be given back.
 const FEW: usize = 16;
@@ -338,6 +346,9 @@ impl Drain {
     /// Stops accepting; after a moment in which requests on their way are still read, lets idle connections go.
     /// Returns then; busy connections may still be there.
     pub async fn begin(&self, terms: &[&Terms]) {
+        for timeouts in all_timeouts(terms) {
+            timeouts.keep_ended_connections();
+        }
         self.0.send_replace(Phase::Draining);
         // Only then is it known who is here. A worker that is blocked is not waited for.
         for terms in terms {
@@ -352,14 +363,45 @@ impl Drain {
         self.0.send_replace(Phase::Closing);
     }
 
+    /// Returns when the clients of all connections that have ended have acknowledged their last bytes and their end. Until
+    /// then the network that these are sent through has to stay, and in a pod or a container it goes away with the process.
+    pub async fn acknowledged(&self, terms: &[&Terms], ports: &[u16]) {
+        while self.close_acknowledged(terms, ports) > 0 {
+            tokio::time::sleep(ACKNOWLEDGED_INTERVAL).await;
+        }
+    }
+
+    /// Closes the ended connections whose clients have all of them, and returns how many others there are. `ports` are
+    /// those of the listeners: connections that were closed before the drain are found by them.
+    pub fn close_acknowledged(&self, terms: &[&Terms], ports: &[u16]) -> usize {
+        let sockets = UnacknowledgedSockets::look(ports);
+        let kept =
+            all_timeouts(terms).map(|timeouts| timeouts.ended_connections().close_acknowledged(&sockets));
+        kept.sum::<usize>() + sockets.orphans
+    }
+
     /// Makes every server return at once. Its runtime is to be dropped then, which resets the connections that are left.
     pub fn abort(&self, terms: &[&Terms]) {
-        for terms in terms {
-            terms.timeouts.reset_connections();
-            terms.over_limit_timeouts.reset_connections();
+        for timeouts in all_timeouts(terms) {
+            timeouts.reset_connections();
         }
         self.0.send_replace(Phase::Aborting);
     }
+
+    /// Resets the ended connections whose clients don't have all of them. Returns once those that were reset, and those
+    /// that [`Drain::abort`] reset, have had a moment: a client that has lost a segment answers a reset by a question (RFC
+    /// 5961 section 3.2), which the kernel answers only while the network is there.
+    pub fn reset_ended(&self, terms: &[&Terms], ports: &[u16]) {
+        thread::sleep(RESET_GRACE);
+        if self.close_acknowledged(terms, ports) > 0 {
+            all_timeouts(terms).for_each(|timeouts| timeouts.ended_connections().reset());
+            thread::sleep(RESET_GRACE);
+        }
+    }
+}
+
+fn all_timeouts<'a>(terms: &'a [&Terms]) -> impl Iterator<Item = &'a Timeouts> {
+    terms.iter().flat_map(|terms| [&*terms.timeouts, &*terms.over_limit_timeouts])
 }
 
 /// Asks accept loops for a sign of life and sees who gave one: a worker whose thread is blocked gives none.
@@ -943,7 +985,6 @@ mod tests {
     use std::future::ready;
     use std::io::Write;
     use std::sync::mpsc as blocking;
-    use std::thread;
 
     const CROWD: usize = OVER_LIMIT_CONNECTIONS;
 

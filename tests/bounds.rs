@@ -278,3 +278,30 @@ fn a_client_with_as_many_unread_responses_as_all_may_have_loses_its_oldest() {
     drop(deaf);
     daemon.wait_for_metric("http_connections", 0.0);
 }
+
+#[test]
+fn connections_that_end_with_an_unread_response_are_as_many_as_may_hold_buffers() {
+    let settings = [("MAX_CONNECTIONS_PER_CLIENT", "0"), ("WRITE_TIMEOUT", "3600"), ("MAX_SIZE", "1000000")];
+    let daemon = Daemon::start(&settings);
+    let ask = request("/key/150000").replace("Host", "Connection: close\r\nHost");
+    let unread: Vec<_> = (1..=200)
+        .map(|count| {
+            let mut client = Client::connect(daemon.keys());
+            client.send(&ask);
+            let bytes = 150_000.0 * f64::from(count);
+            until("the response", || {
+                (daemon.metric("key_bytes_total{format=\"raw\"}") >= bytes).then_some(())
+            });
+            client
+        })
+        .collect();
+    daemon.wait_for_metric("http_rejections_total{reason=\"buffers\"}", 200.0 - 128.0);
+    assert_eq!(
+        daemon.metric("http_connections"),
+        128.0,
+        "what the kernel holds of each is bounded by their number"
+    );
+    let whole = unread.into_iter().filter_map(|mut client| client.read_response(true)).count();
+    assert_eq!(whole, 128);
+    daemon.wait_for_metric("http_connections", 0.0);
+}

@@ -68,6 +68,47 @@ fn a_stream_that_the_end_cuts_is_short_of_its_length() {
     assert!(client.read_response(true).is_none(), "never a complete message");
 }
 
+/// A client whose response is all in the sockets, where it reads nothing of it.
+fn with_an_unread_response(daemon: &Daemon, connection: &str) -> Client {
+    let mut client = Client::connect(daemon.keys());
+    client.send(format!("GET /key/150000 HTTP/1.1\r\nHost: a\r\nConnection: {connection}\r\n\r\n"));
+    until("the response to be handed over", || {
+        let is_begun = daemon.metric("key_bytes_total{format=\"raw\"}") >= 150_000.0;
+        (is_begun && daemon.metric("http_requests_in_flight") == 1.0).then_some(()) // that of the metrics
+    });
+    client
+}
+
+#[test]
+fn a_response_that_nobody_reads_is_reset_at_the_end_of_the_drain() {
+    for connection in ["close", "keep-alive"] {
+        let mut daemon = Daemon::start(&[("MAX_SIZE", "1000000"), ("DRAIN_TIMEOUT", "1")]);
+        let mut client = with_an_unread_response(&daemon, connection);
+        daemon.signal("TERM");
+        assert_eq!(daemon.wait(), 0);
+        assert!(
+            client.read_response(true).is_none(),
+            "the kernel of this host would send it without the process"
+        );
+        let log = daemon.log();
+        assert!(log.contains("connections still open connections=0 unacknowledged=1"), "{log}");
+    }
+}
+
+#[test]
+fn a_response_that_is_read_during_the_drain_is_whole_and_ends_it() {
+    for connection in ["close", "keep-alive"] {
+        let mut daemon = Daemon::start(&[("MAX_SIZE", "1000000"), ("DRAIN_TIMEOUT", "3600")]);
+        let mut client = with_an_unread_response(&daemon, connection);
+        daemon.signal("TERM");
+        daemon.manager.wait_for("STOPPING=1");
+        assert_eq!(client.response().body.len(), 150_000);
+        assert!(client.is_closed());
+        assert_eq!(daemon.wait(), 0); // though the client does not close
+        assert!(!daemon.log().contains("connections still open"), "{}", daemon.log());
+    }
+}
+
 #[test]
 fn a_second_signal_ends_the_drain_at_once() {
     for (delay, second) in [("3600", "TERM"), ("0", "INT")] {

@@ -1,0 +1,172 @@
+//! Connections that have ended in order, whose last bytes or end (FIN) the client has not acknowledged.
+//!
+//! The kernel goes on sending both after the process has exited, unless the network goes away with the process, as that of
+//! a pod or a container does. Its client would get neither the rest nor a reset, and wait until its own timeout.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::fs::fstat;
+use socket2::SockRef;
+
+/// The kernel's tables of the TCP sockets in the network of the process (proc(5), `/proc/net/tcp`). Sockets of another
+/// network, which were inherited, are not in them: that network stays.
+const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
+
+/// FIN_WAIT1, LAST_ACK and CLOSING (the kernel's include/net/tcp_states.h): the end is not acknowledged, and so may be
+/// bytes before it.
+const STATES: [&str; 3] = ["04", "09", "0B"];
+
+/// Descriptors of connections that have ended since the drain began. Their sending side is shut down: all that is left to
+/// do is to close or to reset them.
+#[derive(Debug, Default)]
+pub struct EndedConnections(Mutex<Vec<OwnedFd>>);
+
+impl EndedConnections {
+    /// Keeps one more.
+    pub fn add(&self, connection: OwnedFd) {
+        self.lock().push(connection);
+    }
+
+    /// Closes those that are not in `sockets`, and returns how many are.
+    pub fn close_acknowledged(&self, sockets: &UnacknowledgedSockets) -> usize {
+        let mut connections = self.lock();
+        connections
+            .retain(|connection| fstat(connection).is_ok_and(|found| sockets.inodes.contains(&found.st_ino)));
+        connections.len()
+    }
+
+    /// Resets all of them.
+    pub fn reset(&self) {
+        for connection in self.lock().drain(..) {
+            let _ = SockRef::from(&connection).set_linger(Some(Duration::ZERO)); // socket(7), tcp(7)
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+    }
+}
+
+/// The sockets whose end was sent, or waits to be sent, and is not acknowledged.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct UnacknowledgedSockets {
+    /// Those with a descriptor, by inode.
+    inodes: HashSet<u64>,
+    /// How many have none: nobody can reset them any more.
+    pub orphans: usize,
+}
+
+impl UnacknowledgedSockets {
+    /// Those there are now; without a descriptor, those at a local port among `ports`. None where the kernel's tables can't
+    /// be read.
+    pub fn look(ports: &[u16]) -> Self {
+        let mut sockets = Self::default();
+        for table in TABLES {
+            sockets.add(&fs::read_to_string(table).unwrap_or_default(), ports);
+        }
+        sockets
+    }
+
+    fn add(&mut self, table: &str, ports: &[u16]) {
+        for line in table.lines() {
+            let mut columns = line.split_ascii_whitespace();
+            let (local, state, inode) = (columns.nth(1), columns.nth(1), columns.nth(5));
+            if !state.is_some_and(|state| STATES.contains(&state)) {
+                continue;
+            }
+            let port = local.and_then(|local| u16::from_str_radix(local.rsplit(':').next()?, 16).ok());
+            match inode.and_then(|inode| inode.parse().ok()) {
+                Some(0) if port.is_some_and(|port| ports.contains(&port)) => self.orphans += 1,
+                Some(0) | None => {}
+                Some(inode) => _ = self.inodes.insert(inode),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{Shutdown, TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+
+    /// As Linux 6.18 writes it.
+    const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 00000000:0463 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 6001 1 0000 100 0 0 10 0
+   1: 0109090A:0463 0209090A:E104 04 0001384C:00000000 04:00000C3A 00000000     0        0 0 3 0000 20 4 30 94 -1
+   2: 0109090A:0463 0209090A:E105 04 00000001:00000000 01:00000014 00000000     0        0 6002 2 0000 20 4 30 10 -1
+   3: 0109090A:1F40 0209090A:E106 0B 00000001:00000000 01:00000014 00000000     0        0 0 2 0000 20 4 30 10 -1
+   4: 0109090A:0463 0209090A:E107 05 00000000:00000000 00:00000000 00000000     0        0 6003 1 0000 20 4 30 10 -1
+   5: 0109090A:0463 0209090A:E108 06 00000000:00000000 03:00001682 00000000     0        0 0 3 0000
+   6: 0109090A:0463 0209090A:E109 09 00000001:00000000 01:00000014 00000000     0        0 6004 2 0000 20 4 30 10 -1
+   7: 0109090A:0463 0209090A:E10A 01 00000064:00000000 01:00000014 00000000     0        0 6005 2 0000 20 4 30 10 -1
+";
+
+    #[test]
+    fn sockets_are_found_by_state_and_those_without_a_descriptor_by_port() {
+        let found = |ports: &[u16]| {
+            let mut sockets = UnacknowledgedSockets::default();
+            sockets.add(TABLE, ports);
+            sockets
+        };
+        let inodes = HashSet::from([6002, 6004]);
+        assert_eq!(found(&[1123]), UnacknowledgedSockets { inodes: inodes.clone(), orphans: 1 });
+        assert_eq!(found(&[1123, 8000]), UnacknowledgedSockets { inodes: inodes.clone(), orphans: 2 });
+        assert_eq!(found(&[]), UnacknowledgedSockets { inodes, orphans: 0 });
+    }
+
+    /// A connection whose client has not read all of it, its descriptor, and its client.
+    fn ended(listener: &TcpListener) -> (OwnedFd, TcpStream, usize) {
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        server.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        while let Ok(count) = server.write(&[0; 64 * 1024]) {
+            sent += count;
+        }
+        let descriptor = server.as_fd().try_clone_to_owned().unwrap();
+        server.shutdown(Shutdown::Write).unwrap();
+        (descriptor, client, sent)
+    }
+
+    #[test]
+    fn a_connection_is_kept_until_its_client_has_all_of_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connections = EndedConnections::default();
+        let (descriptor, mut client, sent) = ended(&listener);
+        connections.add(descriptor);
+        assert_eq!(connections.close_acknowledged(&UnacknowledgedSockets::look(&[])), 1);
+        assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), sent);
+        // It closed nothing of its own, and does not keep the connection all the same.
+        assert_eq!(connections.close_acknowledged(&UnacknowledgedSockets::look(&[])), 0);
+    }
+
+    #[test]
+    fn a_reset_reaches_a_client_that_has_read_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connections = EndedConnections::default();
+        let (descriptor, mut client, sent) = ended(&listener);
+        connections.add(descriptor);
+        connections.reset();
+        let mut received = Vec::new();
+        let error = client.read_to_end(&mut received).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        assert!(received.len() < sent);
+    }
+
+    #[test]
+    fn a_connection_that_was_closed_is_found_by_its_port() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let ports = [listener.local_addr().unwrap().port()];
+        let (descriptor, mut client, _) = ended(&listener);
+        drop(descriptor);
+        assert_eq!(UnacknowledgedSockets::look(&ports).orphans, 1);
+        client.read_to_end(&mut Vec::new()).unwrap();
+        assert_eq!(UnacknowledgedSockets::look(&ports).orphans, 0);
+    }
+}

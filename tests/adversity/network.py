@@ -1,0 +1,104 @@
+"""Two networks, the daemon's and its clients', and the wire between them, which goes away with the daemon's process.
+
+That is how it is in a container and in a pod: what the kernel still had to send when the process exited is never sent. A
+network namespace alone does not show it, since a connection that still has something to send keeps its namespace. The wire is
+two TUN devices (the kernel's Documentation/networking/tuntap.rst): what is sent on one comes out of the other after DELAY.
+"""
+import concurrent.futures
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import select
+import struct
+import subprocess
+import threading
+import time
+
+DELAY = 0.02  # seconds, each way
+CLIENT, SERVER = "192.0.2.1", "192.0.2.2"
+PACKET_MAX = 65_536
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Network:
+    """`daemon(start)` starts a process in the one network, `clients(call)` calls a function in the other."""
+
+    def __init__(self):
+        self.loses = lambda packet: False  # of the packets of the daemon
+        self.threads = [concurrent.futures.ThreadPoolExecutor(1) for _ in range(2)]
+        self.devices = [thread.submit(device, *addresses).result()
+                        for thread, addresses in zip(self.threads, [(CLIENT, SERVER), (SERVER, CLIENT)], strict=True)]
+        self.wire = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for thread in self.threads:
+            thread.shutdown()
+        if self.wire:
+            self.wire.join()
+        for each in self.devices:
+            os.close(each)
+
+    def daemon(self, start):
+        daemon = self.threads[1].submit(start).result()
+        process = os.pidfd_open(daemon.pid)
+        self.wire = threading.Thread(target=self.carry, args=[process], daemon=True)
+        self.wire.start()
+        return daemon
+
+    def clients(self, call):
+        return self.threads[0].submit(call).result()
+
+    def carry(self, process):
+        client, server = self.devices
+        on_wire, is_up = [], True  # when a packet arrives, where, and the packet
+        while is_up or on_wire:
+            timeout = max(0.0, on_wire[0][0] - time.monotonic()) if on_wire else None
+            ready, _, _ = select.select([client, server, process] if is_up else [], [], [], timeout)
+            is_up = is_up and process not in ready
+            for source, target in [(server, client), (client, server)]:
+                # What the daemon's kernel had sent before the process exited is on the wire.
+                while is_up or source == server:
+                    packet = received(source)
+                    if packet is None:
+                        break
+                    if source == client or not self.loses(packet):
+                        on_wire.append((time.monotonic() + DELAY, target, packet))
+                if not is_up:
+                    break
+            while on_wire and on_wire[0][0] <= time.monotonic():
+                _, target, packet = on_wire.pop(0)
+                if is_up or target == client:
+                    with contextlib.suppress(OSError):  # an IPv6 packet of a device that has none
+                        os.write(target, packet)
+        os.close(process)
+
+
+def received(device):
+    try:
+        return os.read(device, PACKET_MAX)
+    except BlockingIOError:
+        return None
+
+
+def device(own, other):
+    """A TUN device in a network namespace of the calling thread's own."""
+    if LIBC.unshare(0x40000000):  # CLONE_NEWNET
+        raise OSError(ctypes.get_errno(), f"unshare: {errno.errorcode.get(ctypes.get_errno())}")
+    opened = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(opened, 0x400454CA, struct.pack("16sH22x", b"wire", 0x1001))  # TUNSETIFF; IFF_TUN, IFF_NO_PI
+    for command in [f"ip addr add {own} peer {other} dev wire", "ip link set wire up", "ip link set lo up"]:
+        subprocess.run(command.split(), check=True)
+    return opened
+
+
+def has_data(packet):
+    """Whether an IPv4 packet has a TCP segment with bytes in it."""
+    if packet[0] >> 4 != 4 or packet[9] != 6:
+        return False
+    header = (packet[0] & 15) * 4
+    return len(packet) > header + (packet[header + 12] >> 4) * 4
