@@ -604,7 +604,16 @@ impl Reload<'_> {
                 changed.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
             info!(changed, "files have changed, the configuration is read again");
         }
+        let deleted: Vec<_> = files.deleted().collect();
+        for file in &deleted {
+            let file = file.display();
+            tracing::error!(
+                "{file}: expected a file in a directory, found one that was deleted from it: it never changes again; mount its \
+                 directory instead of the file (in Kubernetes without subPath)"
+            );
+        }
         match loaded {
+            Ok(_) if !deleted.is_empty() => {}
             Ok(new) => {
                 let removed = running.removed_by_reload(&new);
                 if cause == Cause::Signal || removed.is_empty() {
@@ -692,11 +701,18 @@ fn report(what: &'static str, loaded: &Loaded) {
     }
 }
 
+/// Certificate and client CA are judged apart: what is in order of the two is in use.
 fn keep_certificate(faults: &[Fault]) {
-    tracing::error!(
-        faults = sentences(faults),
-        "the certificate has changed and is refused; the one before stays"
-    );
+    let (client_ca, certificate): (Vec<_>, Vec<_>) =
+        faults.iter().cloned().partition(|fault| fault.part == tls::Part::ClientCa);
+    if !certificate.is_empty() {
+        let faults = sentences(&certificate);
+        tracing::error!(faults, "the certificate has changed and is refused; the one before stays");
+    }
+    if !client_ca.is_empty() {
+        let faults = sentences(&client_ca);
+        tracing::error!(faults, "the client CA has changed and is refused; the one before stays");
+    }
 }
 
 fn sentences(faults: &[Fault]) -> String {

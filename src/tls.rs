@@ -10,7 +10,8 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{
@@ -152,20 +153,47 @@ struct Validity {
 /// # Errors
 /// All that is wrong with them.
 pub fn load(settings: &Settings) -> Result<Loaded, Vec<Fault>> {
+    whole(load_parts(settings), settings.min_version)
+}
+
+/// Certificate and key, found to belong together.
+#[derive(Debug)]
+struct ServerIdentity {
+    resolver: Arc<dyn ResolvesServerCert>,
+    validity: Validity,
+}
+
+/// Both halves of what the files hold; each is in order or not by itself.
+type Parts = (Result<ServerIdentity, Vec<Fault>>, Result<Arc<dyn ClientCertVerifier>, Fault>);
+
+fn load_parts(settings: &Settings) -> Parts {
     let provider = Arc::new(aws_lc_rs::default_provider());
+    let clients = match &settings.client_ca {
+        None => Ok(WebPkiClientVerifier::no_client_auth()),
+        Some(location) => {
+            verifier(location, &provider).map_err(|sentence| Fault { part: Part::ClientCa, sentence })
+        }
+    };
+    (load_identity(settings, &provider), clients)
+}
+
+fn whole(parts: Parts, min_version: MinVersion) -> Result<Loaded, Vec<Fault>> {
+    match parts {
+        (Ok(ServerIdentity { resolver, validity }), Ok(clients)) => {
+            Ok(Loaded { server: server_config(resolver, clients, min_version), validity })
+        }
+        (identity, clients) => Err(identity.err().into_iter().flatten().chain(clients.err()).collect()),
+    }
+}
+
+fn load_identity(settings: &Settings, provider: &CryptoProvider) -> Result<ServerIdentity, Vec<Fault>> {
     let mut faults = Vec::new();
     let mut fault = |part, sentence| faults.push(Fault { part, sentence });
 
     let chain = certificates(&settings.certificate).and_then(|chain| Ok((validity(&chain)?, chain)));
     let chain = chain.map_err(|sentence| fault(Part::Certificate, sentence)).ok();
-    let key = private_key(&settings.key, &provider).map_err(|sentence| fault(Part::Key, sentence)).ok();
-    let clients = match &settings.client_ca {
-        None => Some(WebPkiClientVerifier::no_client_auth()),
-        Some(location) => {
-            verifier(location, &provider).map_err(|sentence| fault(Part::ClientCa, sentence)).ok()
-        }
-    };
-    let (Some((validity, chain)), Some(key), Some(clients)) = (chain, key, clients) else {
+    let key = private_key(&settings.key, provider).map_err(|sentence| fault(Part::Key, sentence)).ok();
+    let (Some((validity, chain)), Some(key)) = (chain, key) else {
         return Err(faults);
     };
     let certified = CertifiedKey::new(chain, key);
@@ -204,11 +232,19 @@ pub fn load(settings: &Settings) -> Result<Loaded, Vec<Fault>> {
         }
     }
 
-    let mut server = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(settings.min_version.versions())
+    Ok(ServerIdentity { resolver: Arc::new(SingleCertAndKey::from(certified)), validity })
+}
+
+fn server_config(
+    identity: Arc<dyn ResolvesServerCert>,
+    clients: Arc<dyn ClientCertVerifier>,
+    min_version: MinVersion,
+) -> Arc<ServerConfig> {
+    let mut server = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_protocol_versions(min_version.versions())
         .expect("the provider has cipher suites and key exchanges for both versions")
         .with_client_cert_verifier(clients)
-        .with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
+        .with_cert_resolver(identity);
     // HTTP/2 would leave keys in memory. Old clients, such as `curl --http1.0` of Debian 12, offer HTTP/1.0 and no other.
     server.alpn_protocols = vec![b"http/1.1".to_vec(), b"http/1.0".to_vec()];
     // No session is resumed: a ticket would keep a secret past its connection, and let a client in whose certificate
@@ -217,7 +253,7 @@ pub fn load(settings: &Settings) -> Result<Loaded, Vec<Fault>> {
     // A client has to receive a whole record before it can use a byte of it, and acknowledges in such steps: a slow one must
     // be done with one well within the write timeout.
     server.max_fragment_size = Some(WRITE_MAX);
-    Ok(Loaded { server: Arc::new(server), validity })
+    Arc::new(server)
 }
 
 impl Loaded {
@@ -273,14 +309,33 @@ impl Tls {
     /// connections that are open go on.
     ///
     /// # Errors
-    /// All that is wrong with the files; nothing has changed then.
+    /// All that is wrong with the files. Those of `settings` have changed nothing then. Of the same files as before, the
+    /// client CA is taken without the certificate, and the certificate without the client CA: an error in one must
+    /// neither let in the clients of a CA that was removed, nor let a certificate expire.
     pub fn reload(&self, settings: Option<Settings>) -> Result<Loaded, Vec<Fault>> {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let takes_half = settings.is_none();
         let wanted = settings.unwrap_or_else(|| files.clone());
-        let loaded = load(&wanted).inspect_err(|_| self.metrics.reload_refused())?;
-        *files = wanted;
-        *self.server.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&loaded.server);
+        let found = load_parts(&wanted);
+        let mut server = self.server.write().unwrap_or_else(PoisonError::into_inner);
+        match &found {
+            (Ok(_), Ok(_)) => {}
+            (Ok(identity), Err(_)) if takes_half => {
+                let mut renewed = ServerConfig::clone(&server);
+                renewed.cert_resolver = Arc::clone(&identity.resolver);
+                *server = Arc::new(renewed);
+                self.metrics.loaded(identity.validity.not_after);
+            }
+            (Err(_), Ok(clients)) if takes_half => {
+                *server =
+                    server_config(Arc::clone(&server.cert_resolver), Arc::clone(clients), wanted.min_version);
+            }
+            _ => {}
+        }
+        let loaded = whole(found, wanted.min_version).inspect_err(|_| self.metrics.reload_refused())?;
+        *server = Arc::clone(&loaded.server);
         self.metrics.loaded(loaded.not_after());
+        *files = wanted;
         Ok(loaded)
     }
 
@@ -568,7 +623,7 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 fn verifier(
     location: &Location,
     provider: &Arc<CryptoProvider>,
-) -> Result<Arc<dyn rustls::server::danger::ClientCertVerifier>, String> {
+) -> Result<Arc<dyn ClientCertVerifier>, String> {
     let unfit = |error: String| format!("expected certificates of CAs, found in {location}: {error}");
     let mut roots = RootCertStore::empty();
     for certificate in certificates(location)? {

@@ -19,16 +19,17 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// After so many looks a file that never settles is read all the same.
 const SETTLE_LOOKS: u32 = 10;
 
-/// What changes when a file does: device, inode and size; modification and status change times with nanoseconds.
+/// What changes when a file does: device, inode, size and number of names; modification and status change times with
+/// nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct FileFingerprint([u64; 3], [i64; 4]);
+struct FileFingerprint([u64; 4], [i64; 4]);
 
 impl FileFingerprint {
     /// Of the file at the end of all symbolic links; `None` where there is none or it can't be looked at.
     fn of(path: &Path) -> Option<Self> {
         let found = fs::metadata(path).ok()?;
         Some(Self(
-            [found.dev(), found.ino(), found.size()],
+            [found.dev(), found.ino(), found.size(), found.nlink()],
             [found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec()],
         ))
     }
@@ -50,6 +51,14 @@ impl WatchedFiles {
     pub fn changed_since(&self, earlier: &Self) -> Vec<&Path> {
         let differs = |entry: &&(PathBuf, Option<FileFingerprint>)| !earlier.0.contains(entry);
         self.0.iter().filter(differs).map(|(path, _)| path.as_path()).collect()
+    }
+
+    /// The files that have no name any more: each is mounted by itself, and what was put in its place is not seen here.
+    pub fn deleted(&self) -> impl Iterator<Item = &Path> {
+        let is_deleted = |(_, fingerprint): &&(PathBuf, Option<FileFingerprint>)| {
+            fingerprint.is_some_and(|FileFingerprint([.., names], _)| names == 0)
+        };
+        self.0.iter().filter(is_deleted).map(|(path, _)| path.as_path())
     }
 
     /// Returns once a file is not as it was when it was added, and has stayed as it is for a second.
