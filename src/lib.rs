@@ -348,8 +348,9 @@ pub fn run(
         info!(reason, "stopping");
         health.start_draining();
         notifier.stopping("Draining");
+        let (drain_delay, drain_timeout) = (running.drain_delay, running.drain_timeout);
         let drained = async {
-            tokio::time::sleep(running.drain_delay).await;
+            tokio::time::sleep(drain_delay).await;
             health.start_stopping();
             drain.begin(&terms).await;
             let all_gone = async {
@@ -359,7 +360,14 @@ pub fn run(
                 let _ = units.await;
                 drain.acknowledged(&terms, &ports).await;
             };
-            timeout(running.drain_timeout, all_gone).await.is_ok()
+            timeout(drain_timeout, all_gone).await.is_ok()
+        };
+        // A token that is removed meanwhile must not open anything for as long as the drain takes.
+        let reloading = async {
+            loop {
+                files.changed().await;
+                let _ = reload.run(&mut running, &mut files, Cause::Change);
+            }
         };
         let connections = &metrics.connections;
         tokio::select! {
@@ -367,6 +375,7 @@ pub fn run(
             signal = signals.stop() => {
                 warn!(signal, connections = connections.get(), "a second signal ends the drain: open connections are reset");
             }
+            never = reloading => never,
             is_drained = drained => {
                 if is_drained {
                     info!("stopped");

@@ -158,6 +158,22 @@ fn tokens_are_removed_and_added_and_their_absence_opens_nothing() {
 }
 
 #[test]
+fn a_token_is_removed_while_the_daemon_drains() {
+    let ((a, line_a), (b, line_b)) = (new_token("a"), new_token("b"));
+    let (config, secret) = (config(), Volume::new(&[("tokens", &line_a)]));
+    let daemon =
+        start(&config, &[("TOKENS_FILE", secret.file("tokens")), ("DRAIN_DELAY", PathBuf::from("3600"))]);
+    daemon.signal("TERM");
+    daemon.manager.wait_for("STOPPING=1");
+    let statuses = || [&a, &b].map(|token| common::exchange(daemon.keys(), request(token)).status);
+    assert_eq!(statuses(), [200, 401]);
+    let since = Instant::now();
+    secret.publish(&[("tokens", &line_b)]);
+    until("the other token", || (statuses() == [401, 200]).then_some(()));
+    assert!(since.elapsed() < TAKES_EFFECT, "{:?}", since.elapsed());
+}
+
+#[test]
 fn a_secret_that_changes_all_the_time_is_read_and_ends_as_it_is() {
     let ((a, line_a), (b, line_b), (c, line_c)) = (new_token("a"), new_token("b"), new_token("c"));
     let (config, secret) = (config(), Volume::new(&[("tokens", &line_a)]));
