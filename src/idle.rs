@@ -15,6 +15,10 @@ const FOUND_MAX: usize = 256;
 /// Searches take at most this part of the time: with every connection busy, each new one would cause a search in vain.
 const SEARCH_SHARE: u32 = 10;
 
+/// More than a search takes for each connection. What is beyond it was another thread's time, and must not keep an idle
+/// connection from being found.
+const SEARCH_MAX: Duration = Duration::from_nanos(200);
+
 /// What [`Activity::idle_since`] is while a request is read or answered.
 const BUSY: u64 = u64::MAX;
 
@@ -92,7 +96,9 @@ impl IdleConnections {
                 return None;
             }
             registry.search(order(now - self.start));
-            registry.next_search = Some(now + now.elapsed() * (SEARCH_SHARE - 1));
+            let count = u32::try_from(registry.connections.len()).unwrap_or(u32::MAX);
+            let took = now.elapsed().min(SEARCH_MAX.saturating_mul(count));
+            registry.next_search = Some(now + took * (SEARCH_SHARE - 1));
             registry.oldest()
         });
         let Some(evicted) = evicted else {
