@@ -195,8 +195,7 @@ proxy-protocol = {{ .Values.proxyProtocol }}
 {{- end }}
 
 {{/*
-The port that answers whoever has neither a client certificate nor a PROXY header: kubelets and `helm test`. The metrics
-port asks for neither, and its /health, /livez and /readyz are the same.
+The port that answers `helm test`, which has neither a client certificate nor a PROXY header. The metrics port asks for neither, and its /health, /livez and /readyz are the same.
 */}}
 {{- define "key-service.healthPort" -}}
 {{- if or (include "key-service.hasClientCA" .) .Values.proxyProtocol }}metrics{{ else }}http{{ end }}
@@ -268,16 +267,15 @@ Each is a volume of its own, so that one which can't be renewed holds up no othe
 {{- end }}
 {{- end }}
 
-{{/* A probe. A list: the chart's scope, the path, and the probe's values. The kubelet does not verify certificates. */}}
+{{/*
+A probe. A list: the path, and the probe's values. The metrics port has slots, limits per client and a thread of its own: a flood of the
+key port from the node's address, which is also the kubelet's, neither restarts a pod nor takes it out of the Service.
+*/}}
 {{- define "key-service.probe" -}}
-{{- $port := include "key-service.healthPort" (index . 0) -}}
 httpGet:
-  path: {{ index . 1 | quote }}
-  port: {{ $port | quote }}
-  {{- if and (eq $port "http") (include "key-service.tlsSecret" (index . 0)) }}
-  scheme: HTTPS
-  {{- end }}
-{{ toYaml (omit (index . 2) "enabled") }}
+  path: {{ index . 0 | quote }}
+  port: metrics
+{{ toYaml (omit (index . 1) "enabled") }}
 {{- end }}
 
 {{- define "key-service.renderManifest" -}}

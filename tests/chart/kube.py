@@ -368,7 +368,8 @@ def container_ports(spec):
 @rule
 def probes(release):
     """Probes ask a port of their container, in periods that the API server takes."""
-    least = {"periodSeconds": 1, "timeoutSeconds": 1, "failureThreshold": 1, "successThreshold": 1, "initialDelaySeconds": 0}
+    least = {"periodSeconds": 1, "timeoutSeconds": 1, "failureThreshold": 1, "successThreshold": 1, "initialDelaySeconds": 0,
+             "terminationGracePeriodSeconds": 1}
     for resource, _, container in release.containers():
         own = [value for port in container.get("ports", []) for value in (port.get("name"), port["containerPort"])]
         for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
@@ -386,6 +387,8 @@ def probes(release):
                     yield f"{place}: expected {field} of {minimum} or more, found {probe[field]}"
             if kind != "readinessProbe" and probe.get("successThreshold", 1) != 1:
                 yield f"{place}: expected a successThreshold of 1"
+            if kind == "readinessProbe" and "terminationGracePeriodSeconds" in probe:
+                yield f"{place}: expected no terminationGracePeriodSeconds, since its failure ends nothing"
 
 
 @rule
@@ -437,10 +440,8 @@ def transport(release):
             yield f"{name(deployment)}: expected trusted-proxies, which alone send PROXY headers"
         probes = [template["spec"]["containers"][0].get(kind) for kind in ("startupProbe", "livenessProbe", "readinessProbe")]
         for probe in [probe["httpGet"] for probe in probes if probe]:
-            if probe["port"] == "http" and terms:
-                yield f"{name(deployment)}: expected probes of the port metrics, as a kubelet has no certificate and sends no PROXY header"
-            if (probe.get("scheme") == "HTTPS") != (tls and probe["port"] == "http"):
-                yield f"{name(deployment)}: expected probes of the scheme that the port {probe['port']} has, found {probe.get('scheme')}"
+            if probe["port"] != "metrics" or probe.get("scheme", "HTTP") != "HTTP":
+                yield f"{name(deployment)}: expected probes of the port metrics in plain HTTP: floods, certificates and PROXY headers are the key port's"
         keys = [s for s in release.of("Service") if s["spec"]["ports"][0].get("targetPort") == "http"]
         for service in keys:
             expected = None if settings.get("proxy-protocol") else "https" if tls else "http"
