@@ -531,9 +531,8 @@ async fn serve_health(State(api): State<Arc<Api>>) -> axum::response::Response {
     ok_or_problem(checked)
 }
 
-/// That this is answered at all is the answer.
-async fn serve_livez() -> axum::response::Response {
-    ok_or_problem(Ok(()))
+async fn serve_livez(State(api): State<Arc<Api>>) -> axum::response::Response {
+    ok_or_problem(api.health.live())
 }
 
 async fn serve_readyz(State(api): State<Arc<Api>>) -> axum::response::Response {

@@ -13,6 +13,7 @@ const RETRY_AFTER: u32 = 5;
 #[derive(Debug)]
 pub struct Health {
     generator: Arc<Generator>,
+    stalled: AtomicBool,
     draining: AtomicBool,
     stopping: AtomicBool,
 }
@@ -20,7 +21,17 @@ pub struct Health {
 impl Health {
     /// Well, as long as `generator` is.
     pub fn new(generator: Arc<Generator>) -> Self {
-        Self { generator, draining: AtomicBool::new(false), stopping: AtomicBool::new(false) }
+        Self {
+            generator,
+            stalled: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether a worker makes no progress, on which the answer of /livez depends.
+    pub fn set_stalled(&self, stalled: bool) {
+        self.stalled.store(stalled, Ordering::Relaxed);
     }
 
     /// From now on /readyz says no, so that balancers look elsewhere.
@@ -41,6 +52,17 @@ impl Health {
     /// Whether the service is about to stop.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
+    }
+
+    /// `/livez`: every worker makes progress. A failed generator is no reason to restart the process.
+    ///
+    /// # Errors
+    /// 503 with the reason.
+    pub fn live(&self) -> Result<(), Problem> {
+        if self.stalled.load(Ordering::Relaxed) {
+            return Err(Problem::unavailable("A worker makes no progress", RETRY_AFTER));
+        }
+        Ok(())
     }
 
     /// `/health`: the generator makes a block now.

@@ -303,7 +303,9 @@ pub fn run(
             // systemd would hide the failure from the operator by a restart.
             let _ = generator.check();
             api.report_failure();
-            heartbeats.all_answered().then_some(()).ok_or("a worker gave no sign of life")
+            let progress = heartbeats.all_answered().then_some(()).ok_or("a worker gave no sign of life");
+            health.set_stalled(progress.is_err());
+            progress
         };
         let idle = async {
             match config.exit_idle {

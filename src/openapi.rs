@@ -42,7 +42,7 @@ pub fn document(terms: Terms) -> String {
             "/key/{length}": key,
             "/password/{length}": password,
             "/health": state("health", "Whether the generator makes a block now"),
-            "/livez": state("livez", "Whether the process makes progress"),
+            "/livez": state("livez", "Whether every worker makes progress"),
             "/readyz": state("readyz", "Whether a key that is asked for now will be served"),
             "/openapi.json": both("description", &json!({
                 "tags": ["state"],

@@ -19,6 +19,9 @@ const QUEUE: usize = 64;
 /// How long a stop waits for the last message to be taken.
 const FLUSH: Duration = Duration::from_secs(1);
 
+/// The watchdog's limit where no service manager has set one: WatchdogSec= of the shipped unit.
+const WATCHDOG_DEFAULT: Duration = Duration::from_secs(10);
+
 /// How many times the watchdog looks again for signs of life, in a tenth of its limit, before it reports that there are none.
 const STEPS: u32 = 10;
 
@@ -127,7 +130,7 @@ pub fn refused(reason: &str) {
 }
 
 /// Pings the watchdog for as long as `progress` says that everything moved since the last time. Never returns.
-/// Without a watchdog it does nothing.
+/// Without a watchdog it asks `progress` as if there were one: /livez has the answer for other supervisors.
 ///
 /// A tick may be the first thing that happens after the whole process was stopped (SIGSTOP, a debugger, a suspended
 /// machine). So what is not `settled` then gets a little time, of which such a stop, however long, takes one step.
@@ -136,9 +139,8 @@ pub async fn watchdog(
     settled: impl Fn() -> bool,
     mut progress: impl FnMut() -> Result<(), &'static str>,
 ) {
-    let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()) else {
-        return std::future::pending().await;
-    };
+    let enabled = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
+    let limit = enabled.unwrap_or(WATCHDOG_DEFAULT);
     // sd_watchdog_enabled(3) advises half of the limit; a third leaves room for one late tick.
     let mut tick = tokio::time::interval(limit / 3);
     // Ticks that were missed would judge again before there was time for an answer.
@@ -155,11 +157,13 @@ pub async fn watchdog(
         match progress() {
             Ok(()) => {
                 silent = false;
-                notifier.queue(Message::Alive);
+                if enabled.is_some() {
+                    notifier.queue(Message::Alive);
+                }
             }
             Err(reason) => {
                 if !std::mem::replace(&mut silent, true) {
-                    error!(reason, "the watchdog is not told that the service is alive");
+                    error!(reason, "no progress: the watchdog gets no ping, and /livez fails");
                 }
             }
         }
