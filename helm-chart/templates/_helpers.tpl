@@ -195,7 +195,8 @@ proxy-protocol = {{ .Values.proxyProtocol }}
 {{- end }}
 
 {{/*
-The port that answers `helm test`, which has neither a client certificate nor a PROXY header. The metrics port asks for neither, and its /health, /livez and /readyz are the same.
+The port that answers `helm test`, which has neither a client certificate nor a PROXY header. The metrics port asks for neither, and its
+/health is the same.
 */}}
 {{- define "key-service.healthPort" -}}
 {{- if or (include "key-service.hasClientCA" .) .Values.proxyProtocol }}metrics{{ else }}http{{ end }}
