@@ -121,16 +121,24 @@ def name(resource):
     return f"{resource['kind']}/{resource['metadata'].get('name')}"
 
 
+def configuration_maps(release, deployment):
+    """The ConfigMaps with the daemon's file: one, unless something is wrong."""
+    mounted = [volume["configMap"]["name"] for volume in deployment["spec"]["template"]["spec"]["volumes"]
+               if volume["name"] == "config" and "configMap" in volume]
+    return [resource for resource in release.of("ConfigMap") if resource["metadata"]["name"] in mounted]
+
+
 def settings_of(release, deployment):
-    """The daemon's configuration file, where it can be read."""
-    mounted = [volume.get("configMap", {}).get("name") for volume in deployment["spec"]["template"]["spec"]["volumes"] if volume["name"] == "config"]
-    for resource in release.of("ConfigMap"):
-        if resource["metadata"]["name"] in mounted:
-            try:
-                return tomllib.loads(resource["data"]["config.toml"])
-            except (tomllib.TOMLDecodeError, KeyError):
-                pass
-    return {}
+    """The daemon's settings, where they can be read; what is wrong with the file is for the rule `configuration`."""
+    try:
+        return tomllib.loads(configuration_maps(release, deployment)[0]["data"]["config.toml"])
+    except (IndexError, KeyError, tomllib.TOMLDecodeError):
+        return {}
+
+
+def services_to(release, port):
+    """The Services that lead to a named port of the pods."""
+    return [service for service in release.of("Service") if service["spec"]["ports"][0].get("targetPort") == port]
 
 
 def matches(selector, labels):
@@ -442,7 +450,7 @@ def transport(release):
         for probe in [probe["httpGet"] for probe in probes if probe]:
             if probe["port"] != "metrics" or probe.get("scheme", "HTTP") != "HTTP":
                 yield f"{name(deployment)}: expected probes of the port metrics in plain HTTP: floods, certificates and PROXY headers are the key port's"
-        keys = [s for s in release.of("Service") if s["spec"]["ports"][0].get("targetPort") == "http"]
+        keys = services_to(release, "http")
         for service in keys:
             expected = None if settings.get("proxy-protocol") else "https" if tls else "http"
             if service["spec"]["ports"][0].get("appProtocol") != expected:
@@ -466,7 +474,7 @@ def transport(release):
             port = "metrics" if terms else "http"
             if not url.startswith(expected):
                 yield f"{name(pod)}: expected {expected}, found {url}"
-            if not url.rpartition(":")[2] == str([s for s in release.of("Service") if s["spec"]["ports"][0].get("targetPort") == port][0]["spec"]["ports"][0]["port"]):
+            if url.rpartition(":")[2] != str(services_to(release, port)[0]["spec"]["ports"][0]["port"]):
                 yield f"{name(pod)}: expected the Service of {port}, found {url}"
             for resource in release.of("NetworkPolicy"):
                 for entry in resource["spec"]["ingress"]:
@@ -489,7 +497,7 @@ def certificates(release):
         mounted = [volume["secret"]["secretName"] for _, _, spec in release.pods() for volume in spec.get("volumes", []) if "secret" in volume]
         if certificate["spec"]["secretName"] not in mounted:
             yield f"{name(certificate)}: expected the Secret that the pods mount, found {certificate['spec']['secretName']}"
-        service = next(s["metadata"]["name"] for s in release.of("Service") if s["spec"]["ports"][0].get("targetPort") == "http")
+        service = services_to(release, "http")[0]["metadata"]["name"]
         names = [f"{service}{end}" for end in ("", f".{release.namespace}", f".{release.namespace}.svc", f".{release.namespace}.svc.cluster.local")]
         if not set(names) <= set(certificate["spec"]["dnsNames"]):
             yield f"{name(certificate)}: expected the names {names}, found {certificate['spec']['dnsNames']}"
@@ -760,8 +768,7 @@ def configuration(release):
     """The mounted file is TOML; ports and deadlines in it are the pod's; a change of it rolls the pods."""
     for deployment in release.of("Deployment"):
         template = deployment["spec"]["template"]
-        mounted = [volume["configMap"]["name"] for volume in template["spec"]["volumes"] if volume["name"] == "config"]
-        found = [resource for resource in release.of("ConfigMap") if resource["metadata"]["name"] in mounted]
+        found = configuration_maps(release, deployment)
         if len(found) != 1:
             yield f"{name(deployment)}: expected one ConfigMap with the daemon's file"
             continue
