@@ -377,7 +377,7 @@ impl Drain {
         let sockets = UnacknowledgedSockets::look(ports);
         let kept =
             all_timeouts(terms).map(|timeouts| timeouts.ended_connections().close_acknowledged(&sockets));
-        kept.sum::<usize>() + sockets.orphans
+        kept.sum::<usize>() + sockets.orphans()
     }
 
     /// Makes every server return at once. Its runtime is to be dropped then, which resets the connections that are left.

@@ -52,15 +52,21 @@ impl EndedConnections {
 }
 
 /// The sockets whose end was sent, or waits to be sent, and is not acknowledged.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct UnacknowledgedSockets {
     /// Those with a descriptor, by inode.
     inodes: HashSet<u64>,
-    /// How many have none: nobody can reset them any more.
-    pub orphans: usize,
+    /// Those that have none, which nobody can reset any more, by local and remote address: the kernel may list a socket
+    /// twice when others come while it lists.
+    orphans: HashSet<(String, String)>,
 }
 
 impl UnacknowledgedSockets {
+    /// How many have no descriptor.
+    pub fn orphans(&self) -> usize {
+        self.orphans.len()
+    }
+
     /// Those there are now; without a descriptor, those at a local port among `ports`. None where the kernel's tables can't
     /// be read.
     pub fn look(ports: &[u16]) -> Self {
@@ -74,15 +80,18 @@ impl UnacknowledgedSockets {
     fn add(&mut self, table: &str, ports: &[u16]) {
         for line in table.lines() {
             let mut columns = line.split_ascii_whitespace();
-            let (local, state, inode) = (columns.nth(1), columns.nth(1), columns.nth(5));
-            if !state.is_some_and(|state| STATES.contains(&state)) {
+            let (Some(local), Some(remote), Some(state)) = (columns.nth(1), columns.next(), columns.next())
+            else {
                 continue;
-            }
-            let port = local.and_then(|local| u16::from_str_radix(local.rsplit(':').next()?, 16).ok());
-            match inode.and_then(|inode| inode.parse().ok()) {
-                Some(0) if port.is_some_and(|port| ports.contains(&port)) => self.orphans += 1,
-                Some(0) | None => {}
-                Some(inode) => _ = self.inodes.insert(inode),
+            };
+            let Some(inode) = columns.nth(5).filter(|_| STATES.contains(&state)) else { continue };
+            let port = local.rsplit(':').next().and_then(|port| u16::from_str_radix(port, 16).ok());
+            match inode.parse() {
+                Ok(0) if port.is_some_and(|port| ports.contains(&port)) => {
+                    self.orphans.insert((local.to_owned(), remote.to_owned()));
+                }
+                Ok(0) | Err(_) => {}
+                Ok(inode) => _ = self.inodes.insert(inode),
             }
         }
     }
@@ -94,6 +103,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::{Shutdown, TcpListener, TcpStream};
     use std::os::fd::AsFd;
+    use std::time::Instant;
 
     /// As Linux 6.18 writes it.
     const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -109,21 +119,35 @@ mod tests {
 
     #[test]
     fn sockets_are_found_by_state_and_those_without_a_descriptor_by_port() {
-        let found = |ports: &[u16]| {
+        for (ports, orphans) in [(&[][..], 0), (&[1123], 1), (&[1123, 8000], 2)] {
             let mut sockets = UnacknowledgedSockets::default();
             sockets.add(TABLE, ports);
-            sockets
-        };
-        let inodes = HashSet::from([6002, 6004]);
-        assert_eq!(found(&[1123]), UnacknowledgedSockets { inodes: inodes.clone(), orphans: 1 });
-        assert_eq!(found(&[1123, 8000]), UnacknowledgedSockets { inodes: inodes.clone(), orphans: 2 });
-        assert_eq!(found(&[]), UnacknowledgedSockets { inodes, orphans: 0 });
+            assert_eq!(
+                (sockets.orphans(), &sockets.inodes),
+                (orphans, &HashSet::from([6002, 6004])),
+                "{ports:?}"
+            );
+            let once = sockets.orphans.clone();
+            sockets.add(TABLE, ports);
+            assert_eq!(sockets.orphans, once, "listed twice");
+        }
     }
 
-    /// A connection whose client has not read all of it, its descriptor, and its client.
+    /// Waits until `count` is 0: the kernel acknowledges the end a moment after the client has read it.
+    fn wait_for_none(count: impl Fn() -> usize) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while count() > 0 {
+            assert!(Instant::now() < deadline, "{} are not acknowledged after a minute", count());
+            std::thread::yield_now();
+        }
+    }
+
+    /// The descriptor of a connection whose client has not read all of it, its client, and how many bytes were sent: more
+    /// than the client's kernel has room for.
     fn ended(listener: &TcpListener) -> (OwnedFd, TcpStream, usize) {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, _) = listener.accept().unwrap();
+        SockRef::from(&server).set_send_buffer_size(1024 * 1024).unwrap();
         server.set_nonblocking(true).unwrap();
         let mut sent = 0;
         while let Ok(count) = server.write(&[0; 64 * 1024]) {
@@ -143,7 +167,7 @@ mod tests {
         assert_eq!(connections.close_acknowledged(&UnacknowledgedSockets::look(&[])), 1);
         assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), sent);
         // It closed nothing of its own, and does not keep the connection all the same.
-        assert_eq!(connections.close_acknowledged(&UnacknowledgedSockets::look(&[])), 0);
+        wait_for_none(|| connections.close_acknowledged(&UnacknowledgedSockets::look(&[])));
     }
 
     #[test]
@@ -163,10 +187,12 @@ mod tests {
     fn a_connection_that_was_closed_is_found_by_its_port() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let ports = [listener.local_addr().unwrap().port()];
+        let orphans = || UnacknowledgedSockets::look(&ports).orphans();
+        wait_for_none(orphans); // of a process that had the port before
         let (descriptor, mut client, _) = ended(&listener);
         drop(descriptor);
-        assert_eq!(UnacknowledgedSockets::look(&ports).orphans, 1);
+        assert_eq!(orphans(), 1);
         client.read_to_end(&mut Vec::new()).unwrap();
-        assert_eq!(UnacknowledgedSockets::look(&ports).orphans, 0);
+        wait_for_none(orphans);
     }
 }
