@@ -141,6 +141,9 @@ const WORKER_DESCRIPTORS: u64 = 4;
 /// Fewer are not tried with: what a start takes is about 20, and tokio panics where it lacks them.
 const DESCRIPTORS_MIN: u64 = 32;
 
+/// What limits how many threads there may be.
+const TASK_LIMITS: &str = "the limit of tasks (TasksMax=, a container's pids limit, ulimit -u)";
+
 /// How long the end waits for workers to drop their connections: one that is blocked must not hold it.
 const ABORT: Duration = Duration::from_millis(1500);
 
@@ -155,6 +158,8 @@ pub enum RunError {
     Descriptors(u64),
     /// Certificates and key are no longer what they were when the configuration was read.
     Tls(Vec<Fault>),
+    /// A thread that the service can't do without.
+    Thread(&'static str, io::Error),
     /// The system denied something that has no other name.
     System(&'static str, io::Error),
 }
@@ -169,6 +174,9 @@ impl Display for RunError {
                 "expected a limit of at least {DESCRIPTORS_MIN} open files (LimitNOFILE=, ulimit -n), found {found}"
             ),
             Self::Tls(faults) => write!(f, "no TLS can be spoken: {}", sentences(faults)),
+            Self::Thread(name, error) => {
+                write!(f, "expected room for the {name} thread within {TASK_LIMITS}, found: {error}")
+            }
             Self::System(what, error) => write!(f, "{what}: {error}"),
         }
     }

@@ -1,11 +1,12 @@
 //! The log: structured entries in the journal where stderr is the journal, else lines on stderr.
 //!
 //! Events are queued and written by a thread of their own, because a write to a stopped journal blocks. When the queue
-//! is full, events are dropped and counted; no request ever waits for the log.
+//! is full, events are dropped and counted; no request ever waits for the log. An entry that the journal does not take is
+//! sent again until it does; a line that stderr does not take is dropped and counted.
 
 use std::env;
 use std::fmt;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,11 +16,14 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use errno::Errno;
+use rustix::net::SendFlags;
 use tracing::field::{Field, Value, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::subscriber::Interest;
 use tracing::{Dispatch, Event, Metadata, Subscriber, span};
 use tracing_subscriber::Registry;
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 
 /// How many events may wait to be written.
@@ -27,6 +31,11 @@ const QUEUE: usize = 1024;
 
 /// The most fields of one event, its message included.
 const FIELDS_MAX: usize = 16;
+
+/// The most bytes of one value; the rest is cut off. An entry must fit a datagram (212,992 bytes by default, socket(7)):
+/// a larger one takes memfd_create(2), for which the unit's sandbox kills the process.
+const TEXT_MAX: usize = 8192;
+const _: () = assert!(FIELDS_MAX * (TEXT_MAX + 256) < 212_992); // 256: its name, length and terminator
 
 /// The target of audit records. They are logged whatever the level is, and counted on their own when dropped.
 pub const AUDIT: &str = "audit";
@@ -36,6 +45,11 @@ const FLUSH: Duration = Duration::from_secs(1);
 
 /// How long to wait before it is tried again whether there is room in the queue.
 const RETRY: Duration = Duration::from_millis(1);
+
+/// How long to wait before an entry is sent to the journal again: the first time, and at most. A stop waits for [`FLUSH`],
+/// so a journal that is back is found well within it.
+const RESEND: Duration = Duration::from_millis(10);
+const RESEND_MAX: Duration = Duration::from_millis(100);
 
 /// From which severity on events are logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,11 +74,15 @@ impl fmt::Display for LogLevel {
     }
 }
 
-/// How many events were dropped since the start.
+/// How many events were dropped since the start, and how many writes failed.
 #[derive(Debug, Default)]
 pub struct Dropped {
     events: AtomicU64,
     audit_records: AtomicU64,
+    write_errors: AtomicU64,
+    /// Events in the queue or being written, which are lost where the process ends first.
+    waiting_events: AtomicU64,
+    waiting_audit_records: AtomicU64,
 }
 
 impl Dropped {
@@ -72,6 +90,14 @@ impl Dropped {
     pub fn count(&self, is_audit: bool) {
         let count = if is_audit { &self.audit_records } else { &self.events };
         count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn waiting(&self, is_audit: bool) -> &AtomicU64 {
+        if is_audit { &self.waiting_audit_records } else { &self.waiting_events }
+    }
+
+    fn count_write_error(&self) {
+        self.write_errors.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Those that were no audit records.
@@ -82,6 +108,11 @@ impl Dropped {
     /// Audit records.
     pub fn audit_records(&self) -> u64 {
         self.audit_records.load(Ordering::Relaxed)
+    }
+
+    /// Failed attempts to write an event: several may be of the same event.
+    pub fn write_errors(&self) -> u64 {
+        self.write_errors.load(Ordering::Relaxed)
     }
 }
 
@@ -101,7 +132,7 @@ impl Threshold {
     }
 }
 
-/// The running log. Dropping it writes what is still queued, within a second.
+/// The running log. Dropping it writes what is still queued, within a second, and reports what could not be written.
 #[derive(Debug)]
 pub struct Log {
     threshold: Arc<Threshold>,
@@ -114,12 +145,15 @@ pub struct Log {
 
 impl Log {
     /// Starts the log as the process's only one.
-    pub fn start(level: LogLevel) -> Self {
-        let writer = writer();
+    ///
+    /// # Errors
+    /// When there may be no more threads.
+    pub fn start(level: LogLevel) -> io::Result<Self> {
         let (queue, events) = mpsc::sync_channel(QUEUE);
         let (done, written) = mpsc::sync_channel(1);
         let threshold = Arc::new(Threshold(RwLock::new(level.0)));
         let dropped = Arc::new(Dropped::default());
+        let writer = Writer::new(&dropped);
         let (end, waits_until) = (queue.clone(), Arc::new(OnceLock::new()));
         let log = Self {
             threshold: Arc::clone(&threshold),
@@ -128,16 +162,14 @@ impl Log {
             written,
             dropped: Arc::clone(&dropped),
         };
-        thread::Builder::new()
-            .name("log".into())
-            .spawn(move || {
-                write_all(&writer, &events);
-                let _ = done.send(()); // nobody waits where the process has ended first
-            })
-            .expect("the process has just started and may have threads");
+        let counts = Arc::clone(&dropped);
+        thread::Builder::new().name("log".into()).spawn(move || {
+            write_all(&writer, &events, &counts);
+            let _ = done.send(()); // nobody waits where the process has ended first
+        })?;
         tracing::subscriber::set_global_default(Queue { threshold, queue, waits_until, dropped })
             .expect("the log is started once");
-        log
+        Ok(log)
     }
 
     /// Logs from `level` on, from now on.
@@ -164,18 +196,115 @@ impl Drop for Log {
         if send(&self.end, Message::End, Some(until)) {
             let _ = self.written.recv_timeout(until.saturating_duration_since(Instant::now()));
         }
+        self.report_unwritten();
     }
 }
 
-fn writer() -> Dispatch {
-    if is_journal()
-        && let Ok(journal) = tracing_journald::layer()
-    {
-        let journal = journal.with_field_prefix(None).with_syslog_identifier("key-service".into());
-        return Dispatch::new(Registry::default().with(journal));
+impl Log {
+    /// Reports what is lost with the queue and what was dropped before, since the log takes no report any more. Under systemd
+    /// stderr is a stream to the journal, which may work where the journal's socket does not. Any other stderr is what the
+    /// lines are waiting for.
+    fn report_unwritten(&self) {
+        let [records, events] =
+            [true, false].map(|is_audit| self.dropped.waiting(is_audit).load(Ordering::Relaxed));
+        if records + events > 0 {
+            let line = format!(
+                "<4>key-service: {} audit records and {} other log entries were lost since the start: the journal did not \
+                 take them in time\n", // sd-daemon(3): 4 is a warning
+                records + self.dropped.audit_records(),
+                events + self.dropped.events(),
+            );
+            // A full stream must not hold the exit either. Nobody is left who could be told of an error.
+            let _ =
+                rustix::net::send(io::stderr(), line.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        }
     }
-    let lines = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false).with_writer(io::stderr);
-    Dispatch::new(Registry::default().with(lines))
+}
+
+enum Writer {
+    Journal(Dispatch),
+    Lines(Dispatch),
+}
+
+impl Writer {
+    fn new(dropped: &Arc<Dropped>) -> Self {
+        if is_journal()
+            && let Ok(journal) = tracing_journald::layer()
+        {
+            let journal = journal.with_field_prefix(None).with_syslog_identifier("key-service".into());
+            return Self::Journal(Dispatch::new(Registry::default().with(journal)));
+        }
+        let lines = tracing_subscriber::fmt::layer()
+            .with_ansi(false)
+            .with_target(false)
+            .with_writer(Lines(Arc::clone(dropped)));
+        Self::Lines(Dispatch::new(Registry::default().with(lines)))
+    }
+
+    /// Writes an event, to the journal as often as it takes.
+    fn write(&self, event: &Event<'_>, dropped: &Dropped) {
+        match self {
+            Self::Journal(journal) => {
+                let mut pause = RESEND;
+                while !is_sent(journal, event) {
+                    dropped.count_write_error();
+                    thread::sleep(pause);
+                    pause = RESEND_MAX.min(pause * 2);
+                }
+            }
+            Self::Lines(lines) => lines.event(event),
+        }
+    }
+}
+
+/// Whether the journal's socket took an event. tracing-journald drops the error of its sendto(2), but nothing after the call
+/// changes errno(3), and a call that succeeds leaves the 0 from before. EMSGSIZE is left by an event that was too large for
+/// a datagram and then sent as a file; any later error would be in its place.
+///
+/// Each call of sendto(2) looks the socket's path up, so the next one reaches a journal that has started again.
+fn is_sent(journal: &Dispatch, event: &Event<'_>) -> bool {
+    errno::set_errno(Errno(0));
+    journal.event(event);
+    let left = errno::errno().0;
+    left == 0 || left == rustix::io::Errno::MSGSIZE.raw_os_error()
+}
+
+/// Makes a writer of each line to stderr.
+struct Lines(Arc<Dropped>);
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Line<'a>;
+
+    fn make_writer(&'a self) -> Line<'a> {
+        Line { dropped: &self.0, is_audit: false }
+    }
+
+    fn make_writer_for(&'a self, metadata: &Metadata<'_>) -> Line<'a> {
+        Line { dropped: &self.0, is_audit: metadata.target() == AUDIT }
+    }
+}
+
+/// Writes one line to stderr, by one call of `write_all`, and counts it as dropped where it can't be written whole.
+struct Line<'a> {
+    dropped: &'a Dropped,
+    is_audit: bool,
+}
+
+impl Write for Line<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::stderr().write(bytes)
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        io::stderr().write_all(bytes).inspect_err(|_| {
+            self.dropped.count_write_error();
+            self.dropped.count(self.is_audit);
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// systemd.exec(5), `$JOURNAL_STREAM`: stderr is the journal if its device and inode are those.
@@ -199,6 +328,20 @@ struct Record {
 
 /// A value as it will be shown, without the quotes that `Debug` would put around it.
 struct Text(String);
+
+impl Text {
+    /// At most [`TEXT_MAX`] bytes of it.
+    fn new(mut text: String) -> Self {
+        truncate(&mut text, TEXT_MAX);
+        Self(text)
+    }
+}
+
+/// Shortens `text` to at most `max` bytes, at the end of a character.
+pub fn truncate(text: &mut String, max: usize) {
+    let end = (0..=max.min(text.len())).rfind(|&at| text.is_char_boundary(at));
+    text.truncate(end.unwrap_or_default());
+}
 
 impl fmt::Debug for Text {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -245,8 +388,11 @@ impl Subscriber for Queue {
     fn event(&self, event: &Event<'_>) {
         let mut record = Record { metadata: event.metadata(), values: Vec::new() };
         event.record(&mut record);
+        let is_audit = event.metadata().target() == AUDIT;
+        self.dropped.waiting(is_audit).fetch_add(1, Ordering::Relaxed);
         if !send(&self.queue, Message::Event(record), self.waits_until.get().copied()) {
-            self.dropped.count(event.metadata().target() == AUDIT);
+            self.dropped.waiting(is_audit).fetch_sub(1, Ordering::Relaxed);
+            self.dropped.count(is_audit);
         }
     }
 
@@ -265,26 +411,33 @@ impl Subscriber for Queue {
 
 impl Visit for Record {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.values.push((field.clone(), Text(format!("{value:?}"))));
+        self.values.push((field.clone(), Text::new(format!("{value:?}"))));
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.values.push((field.clone(), Text(value.to_owned())));
+        self.values.push((field.clone(), Text::new(value.to_owned())));
     }
 }
 
-fn write_all(writer: &Dispatch, events: &Receiver<Message>) {
+fn write_all(writer: &Writer, events: &Receiver<Message>, dropped: &Dropped) {
     while let Ok(Message::Event(record)) = events.recv() {
+        record.write(writer, dropped);
+        dropped.waiting(record.metadata.target() == AUDIT).fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Record {
+    fn write(&self, writer: &Writer, dropped: &Dropped) {
         let values: Vec<_> =
-            record.values.iter().map(|(field, text)| (field, tracing::field::debug(text))).collect();
-        let Some((any, _)) = values.first() else { continue };
+            self.values.iter().map(|(field, text)| (field, tracing::field::debug(text))).collect();
+        let Some((any, _)) = values.first() else { return };
         // A set of values has a fixed length; places without a value are passed over.
         let mut set: [(&Field, Option<&dyn Value>); FIELDS_MAX] = [(any, None); FIELDS_MAX];
         for (place, (field, value)) in set.iter_mut().zip(&values) {
             *place = (field, Some(value));
         }
-        let set = record.metadata.fields().value_set(&set);
-        writer.event(&Event::new(record.metadata, &set));
+        let set = self.metadata.fields().value_set(&set);
+        writer.write(&Event::new(self.metadata, &set), dropped);
     }
 }
 
@@ -345,10 +498,21 @@ mod tests {
     }
 
     #[test]
+    fn long_values_are_cut() {
+        let (sender, events) = mpsc::sync_channel(1);
+        tracing::subscriber::with_default(queue(sender, &Arc::default()), || {
+            tracing::warn!(short = "a", text = "€".repeat(TEXT_MAX), shown = %"x".repeat(TEXT_MAX + 1), "event");
+        });
+        let Message::Event(record) = events.recv().unwrap() else { panic!("not an event") };
+        let lengths: Vec<_> = record.values.iter().map(|(_, text)| text.0.len()).collect();
+        assert_eq!(lengths, [5, 1, TEXT_MAX / 3 * 3, TEXT_MAX], "the message comes first");
+    }
+
+    #[test]
     fn an_event_comes_out_of_the_queue_as_it_went_in() {
         #[derive(Clone, Default)]
         struct Buffer(Arc<std::sync::Mutex<Vec<u8>>>);
-        impl io::Write for Buffer {
+        impl Write for Buffer {
             fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
                 self.0.lock().unwrap().extend_from_slice(bytes);
                 Ok(bytes.len())
@@ -366,10 +530,11 @@ mod tests {
             .with_writer(move || made.clone());
         let writer = Dispatch::new(Registry::default().with(lines));
         let (sender, events) = mpsc::sync_channel(8);
-        tracing::subscriber::with_default(queue(sender, &Arc::default()), || {
+        let dropped = Arc::default();
+        tracing::subscriber::with_default(queue(sender, &dropped), || {
             tracing::warn!(address = %"127.0.0.1:1", count = 3, name = "http", "listening");
         });
-        write_all(&writer, &events);
+        write_all(&Writer::Lines(writer), &events, &dropped);
         let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
         assert_eq!(text.trim(), "WARN listening address=127.0.0.1:1 count=3 name=http");
     }

@@ -12,7 +12,7 @@ use key_service::probe::Target;
 use key_service::random::{Generator, Kernel};
 use key_service::token::{Grant, Token};
 use key_service::watch::WatchedFiles;
-use key_service::{forbid_core_dumps, run, systemd};
+use key_service::{RunError, forbid_core_dumps, run, systemd};
 use zeroize::Zeroizing;
 
 /// Could not start or go on.
@@ -54,7 +54,15 @@ fn main() -> ExitCode {
     }
     // Before there are threads, since it changes the environment; judged when there is a log to say it in.
     let inherited = Inherited::take();
-    let log = Log::start(config.log_level);
+    let log = match Log::start(config.log_level) {
+        Ok(log) => log,
+        Err(error) => {
+            let error = RunError::Thread("log", error).to_string();
+            eprintln!("key-service: {error}");
+            systemd::refused(&error);
+            return EXIT_FAILURE.into();
+        }
+    };
     let injected = injected_variables();
     if !injected.is_empty() {
         let variables = injected.join(" ").escape_debug().to_string();

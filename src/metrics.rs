@@ -297,6 +297,7 @@ pub struct Metrics {
     generator_healthy: IntGauge,
     log_events_dropped: IntCounter,
     audit_records_dropped: IntCounter,
+    log_write_errors: IntCounter,
     /// Requests being answered now.
     pub requests_in_flight: IntGauge,
     /// Client connections that are open now.
@@ -421,14 +422,21 @@ impl Metrics {
                 &registry,
                 IntCounter::new(
                     "log_events_dropped_total",
-                    "Log events dropped because the log's reader was slower than their writer.",
+                    "Log events dropped because the log's reader was slower than their writer, or stderr failed.",
                 ),
             ),
             audit_records_dropped: register(
                 &registry,
                 IntCounter::new(
                     "audit_records_dropped_total",
-                    "Audit records dropped because the log's reader was slower than their writer.",
+                    "Audit records dropped because the log's reader was slower than their writer, or stderr failed.",
+                ),
+            ),
+            log_write_errors: register(
+                &registry,
+                IntCounter::new(
+                    "log_write_errors_total",
+                    "Failed writes of log events and audit records; to the journal they are tried again.",
                 ),
             ),
             requests_in_flight: int_gauge(
@@ -550,6 +558,7 @@ impl Metrics {
         for (counter, count) in [
             (&self.log_events_dropped, dropped.events()),
             (&self.audit_records_dropped, dropped.audit_records()),
+            (&self.log_write_errors, dropped.write_errors()),
         ] {
             counter.inc_by(count.saturating_sub(counter.get()));
         }
@@ -648,6 +657,7 @@ mod tests {
             "generator_healthy 1",
             "log_events_dropped_total 3",
             "audit_records_dropped_total 0",
+            "log_write_errors_total 0",
             "build_info{version=",
         ] {
             assert!(text.contains(series), "{series} is missing:\n{text}");

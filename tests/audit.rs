@@ -4,9 +4,13 @@
 
 mod common;
 
-use std::io::{ErrorKind, Read, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use common::{Client, Daemon, Folder, exchange, request, until};
 use socket2::{Domain, Socket, Type};
@@ -185,4 +189,64 @@ fn a_log_that_nobody_reads_stalls_no_key_and_lost_records_are_counted() {
     assert_eq!(daemon.metric("log_events_dropped_total"), 0.0, "they are counted on their own");
     eprintln!("5,000 keys with a log that is not read: {lost} records dropped, no key delayed");
     drop(reader);
+}
+
+/// A daemon that writes one record for each key, and nothing else, to `stderr`.
+fn daemon_with_stderr(stderr: impl Into<OwnedFd>) -> Daemon {
+    Daemon::start_with_stderr(Folder::new(), stderr.into(), |command| {
+        command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
+        command.env("KEYSERVICE_AUDIT", "true").env("KEYSERVICE_LOG_LEVEL", "off");
+    })
+}
+
+fn issue(daemon: &Daemon, count: u32) {
+    let mut client = Client::connect(daemon.keys());
+    for _ in 0..count {
+        assert_eq!(client.send(request("/key/16")).response().status, 200);
+    }
+}
+
+#[test]
+fn records_that_stderr_refuses_are_counted() {
+    let (reader, broken_pipe) = std::io::pipe().unwrap();
+    drop(reader);
+    let full_disk = File::options().write(true).open("/dev/full").unwrap();
+    for stderr in [OwnedFd::from(broken_pipe), full_disk.into()] {
+        let daemon = daemon_with_stderr(stderr);
+        issue(&daemon, 1500); // more than the queue holds
+        daemon.wait_for_metric("audit_records_dropped_total", 1500.0);
+        let errors = daemon.metric("log_write_errors_total");
+        assert!(errors >= 1024.0, "{errors}: it goes on after the first, at least with what the queue holds");
+        assert_eq!(daemon.metric("log_events_dropped_total"), 0.0);
+    }
+}
+
+#[test]
+fn records_are_counted_while_stderr_is_full_and_written_after_that() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    let daemon = daemon_with_stderr(writer);
+    issue(&daemon, 2000); // more than the pipe holds
+    until("a failed write", || (daemon.metric("log_write_errors_total") > 0.0).then_some(()));
+    let lines = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&lines);
+    let reading = std::thread::spawn(move || {
+        for line in BufReader::new(reader).lines() {
+            assert!(line.unwrap().contains("key issued"));
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    let written = || f64::from(lines.load(Ordering::Relaxed));
+    let all = |keys| {
+        until("each record, written or dropped", || {
+            (daemon.metric("audit_records_dropped_total") + written() == keys).then_some(())
+        });
+    };
+    all(2000.0);
+    let before = written();
+    issue(&daemon, 10);
+    all(2010.0);
+    assert!(written() > before, "it writes again");
+    drop(daemon);
+    reading.join().unwrap();
 }
