@@ -46,6 +46,9 @@ pub const ENV_PREFIX: &str = "KEYSERVICE_";
 /// The largest value that `max-size` may have: 1 GiB.
 pub const MAX_SIZE_LIMIT: u64 = 1 << 30;
 
+/// The most threads that serve.
+pub const WORKERS_MAX: usize = 256;
+
 /// The largest configuration file that is read, in bytes.
 const FILE_MAX: u64 = 1 << 20;
 
@@ -549,7 +552,7 @@ impl Reader<'_> {
         let info = "info".parse().expect("info is a level");
         let log_level = self.parsed("log-level", info, &levels);
         let max_size = self.whole("max-size", 1024, 1..=MAX_SIZE_LIMIT);
-        let workers = self.whole("workers", 0, 0..=256);
+        let workers = self.whole("workers", 0, 0..=WORKERS_MAX as u64);
         let max_connections = self.whole("max-connections", 10_000, 1..=1_000_000);
         let head_timeout = self.whole("head-timeout", 10, 1..=ONE_HOUR);
         let idle_timeout = self.whole("idle-timeout", 75, 1..=ONE_HOUR);

@@ -144,6 +144,10 @@ const DESCRIPTORS_MIN: u64 = 32;
 /// What limits how many threads there may be.
 const TASK_LIMITS: &str = "the limit of tasks (TasksMax=, a container's pids limit, ulimit -u)";
 
+/// How many tasks are left to others where the limit of tasks allows fewer workers than asked for: under the same limit run
+/// `systemctl reload`, and the health checks of a container.
+const SPARE_TASKS: usize = 4;
+
 /// How long the end waits for workers to drop their connections: one that is blocked must not hold it.
 const ABORT: Duration = Duration::from_millis(1500);
 
@@ -154,6 +158,8 @@ pub enum RunError {
     Generator(Failure),
     /// There is no listener.
     Listen(ListenError),
+    /// There is none, and the service manager passed no socket for it.
+    NotPassed(&'static str, ListenError),
     /// So few files may be open.
     Descriptors(u64),
     /// Certificates and key are no longer what they were when the configuration was read.
@@ -169,6 +175,11 @@ impl Display for RunError {
         match self {
             Self::Generator(failure) => write!(f, "no keys can be made: {failure}"),
             Self::Listen(error) => error.fmt(f),
+            Self::NotPassed(unit, error) => write!(
+                f,
+                "no socket was passed by {unit}: run `systemctl start {unit}`, or where it is active look at `systemctl \
+                 status {unit}` ({error})"
+            ),
             Self::Descriptors(found) => write!(
                 f,
                 "expected a limit of at least {DESCRIPTORS_MIN} open files (LimitNOFILE=, ulimit -n), found {found}"
@@ -211,10 +222,10 @@ pub fn run(
     log: &Log,
 ) -> Result<(), RunError> {
     let generator = Arc::new(Generator::new(source)?);
-    let is_activated = !inherited.http.is_empty();
-    let Listeners { keys, metrics: operator, credentials } = listeners(&config, inherited)?;
+    let Listeners { keys, metrics: operator, credentials, is_activated } = listeners(&config, inherited)?;
     let ports: Vec<u16> = keys.iter().chain(&operator).filter_map(Listener::port).collect();
-    let workers_count = worker_count(config.workers);
+    let cpus = thread::available_parallelism().map_or(1, Into::into);
+    let workers_count = worker_count(config.workers, cpus);
     let descriptors = raise_descriptors()?;
     let limits = ConnectionLimits::fit(descriptors, config.max_connections, workers_count);
     if limits.keys < config.max_connections {
@@ -274,15 +285,33 @@ pub fn run(
     let mut signals = control
         .block_on(async { Signals::catch() })
         .map_err(|error| RunError::System("signals can't be caught", error))?;
+    // Before the workers, which may take all the threads that there may be.
+    let notifier = Notifier::start().map_err(|error| RunError::Thread("notify", error))?;
     let mut workers = Vec::new();
     for _ in 0..workers_count {
         let listeners = share(&keys, &mut heartbeats)
             .map_err(|error| RunError::System("a listener can't be shared", error))?;
         let site = Site::new(routes, Arc::clone(&api));
         let begin = proxy_protocol::identified(proxy_protocol.clone(), seated(site));
-        workers.push(Worker::start(listeners, begin, key_terms.clone(), &drain)?);
+        match Worker::start(runtime()?, listeners, begin, key_terms.clone(), &drain) {
+            Ok(worker) => workers.push(worker),
+            Err(error) if workers.is_empty() => return Err(RunError::Thread("worker", error)),
+            Err(error) => {
+                let started = workers.len().saturating_sub(SPARE_TASKS).max(1);
+                heartbeats.withdraw(keys.len() * (workers.len() - started + 1));
+                workers.truncate(started); // the others have not begun
+                warn!(
+                    asked = workers_count,
+                    started,
+                    %error,
+                    "fewer workers are started than asked for: {TASK_LIMITS} allows no more"
+                );
+                break;
+            }
+        }
     }
     drop(keys);
+    workers.iter_mut().for_each(Worker::begin);
 
     let terms = [&key_terms, &operator_terms, &credential_terms];
     let is_drained = control.block_on(async {
@@ -294,7 +323,6 @@ pub fn run(
         let units =
             tokio::spawn(server::serve(listeners, outlet.service(), credential_terms.clone(), drain.watch()));
 
-        let notifier = Notifier::start();
         notifier.ready(&status);
         info!(version = env!("CARGO_PKG_VERSION"), "{status}");
         say_tokens(&config);
@@ -419,29 +447,40 @@ struct Listeners {
     metrics: Vec<Listener>,
     /// Only ever inherited: without systemd there is no unit to load one.
     credentials: Vec<Listener>,
+    /// Whether the service manager starts the service again for the next client. Not for keys on a socket that was bound here.
+    is_activated: bool,
 }
 
-/// What was inherited, and the rest bound.
+/// What was inherited, and the rest bound. Where that is forbidden, as in the sandbox of the shipped unit, a socket that is
+/// missing has been switched off by an administrator: the others are served.
 fn listeners(config: &Config, inherited: Inherited) -> Result<Listeners, RunError> {
-    let is_activated = !inherited.http.is_empty();
+    let has_any =
+        !(inherited.http.is_empty() && inherited.metrics.is_empty() && inherited.credential.is_empty());
+    let bind = |host, port, settings: [&'static str; 2], unit: &'static str, lost: &str| {
+        let bound = Listener::bind(host, port, config.unix_mode);
+        match bound.map_err(|error| error.of_settings(settings[0], settings[1])) {
+            Ok(listener) => Ok(Some(listener)),
+            Err(error) if has_any && error.is_forbidden() => {
+                warn!(%error, "{lost}: {unit} passed no socket, and the sandbox lets none be made");
+                Ok(None)
+            }
+            Err(error) if systemd::is_invoker() && error.is_denied() => Err(RunError::NotPassed(unit, error)),
+            Err(error) => Err(error.into()),
+        }
+    };
+    let mut is_activated = has_any;
     let mut keys = inherited.http;
     if keys.is_empty() {
-        let bound = Listener::bind(&config.host, config.srv_port, config.unix_mode);
-        keys.push(bound.map_err(|error| error.of_settings("host", "srv-port"))?);
+        let (host, port, unit) = (&config.host, config.srv_port, "key-service.socket");
+        keys.extend(bind(host, port, ["host", "srv-port"], unit, "no keys are served over HTTP")?);
+        is_activated &= keys.is_empty();
     }
     let mut metrics = inherited.metrics;
     if metrics.is_empty() && !config.shares_port() {
-        let bound = Listener::bind(&config.metrics_host, config.metrics_port, config.unix_mode);
-        match bound.map_err(|error| error.of_settings("metrics-host", "metrics-port")) {
-            Ok(listener) => metrics.push(listener),
-            // An administrator has switched the metrics socket off: keys are still served.
-            Err(error) if is_activated && error.is_forbidden() => {
-                warn!(%error, "no metrics are served: their socket was not inherited, and the sandbox lets none be made");
-            }
-            Err(error) => return Err(error.into()),
-        }
+        let (host, port, unit) = (&config.metrics_host, config.metrics_port, "key-service-metrics.socket");
+        metrics.extend(bind(host, port, ["metrics-host", "metrics-port"], unit, "no metrics are served")?);
     }
-    Ok(Listeners { keys, metrics, credentials: inherited.credential })
+    Ok(Listeners { keys, metrics, credentials: inherited.credential, is_activated })
 }
 
 /// Where the service listens, for people and for tests.
@@ -449,7 +488,7 @@ fn status(keys: &[Listener], credentials: &[Listener], metrics: &[Listener], sha
     let list =
         |listeners: &[Listener]| listeners.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let metrics = match metrics {
-        [] if shares_port => "metrics on the same".to_owned(),
+        [] if shares_port && !keys.is_empty() => "metrics on the same".to_owned(),
         [] => "no metrics".to_owned(),
         listeners => format!("metrics on {}", list(listeners)),
     };
@@ -457,7 +496,11 @@ fn status(keys: &[Listener], credentials: &[Listener], metrics: &[Listener], sha
         [] => String::new(),
         listeners => format!("; credentials on {}", list(listeners)),
     };
-    format!("Keys on {}{credentials}; {metrics}", list(keys))
+    let keys = match keys {
+        [] => "No keys over HTTP".to_owned(),
+        listeners => format!("Keys on {}", list(listeners)),
+    };
+    format!("{keys}{credentials}; {metrics}")
 }
 
 /// Raises the soft limit of open files to the hard one, and returns it; `None` is no limit.
@@ -512,9 +555,9 @@ impl ConnectionLimits {
     }
 }
 
-fn worker_count(asked: usize) -> usize {
+fn worker_count(asked: usize, cpus: usize) -> usize {
     match asked {
-        0 => thread::available_parallelism().map_or(1, Into::into),
+        0 => cpus.min(config::WORKERS_MAX),
         count => count,
     }
 }
@@ -537,37 +580,48 @@ fn runtime() -> Result<Runtime, RunError> {
         .map_err(|error| RunError::System("a runtime can't be made", error))
 }
 
-/// A thread with a runtime and accept loops of its own: a connection stays where it was accepted.
-struct Worker(oneshot::Receiver<()>);
+/// A thread with a runtime and accept loops of its own: a connection stays where it was accepted. Dropped before
+/// [`Worker::begin`], it ends.
+struct Worker {
+    go: Option<oneshot::Sender<()>>,
+    done: oneshot::Receiver<()>,
+}
 
 impl Worker {
     fn start(
+        runtime: Runtime,
         listeners: Vec<(Listener, Heartbeat)>,
         begin: impl Fn(Accepted) + Clone + Send + 'static,
         terms: Terms,
         drain: &Drain,
-    ) -> Result<Self, RunError> {
-        let runtime = runtime()?;
+    ) -> io::Result<Self> {
         let phase: tokio::sync::watch::Receiver<Phase> = drain.watch();
-        let (done, finished) = oneshot::channel();
-        thread::Builder::new()
-            .name("worker".into())
-            .spawn(move || {
-                let slots = Arc::clone(&terms.slots);
-                runtime.spawn(async move { memory::give_back(&slots).await });
-                if let Err(error) = runtime.block_on(server::serve(listeners, begin, terms, phase)) {
-                    tracing::error!(%error, "a worker can't listen");
-                }
-                drop(runtime); // with the connections that are left after an abort, each of which leaves its record
-                let _ = done.send(()); // nobody waits once the drain's time is over
-            })
-            .map_err(|error| RunError::System("a worker can't be started", error))?;
-        Ok(Self(finished))
+        let (go, may_begin) = oneshot::channel();
+        let (done, is_done) = oneshot::channel();
+        thread::Builder::new().name("worker".into()).spawn(move || {
+            if may_begin.blocking_recv().is_err() {
+                return;
+            }
+            let slots = Arc::clone(&terms.slots);
+            runtime.spawn(async move { memory::give_back(&slots).await });
+            if let Err(error) = runtime.block_on(server::serve(listeners, begin, terms, phase)) {
+                tracing::error!(%error, "a worker can't listen");
+            }
+            drop(runtime); // with the connections that are left after an abort, each of which leaves its record
+            let _ = done.send(()); // nobody waits once the drain's time is over
+        })?;
+        Ok(Self { go: Some(go), done: is_done })
+    }
+
+    fn begin(&mut self) {
+        if let Some(go) = self.go.take() {
+            let _ = go.send(()); // the thread waits for it
+        }
     }
 
     async fn finished(&mut self) {
-        if !self.0.is_terminated() {
-            let _ = (&mut self.0).await; // an error says that the thread is gone, which is what is waited for
+        if !self.done.is_terminated() {
+            let _ = (&mut self.done).await; // an error says that the thread is gone, which is what is waited for
         }
     }
 }
@@ -766,6 +820,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_status_says_what_is_not_served() {
+        let shown = |shares_port| status(&[], &[], &[], shares_port);
+        assert_eq!([shown(false), shown(true)], ["No keys over HTTP; no metrics"; 2]);
+    }
+
+    #[test]
     fn all_connections_together_fit_the_limit_of_open_files() {
         for descriptors in [32, 40, 64, 100, 256, 600, 1024, 4096, 16_384] {
             for workers in [1, 2, 64] {
@@ -777,5 +837,12 @@ mod tests {
         }
         let limits = ConnectionLimits::fit(Some(16_384), 10_000, 2);
         assert_eq!(limits, ConnectionLimits::fit(None, 10_000, 2), "nothing is lowered without need");
+    }
+
+    #[test]
+    fn the_default_is_a_worker_for_each_cpu_up_to_the_settings_own_maximum() {
+        for (asked, cpus, count) in [(0, 2, 2), (0, 256, 256), (0, 1024, 256), (1, 1024, 1), (256, 2, 256)] {
+            assert_eq!(worker_count(asked, cpus), count, "{asked} asked for, {cpus} CPUs");
+        }
     }
 }

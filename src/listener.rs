@@ -306,10 +306,20 @@ pub enum ListenError {
 }
 
 impl ListenError {
-    /// Whether this process may make no such sockets at all, as in the sandbox of the shipped unit.
+    /// Whether this process may make no such sockets at all: in the sandbox of the shipped unit (EAFNOSUPPORT, for a path
+    /// EROFS), or where system calls are filtered (EPERM).
     pub fn is_forbidden(&self) -> bool {
-        matches!(self, Self::Bind { source, .. }
-            if source.raw_os_error() == Some(Errno::AFNOSUPPORT.raw_os_error()))
+        self.is_any_of(&[Errno::AFNOSUPPORT, Errno::ROFS, Errno::PERM])
+    }
+
+    /// The same, or that it may not have this port or this path.
+    pub fn is_denied(&self) -> bool {
+        self.is_forbidden() || self.is_any_of(&[Errno::ACCESS])
+    }
+
+    fn is_any_of(&self, errors: &[Errno]) -> bool {
+        let Self::Bind { source, .. } = self else { return false };
+        errors.iter().any(|errno| source.raw_os_error() == Some(errno.raw_os_error()))
     }
 }
 
@@ -624,6 +634,23 @@ mod tests {
             let error = BindError { host: host.clone(), address: "[::]:80".into(), source: errno.into() };
             let sentence = error.of_settings("host", "srv-port").to_string();
             assert!(sentence.starts_with(&format!("can't listen on [::]:80 ({setting}): ")), "{sentence}");
+        }
+    }
+
+    #[test]
+    fn an_address_in_use_is_not_taken_for_a_forbidden_socket() {
+        for (errno, expected) in [
+            (Errno::AFNOSUPPORT, [true, true]),
+            (Errno::PERM, [true, true]),
+            (Errno::ROFS, [true, true]),
+            (Errno::ACCESS, [false, true]), // a port below 1024, a directory of somebody else's
+            (Errno::ADDRINUSE, [false, false]),
+            (Errno::ADDRNOTAVAIL, [false, false]),
+            (Errno::MFILE, [false, false]),
+        ] {
+            let error = BindError { host: Host::Any, address: "[::]:80".into(), source: errno.into() };
+            let error = error.of_settings("host", "srv-port");
+            assert_eq!([error.is_forbidden(), error.is_denied()], expected, "{errno:?}");
         }
     }
 

@@ -425,6 +425,11 @@ impl Heartbeats {
         Heartbeat { asked: self.ask.subscribe(), answer }
     }
 
+    /// Forgets the last `count` that joined: their accept loops were never started.
+    pub fn withdraw(&mut self, count: usize) {
+        self.answers.truncate(self.answers.len().saturating_sub(count));
+    }
+
     /// Whether every accept loop has answered the last question.
     pub fn have_answered(&self) -> bool {
         let asked = *self.ask.borrow();
@@ -1030,6 +1035,21 @@ mod tests {
         assert!(!heartbeats.all_answered());
         release.send(()).unwrap();
         assert!(answers(&heartbeats), "and does again");
+    }
+
+    #[test]
+    fn an_accept_loop_that_was_never_started_is_not_waited_for() {
+        let mut heartbeats = Heartbeats::new();
+        let started = heartbeats.join();
+        drop((heartbeats.join(), heartbeats.join()));
+        heartbeats.withdraw(2);
+        let progress = |heartbeats: &Heartbeats| {
+            heartbeats.all_answered();
+            heartbeats.have_answered()
+        };
+        assert!(!progress(&heartbeats), "the one that was started is");
+        started.answer.store(*heartbeats.ask.borrow(), Ordering::Relaxed);
+        assert!(heartbeats.have_answered());
     }
 
     #[tokio::test]

@@ -43,17 +43,17 @@ enum Message {
 
 impl Notifier {
     /// Starts the thread. Without `NOTIFY_SOCKET` messages go nowhere, as sd_notify(3) has it.
-    pub fn start() -> Self {
+    ///
+    /// # Errors
+    /// When there may be no more threads.
+    pub fn start() -> io::Result<Self> {
         let (queue, messages) = mpsc::sync_channel(QUEUE);
         let (done, sent) = mpsc::sync_channel(1);
-        thread::Builder::new()
-            .name("notify".into())
-            .spawn(move || {
-                send_all(&messages);
-                let _ = done.send(()); // nobody waits where the process has ended first
-            })
-            .expect("the process has just started and may have threads");
-        Self { queue: Some(queue), sent }
+        thread::Builder::new().name("notify".into()).spawn(move || {
+            send_all(&messages);
+            let _ = done.send(()); // nobody waits where the process has ended first
+        })?;
+        Ok(Self { queue: Some(queue), sent })
     }
 
     /// The service serves; `status` says where.
