@@ -113,14 +113,28 @@ impl Target {
         let answer = self.exchange().map_err(|error| {
             let reason =
                 self.reason.as_ref().map_or_else(String::new, |reason| format!(" (metrics: {reason})"));
-            format!("{self}: {error}{reason}")
+            format!("{self}: {}{reason}", sentence(&error))
         })?;
         let text = String::from_utf8_lossy(&answer);
+        let names_tls = text.starts_with("HTTP/1.1 400 ") && text.contains(tls::PLAIN_HTTP_DETAIL);
+        if self.certificate.is_none() && (is_tls(&answer) || names_tls) {
+            return Err(format!(
+                "{self}: expected plain HTTP, found a port that speaks TLS: name the service's certificate (tls-cert, or \
+                 KEYSERVICE_TLS_CERT=FILE) and ask by --url https://{self}, or ask the metrics port, which speaks plain HTTP"
+            ));
+        }
+        if answer.is_empty() {
+            return Err(format!("{self}: expected an HTTP response, found the end of the connection"));
+        }
+        if !answer.starts_with(b"HTTP/") {
+            let start = printable(text.lines().next().unwrap_or_default());
+            return Err(format!("{self}: expected an HTTP response, found \"{start}\""));
+        }
         let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
-        let status = head.lines().next().unwrap_or_default();
+        let (status, body) = (head.lines().next().unwrap_or_default(), printable(body.trim()));
         match status.split(' ').nth(1) {
-            Some("200") => Ok(body.trim().to_owned()),
-            _ => Err(format!("{self}: expected status 200, found {status:?} {}", body.trim())),
+            Some("200") => Ok(body),
+            _ => Err(format!("{self}: expected status 200, found \"{}\" {body}", printable(status))),
         }
     }
 
@@ -161,16 +175,45 @@ impl Target {
     }
 
     fn converse(&self, mut stream: impl Read + Write, host: &str) -> io::Result<Vec<u8>> {
-        write!(stream, "GET {} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n", self.path)?;
+        let request = format!("GET {} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n", self.path);
+        // A server may answer and close before it has all of it; an alert of TLS may be followed by a reset, or by nothing.
+        let sent = stream.write_all(request.as_bytes());
         let mut answer = Vec::new();
-        stream.take(ANSWER_MAX).read_to_end(&mut answer)?;
-        Ok(answer)
+        let read = stream.take(ANSWER_MAX).read_to_end(&mut answer);
+        if is_tls(&answer) || (read.is_ok() && !answer.is_empty()) {
+            return Ok(answer);
+        }
+        sent.and(read).map(|_| answer)
     }
 }
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}", self.authority, self.path)
+    }
+}
+
+/// Whether bytes begin as a record of TLS 1.0 to 1.3 does (RFC 8446 section 5.1); an alert is one.
+fn is_tls(answer: &[u8]) -> bool {
+    matches!(answer, [20..=23, 3, ..])
+}
+
+/// Text of a stranger's for a terminal: what would not print as it is, or move the cursor, is escaped.
+fn printable(text: &str) -> String {
+    let is_plain = |c: char| matches!(c, ' '..='~' | '\n' | '\t');
+    text.chars().map(|c| if is_plain(c) { c.to_string() } else { c.escape_default().to_string() }).collect()
+}
+
+/// What went wrong, where the system or TLS has no sentence for it.
+fn sentence(error: &io::Error) -> String {
+    let is_timeout = matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut);
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    match cause {
+        Some(rustls::Error::InvalidMessage(_)) => {
+            "expected TLS, found something else: ask by --url http:// if the port speaks plain HTTP".into()
+        }
+        _ if is_timeout => format!("expected an answer within {} s, found none", PATIENCE.as_secs()),
+        _ => error.to_string(),
     }
 }
 
@@ -210,6 +253,12 @@ mod tests {
         {
             assert!(Target::parse(bad, None).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn only_what_prints_as_it_is_gets_to_a_terminal() {
+        assert_eq!(printable("OK\tas\nit \"is\""), "OK\tas\nit \"is\"");
+        assert_eq!(printable("\x15\x03\x1b[2J\r\u{fffd}\u{202e}"), r"\u{15}\u{3}\u{1b}[2J\r\u{fffd}\u{202e}");
     }
 
     #[test]

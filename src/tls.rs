@@ -404,9 +404,12 @@ impl fmt::Display for PlainHttp {
 
 impl std::error::Error for PlainHttp {}
 
+/// What a client is told that speaks plain HTTP.
+pub const PLAIN_HTTP_DETAIL: &str = "This port speaks TLS: use https://";
+
 /// Tells a client that speaks plain HTTP to use TLS, in the only words that it understands. Its request is not looked at.
 async fn refuse_plain_http(mut stream: Timed<Stream>) -> io::Result<()> {
-    let body = r#"{"title":"Bad Request","status":400,"detail":"This port speaks TLS: use https://"}"#;
+    let body = format!(r#"{{"title":"Bad Request","status":400,"detail":"{PLAIN_HTTP_DETAIL}"}}"#);
     let date = httpdate::HttpDate::from(SystemTime::now());
     let response = format!(
         "HTTP/1.1 400 Bad Request\r\n\

@@ -6,6 +6,7 @@ mod common;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -808,8 +809,7 @@ fn a_client_ca_that_is_gone_or_writable_to_others_is_kept_in_force() {
         daemon.manager.wait_for("RELOADING=1");
         daemon.manager.wait_for("READY=1")
     };
-    let is_refused =
-        |ready: &[String]| ready.iter().any(|line| line.ends_with("; the last reload was refused"));
+    let is_refused = |ready: &[String]| ready.iter().any(|line| line.contains(" was refused: tls-client-ca"));
     fs::set_permissions(&ca, fs::Permissions::from_mode(0o664)).unwrap();
     assert!(is_refused(&reload()), "{}", daemon.log());
     fs::remove_file(&ca).unwrap();
@@ -922,6 +922,69 @@ fn health_names_the_certificate_that_it_can_not_read() {
         let said = String::from_utf8(ended.stderr).unwrap();
         assert_eq!(ended.status.code(), Some(1), "{said}");
         assert!(said.contains(&expected), "{said}");
+    }
+}
+
+#[test]
+fn health_reports_the_wrong_protocol_in_a_sentence() {
+    let authority = Authority::new();
+    let daemon = daemon(&authority, &[]);
+    let hostile = |bytes: &'static [u8]| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = std::thread::spawn(move || {
+            let mut client = listener.accept().unwrap().0;
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") {
+                let mut bytes = [0; 1024];
+                let read = client.read(&mut bytes).unwrap();
+                assert!(read > 0, "the whole request comes");
+                request.extend_from_slice(&bytes[..read]);
+            }
+            client.write_all(bytes).unwrap();
+        });
+        (address, server)
+    };
+    let speaks_tls = "expected plain HTTP, found a port that speaks TLS: name the service's certificate (tls-cert, or \
+                      KEYSERVICE_TLS_CERT=FILE) and ask by --url https://";
+    let ask = |url: Option<String>, address: SocketAddr, settings: &[(&str, &str)]| {
+        let mut command = key_service(&daemon.folder);
+        command.args(["health", "--host", "127.0.0.1", "--srv-port", &address.port().to_string()]);
+        for (name, value) in settings {
+            command.env(format!("KEYSERVICE_{name}"), value);
+        }
+        command.args(url.map(|url| format!("--url={url}")));
+        let ended = run_to_end(command);
+        let said = String::from_utf8([ended.stdout, ended.stderr].concat()).expect("text");
+        let is_plain = |byte: u8| matches!(byte, b' '..=b'~' | b'\n');
+        assert!(said.bytes().all(is_plain), "{said:?}");
+        assert_eq!(ended.status.code(), Some(1), "{said}");
+        said
+    };
+    // By its configuration, which does not say TLS, and by a URL; with a PROXY header, the answer is an alert.
+    let keys = daemon.keys();
+    let proxy = [("PROXY_PROTOCOL", "true"), ("TRUSTED_PROXIES", "127.0.0.1")];
+    for said in
+        [ask(None, keys, &[]), ask(Some(format!("http://{keys}")), keys, &[]), ask(None, keys, &proxy)]
+    {
+        assert!(said.contains(speaks_tls), "{said}");
+    }
+    let certificate = daemon.folder.file("cert.pem").display().to_string();
+    let pinned = [("TLS_CERT", certificate.as_str())];
+    let said = ask(Some(format!("https://{}", daemon.metrics())), keys, &pinned);
+    assert!(said.contains("expected TLS, found something else: ask by --url http://"), "{said}");
+
+    for (bytes, expected) in [
+        (&b"\x15\x03\x01\0\x02\x02\x46"[..], speaks_tls), // an alert before any handshake
+        (b"\0\x1b[2J\xff", "expected an HTTP response, found \"\\u{0}\\u{1b}[2J\\u{fffd}\""),
+        (b"SSH-2.0-x\r\n", "expected an HTTP response, found \"SSH-2.0-x\""),
+        (b"", "expected an HTTP response, found the end of the connection"),
+        (b"HTTP/1.1 503 \x1b[2J\r\n\r\n\x07\x1b]0;a", "found \"HTTP/1.1 503 \\u{1b}[2J\" \\u{7}\\u{1b}]0;a"),
+    ] {
+        let (address, server) = hostile(bytes);
+        let said = ask(Some(format!("http://{address}")), address, &[]);
+        server.join().unwrap();
+        assert!(said.contains(expected), "{said}");
     }
 }
 
