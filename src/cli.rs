@@ -64,6 +64,12 @@ pub enum Command {
         #[arg(long, value_name = "BYTES", hide = true)]
         max_size: Option<String>,
     },
+    /// What the unit runs for `systemctl reload`: sends SIGHUP to $MAINPID, waits, and exits with 1 if the reload was refused
+    Reload {
+        /// The unit, as systemd calls it: %n
+        #[arg(value_name = "UNIT")]
+        unit: String,
+    },
     /// Make a bearer token
     Token {
         /// What to do.

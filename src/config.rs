@@ -348,6 +348,11 @@ pub struct Sources {
 }
 
 impl Sources {
+    /// Where the configuration file is, if there is one.
+    pub fn path(&self) -> &Path {
+        self.file.as_deref().unwrap_or(Path::new(DEFAULT_PATH))
+    }
+
     /// Reads all layers, and the files that they name; `files` gets all of them.
     ///
     /// # Errors
@@ -480,11 +485,7 @@ fn config_text(path: &Path) -> Result<Option<String>, String> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             // A directory above it may be a symbolic link that leads nowhere.
-            let above = path.ancestors().skip(1).find(|above| fs::symlink_metadata(above).is_ok());
-            return match above.map(|above| (above, fs::metadata(above))) {
-                Some((above, Err(error))) => Err(format!("{}: {}: {error}", path.display(), above.display())),
-                _ => Ok(None),
-            };
+            return location::dangling_link(path).map_or(Ok(None), Err);
         }
         Err(error) => {
             return Err(format!("{}: expected a file that can be read, found: {error}", path.display()));

@@ -15,6 +15,7 @@
 //! | [`body`] | what is sent back, until its last byte |
 //! | [`health`] | whether the service is well |
 //! | [`probe`] | asks a running service how it is |
+//! | [`reload`] | tells the unit's service to reload, and what came of it |
 //! | [`admission`] | who may ask, and for how much |
 //! | [`token`], [`seal`] | bearer tokens, and what keeps their text out of the process |
 //! | [`rate`] | what each client has taken |
@@ -77,6 +78,7 @@ pub mod proxy_protocol;
 pub mod query;
 pub mod random;
 pub mod rate;
+pub mod reload;
 pub mod seal;
 pub mod server;
 pub mod shares;
@@ -357,6 +359,7 @@ pub fn run(
             }
         };
         let mut running = config.clone();
+        let mut reloads = 0;
         let reload = Reload { sources, api: &api, outlet: &outlet, tls: tls.as_deref(), log };
         let reason = {
             let mut watchdog = std::pin::pin!(systemd::watchdog(&notifier, || heartbeats.have_answered(), alive));
@@ -367,16 +370,18 @@ pub fn run(
                     () = &mut idle => break "idle",
                     () = files.changed() => match reload.run(&mut running, &mut files, Cause::Change) {
                         Ok(()) => notifier.status(&status),
-                        Err(Refused) => notifier.status(&format!("{status}; the last reload was refused")),
+                        Err(Refused(why)) => {
+                            notifier.status(&format!("{status}; the last reload was refused: {why}"));
+                        }
                     },
                     order = signals.next() => match order {
                         Order::Stop(signal) => break signal,
                         Order::Reload => {
                             notifier.reloading();
-                            match reload.run(&mut running, &mut files, Cause::Signal) {
-                                Ok(()) => notifier.ready(&status),
-                                Err(Refused) => notifier.ready(&format!("{status}; the last reload was refused")),
-                            }
+                            reloads += 1;
+                            let outcome = reload.run(&mut running, &mut files, Cause::Signal);
+                            let refused = outcome.err().map(|Refused(why)| why);
+                            notifier.ready(&format!("{status}{}", reload::Outcome { number: reloads, refused }));
                         }
                     },
                 }
@@ -677,38 +682,36 @@ impl Reload<'_> {
                 changed.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
             info!(changed, "files have changed, the configuration is read again");
         }
-        let deleted: Vec<_> = files.deleted().collect();
-        for file in &deleted {
-            let file = file.display();
-            tracing::error!(
-                "{file}: expected a file in a directory, found one that was deleted from it: it never changes again; mount its \
-                 directory instead of the file (in Kubernetes without subPath)"
-            );
+        let mut reasons: Vec<String> = Vec::new();
+        for file in files.deleted() {
+            reasons.push(format!(
+                "{}: expected a file in a directory, found one that was deleted from it: it never changes again; mount its \
+                 directory instead of the file (in Kubernetes without subPath)",
+                file.display()
+            ));
         }
         match loaded {
-            Ok(_) if !deleted.is_empty() => {}
-            Ok(new) => {
+            Ok(new) if reasons.is_empty() => {
                 let removed = running.removed_by_reload(&new);
                 if cause == Cause::Signal || removed.is_empty() {
                     self.apply(running, &new, &removed);
                     return Ok(());
                 }
-                tracing::error!(
-                    settings = removed.join(", "),
-                    "the new configuration is refused: a changed file alone removes no protection; reload (SIGHUP) or \
-                     restart to remove it on purpose"
-                );
+                reasons.push(format!(
+                    "{}: a changed file alone removes no protection; reload (SIGHUP) or restart to remove it on purpose",
+                    removed.join(", ")
+                ));
             }
-            Err(mistakes) => {
-                for mistake in mistakes.iter() {
-                    tracing::error!(mistake, "the new configuration is refused");
-                }
-            }
+            Ok(_) => {}
+            Err(mistakes) => reasons.extend(mistakes.iter().map(str::to_owned)),
+        }
+        for mistake in &reasons {
+            tracing::error!(mistake, "the new configuration is refused");
         }
         tracing::error!("the configuration stays as it was");
         self.api.metrics.config_last_reload_successful.set(0);
         self.reload_changed_files(running, &changed);
-        Err(Refused)
+        Err(Refused(reasons.join("; ")))
     }
 
     /// Puts `new` in force, as far as a restart is not needed.
@@ -799,8 +802,8 @@ fn say_tokens(config: &Config) {
     }
 }
 
-/// The new configuration has mistakes, which are in the log.
-struct Refused;
+/// Why the new configuration is refused, which is in the log too.
+struct Refused(String);
 
 /// Forbids core dumps for the life of the process: key bytes must not reach a disk.
 ///

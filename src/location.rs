@@ -74,7 +74,10 @@ impl Location {
 /// A sentence that begins with the path.
 pub fn read_file(path: &Path, max: u64) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
     let refused = |problem: String| format!("{}: {problem}", path.display());
-    let unreadable = |error: io::Error| refused(format!("expected a file that can be read, found: {error}"));
+    let unreadable = |error: io::Error| {
+        let link = if error.kind() == io::ErrorKind::NotFound { dangling_link(path) } else { None };
+        link.unwrap_or_else(|| refused(format!("expected a file that can be read, found: {error}")))
+    };
     // Looked at before it is opened, since opening a FIFO waits for its writer.
     if !fs::metadata(path).map_err(unreadable)?.is_file() {
         return Err(refused("expected a file, found something else".into()));
@@ -92,6 +95,19 @@ pub fn read_file(path: &Path, max: u64) -> Result<(Zeroizing<Vec<u8>>, u32), Str
         return Err(refused(format!("expected at most {max} bytes, found more")));
     }
     Ok((bytes, mode))
+}
+
+/// A sentence, if nothing is at `path` since it, or a directory above it, is a symbolic link that leads nowhere.
+pub fn dangling_link(path: &Path) -> Option<String> {
+    let found = path.ancestors().find(|above| fs::symlink_metadata(above).is_ok())?;
+    let target = fs::read_link(found).ok()?;
+    let error = fs::metadata(found).err()?;
+    let of = if found == path { String::new() } else { format!("{}: ", path.display()) };
+    Some(format!(
+        "{of}{}: a symbolic link to {}: {error} (the shipped unit sees nothing but /etc/key-service)",
+        found.display(),
+        target.display()
+    ))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use key_service::probe::Target;
 use key_service::random::{Generator, Kernel};
 use key_service::token::{Grant, Token};
 use key_service::watch::WatchedFiles;
-use key_service::{RunError, forbid_core_dumps, run, systemd};
+use key_service::{RunError, forbid_core_dumps, reload, run, systemd};
 use zeroize::Zeroizing;
 
 /// Could not start or go on.
@@ -28,8 +28,14 @@ fn main() -> ExitCode {
         return new_token(action);
     }
     let sources = cli.sources();
-    if let (Some(Command::Health { url, .. }), false) = (command, check) {
-        return health(url.as_deref(), &sources);
+    match command {
+        Some(Command::Health { url, .. }) if !check => return health(url.as_deref(), &sources),
+        Some(Command::Reload { unit }) if !check => {
+            let Err(error) = reload::run(&unit, sources.path()) else { return ExitCode::SUCCESS };
+            eprintln!("key-service: {error}");
+            return EXIT_FAILURE.into();
+        }
+        _ => {}
     }
     let mut files = WatchedFiles::default();
     // systemd runs it as the unit: what the unit lacks is a mistake. A shell has none of the unit's credentials.

@@ -13,8 +13,13 @@ use sd_notify::NotifyState;
 use tokio::time::MissedTickBehavior;
 use tracing::{error, warn};
 
+use crate::logging::truncate;
+
 /// How many messages may wait to be sent.
 const QUEUE: usize = 64;
+
+/// The most bytes of a status: systemd ignores a message of more than 4,096 (PIPE_BUF).
+const STATUS_MAX: usize = 2048;
 
 /// How long a stop waits for the last message to be taken.
 const FLUSH: Duration = Duration::from_secs(1);
@@ -58,7 +63,7 @@ impl Notifier {
 
     /// The service serves; `status` says where.
     pub fn ready(&self, status: &str) {
-        self.queue(Message::Ready(status.to_owned()));
+        self.queue(Message::Ready(one_line(status)));
     }
 
     /// The configuration is being read again; [`Notifier::ready`] ends that.
@@ -68,7 +73,7 @@ impl Notifier {
 
     /// What `systemctl status` shows from now on, outside of a reload that was asked for.
     pub fn status(&self, status: &str) {
-        self.queue(Message::Status(status.to_owned()));
+        self.queue(Message::Status(one_line(status)));
     }
 
     /// The service is on its way to the end.
@@ -125,8 +130,14 @@ fn notify(state: &[NotifyState<'_>]) -> io::Result<()> {
 /// Puts why there is no start where `systemctl status` shows it, whether or not the log has got there yet. It is sent
 /// from here, as the process is about to end; a manager that does not read meets `TimeoutStartSec=`.
 pub fn refused(reason: &str) {
-    let line = reason.lines().collect::<Vec<_>>().join("; "); // a line break would end the message's field
-    let _ = notify(&[NotifyState::Status(&line)]); // it is on stderr too
+    let _ = notify(&[NotifyState::Status(&one_line(reason))]); // it is on stderr too
+}
+
+/// A line break would end the message's field.
+fn one_line(status: &str) -> String {
+    let mut line = status.lines().collect::<Vec<_>>().join("; ");
+    truncate(&mut line, STATUS_MAX);
+    line
 }
 
 /// Pings the watchdog for as long as `progress` says that everything moved since the last time. Never returns.

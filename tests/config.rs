@@ -456,7 +456,7 @@ fn only_a_path_that_does_not_exist_is_no_file() {
     std::os::unix::fs::symlink("nowhere", folder.file("dangling.toml")).unwrap();
     folder.write("file", "");
     for (path, expected) in [
-        ("dangling.toml", "dangling.toml: expected a file that can be read, found: No such file"),
+        ("dangling.toml", "dangling.toml: a symbolic link to nowhere: No such file"),
         ("file/config.toml", "file/config.toml: expected a file that can be read, found: Not a directory"),
         (
             "absent.toml",
