@@ -46,7 +46,9 @@ fn the_manual_of_the_configuration_has_every_setting_with_its_default() {
 fn the_manual_of_the_command_has_every_flag() {
     let folder = Folder::new();
     let manual = shipped("packaging/man/key-service.8").replace("\\-", "-");
-    for arguments in [&["--help"][..], &["health", "--help"], &["token", "new", "--help"]] {
+    for arguments in
+        [&["--help"][..], &["health", "--help"], &["reload", "--help"], &["token", "new", "--help"]]
+    {
         let mut command = key_service(&folder);
         command.args(arguments);
         let help = String::from_utf8(run_to_end(command).stdout).unwrap();
@@ -64,8 +66,11 @@ fn the_manual_of_the_command_has_every_flag() {
 fn the_versions_agree() {
     let version = env!("CARGO_PKG_VERSION");
     assert!(shipped("packaging/debian/changelog").starts_with(&format!("key-service ({version})")));
-    for manual in ["packaging/man/key-service.8", "packaging/man/key-service.toml.5"] {
-        assert!(shipped(manual).contains(&format!("\"key-service {version}\"")), "{manual}");
+    for manual in ["key-service.8", "key-service-check.8", "key-service.toml.5"] {
+        assert!(
+            shipped(&format!("packaging/man/{manual}")).contains(&format!("\"key-service {version}\"")),
+            "{manual}"
+        );
     }
 }
 

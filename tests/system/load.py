@@ -1,8 +1,9 @@
 """Asks for keys at a steady rate until standard input ends; prints what came of it as JSON.
 
-    load.py PORT RATE [until-refused]
+    load.py PORT RATE [until-refused|while-refused]
         RATE requests a second: three quarters on new connections, one quarter on kept ones
         until-refused: a refused connection says that the service has gone, ends its asker, and is no failure
+        while-refused: nor is it here, and its asker goes on
 
 A request fails if its connection is refused, is cut, or brings anything but 32 bytes with status 200. A kept connection
 is given up when the server says so, as HTTP has it.
@@ -14,7 +15,7 @@ import threading
 import time
 
 PORT, RATE = int(sys.argv[1]), float(sys.argv[2])
-UNTIL_REFUSED = sys.argv[3:] == ["until-refused"]
+UNTIL_REFUSED, WHILE_REFUSED = ([word] == sys.argv[3:] for word in ("until-refused", "while-refused"))
 THREADS = 16
 PATIENCE = 60  # seconds; a client waits in the socket for as long as a restart takes
 REQUEST = b"GET /key/32 HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
@@ -55,11 +56,13 @@ def asker(number):
                 served += 1
                 slowest = max(slowest, time.monotonic() - since)
         except OSError as error:
-            if UNTIL_REFUSED and isinstance(error, ConnectionRefusedError):
+            kept = None
+            if (UNTIL_REFUSED or WHILE_REFUSED) and isinstance(error, ConnectionRefusedError):
                 with lock:
                     refused += 1
-                return
-            kept = None
+                if UNTIL_REFUSED:
+                    return
+                continue
             with lock:
                 failures.append(f"{'new' if closes else 'kept'} connection: {error}")
 
