@@ -580,6 +580,8 @@ impl AsyncRead for Rewound<'_> {
                 this.exchange.wants_more.store(true, Ordering::Relaxed);
                 return Poll::Pending;
             }
+            // It has begun, or has a body; after a body, only hyper knows whether the next one has.
+            this.io.expect_head();
             let few = buf.remaining().min(INPUT);
             let mut few = ReadBuf::new(buf.initialize_unfilled_to(few));
             ready!(Pin::new(&mut *this.io).poll_read(cx, &mut few))?;

@@ -82,6 +82,25 @@ fn half_a_request_after_a_response_is_closed_after_the_head_timeout() {
 }
 
 #[test]
+fn so_is_half_a_request_that_came_with_the_one_before_and_what_may_be_one_after_a_body() {
+    let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1"), ("IDLE_TIMEOUT", "3600")]);
+    let body = "POST /key/32 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc";
+    let cases = [
+        (request("/key/32"), "GET /hea"),
+        (request("/health"), "GET /hea"),
+        (request("/health"), BEGINNING),
+        (body.to_owned(), BEGINNING),
+        (body.to_owned(), ""),
+    ];
+    let mut clients = cases.map(|(whole, half)| {
+        let mut client = Client::connect(daemon.keys());
+        client.send(whole + half).response();
+        client
+    });
+    assert_eq!(clients.each_mut().map(Client::is_closed), [true; 5]);
+}
+
+#[test]
 fn the_longest_idle_connection_is_closed_at_the_limit() {
     // One worker has noted that a connection is idle before it accepts another.
     let daemon = Daemon::start(&[("MAX_CONNECTIONS", "3"), ("WORKERS", "1")]);
