@@ -82,7 +82,7 @@ fn half_a_request_after_a_response_is_closed_after_the_head_timeout() {
 }
 
 #[test]
-fn so_is_half_a_request_that_came_with_the_one_before_and_what_may_be_one_after_a_body() {
+fn a_request_that_begins_early_is_closed_after_the_head_timeout() {
     let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1"), ("IDLE_TIMEOUT", "3600")]);
     let body = "POST /key/32 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc";
     let cases = [
