@@ -29,7 +29,7 @@ use crate::format::{BATCH_MAX, BatchError, COUNT_MAX, Format, Kind, Shape, Writi
 use crate::health::{self, Health};
 use crate::key::{KeyLength, LengthError};
 use crate::logging::Dropped;
-use crate::metrics::{Endpoint, Metrics, Rejection};
+use crate::metrics::{Endpoint, KeyFailure, Metrics, Rejection};
 use crate::openapi;
 use crate::page;
 use crate::password::Alphabet;
@@ -140,10 +140,13 @@ impl Session {
         let response = if let Err(problem) = &checked {
             metrics.rejected(Rejection::Malformed);
             refusal(problem)
-        } else if let Some(reason) = self.seat.rejection()
+        } else if let Some(reason) = self.seat.failure()
             && !matches!(endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics)
         {
-            metrics.rejected(reason);
+            match asked {
+                Some(_) => metrics.key_failed(reason),
+                None => metrics.rejected(reason.into()),
+            }
             refusal(&health::full())
         } else if let Some((kind, length)) = asked {
             let is_choosy = checked.is_ok_and(|is_choosy| is_choosy);
@@ -350,13 +353,13 @@ impl Api {
         let is_head = request.method() == Method::HEAD;
         let is_streamed = shape.is_streamed() && !is_head;
         if is_streamed && self.health.is_stopping() {
-            self.metrics.rejected(Rejection::Draining);
+            self.metrics.key_failed(KeyFailure::Draining);
             return Err(health::draining());
         }
         // Before the charge, so that nobody pays for a key that it does not get.
         let permit = if is_streamed {
             let permit = self.admission.stream(visit.as_deref(), peer, request.headers());
-            Some(permit.inspect_err(|_| self.metrics.rejected(Rejection::Bulk))?)
+            Some(permit.inspect_err(|_| self.metrics.key_failed(KeyFailure::Bulk))?)
         } else {
             None
         };
@@ -431,7 +434,7 @@ impl Api {
 
     fn refuse_failed(&self, failure: Failure) -> Problem {
         self.report_failure();
-        self.metrics.rejected(Rejection::Generator);
+        self.metrics.key_failed(KeyFailure::Generator);
         health::failed(failure)
     }
 

@@ -11,7 +11,7 @@ use http_body::{Frame, SizeHint};
 
 use crate::audit::Record;
 use crate::format::{Piece, Writing};
-use crate::metrics::{Endpoint, Metrics};
+use crate::metrics::{Endpoint, KeyFailure, Metrics};
 use crate::permits::StreamPermit;
 use crate::random::Failure;
 
@@ -126,15 +126,19 @@ impl http_body::Body for Body {
                 let writing = &mut bulk.writing;
                 let started = Instant::now();
                 let piece = writing.next();
-                if let (Some(Ok(piece)), Some(answer)) = (&piece, &this._answer) {
-                    let shape = writing.shape();
-                    answer.metrics.generated(started);
-                    (0..piece.keys).for_each(|_| answer.metrics.key_served(shape.length().bytes()));
-                    answer.metrics.key_bytes_served(shape.format(), piece.key_bytes);
-                    let is_last = writing.remaining() == 0;
-                    if let Some(record) = &mut this.record {
-                        record.sent(piece.bytes.len(), is_last);
+                match (&piece, &this._answer) {
+                    (Some(Ok(piece)), Some(answer)) => {
+                        let shape = writing.shape();
+                        answer.metrics.generated(started);
+                        (0..piece.keys).for_each(|_| answer.metrics.key_served(shape.length().bytes()));
+                        answer.metrics.key_bytes_served(shape.format(), piece.key_bytes);
+                        let is_last = writing.remaining() == 0;
+                        if let Some(record) = &mut this.record {
+                            record.sent(piece.bytes.len(), is_last);
+                        }
                     }
+                    (Some(Err(_)), Some(answer)) => answer.metrics.key_failed(KeyFailure::Generator),
+                    _ => {}
                 }
                 let frame = |piece: Result<Piece, Failure>| {
                     piece.map(|piece| Frame::data(piece.bytes)).map_err(BodyError::Generator)

@@ -52,9 +52,11 @@ impl Endpoint {
         Self::Other,
     ];
 
-    /// The route of `path`.
+    /// The route of `path`, which is not that of a key or a password.
     pub fn of(path: &str) -> Self {
-        Self::ALL.into_iter().find(|endpoint| endpoint.label() == path).unwrap_or(Self::Other)
+        let mut fixed =
+            Self::ALL.into_iter().filter(|endpoint| !matches!(endpoint, Self::Key | Self::Password));
+        fixed.find(|endpoint| endpoint.label() == path).unwrap_or(Self::Other)
     }
 
     fn label(self) -> &'static str {
@@ -119,6 +121,38 @@ impl Rejection {
             Self::ClientConnections => "client_connections",
             Self::Bulk => "bulk",
             Self::Buffers => "buffers",
+        }
+    }
+}
+
+/// Why a request for a key or a password gets a 503.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyFailure {
+    /// Every connection slot was taken.
+    Connections,
+    /// Its client has more connections than it may have.
+    ClientConnections,
+    /// The generator is out of service.
+    Generator,
+    /// The service is stopping and the key would not be done in time.
+    Draining,
+    /// As many streamed responses are in flight as may be, or as the client may have.
+    Bulk,
+}
+
+impl KeyFailure {
+    const ALL: [Self; 5] =
+        [Self::Connections, Self::ClientConnections, Self::Generator, Self::Draining, Self::Bulk];
+}
+
+impl From<KeyFailure> for Rejection {
+    fn from(reason: KeyFailure) -> Self {
+        match reason {
+            KeyFailure::Connections => Self::Connections,
+            KeyFailure::ClientConnections => Self::ClientConnections,
+            KeyFailure::Generator => Self::Generator,
+            KeyFailure::Draining => Self::Draining,
+            KeyFailure::Bulk => Self::Bulk,
         }
     }
 }
@@ -289,6 +323,7 @@ pub struct Metrics {
     other_responses: IntCounter,
     latency: [Histogram; Endpoint::ALL.len()],
     rejections: [IntCounter; Rejection::ALL.len()],
+    key_failures: [IntCounter; KeyFailure::ALL.len()],
     accept_errors: [IntCounter; AcceptError::ALL.len()],
     credentials: [IntCounter; CredentialOutcome::ALL.len()],
     key_bytes: [IntCounter; Format::ALL.len()],
@@ -337,6 +372,12 @@ impl Metrics {
             "Requests and connections turned away, by reason.",
             "reason",
         );
+        let key_failures = counters(
+            &registry,
+            "key_request_failures_total",
+            "Requests for keys and passwords that got a 503 or a response cut short, by reason.",
+            "reason",
+        );
         let accept_errors =
             counters(&registry, "accept_errors_total", "Failures of accept(2), by kind.", "kind");
         let credentials = counters(
@@ -369,6 +410,8 @@ impl Metrics {
             other_responses: responses.with_label_values(&["other"]),
             latency: Endpoint::ALL.map(|endpoint| latency.with_label_values(&[endpoint.label()])),
             rejections: Rejection::ALL.map(|reason| rejections.with_label_values(&[reason.label()])),
+            key_failures: KeyFailure::ALL
+                .map(|reason| key_failures.with_label_values(&[Rejection::from(reason).label()])),
             accept_errors: AcceptError::ALL.map(|kind| accept_errors.with_label_values(&[kind.label()])),
             credentials: CredentialOutcome::ALL
                 .map(|outcome| credentials.with_label_values(&[outcome.label()])),
@@ -521,6 +564,13 @@ impl Metrics {
         self.rejections[reason as usize].inc();
     }
 
+    /// Counts a request for a key or a password that gets a 503, or whose response is cut short. The request's route counts
+    /// it as well, when its answer ends.
+    pub fn key_failed(&self, reason: KeyFailure) {
+        self.rejected(reason.into());
+        self.key_failures[reason as usize].inc();
+    }
+
     /// Counts a connection to the credential socket.
     pub fn credential(&self, outcome: CredentialOutcome) {
         self.credentials[outcome as usize].inc();
@@ -654,6 +704,7 @@ mod tests {
             "request_latency_seconds_count{endpoint=\"/key/{length}\"} 0",
             "key_bytes_total{format=\"raw\"} 0",
             "http_rejections_total{reason=\"connections\"} 0",
+            "key_request_failures_total{reason=\"client_connections\"} 0",
             "generator_healthy 1",
             "log_events_dropped_total 3",
             "audit_records_dropped_total 0",
@@ -672,6 +723,9 @@ mod tests {
         for (place, reason) in Rejection::ALL.into_iter().enumerate() {
             assert_eq!(reason as usize, place);
         }
+        for (place, reason) in KeyFailure::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, place);
+        }
         for (place, kind) in AcceptError::ALL.into_iter().enumerate() {
             assert_eq!(kind as usize, place);
         }
@@ -688,6 +742,8 @@ mod tests {
             assert_eq!(reason as usize, place);
         }
         assert_eq!(Endpoint::of("/health"), Endpoint::Health);
-        assert_eq!(Endpoint::of("/key/{length}/x"), Endpoint::Other);
+        for path in ["/key/{length}", "/key/{length}/x", "/password/{length}", "/key/32"] {
+            assert_eq!(Endpoint::of(path), Endpoint::Other, "{path}");
+        }
     }
 }

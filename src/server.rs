@@ -30,7 +30,7 @@ use crate::deadline::{Timed, Timeouts, Transport};
 use crate::idle::{Activity, IdleConnections};
 use crate::listener::{Acceptor, Listener, Stream};
 use crate::memory;
-use crate::metrics::{AcceptError, Metrics, Rejection};
+use crate::metrics::{AcceptError, KeyFailure, Metrics, Rejection};
 use crate::peer::{Origin, Peer};
 use crate::plain::{self, AnswersPlain, End, Exchange};
 use crate::seal::{Sealed, Sealer};
@@ -88,11 +88,11 @@ pub enum Seat {
 
 impl Seat {
     /// Why what a connection asks for is refused; `None` if it is not.
-    pub fn rejection(self) -> Option<Rejection> {
+    pub fn failure(self) -> Option<KeyFailure> {
         match self {
             Self::Regular => None,
-            Self::Crowd => Some(Rejection::Connections),
-            Self::Excess => Some(Rejection::ClientConnections),
+            Self::Crowd => Some(KeyFailure::Connections),
+            Self::Excess => Some(KeyFailure::ClientConnections),
         }
     }
 }
@@ -134,26 +134,30 @@ impl Slots {
         }
     }
 
-    /// Returns when a connection may be accepted: at once, unless even the crowd is full. Then its oldest has to go.
-    async fn room(&self) {
+    /// Returns when a connection may be accepted: at once, unless even the crowd is full. Then its oldest has to go, and is
+    /// counted in `metrics`: it was closed before its request was read.
+    async fn room(&self, metrics: &Metrics) {
         loop {
             let freed = self.freed.notified();
             if self.open.load(Ordering::Relaxed) < self.limit + self.over_limit {
                 return;
             }
-            let _ = timeout_at(self.evict(), freed).await;
+            let _ = timeout_at(self.evict(metrics), freed).await;
         }
     }
 
     /// Ends the oldest connection without a slot, if it had its time. Returns when to look again.
-    fn evict(&self) -> Instant {
+    fn evict(&self, metrics: &Metrics) -> Instant {
         let (mut crowd, now) = (self.crowd(), Instant::now());
         while crowd.front().is_some_and(|(_, task)| task.is_finished()) {
             crowd.pop_front();
         }
         match crowd.front() {
             Some((since, _)) if *since + GRACE > now => return *since + GRACE,
-            Some((_, oldest)) => oldest.abort(),
+            Some((_, oldest)) => {
+                oldest.abort();
+                metrics.rejected(Rejection::Connections);
+            }
             None => {}
         }
         crowd.pop_front();
@@ -629,7 +633,7 @@ async fn accept(
     pin!(beat);
     loop {
         let next = async {
-            terms.slots.room().await;
+            terms.slots.room(&terms.metrics).await;
             acceptor.accept().await
         };
         // Closing a socket that was bound here resets whoever is in its queue: they are taken first.
@@ -1126,7 +1130,8 @@ mod tests {
             }
             task
         };
-        let room = || timeout(BRIEF, slots.room());
+        let metrics = Metrics::new();
+        let room = || timeout(BRIEF, slots.room(&metrics));
         let tasks: Vec<_> = (0..2 + CROWD).map(|_| sit()).collect();
         let start = Instant::now();
         room().await.expect("room");

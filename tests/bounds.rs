@@ -233,6 +233,17 @@ fn a_crowd_past_the_limit_is_let_in_bit_by_bit_and_the_daemon_outlives_it() {
     until("free slots", || (daemon.get("/key/32").status == 200).then_some(()));
 }
 
+#[test]
+fn a_connection_that_is_closed_for_others_is_counted_as_turned_away() {
+    let daemon = Daemon::start(&[("MAX_CONNECTIONS", "4"), ("MAX_CONNECTIONS_PER_CLIENT", "0")]);
+    let silent: Vec<_> = (0..600).map(|_| Client::connect(daemon.keys())).collect();
+    assert_eq!(get(daemon.keys(), "/health").status, 200);
+    // Over TLS it may have been in its handshake: no request and no route, and yet a client that got nothing.
+    assert!(daemon.metric("http_rejections_total{reason=\"connections\"}") >= 1.0);
+    assert_eq!(daemon.metric("key_request_failures_total{reason=\"connections\"}"), 0.0);
+    drop(silent);
+}
+
 /// A daemon that may open `count` files.
 fn with_descriptors(count: u32, settings: &[(&str, &str)]) -> Daemon {
     let folder = Folder::new();

@@ -4,7 +4,10 @@
 
 mod common;
 
-use common::{Daemon, exchange, get, request, until};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use common::{Client, Daemon, exchange, get, request, until};
 
 #[test]
 fn answers_are_counted_by_status_and_route() {
@@ -41,6 +44,140 @@ fn answers_are_counted_by_status_and_route() {
         4.0 + scrapes,
         "a scrape counts once it is done"
     );
+}
+
+/// Why a request for a key or a password fails.
+const REASONS: [&str; 5] = ["connections", "client_connections", "generator", "draining", "bulk"];
+
+/// How many requests for keys and passwords were answered, and how many of them failed, by reason: what the rules divide.
+fn key_requests(metrics: &str) -> (f64, [f64; 5]) {
+    let answered = ["/key/{length}", "/password/{length}"].map(|route| {
+        common::metric(metrics, &format!("request_latency_seconds_count{{endpoint=\"{route}\"}}"))
+    });
+    let failed = REASONS
+        .map(|reason| common::metric(metrics, &format!("key_request_failures_total{{reason=\"{reason}\"}}")));
+    (answered.iter().sum(), failed)
+}
+
+/// What all other routes answered.
+fn other_requests(metrics: &str) -> f64 {
+    ["/", "/openapi.json", "/health", "/livez", "/readyz", "/metrics", "other"]
+        .iter()
+        .map(|route| {
+            common::metric(metrics, &format!("request_latency_seconds_count{{endpoint=\"{route}\"}}"))
+        })
+        .sum()
+}
+
+/// `count` failures for `reason` and no other.
+fn failures(reason: &str, count: usize) -> [f64; 5] {
+    REASONS.map(|other| if other == reason { count as f64 } else { 0.0 })
+}
+
+/// A GET, or a HEAD where that is written before the path.
+fn ask(daemon: &Daemon, what: &str) -> u16 {
+    let mut client = Client::connect(daemon.keys());
+    match what.strip_prefix("HEAD ") {
+        Some(path) => client.send(request(path).replace("GET", "HEAD")).head_response().status,
+        None => client.send(request(what)).response().status,
+    }
+}
+
+/// A client that has had a key and begun another request: it holds its slot.
+fn busy(daemon: &Daemon) -> TcpStream {
+    let mut client = Client::connect(daemon.keys());
+    assert_eq!(client.send(request("/key/32") + "GET /key/32 HTTP/1.1\r\n").response().status, 200);
+    client.stream
+}
+
+/// A client that has begun to read a long key, and holds its permit.
+fn streaming(daemon: &Daemon) -> TcpStream {
+    let mut stream = TcpStream::connect(daemon.keys()).unwrap();
+    stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
+    stream.read_exact(&mut [0; 12]).unwrap();
+    stream
+}
+
+#[test]
+fn a_key_request_that_fails_counts_once_above_and_once_below() {
+    let short = [
+        "/key/32",
+        "HEAD /key/32",
+        "/key/16?count=3&format=hex",
+        "/key/20000",
+        "/password/16",
+        "HEAD /password/16",
+        "/password/24?count=1000",
+    ];
+    let large = ["/key/20000", "/key/32?count=1024&format=hex", "/password/24?count=1000"];
+    for (reason, setting, hold, asked) in [
+        ("connections", ("MAX_CONNECTIONS", "1"), busy as fn(&Daemon) -> TcpStream, &short[..]),
+        ("client_connections", ("MAX_CONNECTIONS_PER_CLIENT", "1"), busy, &short),
+        ("bulk", ("MAX_BULK_STREAMS", "1"), streaming, &large),
+    ] {
+        let daemon = Daemon::start(&[setting, ("HEAD_TIMEOUT", "3600"), ("MAX_SIZE", "1073741824")]);
+        let held = hold(&daemon);
+        let others = ["/", "/openapi.json", "/health", "/livez", "/readyz", "/nowhere", "/key/32/x", "/keys"];
+        let statuses = others.map(|path| ask(&daemon, path));
+        assert_eq!(statuses[2..5], [200; 3], "{reason}: health");
+        for path in ["/key/32", "/key/{length}", "/password/{length}", "/readyz", "/nowhere"] {
+            get(daemon.metrics(), path);
+        }
+        for what in asked {
+            assert_eq!(ask(&daemon, what), 503, "{reason}: {what}");
+        }
+        let own = if reason == "bulk" { 0 } else { 1 }; // the stream has no end yet
+        let mut scrapes = 0;
+        until("all requests to be counted", || {
+            let text = get(daemon.metrics(), "/metrics").text();
+            let done = ((asked.len() + own) as f64, failures(reason, asked.len()));
+            let others = (others.len() + 5 + scrapes) as f64;
+            scrapes += 1;
+            let (requests, failed) = key_requests(&text);
+            assert!(requests <= done.0 && other_requests(&text) <= others, "{reason}: {text}");
+            (requests == done.0 && other_requests(&text) == others)
+                .then(|| assert_eq!(failed, done.1, "{reason}"))
+        });
+        drop(held);
+        until("what it held", || (ask(&daemon, asked[0]) == 200).then_some(()));
+    }
+}
+
+#[test]
+fn a_large_response_that_the_end_refuses_counts_once_above_and_once_below() {
+    let mut daemon =
+        Daemon::start(&[("DRAIN_TIMEOUT", "3600"), ("HEAD_TIMEOUT", "3600"), ("MAX_SIZE", "20000")]);
+    let begun = |to, path: &str| {
+        let mut client = Client::connect(to);
+        client.send(&request(path)[..request(path).len() - 2]);
+        client
+    };
+    // Nothing is accepted any more once the drain has begun.
+    let paths = ["/key/20000", "/password/24?count=1000"].repeat(10);
+    let waiting: Vec<_> = paths.iter().map(|path| begun(daemon.keys(), path)).collect();
+    let mut scrape = begun(daemon.metrics(), "/metrics");
+    until("all to be accepted", || (daemon.metric("http_connections") == 20.0).then_some(()));
+    daemon.signal("TERM");
+    daemon.manager.wait_for("STOPPING=1");
+    // The listener is closed once large responses are refused.
+    until("the drain to begin", || TcpStream::connect(daemon.keys()).is_err().then_some(()));
+    for (mut client, path) in waiting.into_iter().zip(&paths) {
+        assert_eq!(client.send("\r\n").response().status, 503, "{path}");
+    }
+    let text = scrape.send("\r\n").response().text();
+    assert_eq!(key_requests(&text), (20.0, failures("draining", 20)));
+    assert_eq!(daemon.wait(), 0);
+}
+
+#[test]
+fn what_is_refused_for_what_the_client_did_is_no_failure() {
+    let daemon = Daemon::start(&[("RATE_REQUESTS", "1"), ("RATE_BURST", "1")]);
+    let asked = ["/key/0", "/key/2048", "/password/x", "/key/32?format=x", "/key/32", "/key/32"];
+    let statuses = asked.map(|path| ask(&daemon, path));
+    assert_eq!(statuses, [400, 413, 400, 400, 200, 429]);
+    until("the requests to be counted", || {
+        (key_requests(&get(daemon.metrics(), "/metrics").text()) == (6.0, [0.0; 5])).then_some(())
+    });
 }
 
 #[test]

@@ -95,6 +95,14 @@ impl Service {
         tokio::join!(serving, asking).1
     }
 
+    /// Every 503 to a request for a key or a password, and nothing else, is counted as the generator's failure.
+    async fn count(&self) {
+        let metrics = String::from_utf8(self.get("/metrics").await).unwrap();
+        let failed = common::metric(&metrics, "key_request_failures_total{reason=\"generator\"}");
+        let probes = 2.0; // /health and /readyz
+        assert_eq!(failed + probes, common::metric(&metrics, "http_responses_total{status_code=\"503\"}"));
+    }
+
     async fn status(&self, path: &str) -> String {
         let answer = self.get(path).await;
         String::from_utf8_lossy(&answer[9..12]).into_owned()
@@ -163,6 +171,10 @@ async fn a_source_that_breaks_is_answered_with_503_and_never_trusted_again() {
             let metrics = String::from_utf8(service.get("/metrics").await).unwrap();
             assert_eq!(common::metric(&metrics, "generator_healthy"), 0.0);
             assert!(common::metric(&metrics, "http_rejections_total{reason=\"generator\"}") > 0.0);
+            assert_eq!(service.status("/password/16").await, "503");
+            if length < 500_000 {
+                service.count().await; // a stream that was cut has had its 200
+            }
         }
     }
 }
@@ -194,7 +206,12 @@ async fn a_source_that_breaks_within_a_long_key_leaves_it_short() {
     assert!(common::find(&answer, b"content-length: 500000\r\n").is_some());
     let body = answer.len() - common::find(&answer, b"\r\n\r\n").unwrap() - 4;
     assert!(body <= 3 * 65_536, "{body} bytes of a key that could not be made");
+    let failures = "key_request_failures_total{reason=\"generator\"}";
+    let metrics = String::from_utf8(service.get("/metrics").await).unwrap();
+    assert_eq!(common::metric(&metrics, failures), 1.0, "a response that is cut short is a failure");
     assert_eq!(service.status("/key/1").await, "503");
+    let metrics = String::from_utf8(service.get("/metrics").await).unwrap();
+    assert_eq!(common::metric(&metrics, failures), 2.0);
 }
 
 #[test]
