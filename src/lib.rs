@@ -28,7 +28,7 @@
 //! | [`credential`] | the socket where systemd fetches credentials of units |
 //! | [`audit`] | the record that a key leaves |
 //! | [`problem`] | what a client is told instead of a key |
-//! | [`metrics`], `process` | what is counted |
+//! | [`metrics`], `process`, `cgroup` | what is counted |
 //! | [`listener`] | sockets, inherited or bound |
 //! | [`peer`] | who is at the other end of a connection |
 //! | [`location`] | where a file is that a setting names |
@@ -50,6 +50,7 @@ pub mod api;
 pub mod audit;
 pub mod body;
 pub mod buffers;
+mod cgroup;
 pub mod cli;
 pub mod close_notify;
 pub mod config;
@@ -343,6 +344,7 @@ pub fn run(
             api.report_failure();
             let progress = heartbeats.all_answered().then_some(()).ok_or("a worker gave no sign of life");
             health.set_stalled(progress.is_err());
+            metrics.workers_healthy.set(i64::from(progress.is_ok()));
             progress
         };
         let idle = async {

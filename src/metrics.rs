@@ -343,6 +343,8 @@ pub struct Metrics {
     pub idle_connections_closed: IntCounter,
     /// Whether the last reload of the configuration was taken.
     pub config_last_reload_successful: IntGauge,
+    /// Whether every worker makes progress.
+    pub workers_healthy: IntGauge,
 }
 
 impl Metrics {
@@ -404,6 +406,12 @@ impl Metrics {
             "1 while the random generator passes its tests, else 0.",
         );
         generator_healthy.set(1);
+        let workers_healthy = int_gauge(
+            &registry,
+            "workers_healthy",
+            "1 while every worker makes progress, else 0, and /livez answers 503.",
+        );
+        workers_healthy.set(1);
         Self {
             process: Process::register(&registry),
             responses: STATUSES.map(|status| (status, responses.with_label_values(&[&status.to_string()]))),
@@ -501,6 +509,7 @@ impl Metrics {
                 ),
             ),
             config_last_reload_successful,
+            workers_healthy,
             registry,
         }
     }
@@ -706,6 +715,7 @@ mod tests {
             "http_rejections_total{reason=\"connections\"} 0",
             "key_request_failures_total{reason=\"client_connections\"} 0",
             "generator_healthy 1",
+            "workers_healthy 1",
             "log_events_dropped_total 3",
             "audit_records_dropped_total 0",
             "log_write_errors_total 0",

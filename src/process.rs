@@ -1,7 +1,8 @@
 //! The process's own figures, under the names that Prometheus clients agree on.
 //!
 //! The `prometheus` crate has a collector for these, but it takes the start time from /proc/stat, which the unit's
-//! sandbox hides (ProcSubset=pid), and counts CPU in whole seconds. This one reads only /proc/self and clocks.
+//! sandbox hides (ProcSubset=pid), and counts CPU in whole seconds. This one reads only /proc/self, clocks, and the control
+//! group.
 
 use std::fs;
 
@@ -10,6 +11,7 @@ use rustix::param::{clock_ticks_per_second, page_size};
 use rustix::process::{Resource, getrlimit};
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
+use crate::cgroup;
 use crate::metrics::{counter, gauge};
 
 /// The gauges, brought up to date by [`Process::refresh`].
@@ -21,6 +23,8 @@ pub(crate) struct Process {
     resident: Gauge,
     virtual_memory: Gauge,
     threads: Gauge,
+    /// Use and limit, where they can be read.
+    cgroup_memory: Option<[Gauge; 2]>,
 }
 
 impl Process {
@@ -48,6 +52,20 @@ impl Process {
             resident: gauge(registry, "process_resident_memory_bytes", "Resident memory, in bytes."),
             virtual_memory: gauge(registry, "process_virtual_memory_bytes", "Virtual memory, in bytes."),
             threads: gauge(registry, "process_threads", "Threads."),
+            cgroup_memory: cgroup::Memory::read().map(|_| {
+                [
+                    gauge(
+                        registry,
+                        "cgroup_memory_usage_bytes",
+                        "Memory of the control group, with the kernel's for its sockets, in bytes.",
+                    ),
+                    gauge(
+                        registry,
+                        "cgroup_memory_limit_bytes",
+                        "Most memory that the control group may use, in bytes; +Inf without a limit.",
+                    ),
+                ]
+            }),
         }
     }
 
@@ -72,6 +90,10 @@ impl Process {
         }
         if let Some(threads) = stat_field(20) {
             self.threads.set(count(threads));
+        }
+        if let (Some([usage, limit]), Some(memory)) = (&self.cgroup_memory, cgroup::Memory::read()) {
+            usage.set(count(memory.usage));
+            limit.set(memory.limit.map_or(f64::INFINITY, count));
         }
     }
 }

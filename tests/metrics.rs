@@ -227,6 +227,12 @@ fn the_process_and_the_build_are_described() {
     {
         assert!(common::metric(&text, name) > 0.0, "{name}");
     }
+    assert_eq!(common::metric(&text, "workers_healthy"), 1.0);
+    // Where the kernel shows it, and the test's own group, of which the daemon is.
+    if text.contains("cgroup_memory_") {
+        assert!(common::metric(&text, "cgroup_memory_usage_bytes") > 1e6);
+        assert!(common::metric(&text, "cgroup_memory_limit_bytes") > 1e6);
+    }
     let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
     let told = common::metric(&text, "process_open_fds");
     // The scrape's own connection is gone by now.
