@@ -120,7 +120,7 @@ use server::{Accepted, Drain, Heartbeat, Heartbeats, Phase, Slots, Terms};
 use shares::Shares;
 use signals::{Order, Signals};
 use systemd::Notifier;
-use tls::{Fault, Loaded, Tls};
+use tls::{Fault, Loaded, ReloadError, Tls};
 use watch::WatchedFiles;
 
 /// Connections that the metrics listener serves at once: scrapers and probes are few. Over this limit as many more get
@@ -736,7 +736,7 @@ impl Reload<'_> {
                     }
                 }
                 // The files were in order a moment ago: what has changed since is noticed within seconds.
-                Err(faults) => keep_certificate(&faults),
+                Err(error) => keep_certificate(&error),
             }
         }
         self.api.max_size.store(new.max_size, Ordering::Relaxed);
@@ -758,8 +758,8 @@ impl Reload<'_> {
         };
         if let Some(tls) = self.tls.filter(|_| running.tls.as_ref().is_some_and(tls_changed)) {
             match tls.reload(None) {
-                Ok(loaded) => report("the certificate has changed and is in use", &loaded),
-                Err(faults) => keep_certificate(&faults),
+                Ok(loaded) => report(CERTIFICATE_CHANGED, &loaded),
+                Err(error) => keep_certificate(&error),
             }
         }
         let Some(tokens) = &mut running.tokens else { return };
@@ -772,17 +772,23 @@ impl Reload<'_> {
     }
 }
 
+/// What is logged of a certificate that was noticed to have changed.
+const CERTIFICATE_CHANGED: &str = "the certificate has changed and is in use";
+
 fn report(what: &'static str, loaded: &Loaded) {
-    info!(not_after = loaded.not_after(), "{what}");
+    info!(not_after = %loaded.not_after(), "{what}");
     if let Some(warning) = loaded.warning() {
-        warn!(not_after = loaded.not_after(), "{warning}");
+        warn!(not_after = %loaded.not_after(), "{warning}");
     }
 }
 
 /// Certificate and client CA are judged apart: what is in order of the two is in use.
-fn keep_certificate(faults: &[Fault]) {
+fn keep_certificate(error: &ReloadError) {
+    if let Some(loaded) = &error.taken {
+        report(CERTIFICATE_CHANGED, loaded);
+    }
     let (client_ca, certificate): (Vec<_>, Vec<_>) =
-        faults.iter().cloned().partition(|fault| fault.part == tls::Part::ClientCa);
+        error.faults.iter().cloned().partition(|fault| fault.part == tls::Part::ClientCa);
     if !certificate.is_empty() {
         let faults = sentences(&certificate);
         tracing::error!(faults, "the certificate has changed and is refused; the one before stays");

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
@@ -25,7 +25,7 @@ use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 use x509_cert::Certificate;
 use x509_cert::der::asn1::{ObjectIdentifier, OctetStringRef, UintRef};
-use x509_cert::der::{Decode, Header, SliceReader, Tag, Tagged};
+use x509_cert::der::{DateTime, Decode, Header, SliceReader, Tag, Tagged};
 use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 use x509_cert::spki::AlgorithmIdentifierRef;
@@ -46,6 +46,9 @@ const HANDSHAKES: usize = 256;
 
 /// How long a handshake may take while half of them are taken: the turn of those that stall comes to an end soon.
 const BRIEF: Duration = Duration::from_secs(1);
+
+/// A certificate that is valid for less than this is warned of: the time to find out why nothing has renewed it.
+const EXPIRES_SOON: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// The longest name of a client that is taken from its certificate, in bytes.
 const IDENTITY_MAX: usize = 256;
@@ -138,14 +141,23 @@ pub enum Part {
 #[derive(Debug, Clone)]
 pub struct Loaded {
     server: Arc<ServerConfig>,
-    /// When the first certificate of the chain begins and ends to be valid, in seconds since 1970.
+    /// When the whole chain begins and ends to be valid.
     validity: Validity,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Validity {
-    not_before: u64,
-    not_after: u64,
+    not_before: SystemTime,
+    not_after: DateTime,
+}
+
+/// Why a reload did not take all that the files hold.
+#[derive(Debug)]
+pub struct ReloadError {
+    /// All that is wrong with them.
+    pub faults: Vec<Fault>,
+    /// The certificate, where it is in use without the client CA that was found beside it.
+    pub taken: Option<Loaded>,
 }
 
 /// Reads the files.
@@ -257,18 +269,21 @@ fn server_config(
 }
 
 impl Loaded {
-    /// When the first certificate of the chain expires, in seconds since 1970.
-    pub fn not_after(&self) -> u64 {
+    /// When the first certificate of the chain expires. Its text is RFC 3339's.
+    pub fn not_after(&self) -> DateTime {
         self.validity.not_after
     }
 
-    /// What a client will not like about the certificate today, as a sentence.
+    /// What a client will not like about the certificate today or soon, as a sentence.
     pub fn warning(&self) -> Option<&'static str> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        if now > self.validity.not_after {
+        let Validity { not_before, not_after } = self.validity;
+        let now = SystemTime::now();
+        if now > not_after.to_system_time() {
             Some("the TLS certificate has expired: clients will refuse it")
-        } else if now < self.validity.not_before {
+        } else if now < not_before {
             Some("the TLS certificate is not valid yet: clients will refuse it")
+        } else if now + EXPIRES_SOON > not_after.to_system_time() {
+            Some("the TLS certificate expires in less than 7 days")
         } else {
             None
         }
@@ -292,7 +307,7 @@ impl Tls {
     /// All that is wrong with them.
     pub fn new(settings: Settings, metrics: TlsMetrics) -> Result<(Self, Loaded), Vec<Fault>> {
         let loaded = load(&settings)?;
-        metrics.loaded(loaded.not_after());
+        metrics.loaded(loaded.not_after().unix_duration().as_secs());
         // aws-lc seeds its generator at the first use, which takes 70 ms: now, and not in a worker with connections. A
         // failure is met again by each handshake, which tells its client.
         let _ = loaded.server.crypto_provider().secure_random.fill(&mut [0]);
@@ -312,19 +327,21 @@ impl Tls {
     /// All that is wrong with the files. Those of `settings` have changed nothing then. Of the same files as before, the
     /// client CA is taken without the certificate, and the certificate without the client CA: an error in one must
     /// neither let in the clients of a CA that was removed, nor let a certificate expire.
-    pub fn reload(&self, settings: Option<Settings>) -> Result<Loaded, Vec<Fault>> {
+    pub fn reload(&self, settings: Option<Settings>) -> Result<Loaded, ReloadError> {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         let takes_half = settings.is_none();
         let wanted = settings.unwrap_or_else(|| files.clone());
         let found = load_parts(&wanted);
         let mut server = self.server.write().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = None;
         match &found {
             (Ok(_), Ok(_)) => {}
             (Ok(identity), Err(_)) if takes_half => {
                 let mut renewed = ServerConfig::clone(&server);
                 renewed.cert_resolver = Arc::clone(&identity.resolver);
                 *server = Arc::new(renewed);
-                self.metrics.loaded(identity.validity.not_after);
+                self.metrics.loaded(identity.validity.not_after.unix_duration().as_secs());
+                taken = Some(Loaded { server: Arc::clone(&server), validity: identity.validity });
             }
             (Err(_), Ok(clients)) if takes_half => {
                 *server =
@@ -332,9 +349,12 @@ impl Tls {
             }
             _ => {}
         }
-        let loaded = whole(found, wanted.min_version).inspect_err(|_| self.metrics.reload_refused())?;
+        let loaded = whole(found, wanted.min_version).map_err(|faults| {
+            self.metrics.reload_refused();
+            ReloadError { faults, taken }
+        })?;
         *server = Arc::clone(&loaded.server);
-        self.metrics.loaded(loaded.not_after());
+        self.metrics.loaded(loaded.not_after().unix_duration().as_secs());
         *files = wanted;
         Ok(loaded)
     }
@@ -644,13 +664,13 @@ fn read(location: &Location) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
 
 /// From the last beginning to the first end in `chain`.
 fn validity(chain: &[CertificateDer<'_>]) -> Result<Validity, String> {
-    let mut whole = Validity { not_before: 0, not_after: u64::MAX };
+    let mut whole = Validity { not_before: SystemTime::UNIX_EPOCH, not_after: DateTime::INFINITY };
     for certificate in chain {
         let certificate = Certificate::from_der(certificate)
             .map_err(|error| format!("expected X.509 certificates, found one that can't be read: {error}"))?;
         let validity = certificate.tbs_certificate.validity;
-        whole.not_before = whole.not_before.max(validity.not_before.to_unix_duration().as_secs());
-        whole.not_after = whole.not_after.min(validity.not_after.to_unix_duration().as_secs());
+        whole.not_before = whole.not_before.max(validity.not_before.to_date_time().to_system_time());
+        whole.not_after = whole.not_after.min(validity.not_after.to_date_time());
     }
     Ok(whole)
 }

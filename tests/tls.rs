@@ -10,14 +10,18 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
 
 use common::tls::{Authority, Identity, connect, connect_over, daemon, start, trusting};
 use common::{
     Client, Daemon, Folder, get, held_port, key_service, read_slowly, request, run_to_end, slow, until,
 };
-use rcgen::{DnType, date_time_ymd};
+use rcgen::{DnType, SanType, date_time_ymd};
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConfig, NamedGroup, ProtocolVersion};
+
+const HOUR: Duration = Duration::from_secs(3600);
+const DAY: Duration = Duration::from_secs(24 * 3600);
 
 fn modern(authority: &Authority) -> Arc<ClientConfig> {
     trusting(authority, &[&TLS13], None)
@@ -519,6 +523,16 @@ fn a_reload_takes_other_files_and_another_client_ca() {
     assert_eq!(served(), 200);
 }
 
+/// A certificate of `authority` that is valid for so much longer.
+fn expiring(authority: &Authority, after: Duration) -> Identity {
+    authority.issue(|params| {
+        params.subject_alt_names = vec![SanType::IpAddress([127, 0, 0, 1].into())];
+        params.not_after = (SystemTime::now() + after).into();
+    })
+}
+
+const SOON: &str = "the TLS certificate expires in less than 7 days";
+
 #[test]
 fn the_expiry_is_a_metric_and_an_expired_certificate_a_warning() {
     let authority = Authority::new();
@@ -526,12 +540,63 @@ fn the_expiry_is_a_metric_and_an_expired_certificate_a_warning() {
     authority.issue(|params| params.not_after = date_time_ymd(2020, 1, 1)).write(&folder);
     let daemon = start(folder, &[]);
     assert_eq!(daemon.metric("tls_certificate_not_after_timestamp_seconds"), 1_577_836_800.0);
-    daemon.wait_for_log("the TLS certificate has expired");
+    daemon.wait_for_log("INFO keys are served over TLS not_after=2020-01-01T00:00:00Z");
+    daemon.wait_for_log(
+        "WARN the TLS certificate has expired: clients will refuse it not_after=2020-01-01T00:00:00Z",
+    );
+    assert!(!daemon.log().contains(SOON), "{}", daemon.log());
     let plain = Daemon::start(&[]);
     assert!(
         !get(plain.metrics(), "/metrics").text().contains("tls_"),
         "without TLS there is nothing to expire"
     );
+}
+
+#[test]
+fn a_certificate_with_less_than_seven_days_left_is_a_warning() {
+    let authority = Authority::new();
+    let warnings = |daemon: &Daemon| daemon.log().matches(SOON).count();
+    let folder = Folder::new();
+    expiring(&authority, 7 * DAY + HOUR).write(&folder);
+    let daemon = start(folder, &[]);
+    assert_eq!(warnings(&daemon), 0, "{}", daemon.log());
+    // A reload that brings one, when it is asked for and when the files have changed.
+    expiring(&authority, 7 * DAY - HOUR).write(&daemon.folder);
+    daemon.signal("HUP");
+    daemon.wait_for_log(SOON);
+    let renewed = authority.issue(|params| params.not_after = date_time_ymd(2100, 2, 28));
+    renewed.write(&daemon.folder);
+    daemon.wait_for_log("INFO the certificate is read again not_after=2100-02-28T00:00:00Z");
+    assert_eq!(warnings(&daemon), 1, "{}", daemon.log());
+    // The first of the chain to expire counts: a CA's here, behind a certificate that is valid for longer.
+    let chain = Identity {
+        certificate: renewed.certificate + &expiring(&authority, DAY).certificate,
+        key: renewed.key,
+    };
+    chain.write(&daemon.folder);
+    until("the second warning", || (warnings(&daemon) == 2).then_some(()));
+    let expired = authority.issue(|params| params.not_after = date_time_ymd(2020, 1, 1));
+    expired.write(&daemon.folder);
+    daemon.wait_for_log("the TLS certificate has expired");
+    // A start.
+    let folder = Folder::new();
+    expiring(&authority, DAY).write(&folder);
+    assert_eq!(warnings(&start(folder, &[])), 1);
+}
+
+#[test]
+fn a_certificate_that_is_taken_without_its_client_ca_is_reported() {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    let folder = Folder::new();
+    authority.server().write(&folder);
+    let ca = folder.write("clients.pem", &clients.pem());
+    let daemon = start(folder, &[("TLS_CLIENT_CA", ca.to_str().unwrap())]);
+    assert!(!daemon.log().contains(SOON));
+    daemon.folder.write("clients.pem", "no certificate\n");
+    expiring(&authority, DAY).write(&daemon.folder);
+    daemon.wait_for_log("the client CA has changed and is refused; the one before stays");
+    daemon.wait_for_log("the certificate has changed and is in use not_after=");
+    daemon.wait_for_log(SOON);
 }
 
 #[test]
