@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
@@ -247,4 +248,123 @@ fn metrics_have_the_type_that_prometheus_expects_and_are_not_on_the_key_port() {
     assert_eq!(daemon.get("/metrics").status, 404);
     assert_eq!(get(daemon.metrics(), "/key/32").status, 404, "nor are keys on the metrics port");
     assert_eq!(exchange(daemon.metrics(), request("/metrics").replace("GET", "POST")).status, 405);
+}
+
+/// The label of a metric, and the values of that.
+type Label = (Option<String>, BTreeSet<String>);
+
+#[test]
+fn the_readme_lists_every_metric_label_and_value() {
+    let authority = common::tls::Authority::new();
+    let proxies = [("PROXY_PROTOCOL", "true"), ("TRUSTED_PROXIES", "127.0.0.1")];
+    let documented = documented();
+    for (what, daemon) in [
+        ("plain", Daemon::start(&[])),
+        ("with TLS", common::tls::daemon(&authority, &[])),
+        ("with `proxy-protocol`", Daemon::start(&proxies)),
+    ] {
+        let exported = exported(&get(daemon.metrics(), "/metrics").text());
+        for (name, label) in &exported {
+            let found = documented.get(name);
+            let (expected, condition) = found.unwrap_or_else(|| panic!("{name} is not documented"));
+            assert_eq!(expected, label, "{name} as documented and as exported");
+            assert!(["", what].contains(&&**condition) || condition.starts_with("where "), "{name}: {what}");
+        }
+        for (name, (_, condition)) in &documented {
+            let may_lack = !["", what].contains(&&**condition);
+            assert!(
+                may_lack || exported.contains_key(name),
+                "{name} is documented, and not exported: {what}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_reasons_of_failed_handshakes_are_documented() {
+    let authority = common::tls::Authority::new();
+    let daemon = common::tls::daemon(&authority, &[]);
+    let (_, exported) =
+        exported(&get(daemon.metrics(), "/metrics").text()).remove("tls_handshake_failures_total").unwrap();
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/tls.md")).unwrap();
+    let rows = rows_of(&text, "| reason |");
+    assert_eq!(rows.iter().flat_map(|row| marked(row[0])).collect::<BTreeSet<_>>(), exported);
+}
+
+/// The metrics of the table in README.md, each with what it takes to be there, if it takes something.
+fn documented() -> BTreeMap<String, (Label, String)> {
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let mut metrics = BTreeMap::new();
+    for row in rows_of(&text, "| metric |") {
+        let [names, values, meaning] = row[..] else { panic!("three cells: {row:?}") };
+        let condition = meaning.split_once("; only ").map_or("", |(_, condition)| condition);
+        for name in marked(names) {
+            let (name, label) = match name.split_once('{') {
+                None => (name.clone(), None),
+                Some((name, label)) => (name.to_owned(), Some(label.trim_end_matches('}').to_owned())),
+            };
+            let values = match values {
+                "the table below" => {
+                    let rows = rows_of(&text, &format!("| {} of `{name}` |", label.as_deref().unwrap()));
+                    rows.iter().flat_map(|row| marked(row[0])).collect()
+                }
+                _ => marked(values).into_iter().collect(),
+            };
+            let before = metrics.insert(name.clone(), ((label, values), condition.to_owned()));
+            assert!(before.is_none(), "{name} is there twice");
+        }
+    }
+    metrics
+}
+
+/// The metrics of a scrape.
+fn exported(text: &str) -> BTreeMap<String, Label> {
+    let types: Vec<_> =
+        text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect();
+    let mut metrics = BTreeMap::<String, Label>::new();
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        // A value in quotation marks may have any character but that, here.
+        let (series, _) = line.rsplit_once(' ').unwrap();
+        let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
+        let is_of = |metric: &str, kind: &str| match name.strip_prefix(metric) {
+            Some("") => true,
+            Some("_bucket" | "_sum" | "_count") => kind == "histogram",
+            _ => false,
+        };
+        let (name, _) = types.iter().find(|(metric, kind)| is_of(metric, kind)).unwrap();
+        let (label, values) = metrics.entry((*name).to_owned()).or_default();
+        for pair in labels.strip_suffix('}').unwrap().split(',').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair.split_once('=').unwrap();
+            match key {
+                "le" => {}
+                "version" => *label = Some(key.to_owned()), // of its values, the README names none
+                _ => {
+                    assert!(
+                        label.replace(key.to_owned()).is_none_or(|before| before == key),
+                        "one label: {line}"
+                    );
+                    values.insert(value.trim_matches('"').to_owned());
+                }
+            }
+        }
+    }
+    metrics
+}
+
+/// The cells of each row of the table whose header begins so.
+fn rows_of<'a>(text: &'a str, header: &str) -> Vec<Vec<&'a str>> {
+    let rows: Vec<_> = text
+        .lines()
+        .skip_while(|line| !line.starts_with(header))
+        .skip(2)
+        .take_while(|line| line.starts_with('|'))
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    assert!(!rows.is_empty(), "no table {header}");
+    rows
+}
+
+/// What stands between back ticks.
+fn marked(cell: &str) -> Vec<String> {
+    cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
