@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Does what docs/monitoring.md says under "On hosts", with Debian's Prometheus and Alertmanager as installed, up to the mail.
+
+tests/monitoring/run starts it in namespaces of its own: the ports are the real ones, and so are the paths, but what is
+written to /etc/prometheus and /var/lib/prometheus is gone afterwards. The commands are run as they stand, except those of apt
+and systemctl, which do here what the packages' units and scripts of maintainers do.
+"""
+import contextlib
+import json
+import re
+import shlex
+import signal
+import socketserver
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
+import peers  # noqa: E402
+from daemon import REPOSITORY, binary, environment  # noqa: E402
+
+PATIENCE = 300  # seconds; a minute of them is the alert's own
+GUIDE = REPOSITORY / "docs/monitoring.md"
+ETC = Path("/etc/prometheus")
+WRITTEN = {"configuration": ETC, "defaults": Path("/etc/default/prometheus-alertmanager"), "data": Path("/var/lib/prometheus")}
+CONFIGURATION, ALERTMANAGER = ETC / "prometheus.yml", ETC / "alertmanager.yml"
+PACKAGES = ("prometheus", "prometheus-alertmanager", "prometheus-node-exporter")
+
+
+def main():
+    section = GUIDE.read_text().split("\n## On hosts\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", section, re.M | re.S)
+    with contextlib.ExitStack() as stack:
+        host = Host(stack)
+        for language, text in blocks:
+            if language == "sh":
+                for line in re.sub(r"\\\n\s*", "", text).splitlines():
+                    host.do(line)
+            elif "receivers:" in text:
+                ALERTMANAGER.write_text(text)
+                host.routes()
+            elif "rule_files:" in text:
+                shipped = CONFIGURATION.read_text()
+                CONFIGURATION.write_text(added(text, shipped))
+            else:  # for a file without that job
+                without = re.sub(r"^  - job_name: node\n(    .*\n)*", "", shipped, flags=re.M)
+                assert without != shipped, f"expected the job node in {CONFIGURATION}, found\n{shipped}"
+                copy = ETC / "without-node.yml"
+                copy.write_text(added(f"scrape_configs:\n{text}", added(blocks[2][1], without)))
+                run(f"promtool check config {copy}")
+                copy.unlink()
+        assert host.mails, "expected the section to end with an alert, found none"
+
+
+def added(block, configuration):
+    """The configuration with the lines of a block, each section's put below its name."""
+    for section, lines in re.findall(r"^(\w+:\n)((?: .*\n)+)", block, re.M):
+        before, name, after = configuration.partition(f"\n{section}")
+        assert name, f"expected a line {section!r}, found\n{configuration}"
+        configuration = before + name + lines + after
+    return configuration
+
+
+def run(command):
+    done = subprocess.run(["sh", "-ec", f'sudo() {{ "$@"; }}\n{command}'], cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, f"{command}: status {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def api(path):
+    with urllib.request.urlopen(f"http://localhost:9090/api/v1/{path}", timeout=PATIENCE) as response:
+        return json.load(response)["data"]
+
+
+class Host:
+    """One that has all of it: the daemon, node_exporter, Prometheus, Alertmanager and a mail server."""
+
+    def __init__(self, stack):
+        self.stack, self.processes, self.mails = stack, {}, []
+        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="key-service-debian-")))
+        self.folder.chmod(0o755)
+        # In a user namespace of its own it has one user, who owns everything.
+        self.has_users = Path("/proc/self/uid_map").read_text().split()[2] != "1"
+        for package in PACKAGES:
+            self.is_as_installed(package)
+        for name, path in WRITTEN.items():  # in this mount namespace only
+            copy = self.folder / name
+            subprocess.run(["cp", "--recursive", *(["--preserve"] if self.has_users else []), path, copy], check=True)
+            subprocess.run(["mount", "--bind", copy, path], check=True)
+            stack.callback(subprocess.run, ["umount", "--lazy", path], check=True)
+        server = Mail(("127.0.0.1", 25), Mail.Session)
+        server.mails = self.mails
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stack.callback(server.shutdown)
+        self.start("key-service", binary(), "--config", self.empty("config.toml"))
+
+    def empty(self, name):
+        path = self.folder / name
+        path.write_text("")
+        path.chmod(0o644)
+        return path
+
+    def is_as_installed(self, package):
+        """Every file of /etc is the package's own."""
+        listed = run(f"dpkg-query --show --showformat='${{Conffiles}}' {package}")
+        for path, expected in re.findall(r"^ (/etc\S+) (\w+)$", listed, re.M):
+            found = run(f"md5sum {path}").split()[0]
+            assert found == expected, f"{path}: expected it as {package} installs it, found another: this test needs Debian's"
+
+    def do(self, line):
+        """One documented command, and what must be so after it."""
+        words = [word for word in shlex.split(line) if word != "sudo"]
+        match words:
+            case ["apt", "install", package]:
+                assert package in PACKAGES, f"expected one of {PACKAGES}, found {package}: .ci/run installs it, too?"
+                self.start_package(package)
+                if package == "prometheus":  # with Debian's configuration; what is added to it comes by the reload
+                    self.until("Prometheus to start", lambda: api("status/runtimeinfo"))
+            case ["systemctl", "reload", "prometheus"]:
+                self.processes["prometheus"].send_signal(signal.SIGHUP)  # ExecReload= of its unit
+                self.until("the rules", lambda: api("rules")["groups"])
+                self.delivers()
+            case ["systemctl", "restart", "prometheus-alertmanager"]:
+                peers.stop_peer(self.processes.pop(words[2]), words[2])
+                self.start_package(words[2])
+            case ["systemctl", "stop", "key-service*.socket", "key-service"]:
+                peers.stop_daemon(self.processes["key-service"], "key-service")
+            case ["systemctl", "start", "key-service.target"]:
+                self.start("key-service", binary(), "--config", self.folder / "config.toml")
+                self.until("the end of the alert", lambda: "KeyServiceDown" not in run(self.asks))
+            case ["promtool", "query", "instant", _, query]:
+                count = 2 if query.startswith("up") else 1
+                pattern = r"=> 1 @" if query.startswith("up") else r'alertname="KeyServiceDown".*alertstate="firing".*=> 1 @'
+                self.until(f"{count} of {pattern!r} by {line}", lambda: len(re.findall(pattern, run(line))) == count)
+            case ["amtool", "alert", *_]:
+                self.until(f"an alert by {line}", lambda: "KeyServiceDown" in run(line))
+                mail = self.until("a mail", lambda: self.mails and self.mails[0])
+                assert mail["to"] == ["<pager@example.org>"] and "KeyServiceDown" in mail["text"], mail
+                self.asks = line
+            case _:
+                run(line)
+
+    def until(self, what, happens):
+        """Waits for what another process brings about, and returns it."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # a server that still starts
+                if found := happens():
+                    return found
+            for name, process in self.processes.items():
+                assert name not in PACKAGES or process.poll() is None, f"{name} ended with {process.returncode}\n{self.log(name)}"
+            time.sleep(0.2)
+        raise AssertionError(f"waited {PATIENCE} s in vain for {what}" + "".join(
+            f"\n{name}: {self.log(name)[-1000:]}" for name in self.processes))
+
+    def start_package(self, name):
+        """ExecStart= of its unit."""
+        self.start(name, "sh", "-ac", f". /etc/default/{name}; exec {name} $ARGS")
+
+    def start(self, name, *command):
+        user = {"user": "prometheus", "group": "prometheus", "extra_groups": []} if self.has_users and name in PACKAGES else {}
+        log = self.folder / f"{name}.log"
+        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log.open("a"), stderr=subprocess.STDOUT,
+                                   env=environment(), cwd="/", **user)
+        self.processes[name] = process
+        if name == "key-service":
+            self.stack.push(lambda kind, error, trace: process.poll() is None and peers.stop_daemon(process, name, error))
+        else:
+            self.stack.callback(peers.stop_peer, process, name)
+
+    def log(self, name):
+        return (self.folder / f"{name}.log").read_text()
+
+    def delivers(self):
+        """Debian's alerting section is still in force, and all rules are loaded."""
+        found = self.until("an Alertmanager of Debian's alerting section", lambda: api("alertmanagers")["activeAlertmanagers"])
+        assert [each["url"] for each in found] == ["http://localhost:9093/api/v2/alerts"], f"expected Debian's Alertmanager, found {found}"
+        files = {Path(group["file"]).name for group in api("rules")["groups"]}
+        assert files == {"alerts.yml", "recording.yml"}, f"expected the rules of both files, found {files}"
+        shipped = run(f"promtool check rules {REPOSITORY}/packaging/prometheus/*.yml")
+        count = sum(map(int, re.findall(r"SUCCESS: (\d+) rules found", shipped)))
+        loaded = sum(len(group["rules"]) for group in api("rules")["groups"])
+        assert loaded == count > 0, f"expected {count} rules, found {loaded}"
+
+    def routes(self):
+        """Each severity of the alerts has its receiver."""
+        alerts = (REPOSITORY / "packaging/prometheus/alerts.yml").read_text()
+        expected = {"critical": "pager", "warning": "team", "info": "nobody"}
+        severities = set(re.findall(r"severity: (\w+)$", alerts, re.M))
+        assert severities == set(expected), f"expected {set(expected)}, found {severities}"
+        found = {severity: run(f"amtool config routes test --config.file={ALERTMANAGER} severity={severity}").strip() for severity in expected}
+        assert found == expected, f"expected {expected}, found {found}"
+
+
+class Mail(socketserver.ThreadingTCPServer):
+    """A mail server (RFC 5321) that keeps what it gets."""
+    allow_reuse_address = daemon_threads = True
+
+    class Session(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.say("220 localhost")
+            mail = {"to": [], "text": ""}
+            while line := self.rfile.readline().decode().rstrip("\r\n"):
+                verb = line.split(" ")[0].split(":")[0].upper()
+                if verb == "RCPT":
+                    mail["to"].append(line.partition(":")[2].split(" ")[0])
+                elif verb == "DATA":
+                    self.say("354 go on")
+                    mail["text"] = "".join(iter(lambda: self.rfile.readline().decode(), ".\r\n"))
+                    self.server.mails.append(mail)
+                self.say("221 localhost" if verb == "QUIT" else "250 localhost")
+
+        def say(self, line):
+            self.wfile.write(f"{line}\r\n".encode())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (AssertionError, OSError, subprocess.SubprocessError) as problem:
+        sys.exit(str(problem))
