@@ -241,14 +241,13 @@ impl<S: Transport + Unpin> Timed<S> {
         }
         // A connection is one task's, whose waker stays the same: once the timer has it, it need not be polled again.
         while !is_set || timer.is_elapsed() {
-            is_set = true;
-            if timer.as_mut().poll(cx).is_ready() {
-                if Instant::now() >= deadline {
-                    return Poll::Ready(());
-                }
-                timer.as_mut().reset(deadline);
-                is_set = false;
+            // Pending, although it has elapsed, where the task's turn is over (tokio::task::coop): then the runtime polls again.
+            ready!(timer.as_mut().poll(cx));
+            if Instant::now() >= deadline {
+                return Poll::Ready(());
             }
+            timer.as_mut().reset(deadline);
+            is_set = false;
         }
         Poll::Pending
     }
@@ -476,6 +475,40 @@ mod tests {
 
     async fn seconds(count: u64) {
         tokio::time::sleep(Duration::from_secs(count)).await;
+    }
+
+    /// On a thread of its own, which the wrong code would never give back.
+    #[test]
+    fn a_deadline_that_has_come_does_not_hold_a_task_whose_turn_is_over() {
+        use std::future::poll_fn;
+        use tokio::task::coop::{consume_budget, has_budget_remaining};
+        let (sender, results) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_time()
+                .start_paused(true)
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let (mut ours, _theirs, _) = pair();
+                let deadline = Instant::now() + HEAD;
+                let mut is_pending = |cx: &mut Context<'_>| ours.poll_deadline(cx, deadline).is_pending();
+                sender.send(poll_fn(|cx| Poll::Ready(is_pending(cx))).await).unwrap();
+                tokio::time::advance(HEAD).await;
+                let at_the_end_of_its_turn = poll_fn(|cx| {
+                    while has_budget_remaining() {
+                        let _ = std::pin::pin!(consume_budget()).poll(cx);
+                    }
+                    Poll::Ready(is_pending(cx))
+                });
+                sender.send(at_the_end_of_its_turn.await).unwrap();
+                tokio::task::yield_now().await;
+                sender.send(poll_fn(|cx| Poll::Ready(is_pending(cx))).await).unwrap();
+            });
+        });
+        for is_pending in [true, true, false] {
+            assert_eq!(results.recv_timeout(Duration::from_secs(60)), Ok(is_pending));
+        }
     }
 
     #[tokio::test(start_paused = true)]
