@@ -559,6 +559,7 @@ fn a_certificate_with_less_than_seven_days_left_is_a_warning() {
     let folder = Folder::new();
     expiring(&authority, 7 * DAY + HOUR).write(&folder);
     let daemon = start(folder, &[]);
+    daemon.wait_for_log("Keys on"); // the last event of a start; a thread of its own writes them
     assert_eq!(warnings(&daemon), 0, "{}", daemon.log());
     // A reload that brings one, when it is asked for and when the files have changed.
     expiring(&authority, 7 * DAY - HOUR).write(&daemon.folder);
@@ -581,7 +582,9 @@ fn a_certificate_with_less_than_seven_days_left_is_a_warning() {
     // A start.
     let folder = Folder::new();
     expiring(&authority, DAY).write(&folder);
-    assert_eq!(warnings(&start(folder, &[])), 1);
+    let daemon = start(folder, &[]);
+    daemon.wait_for_log("Keys on");
+    assert_eq!(warnings(&daemon), 1, "{}", daemon.log());
 }
 
 #[test]
@@ -591,6 +594,7 @@ fn a_certificate_that_is_taken_without_its_client_ca_is_reported() {
     authority.server().write(&folder);
     let ca = folder.write("clients.pem", &clients.pem());
     let daemon = start(folder, &[("TLS_CLIENT_CA", ca.to_str().unwrap())]);
+    daemon.wait_for_log("Keys on");
     assert!(!daemon.log().contains(SOON));
     daemon.folder.write("clients.pem", "no certificate\n");
     expiring(&authority, DAY).write(&daemon.folder);
