@@ -1,4 +1,5 @@
 """The commands and files that a page of docs/ shows, for the runners that try them as they stand there."""
+
 import re
 
 # The first line of a block that is a file: a comment with its name.

@@ -4,6 +4,7 @@ A peer is a process that a runner needs beside the daemon: nginx, Prometheus, a 
 proves nothing, so a peer that hangs is killed and logged. The exit of the daemon is tested, so a daemon that hangs is a
 failure. Neither replaces the error that ended the block before.
 """
+
 import contextlib
 import errno
 import signal

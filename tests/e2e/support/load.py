@@ -8,6 +8,7 @@
 A request fails if its connection is refused, is cut, or brings anything but 32 bytes with status 200. A kept connection
 is given up when the server says so, as HTTP has it.
 """
+
 import json
 import socket
 import sys
@@ -75,5 +76,15 @@ sys.stdin.read()
 stop.set()
 for thread in threads:
     thread.join()
-print(json.dumps({"served": served, "refused": refused, "failed": len(failures), "failures": failures[:5],
-                  "seconds": round(time.monotonic() - started, 1), "slowest": round(slowest, 3)}))
+print(
+    json.dumps(
+        {
+            "served": served,
+            "refused": refused,
+            "failed": len(failures),
+            "failures": failures[:5],
+            "seconds": round(time.monotonic() - started, 1),
+            "slowest": round(slowest, 3),
+        }
+    )
+)

@@ -1,14 +1,15 @@
 """A daemon on loopback, for the runners that are written in Python."""
+
 import os
 import re
 import socket
 import subprocess
 from pathlib import Path
 
-import peers
+from support import peers
+from support.conditions import TIMEOUT
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-PATIENCE = 60  # seconds; only a hang meets it
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def binary():
@@ -25,8 +26,11 @@ def binary():
 
 def environment():
     """This one, without what would reach the daemon."""
-    return {name: value for name, value in os.environ.items()
-            if not name.startswith(("KEYSERVICE_", "LISTEN_", "WATCHDOG_")) and name != "JOURNAL_STREAM"}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("KEYSERVICE_", "LISTEN_", "WATCHDOG_")) and name != "JOURNAL_STREAM"
+    }
 
 
 class Daemon:
@@ -44,10 +48,12 @@ class Daemon:
         file.chmod(0o644)  # whatever the umask is: a file that others may write to is refused
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, open(self.log or os.devnull, "ab") as log:
             manager.bind(str(notify))
-            manager.settimeout(PATIENCE)
+            manager.settimeout(TIMEOUT)
             self.process = subprocess.Popen(
                 [*self.command(), "--config", file, "--host", "127.0.0.1", "--srv-port", str(self.port), "--metrics-port", "0"],
-                env={**environment(), "NOTIFY_SOCKET": str(notify)}, stderr=log)
+                env={**environment(), "NOTIFY_SOCKET": str(notify)},
+                stderr=log,
+            )
             try:
                 message = manager.recv(4096).decode()
                 assert "Keys on" in message, f"expected READY, found {message!r}"
@@ -63,4 +69,4 @@ class Daemon:
         return [binary()]
 
     def __exit__(self, kind, error, _):
-        peers.stop_daemon(self.process, "key-service", error, PATIENCE)
+        peers.stop_daemon(self.process, "key-service", error, TIMEOUT)

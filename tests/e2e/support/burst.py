@@ -1,7 +1,8 @@
 """Asks for keys as fast as one connection takes them, and fails if one is not served.
 
-    burst.py PORT COUNT
+burst.py PORT COUNT
 """
+
 import socket
 import sys
 

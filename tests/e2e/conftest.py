@@ -1,0 +1,53 @@
+"""Fixtures of the end-to-end tests. Each is made once for those that share it, and what it started is stopped by process id."""
+
+import os
+
+import pytest
+from support import tools
+from support.daemon import REPOSITORY
+
+
+@pytest.fixture
+def figures(record_property):
+    """Keeps a sentence with what a test measured, for the summary and the JUnit report."""
+    return lambda sentence: record_property("figures", sentence)
+
+
+@pytest.fixture(scope="session")
+def package():
+    """The Debian package of this machine's architecture, as packaging/build-deb made it."""
+    packages = sorted((REPOSITORY / "target/debian").glob("key-service_*_amd64.deb"))
+    assert packages, "expected a package in target/debian: just deb"
+    return packages[-1]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What a machine logged last belongs to the report of a test that failed on it."""
+    report = yield
+    if report.failed and (machine := getattr(item, "funcargs", {}).get("machine")):
+        report.sections.append(("journal", machine.run("journalctl -n 40 --no-pager", ok=None).stdout))
+    return report
+
+
+def pytest_runtest_setup(item):
+    """A test that can't run here fails, and says what it needs: a skipped suite would pass."""
+    if item.get_closest_marker("root") and os.geteuid() != 0:
+        pytest.fail("expected to be root: run it by sudo", pytrace=False)
+    commands = [command for marker in item.iter_markers("tools") for command in marker.args]
+    if packages := tools.missing(commands):
+        pytest.fail(f"expected programs that are not installed: apt-get install {' '.join(packages)}", pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The figures, each beside its test."""
+    lines = [
+        f"{report.nodeid}: {sentence} [{report.duration:.1f} s]"
+        for report in terminalreporter.stats.get("passed", [])
+        for name, sentence in report.user_properties
+        if name == "figures"
+    ]
+    if lines:
+        terminalreporter.section("figures")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)

@@ -1,0 +1,215 @@
+"""Booted Debian systems, in containers of systemd-nspawn(1)."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from support import peers
+from support.conditions import TIMEOUT, until
+from support.daemon import REPOSITORY
+
+SUPPORT = Path(__file__).resolve().parent
+# Root file systems are made once and kept here; each machine boots a copy.
+ROOTS = Path(os.environ.get("KEY_SERVICE_ROOTS", "/var/cache/key-service-roots"))
+PACKAGES = "systemd,systemd-sysv"
+
+
+class Machine:
+    """A booted Debian. Commands run inside by way of its first process's namespaces."""
+
+    # What tests/quadlet/run adds: packages of a root file system by another name, options and environment of nspawn.
+    packages, kind, options, environment = PACKAGES, "-minimal", [], {}
+
+    def __init__(self, suite, folder, package):
+        self.suite, self.folder, self.upgrades = suite, Path(folder), 0
+        self.root = self.folder / "root"
+        # Not shutil.copytree: it reads devices as if they were files, and /dev/full never ends.
+        subprocess.run(["cp", "-a", "--reflink=auto", base(suite, self.kind, self.packages), self.root], check=True)
+        (self.root / "etc/hostname").write_text("keys\n")
+        self.install_file(package, f"/root/key-service{Path(package).suffix}")
+        self.boot()
+
+    def boot(self):
+        # Whatever ends this process ends the system as well.
+        command = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "--",
+            "systemd-nspawn",
+            "-q",
+            "-D",
+            self.folder / "root",
+            "--boot",
+            "--register=no",
+            "--keep-unit",
+            "--private-network",
+            *self.options,
+        ]
+        with open(self.folder / "console", "wb") as console:
+            self.nspawn = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, env={**os.environ, **self.environment}
+            )
+        try:
+            self.leader = until("the first process", self.first_process)
+            self.root = Path(f"/proc/{self.leader}/root")  # as it is seen inside, with what is mounted there
+            until("the boot", self.is_up, 3 * TIMEOUT)
+        except BaseException:
+            peers.kill(self.nspawn, "systemd-nspawn")
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def reboot(self):
+        self.stop()
+        self.boot()
+
+    def is_up(self):
+        return self.run("systemctl is-system-running", ok=None).stdout.strip() in ("running", "degraded")
+
+    def first_process(self):
+        assert self.nspawn.poll() is None, (self.folder / "console").read_text()
+        children = Path(f"/proc/{self.nspawn.pid}/task/{self.nspawn.pid}/children").read_text().split()
+        return next(filter(is_first_process, children), None)  # nspawn has short-lived children before it
+
+    def install_file(self, source, target):
+        place = self.root / target.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, place)
+
+    def write(self, path, text):
+        """Writes a file as an editor does: a new file takes the old one's place."""
+        place = self.root / path.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        new = place.with_name(place.name + ".new")
+        new.write_text(text)
+        new.rename(place)
+
+    def outside(self, *command):
+        """A command of the host, in this system's network."""
+        return ["nsenter", "-t", self.leader, "-n", "--", *map(str, command)]
+
+    def curl(self, *arguments, ok=0):
+        """What curl prints."""
+        done = subprocess.run(
+            self.outside("curl", "-sS", "--max-time", TIMEOUT, *arguments),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT + 5,
+        )
+        assert done.returncode == ok, f"curl {arguments}: expected status {ok}, found {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def status_of(self, *arguments):
+        """The status that a URL is answered with."""
+        return self.curl("-o", "/dev/null", "-w", "%{http_code}", *arguments)
+
+    def inside(self, command):
+        return ["nsenter", "-t", self.leader, "-m", "-u", "-i", "-n", "-p", "--", "/bin/sh", "-c", command]
+
+    def run(self, command, ok=0, timeout=TIMEOUT):
+        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+        done = subprocess.run(
+            self.inside(command),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=timeout,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+        )
+        if ok is not None:
+            assert done.returncode == ok, f"{command}: status {done.returncode}\n{done.stdout}{done.stderr}"
+        return done
+
+    def show(self, name, unit="key-service.service"):
+        return self.run(f"systemctl show -P {name} {unit}").stdout.strip()
+
+    def get(self, path, port=1123):
+        """Status and body. curl waits for as long as the socket holds the connection."""
+        url = f"http://127.0.0.1:{port}{path}"
+        done = subprocess.run(
+            self.outside("curl", "-sS", "--max-time", TIMEOUT, "-w", "%{http_code}", url), capture_output=True, timeout=TIMEOUT + 5
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        return int(done.stdout[-3:]), done.stdout[:-3]
+
+    def metric(self, name):
+        text = self.get("/metrics", 8000)[1].decode()
+        return float(re.search(rf"^{re.escape(name)} (.*)$", text, re.M)[1])
+
+    @contextlib.contextmanager
+    def load(self, rate=500, port=1123, mode=()):
+        """Clients at a steady rate while the block runs; what they saw is in the dictionary afterwards."""
+        command = self.outside(sys.executable, SUPPORT / "load.py", port, rate, *mode)
+        asking = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        seen = {}
+        with peers.killed_after(asking, "load.py"):
+            yield seen
+            output = asking.communicate(timeout=TIMEOUT + 30)[0]
+            seen.update(json.loads(output))
+
+    def journal(self):
+        lines = self.run("journalctl -u key-service.service -o json --no-pager --all").stdout.splitlines()
+        return [json.loads(line) for line in lines]
+
+    def stop(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(self.leader), signal.SIGRTMIN + 4)  # systemd(1): power off
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.nspawn.wait(20)
+        if self.nspawn.poll() is None:
+            peers.log(f"the system of {self.suite} did not power off within 20 s and is killed")
+            peers.kill(self.nspawn, "systemd-nspawn")
+
+
+def is_first_process(pid):
+    """Whether a process is number 1 of a namespace below this one; proc_pid_status(5), NSpid."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return bool(re.search(r"^NSpid:\t.*\t1$", Path(f"/proc/{pid}/status").read_text(), re.M))
+    return False
+
+
+def base(suite, kind, packages):
+    root = ROOTS / f"{suite}{kind}"
+    if not (root / "usr/bin/systemctl").exists():
+        print(f"making the root file system of {suite}{kind} in {root}", flush=True)
+        shutil.rmtree(root, ignore_errors=True)
+        ROOTS.mkdir(parents=True, exist_ok=True)
+        command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", suite, root]
+        subprocess.run(command, check=True)
+    return root
+
+
+def upgrade(machine, change=()):
+    """Installs the same package under a higher version, and returns what is said; `change` has functions of the text of files in it."""
+    machine.upgrades += 1
+    tree, target = machine.folder / f"package{machine.upgrades}", machine.root / "root/key-service-new.deb"
+    subprocess.run(["dpkg-deb", "-R", machine.root / "root/key-service.deb", tree], check=True)
+    control = tree / "DEBIAN/control"
+    control.write_text(re.sub(r"^Version: (.*)$", rf"Version: \g<1>+new{machine.upgrades}", control.read_text(), flags=re.M))
+    for path, changed in dict(change).items():
+        (tree / path).write_text(changed((tree / path).read_text()))
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-b", tree, target], check=True, stdout=subprocess.DEVNULL)
+    done = machine.run(
+        "apt-get install -y --no-install-recommends -o Dpkg::Options::=--force-confold /root/key-service-new.deb", timeout=120
+    )
+    return done.stdout + done.stderr
+
+
+def example(page, language, begin):
+    """The block of a page that begins so, as a script: the machine's user is root, and has no sudo."""
+    text = (REPOSITORY / page).read_text()
+    [block] = [block for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S) if block.startswith(begin)]
+    return block.replace("sudo ", "")
