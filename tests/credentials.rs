@@ -1,4 +1,4 @@
-//! The credential socket, with a client that binds its end as systemd does. With real units: tests/system/run.
+//! The credential socket, with a client that binds its end as systemd does. With real units: tests/e2e/test_system.py.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 

@@ -1,4 +1,4 @@
-//! Sockets that a service manager hands over, and those that are bound here. With systemd itself: tests/system/run.
+//! Sockets that a service manager hands over, and those that are bound here. With systemd itself: tests/e2e/test_system.py.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 

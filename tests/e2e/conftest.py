@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from support import tools
+from support import images, tools
 from support.daemon import REPOSITORY
 
 
@@ -14,11 +14,28 @@ def figures(record_property):
 
 
 @pytest.fixture(scope="session")
-def package():
-    """The Debian package of this machine's architecture, as packaging/build-deb made it."""
-    packages = sorted((REPOSITORY / "target/debian").glob("key-service_*_amd64.deb"))
-    assert packages, "expected a package in target/debian: just deb"
-    return packages[-1]
+def packages():
+    """The Debian package of each architecture, as packaging/build-deb made it."""
+    found = {path.stem.rsplit("_", 1)[1]: path for path in (REPOSITORY / "target/debian").glob("key-service_*.deb")}
+    assert found.keys() >= {"amd64", "arm64"}, f"expected packages for amd64 and arm64 in target/debian, found {found}: just deb"
+    return found
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory):
+    """The name of the container image for amd64, which is built here."""
+    images.storage(tmp_path_factory.mktemp("storage"))
+    images.base()
+    images.build(REPOSITORY, "amd64", images.IMAGES["amd64"], "--layers")
+    yield images.IMAGES["amd64"]
+    images.run("podman", "image", "prune", "--force", ok=None)
+
+
+@pytest.fixture(scope="session")
+def image_arm64(image):
+    """The name of the container image for arm64, which is built here."""
+    images.build(REPOSITORY, "arm64", images.IMAGES["arm64"])
+    return images.IMAGES["arm64"]
 
 
 @pytest.hookimpl(wrapper=True)

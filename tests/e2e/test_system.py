@@ -31,9 +31,9 @@ SOCKETS = ["key-service.socket", "key-service-metrics.socket", "key-service-cred
 
 
 @pytest.fixture(scope="module", params=[pytest.param(suite, marks=pytest.mark.xdist_group(suite)) for suite in ("bookworm", "trixie")])
-def machine(request, package, tmp_path_factory):
+def machine(request, packages, tmp_path_factory):
     """A booted Debian with the package installed, and its sockets not used yet."""
-    with Machine(request.param, tmp_path_factory.mktemp(request.param), package) as machine:
+    with Machine(request.param, tmp_path_factory.mktemp(request.param), packages["amd64"]) as machine:
         for program in ("kill", "curl", "ip", "dbus-daemon"):
             assert machine.run(f"env which {program}", ok=None).returncode, (
                 f"{program} is installed: nothing would notice that it is needed"

@@ -23,7 +23,7 @@ PACKAGES = "systemd,systemd-sysv"
 class Machine:
     """A booted Debian. Commands run inside by way of its first process's namespaces."""
 
-    # What tests/quadlet/run adds: packages of a root file system by another name, options and environment of nspawn.
+    # What test_containers.py changes: packages of a root file system by another name, options and environment of nspawn.
     packages, kind, options, environment = PACKAGES, "-minimal", [], {}
 
     def __init__(self, suite, folder, package):

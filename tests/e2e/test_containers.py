@@ -1,63 +1,40 @@
-#!/usr/bin/env python3
-"""Boots Debian 13 with its own Podman, and checks there what docs/containers.md says of Quadlet and of compose.yaml.
+"""packaging/quadlet and compose.yaml on a booted Debian 13 with its own Podman: what docs/containers.md says of them.
 
-    tests/quadlet/run [WORD]    only the checks whose sentence has WORD
-
-Needs root, the tools in TOOLS, and the image that tests/image/run made. The machine is that of tests/system/run, with more
-packages (kept in KEY_SERVICE_ROOTS) and cgroup v2. Where the host's own cgroups are v1, it has no controllers: limits of memory
-and processes are then read from the container engine and from systemd, and not from the kernel. Nothing waits by the clock for
-something to start: conditions are polled.
+The machine is that of test_system.py, with more packages and cgroup v2. Where the host's own cgroups are v1, it has no controllers:
+limits of memory and processes are then read from the container engine and from systemd, and not from the kernel. The tests run in the
+order of this file, and each leaves the machine as it found it.
 """
+
 import contextlib
-import importlib.machinery
+import ctypes
 import importlib.util
 import json
-import os
 import re
 import shutil
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-import traceback
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent.parent
+import pytest
+from support import certificates, images, peers
+from support import machine as debian
+from support.conditions import TIMEOUT, expect, until
+from support.daemon import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "tests/common"))
-sys.dont_write_bytecode = True
-import certificates  # noqa: E402
-import peers  # noqa: E402
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("image"),
+    pytest.mark.tools("mmdebstrap", "systemd-nspawn", "podman", "openssl"),
+]
 
-
-def suite(name):
-    loader = importlib.machinery.SourceFileLoader(name, str(REPOSITORY / "tests" / name / "run"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    loader.exec_module(module)
-    return module
-
-
-system = suite("system")
-until, expect, PATIENCE = system.until, system.expect, system.PATIENCE
-
-TOOLS = {"mmdebstrap": "mmdebstrap", "systemd-nspawn": "systemd-container", "podman": "podman", "openssl": "openssl"}
-IMAGES = Path(os.environ.get("KEY_SERVICE_IMAGES", "/var/cache/key-service-image"))
-BUILT, IMAGE = "localhost/key-service:test-amd64", "localhost/key-service"
+BUILT, IMAGE = images.IMAGES["amd64"], "localhost/key-service"
+SOCKETS = ["key-service.socket", "key-service-metrics.socket", "key-service-credential.socket"]
 DOCUMENT = (REPOSITORY / "docs/containers.md").read_text()
 DROPIN = "/etc/containers/systemd/key-service.container.d/test.conf"
 SOURCE = "/srv/source"  # every user can read it
 USER = "op"
-
-CHECKS = []
-
-
-def check(function):
-    """A check is a function whose docstring is the sentence that it proves. They run in the order of this file."""
-    CHECKS.append(function)
-    return function
 
 
 def block(heading, number):
@@ -66,17 +43,19 @@ def block(heading, number):
     return re.findall(r"^```sh\n(.*?)^```$", section, re.M | re.S)[number].replace("sudo ", "")
 
 
-class Machine(system.Machine):
+class Machine(debian.Machine):
     """A booted Debian 13 with Podman, and the source tree as far as the document uses it."""
 
-    packages = system.PACKAGES + (",dbus,curl,iproute2,procps,podman,crun,runc,netavark,aardvark-dns,nftables,uidmap,dbus-user-session,libpam-systemd"
-                                  ",docker-compose,python3-yaml,python3-dotenv")
+    packages = debian.PACKAGES + (
+        ",dbus,curl,iproute2,procps,podman,crun,runc,netavark,aardvark-dns,nftables,uidmap,dbus-user-session,libpam-systemd"
+        ",docker-compose,python3-yaml,python3-dotenv"
+    )
     kind = "-podman"
     # crun attaches BPF programs that decide on devices, and keeps a keyring for each container.
     options = ["--capability=all", "--system-call-filter=bpf keyctl add_key"]
     environment = {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
 
-    def prepare(self, compose):
+    def prepare(self):
         for name in ["packaging", "systemd", "compose.yaml"]:
             source, target = REPOSITORY / name, self.root / SOURCE.lstrip("/") / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +65,7 @@ class Machine(system.Machine):
             self.write("/etc/containers/containers.conf.d/test.conf", "[containers]\npids_limit = 0\n")
             peers.log("no cgroup controllers in the machine: limits of memory and processes are not enforced")
         # Debian 13 has podman-compose 1.3, which runs the health check in a shell.
-        self.install_file(compose, "/usr/bin/podman-compose")
+        self.install_file(importlib.util.find_spec("podman_compose").origin, "/usr/bin/podman-compose")
         self.run("chmod +x /usr/bin/podman-compose")
         self.run(f"podman load -q -i /root/key-service.tar && podman tag {BUILT} {IMAGE}")
 
@@ -124,34 +103,40 @@ class Machine(system.Machine):
         return self.run(f"cat /proc/{pid}/{name}").stdout
 
 
-def podman_compose():
-    """The module of podman-compose, which is one file."""
-    script = shutil.which("podman-compose")
-    found = script and next(Path(script).parent.parent.glob("lib/python3*/site-packages/podman_compose.py"), None)
-    return found or sys.exit("podman-compose is missing: pip install podman-compose==1.5.0")
+@pytest.fixture(scope="module")
+def machine(image, tmp_path_factory):
+    """The machine with the image, on which the document's installation has been followed, up to its first request."""
+    folder = tmp_path_factory.mktemp("podman")
+    archive = folder / "key-service.tar"
+    images.run("podman", "save", "--quiet", "--format=docker-archive", f"--output={archive}", image)
+    with Machine("trixie", folder, archive) as machine:
+        machine.prepare()
+        machine.run("rm -rf /etc/key-service")
+        *commands, request = block("Install", 1).splitlines()
+        assert request.startswith("curl "), request
+        machine.script("\n".join(commands))
+        yield machine
 
 
 # Quadlet.
 
-@check
-def installs(machine):
+
+def test_installs(machine):
     """the installation of docs/containers.md works as it stands: the first connection starts the container"""
-    machine.run("rm -rf /etc/key-service")
-    *commands, request = block("Install", 1).splitlines()
-    assert request.startswith("curl "), request
-    machine.script("\n".join(commands))
-    for unit in system.SOCKETS:
+    for unit in SOCKETS:
         expect((machine.show("ActiveState", unit), machine.show("UnitFileState", unit)), ("active", "enabled"), unit)
     expect(machine.show("ActiveState"), "inactive", "the service before its first connection")
-    assert re.fullmatch(r"[0-9a-f]{64}\n", machine.run(request).stdout)
+    assert re.fullmatch(r"[0-9a-f]{64}\n", machine.run(block("Install", 1).splitlines()[-1]).stdout)
     expect(machine.show("ActiveState"), "active", "the service")
     expect(machine.get("/metrics", 8000)[0], 200, "metrics")
-    expect(machine.show("StatusText"),
-           "Keys on [::]:1123; credentials on unix:/run/key-service/credential.sock; metrics on [::]:8000", "the status")
+    expect(
+        machine.show("StatusText"),
+        "Keys on [::]:1123; credentials on unix:/run/key-service/credential.sock; metrics on [::]:8000",
+        "the status",
+    )
 
 
-@check
-def is_a_sound_unit(machine):
+def test_is_a_sound_unit(machine):
     """systemd has no objection to the generated unit, and each time to stop is longer than the one before"""
     done = machine.run("systemd-analyze --generators=true verify key-service.service")
     said = (done.stdout + done.stderr).splitlines()
@@ -164,8 +149,11 @@ def is_a_sound_unit(machine):
     kill = int(machine.run("systemctl show -P TimeoutStopUSec key-service").stdout.strip().removesuffix("s"))
     assert drain < stop < kill, (drain, stop, kill)
     limits = {name: machine.show(name) for name in ["MemoryMax", "MemorySwapMax", "TasksMax", "StartLimitIntervalUSec", "Restart"]}
-    expect(limits, {"MemoryMax": str(512 << 20), "MemorySwapMax": "0", "TasksMax": "300", "StartLimitIntervalUSec": "0",
-                    "Restart": "always"}, "limits of the unit")
+    expect(
+        limits,
+        {"MemoryMax": str(512 << 20), "MemorySwapMax": "0", "TasksMax": "300", "StartLimitIntervalUSec": "0", "Restart": "always"},
+        "limits of the unit",
+    )
     packaged = (REPOSITORY / "systemd/key-service.service").read_text()
     for line in ["MemoryMax=512M", "MemorySwapMax=0", "TasksMax=300", "WatchdogSec=10s", "TimeoutStopSec=30s", "RestartSec=500ms"]:
         assert line in packaged and line in generated, line
@@ -206,14 +194,21 @@ def exposures(machine, name="key-service"):
     return found
 
 
-@check
-def is_confined(machine):
+def test_is_confined(machine):
     """no network but lo, read-only root, no capability or new privilege, user 65532; each weaker container is noticed"""
     expect(exposures(machine), set(), "exposures")
-    for line, expected in [("Network=\nNetwork=host", "network"), ("ReadOnly=false", "root"), ("ReadOnlyTmpfs=true", "mounts"),
-                           ("AddCapability=CAP_NET_RAW", "capabilities"), ("NoNewPrivileges=false", "privileges"),
-                           ("User=0:0", "user"), ("SeccompProfile=unconfined", "system calls"),
-                           ("Tmpfs=/tmp", "mounts"), ("Ulimit=core=0:0", "core"), ("Ulimit=nofile=1024:1024", "files")]:
+    for line, expected in [
+        ("Network=\nNetwork=host", "network"),
+        ("ReadOnly=false", "root"),
+        ("ReadOnlyTmpfs=true", "mounts"),
+        ("AddCapability=CAP_NET_RAW", "capabilities"),
+        ("NoNewPrivileges=false", "privileges"),
+        ("User=0:0", "user"),
+        ("SeccompProfile=unconfined", "system calls"),
+        ("Tmpfs=/tmp", "mounts"),
+        ("Ulimit=core=0:0", "core"),
+        ("Ulimit=nofile=1024:1024", "files"),
+    ]:
         machine.quadlet("[Container]", line)
         assert expected in exposures(machine), f"{line} must not pass"
     machine.quadlet()
@@ -221,8 +216,7 @@ def is_confined(machine):
     assert machine.container()["Id"] not in health, health
 
 
-@check
-def logs(machine):
+def test_logs(machine):
     """the journal has the log with its fields and priorities, and the audit record has the client's own address"""
     machine.configure("audit = true\n")
     machine.get("/key/32")
@@ -238,8 +232,7 @@ def logs(machine):
     assert machine.run("journalctl -u key-service REASON=SIGTERM -o cat").stdout.strip(), "no entry has the reason"
 
 
-@check
-def obeys(machine):
+def test_obeys(machine):
     """reload keeps the process, stop ends it with 0, and the next connection starts it again"""
     pid = machine.pid()
     expect(machine.get("/key/2000")[0], 413, "above max-size")
@@ -257,15 +250,14 @@ def obeys(machine):
     expect(machine.get("/key/32")[0], 200, "the next connection")
 
 
-@check
-def restarts_lose_nothing(machine):
+def test_restarts_lose_nothing(machine, figures):
     """20 restarts under 500 requests a second refuse and fail none"""
     with machine.load() as seen:
         for _ in range(20):
             machine.run("systemctl restart key-service")
     expect((seen["failed"], seen["failures"]), (0, []), "failures")
     assert seen["served"] > 100 * seen["seconds"], seen
-    return f"{seen['served']} requests in {seen['seconds']} s, the slowest {seen['slowest']} s"
+    figures(f"{seen['served']} requests in {seen['seconds']} s, the slowest {seen['slowest']} s")
 
 
 # A client that reads nothing is in the drain until its end, after Podman's and Docker's default of 10 s to stop.
@@ -277,11 +269,11 @@ def stalled(machine):
     made = []
 
     def make():
-        import ctypes  # os.setns is of Python 3.12
+
         with open(f"/proc/{machine.leader}/ns/net") as namespace:
             if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000) != 0:  # CLONE_NEWNET
                 raise OSError(ctypes.get_errno(), "setns")
-        made.append(socket.create_connection(("127.0.0.1", 1123), PATIENCE))
+        made.append(socket.create_connection(("127.0.0.1", 1123), TIMEOUT))
 
     thread = threading.Thread(target=make)  # a thread's namespace is its own
     thread.start()
@@ -291,8 +283,7 @@ def stalled(machine):
     return made[0]
 
 
-@check
-def a_stop_keeps_the_drain(machine):
+def test_a_stop_keeps_the_drain(machine):
     """a client that never reads holds a stop for the drain, longer than Podman's default of 10 s, and the exit is clean"""
     machine.quadlet("[Container]", *(f"Environment={name}={value}" for name, value in STALLS.items()))
     with contextlib.closing(stalled(machine)):
@@ -304,22 +295,20 @@ def a_stop_keeps_the_drain(machine):
     machine.quadlet()
 
 
-@check
-def survives_kills(machine):
+def test_survives_kills(machine, figures):
     """killed again and again, the container or its monitor, it comes back and the sockets stay"""
     begin = time.monotonic()
     for number in range(11):
         before = machine.pid()
         machine.run(f"kill -9 {before if number < 8 else machine.show('MainPID')}")
-        until("another process", lambda: machine.show("ActiveState") == "active" and machine.pid() not in (0, before))
+        until("another process", lambda old=before: machine.show("ActiveState") == "active" and machine.pid() not in (0, old))
         expect(machine.get("/key/32")[0], 200, "status")
-    for unit in system.SOCKETS:
+    for unit in SOCKETS:
         expect(machine.show("ActiveState", unit), "active", unit)
-    return f"11 kills in {time.monotonic() - begin:.0f} s, {machine.show('NRestarts')} restarts"
+    figures(f"11 kills in {time.monotonic() - begin:.0f} s, {machine.show('NRestarts')} restarts")
 
 
-@check
-def a_frozen_process_is_replaced(machine):
+def test_a_frozen_process_is_replaced(machine, figures):
     """the watchdog reaches into the container: a healthy process stays, a frozen one is replaced without StopTimeout="""
     pid = machine.pid()
     time.sleep(11)  # longer than WatchdogSec=
@@ -329,11 +318,10 @@ def a_frozen_process_is_replaced(machine):
     expect(machine.get("/key/32")[0], 200, "after")
     seconds = time.monotonic() - since
     assert seconds < 25, f"{seconds:.0f} s"
-    return f"after {seconds:.0f} s"
+    figures(f"after {seconds:.0f} s")
 
 
-@check
-def tells_its_sockets_apart(machine):
+def test_tells_its_sockets_apart(machine, figures):
     """with crun and with runc sockets have their names, whatever their order"""
     orders = set()
     for runtime in ["crun", "runc"]:
@@ -347,15 +335,17 @@ def tells_its_sockets_apart(machine):
             expect((machine.get("/key/32")[0], machine.get("/metrics", 8000)[0]), (200, 200), f"statuses with {runtime}")
             orders.add(names)
     machine.quadlet()
-    return f"{len(orders)} orders"
+    figures(f"{len(orders)} orders")
 
 
-@check
-def gives_units_their_keys(machine):
+def test_gives_units_their_keys(machine):
     """the credential socket gives each unit and start a key of its own, and starts the container"""
-    machine.write("/run/systemd/system/demo.service", "[Service]\nType=oneshot\nDynamicUser=yes\nPrivateNetwork=yes\n"
-                  "LoadCredential=cookie.key:/run/key-service/credential.sock\nStandardOutput=append:/root/keys\n"
-                  "ExecStart=cat %d/cookie.key\n")
+    machine.write(
+        "/run/systemd/system/demo.service",
+        "[Service]\nType=oneshot\nDynamicUser=yes\nPrivateNetwork=yes\n"
+        "LoadCredential=cookie.key:/run/key-service/credential.sock\nStandardOutput=append:/root/keys\n"
+        "ExecStart=cat %d/cookie.key\n",
+    )
     machine.run("systemctl daemon-reload && systemctl stop key-service && systemctl start demo && systemctl start demo")
     keys = (machine.root / "root/keys").read_bytes()
     assert len(keys) == 64 and keys[:32] != keys[32:], keys
@@ -363,8 +353,7 @@ def gives_units_their_keys(machine):
     machine.run("rm /run/systemd/system/demo.service /root/keys && systemctl daemon-reload")
 
 
-@check
-def ends_when_idle(machine):
+def test_ends_when_idle(machine):
     """with exit-idle it ends, stays ended, and the next connection starts it again"""
     machine.configure("exit-idle = 2\n")
     until("the end", lambda: machine.show("ActiveState") == "inactive")
@@ -374,13 +363,15 @@ def ends_when_idle(machine):
     machine.configure("")
 
 
-@check
-def a_broken_configuration_recovers(machine):
+def test_a_broken_configuration_recovers(machine):
     """an invalid configuration fails with 78 and its line, and a client that waits is served after the fix"""
     machine.run("systemctl stop key-service")
     machine.write("/etc/key-service/config.toml", 'max-size = "1k"\n')
-    waiting = subprocess.Popen(machine.inside("curl -sS --max-time 60 -o /dev/null -w '%{http_code}' http://127.0.0.1:1123/key/32"),
-                               stdout=subprocess.PIPE, text=True)
+    waiting = subprocess.Popen(
+        machine.inside("curl -sS --max-time 60 -o /dev/null -w '%{http_code}' http://127.0.0.1:1123/key/32"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     with peers.killed_after(waiting, "curl"):
         until("25 starts", lambda: int(machine.show("NRestarts")) >= 25)  # beyond the default limits of units and sockets
         said = machine.run("journalctl -u key-service -n 40 -o cat --no-pager").stdout
@@ -388,11 +379,10 @@ def a_broken_configuration_recovers(machine):
         assert "status=78/CONFIG" in said, said
         expect(machine.show("ActiveState", "key-service.socket"), "active", "the socket")
         machine.write("/etc/key-service/config.toml", "")
-        expect(waiting.communicate(timeout=PATIENCE)[0], "200", "the client that waited")
+        expect(waiting.communicate(timeout=TIMEOUT)[0], "200", "the client that waited")
 
 
-@check
-def takes_tls_and_tokens(machine):
+def test_takes_tls_and_tokens(machine):
     """the examples of docs/containers.md for TLS and tokens work, and a removed token is refused without a restart"""
     source = machine.root / SOURCE.lstrip("/")
     certificates.self_signed(source / "privkey.pem", source / "fullchain.pem", names="IP:127.0.0.1")
@@ -415,9 +405,9 @@ def takes_tls_and_tokens(machine):
     machine.configure("")
 
 
-@check
-def updates_lose_nothing(machine):
+def test_updates_lose_nothing(machine, figures):
     """podman auto-update under load takes the new image and loses nothing, and goes back from one that does not start"""
+
     def build(line):
         machine.run(f"printf 'FROM {BUILT}\\n{line}\\n' | podman build -q -t {IMAGE} -")
         return machine.run(f"podman image inspect -f '{{{{.Id}}}}' {IMAGE}").stdout.strip()
@@ -437,11 +427,10 @@ def updates_lose_nothing(machine):
         assert found == new != broken, "the image after the rollback"
     expect((seen["failed"], seen["failures"]), (0, []), "failures")
     machine.run(f"podman tag {BUILT} {IMAGE} && systemctl restart key-service")
-    return f"{seen['served']} requests, the slowest {seen['slowest']} s"
+    figures(f"{seen['served']} requests, the slowest {seen['slowest']} s")
 
 
-@check
-def works_without_root(machine):
+def test_works_without_root(machine, figures):
     """a user installs the same file as docs/containers.md says: started by a connection, confined, restarted without loss"""
     machine.run("systemctl stop 'key-service*.socket' key-service")
     machine.run(f"useradd -m {USER} && loginctl enable-linger {USER}")
@@ -454,7 +443,7 @@ def works_without_root(machine):
     machine.run("install -m 644 /root/key-service.tar /srv/")
     as_user(f"podman load -q -i /srv/key-service.tar && podman tag {BUILT} {IMAGE}")
     assert re.search(r"^[0-9a-f]{64}$", machine.follow("As an ordinary user", 1, USER).stdout, re.M)
-    pid = as_user("podman inspect -f \"{{.State.Pid}}\" key-service").strip()
+    pid = as_user('podman inspect -f "{{.State.Pid}}" key-service').strip()
     expect(machine.proc(pid, "net/dev").count(":"), 1, "interfaces")
     status = dict(line.split(":\t", 1) for line in machine.proc(pid, "status").splitlines() if ":\t" in line)
     first = int(machine.run(f"grep ^{USER}: /etc/subuid").stdout.split(":")[1])
@@ -468,10 +457,11 @@ def works_without_root(machine):
             as_user("systemctl --user restart key-service")
     expect((seen["failed"], seen["failures"]), (0, []), "failures")
     as_user("systemctl --user disable --now key-service.socket key-service-metrics.socket; systemctl --user stop key-service")
-    return f"{seen['served']} requests"
+    figures(f"{seen['served']} requests")
 
 
 # Compose.
+
 
 def compose(machine, tool, *arguments, file="compose.yaml", ok=0):
     # Podman's socket builds as Docker did before BuildKit.
@@ -484,12 +474,11 @@ def write_compose(machine, **environment):
     text = (REPOSITORY / "compose.yaml").read_text()
     if "pids" not in machine.run("cat /sys/fs/cgroup/cgroup.controllers").stdout:
         text = re.sub(r"^    (mem_limit|memswap_limit|pids_limit): .*\n", "", text, flags=re.M)
-    variables = "".join(f"      {name}: \"{value}\"\n" for name, value in environment.items())
+    variables = "".join(f'      {name}: "{value}"\n' for name, value in environment.items())
     machine.write(f"{SOURCE}/test.yaml", text.replace("    ports:\n", f"    environment:\n{variables}    ports:\n"))
 
 
-@check
-def compose_is_valid(machine):
+def test_compose_is_valid(machine):
     """docker-compose finds compose.yaml, and its examples in comments, valid by the schema; a typo is refused"""
     compose(machine, "docker-compose", "config", "--quiet")
     text = (REPOSITORY / "compose.yaml").read_text()
@@ -498,18 +487,19 @@ def compose_is_valid(machine):
     machine.write(f"{SOURCE}/examples.yaml", examples)
     rendered = compose(machine, "docker-compose", "config", "--format=json", file="examples.yaml").stdout
     found = json.loads(rendered)["services"]["key-service"]
-    expect((found["environment"], found["command"], found["volumes"][0]["read_only"]),
-           ({"KEYSERVICE_MAX_SIZE": "4096"}, ["--config", "/etc/key-service/config.toml"], True), "the examples")
-    for right, wrong in [("read_only:", "readonly:"), ("cap_drop: [ALL]", "cap_drop: ALL"),
-                         ("pids_limit: 300", "pids_limit: many")]:
+    expect(
+        (found["environment"], found["command"], found["volumes"][0]["read_only"]),
+        ({"KEYSERVICE_MAX_SIZE": "4096"}, ["--config", "/etc/key-service/config.toml"], True),
+        "the examples",
+    )
+    for right, wrong in [("read_only:", "readonly:"), ("cap_drop: [ALL]", "cap_drop: ALL"), ("pids_limit: 300", "pids_limit: many")]:
         assert right in text
         machine.write(f"{SOURCE}/wrong.yaml", text.replace(right, wrong))
         done = compose(machine, "docker-compose", "config", "--quiet", file="wrong.yaml", ok=None)
         assert done.returncode != 0, f"{wrong} must not pass"
 
 
-@check
-def compose_builds(machine):
+def test_compose_builds(machine):
     """docker-compose and podman-compose build the image if there is none, and ask no registry for it"""
     machine.run("systemctl stop key-service; systemctl start podman.socket")
     machine.write(f"{SOURCE}/Dockerfile", f"FROM {BUILT}\nLABEL test=built\n")
@@ -522,8 +512,7 @@ def compose_builds(machine):
     machine.run(f"podman tag {BUILT} {IMAGE}")
 
 
-@check
-def compose_runs_confined(machine):
+def test_compose_runs_confined(machine):
     """docker-compose and podman-compose start compose.yaml: curl gets a key, it is healthy, confined, limited, and drains"""
     machine.run("systemctl stop 'key-service*.socket' key-service; systemctl start podman.socket")
     for tool, name in [("docker-compose", "key-service-key-service-1"), ("podman-compose", "key-service_key-service_1")]:
@@ -531,7 +520,7 @@ def compose_runs_confined(machine):
         host = machine.container(name)["HostConfig"]
         limits = host["Memory"], host["PidsLimit"], *([host["MemorySwap"]] if tool == "docker-compose" else [])
         # podman-compose passes no memswap_limit on.
-        expect(limits, (512 << 20, 300, 512 << 20)[:len(limits)], f"limits of {tool}")
+        expect(limits, (512 << 20, 300, 512 << 20)[: len(limits)], f"limits of {tool}")
         compose(machine, tool, "down")
         write_compose(machine, **STALLS)
         compose(machine, tool, "up", "--detach", file="test.yaml")
@@ -550,57 +539,3 @@ def compose_runs_confined(machine):
             compose(machine, tool, "stop", file="test.yaml")
         expect(machine.container(name)["State"]["ExitCode"], 0, "exit status")
         compose(machine, tool, "down", file="test.yaml")
-
-
-def save(folder):
-    """The image that tests/image/run made, as an archive."""
-    storage = folder / "storage.conf"
-    storage.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{IMAGES}/storage"\nrunroot = "/run/key-service-image"\n')
-    archive = folder / "key-service.tar"
-    environment = {**os.environ, "CONTAINERS_STORAGE_CONF": str(storage)}
-    done = subprocess.run(["podman", "save", "--quiet", "--format=docker-archive", f"--output={archive}", BUILT],
-                          env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    if done.returncode != 0:
-        sys.exit(f"expected the image {BUILT}, which tests/image/run makes: {done.stderr.strip()}")
-    return archive
-
-
-def main():
-    for tool, package in TOOLS.items():
-        if not shutil.which(tool):
-            sys.exit(f"{tool} is missing: apt-get install {package}")
-    if os.geteuid() != 0:
-        sys.exit("expected to be root: booting a system takes it")
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [one for one in CHECKS if one is installs or word in one.__doc__]
-    passed, failed = 0, []
-    with tempfile.TemporaryDirectory(prefix="key-service-") as name:
-        compose_module = podman_compose()
-        machine = Machine("trixie", name, save(Path(name)))
-        try:
-            machine.prepare(compose_module)
-            versions = [machine.run(f"{tool} --version").stdout.splitlines()[0] for tool in ["systemctl", "podman"]]
-            print(*versions, sep="; ", flush=True)
-            for one in chosen:
-                begin = time.monotonic()
-                try:
-                    figure = one(machine)
-                except Exception:
-                    failed.append(one.__doc__)
-                    print(f"FAILED  {one.__doc__}\n{traceback.format_exc()}", flush=True)
-                    print(machine.run("journalctl -n 40 --no-pager", ok=None).stdout, flush=True)
-                    if one is installs:
-                        break
-                else:
-                    passed += 1
-                    took = time.monotonic() - begin
-                    print(f"ok      {one.__doc__}{f': {figure}' if figure else ''} [{took:.1f} s]", flush=True)
-        finally:
-            machine.stop()
-    print(*(f"failed: {name}" for name in failed), sep="\n")
-    print(f"{passed} passed, {len(failed)} failed")
-    sys.exit(bool(failed))
-
-
-if __name__ == "__main__":
-    main()
