@@ -32,8 +32,8 @@ fn exists(reference: &str) -> Result<(), String> {
         let is_test = function.starts_with("test_") && file.contains(&format!("\ndef {function}("));
         return is_test.then_some(()).ok_or_else(|| format!("{path}: {function} is no test"));
     }
-    let marks = ["#[test]", "#[tokio::test", "@check"];
-    let before = lines[..at].iter().rev().take_while(|line| line.starts_with(['#', '@']));
+    let marks = ["#[test]", "#[tokio::test"];
+    let before = lines[..at].iter().rev().take_while(|line| line.starts_with('#'));
     let is_test = before.into_iter().any(|line| marks.iter().any(|mark| line.starts_with(mark)));
     is_test.then_some(()).ok_or_else(|| format!("{path}: {function} is no test"))
 }

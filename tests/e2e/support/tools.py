@@ -11,6 +11,7 @@ PACKAGES = {
     "ansible-playbook": "ansible-core",
     "apache2": "apache2-bin",
     "buildah": "buildah",
+    "c++": "g++",
     "caddy": "caddy",
     "cargo": "cargo-web",
     "chromium": "chromium",

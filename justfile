@@ -1,0 +1,99 @@
+# Every task of the project. `just` lists them.
+
+set positional-arguments
+
+export PATH := justfile_directory() / ".venv/bin:" + env("PATH")
+
+_list:
+    @just --list --unsorted
+
+# Install what the recipes below need, as root: Debian packages, Python's in .venv, Rust's other target
+setup:
+    python3 -c 'import ensurepip, venv' 2>/dev/null || apt-get install -y -qq --no-install-recommends python3-venv
+    [ -x .venv/bin/pip ] || python3 -m venv .venv
+    pip install --quiet --upgrade pip && pip install --quiet --group e2e
+    missing=$(PYTHONPATH=tests/e2e python3 -m support.tools); [ -z "$missing" ] || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing >/dev/null; }
+    rustup target add --toolchain "$(rustup show active-toolchain | cut -d' ' -f1)" aarch64-unknown-linux-gnu
+
+# Format Rust, and Python where Ruff is installed
+fmt:
+    cargo fmt
+    cargo fmt --manifest-path fuzz/Cargo.toml
+    ! command -v ruff >/dev/null || { ruff format . $(just _scripts python3); ruff check --fix . $(just _scripts python3); }
+
+# Check formats, lints and docs; Python, scripts and dependencies where their tools are installed
+lint: _lint-others docs
+    cargo fmt --check
+    cargo fmt --check --manifest-path fuzz/Cargo.toml
+    cargo clippy --locked --all-targets -- -D warnings
+
+# Build the documentation of the code
+docs:
+    RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
+
+_lint-others:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    # What is not installed is not checked, and said; in CI everything is installed.
+    with() {
+        if command -v "$1" >/dev/null; then "$@"
+        elif [ -n "${CI:-}" ]; then echo "$1 is missing: just setup" >&2; exit 1
+        else echo "not checked, since $1 is missing (just setup): $2" >&2; fi
+    }
+    python=$(just _scripts python3)
+    with ruff format --check . $python
+    with ruff check . $python
+    with shellcheck $(just _scripts bash) $(just _scripts sh)
+    with cargo-deny --offline --locked check --hide-inclusion-graph bans licenses sources
+
+# The scripts that an interpreter runs by their first line
+_scripts INTERPRETER:
+    @git grep --files-with-matches --extended-regexp '^#!(/usr/bin/env |/bin/){{ INTERPRETER }}$'
+
+# Run the Rust tests (arguments: cargo test's)
+test *ARGS:
+    cargo test --locked "$@"
+
+# Run the end-to-end tests (arguments: pytest's, such as -k reload)
+e2e *ARGS:
+    pytest "$@"
+
+# Run the Rust tests on slow sockets: MODE is delay or short (further arguments: cargo test's)
+slow MODE *ARGS:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    mkdir -p target/slow
+    cc -O1 -Wall -Wextra -Werror -shared -fPIC -o target/slow/slow.so tests/common/slow.c
+    export SLOW=$1 SLOW_SEED=${SLOW_SEED:-$RANDOM}
+    echo "SLOW_SEED=$SLOW_SEED"
+    # The calls that it slows down have to be those of the C library.
+    LD_PRELOAD=$PWD/target/slow/slow.so cargo test --locked --target-dir target/slow \
+        --config "target.'cfg(target_os = \"linux\")'.rustflags = ['--cfg=rustix_use_libc']" "${@:2}"
+
+# Run the fuzz targets (arguments: fuzz/run's)
+fuzz *ARGS:
+    fuzz/run "$@"
+
+# Measure what a request costs beside other servers (arguments: benches/compare/run's)
+bench *ARGS:
+    benches/compare/run "$@"
+
+# Check that a request takes no more instructions than benches/compare/gate.toml allows
+gate *ARGS:
+    benches/compare/run --gate "$@"
+
+# Build the Debian packages
+deb *ARCHITECTURES='amd64 arm64':
+    for architecture in {{ ARCHITECTURES }}; do packaging/build-deb "$architecture"; done
+
+# Build the container image (arguments: amd64 or arm64, then buildah's)
+image *ARGS:
+    packaging/build-image "$@"
+
+# Build what a release publishes, and verify it
+release-check:
+    packaging/release-check
+
+# Run all that has to pass before a change lands
+ci:
+    .ci/jobs

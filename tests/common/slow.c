@@ -1,0 +1,60 @@
+/* Preloaded into the daemon by `just slow`: a kernel that is slow to take what is written to a TCP socket, or takes it in bits.
+ * SLOW=delay: each write returns 30 ms after it was made, so that its reader is far ahead of the writer.
+ * SLOW=short: writes take some of the bytes, or none (EAGAIN), at random from SLOW_SEED. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+static struct { int epoll; struct epoll_event event; } registered[32768];
+static __thread unsigned state;
+/* 'd', 's', or 0 for what is left alone: other programs, files, Unix sockets. */
+static int mode(int fd) {
+    int domain = 0;
+    if (!getenv("SLOW") || strcmp(program_invocation_short_name, "key-service") || fd < 0 || fd >= 32768) return 0;
+    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &(socklen_t){sizeof domain}) || domain == AF_UNIX) return 0;
+    return *getenv("SLOW");
+}
+static unsigned dice(unsigned sides) {
+    if (!state) state = ((unsigned)strtoul(getenv("SLOW_SEED"), NULL, 10) * 2654435761u ^ (unsigned)gettid()) | 1;
+    return (state = state * 1664525u + 1013904223u) / 65536 % sides;
+}
+
+/* Registrations are kept: an EAGAIN that is made up has to be followed by an edge, or nobody would try again (epoll(7)). */
+int epoll_ctl(int epoll, int op, int fd, struct epoll_event *event) {
+    if (fd >= 0 && fd < 32768 && op != EPOLL_CTL_DEL) registered[fd].epoll = epoll, registered[fd].event = *event;
+    return (int)syscall(SYS_epoll_ctl, epoll, op, fd, event);
+}
+
+ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
+    struct msghdr some = *message;
+    struct iovec first = some.msg_iovlen ? *some.msg_iov : (struct iovec){0};
+    if (mode(fd) == 's' && first.iov_len > 1) {
+        if (registered[fd].epoll && !dice(3)) {
+            syscall(SYS_epoll_ctl, registered[fd].epoll, EPOLL_CTL_MOD, fd, &registered[fd].event);
+            return errno = EAGAIN, -1;
+        }
+        first.iov_len = 1 + dice(first.iov_len < 4096 ? (unsigned)first.iov_len : 4096);
+        some.msg_iov = &first, some.msg_iovlen = 1;
+    }
+    ssize_t sent = syscall(SYS_sendmsg, fd, &some, flags);
+    if (sent > 0 && mode(fd) == 'd') nanosleep(&(struct timespec){0, 30000000}, NULL);
+    return sent;
+}
+
+ssize_t writev(int fd, const struct iovec *parts, int count) {
+    if (!mode(fd)) return syscall(SYS_writev, fd, parts, count);
+    return sendmsg(fd, &(struct msghdr){.msg_iov = (struct iovec *)parts, .msg_iovlen = (size_t)count}, 0);
+}
+ssize_t send(int fd, const void *bytes, size_t length, int flags) {
+    if (!mode(fd)) return syscall(SYS_sendto, fd, bytes, length, flags, NULL, 0);
+    return sendmsg(fd, &(struct msghdr){.msg_iov = &(struct iovec){(void *)bytes, length}, .msg_iovlen = 1}, flags);
+}
+ssize_t write(int fd, const void *bytes, size_t length) {
+    return mode(fd) ? send(fd, bytes, length, 0) : syscall(SYS_write, fd, bytes, length);
+}
