@@ -524,11 +524,12 @@ fn what_kubernetes_sets_for_a_service_named_key_service_is_not_ours() {
 }
 
 #[test]
-fn the_readme_names_every_setting_with_its_default() {
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+fn the_documents_name_every_setting_with_its_default() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md");
+    let page = std::fs::read_to_string(page).unwrap();
     for line in DEFAULTS.lines() {
         let (name, default) = line.split_once(" = ").unwrap();
-        let row = readme.lines().find(|row| row.starts_with(&format!("| `{name}` |")));
+        let row = page.lines().find(|row| row.starts_with(&format!("| `{name}` |")));
         let row = row.unwrap_or_else(|| panic!("no row for {name}"));
         assert!(row.contains(&format!("`KEYSERVICE_{}`", name.replace('-', "_").to_uppercase())), "{row}");
         if name != "metrics-host" {

@@ -291,11 +291,11 @@ fn the_reasons_of_failed_handshakes_are_documented() {
     assert_eq!(rows.iter().flat_map(|row| marked(row[0])).collect::<BTreeSet<_>>(), exported);
 }
 
-/// The metrics of the table in README.md, each with what it takes to be there, if it takes something.
+/// The metrics of the table in docs/monitoring.md, each with what it takes to be there, if it takes something.
 fn documented() -> BTreeMap<String, (Label, String)> {
-    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/monitoring.md")).unwrap();
     let mut metrics = BTreeMap::new();
-    for row in rows_of(&text, "| metric |") {
+    for row in rows_of(&text, "| metric | values of the label |") {
         let [names, values, meaning] = row[..] else { panic!("three cells: {row:?}") };
         let condition = meaning.split_once("; only ").map_or("", |(_, condition)| condition);
         for name in marked(names) {
@@ -337,7 +337,7 @@ fn exported(text: &str) -> BTreeMap<String, Label> {
             let (key, value) = pair.split_once('=').unwrap();
             match key {
                 "le" => {}
-                "version" => *label = Some(key.to_owned()), // of its values, the README names none
+                "version" => *label = Some(key.to_owned()), // of its values, the table names none
                 _ => {
                     assert!(
                         label.replace(key.to_owned()).is_none_or(|before| before == key),

@@ -315,8 +315,8 @@ RESTART = "systemctl restart key-service.target"
 
 
 def test_changes_by_drop_in(machine):
-    """a drop-in moves the port, and the command of the README does so each time while clients ask without a pause"""
-    sequence = example("README.md", "sh", f"sudo {RESTART}")
+    """a drop-in moves the port, and the command of docs/debian.md does so each time while clients ask without a pause"""
+    sequence = example("docs/debian.md", "sh", f"sudo {RESTART}")
     machine.write("/etc/key-service/config.toml", "max-size = 4096\n")
     machine.run("systemctl restart key-service")
     for _ in range(6):
@@ -352,10 +352,10 @@ def listening(machine):
     ids=SOCKETS,
 )
 def test_a_disabled_socket_stays_so(machine, off, expected):
-    """a socket that is disabled stays so: no start of the service, upgrade or boot brings it back, and the README's commands do"""
+    """a socket that is disabled stays so: no start of the service, upgrade or boot brings it back, and the documented commands do"""
     unit_with_credential = "[Service]\nType=oneshot\nLoadCredential=key:/run/key-service/credential.sock\nExecStart=test -s %d/key\n"
     switch_off, switch_on = [
-        example("README.md", "sh", f"sudo systemctl {command} key-service-metrics.socket") for command in ("disable --now", "enable")
+        example("docs/debian.md", "sh", f"sudo systemctl {command} key-service-metrics.socket") for command in ("disable --now", "enable")
     ]
     others = [unit for unit in SOCKETS if unit != off]
     machine.run(f"set -e\n{switch_off}".replace("key-service-metrics.socket", off))

@@ -165,7 +165,7 @@ def sections(binary):
 
 
 class Container:
-    """A running container of the image, confined the way the README says. Its network is a loopback of its own."""
+    """A running container of the image, confined the way docs/containers.md says. Its network is a loopback of its own."""
 
     def __init__(self, *arguments, options=(), variables=None, starts=True):
         self.name = f"key-service-test-{os.getpid()}-{next(NUMBERS)}"
