@@ -51,6 +51,9 @@ def pytest_runtest_setup(item):
     """A test that can't run here fails, and says what it needs: a skipped suite would pass."""
     if item.get_closest_marker("root") and os.geteuid() != 0:
         pytest.fail("expected to be root: run it by sudo", pytrace=False)
+    # With -n, one process runs a group's tests, which xdist knows by their ids; with a pytest that it does not fit, it loses them silently.
+    if item.get_closest_marker("xdist_group") and item.config.getoption("loadgroup", False) and "@" not in item.nodeid:
+        pytest.fail("expected the group in the test's id, which pytest and pytest-xdist of pyproject.toml have: just setup", pytrace=False)
     commands = [command for marker in item.iter_markers("tools") for command in marker.args]
     if packages := tools.missing(commands):
         pytest.fail(f"expected programs that are not installed: apt-get install {' '.join(packages)}", pytrace=False)
