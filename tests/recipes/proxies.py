@@ -415,7 +415,7 @@ if has_proxy_protocol():
 
 @check
 def kubernetes():
-    """The Ingress is valid. No controller is run; tests/chart/run renders the values."""
+    """The Ingress is valid. No controller is run; tests/e2e/test_chart.py renders the values."""
     blocks = {pages.file_name(text): text for _, text in dict(pages.sections(PAGE))["Kubernetes"]}
     with tempfile.TemporaryDirectory(prefix="key-service-kubernetes-") as folder:
         (Path(folder) / "ingress.yaml").write_text(blocks["ingress.yaml"])

@@ -10,6 +10,7 @@ def mutant(rule, what):
     def keep(change):
         MUTANTS.append((rule, what, change))
         return change
+
     return keep
 
 
@@ -19,6 +20,7 @@ def the(release, kind, end=""):
 
 def change(rule, what, kind, *path, to=None, end="", drop=False):
     """A mutant that sets (or drops) one field."""
+
     def apply(release):
         place = the(release, kind, end)
         for step in path[:-1]:
@@ -29,6 +31,7 @@ def change(rule, what, kind, *path, to=None, end="", drop=False):
             place.append(to)
         else:
             place[path[-1]] = to
+
     MUTANTS.append((rule, what, apply))
 
 
@@ -74,7 +77,9 @@ change("recommended_labels", "no component", "Ingress", "metadata", "labels", "a
 change("ports", "a port's name in upper case", "Deployment", *DAEMON, "ports", 0, "name", to="HTTP")
 change("ports", "a port's name of 16 characters", "Deployment", *DAEMON, "ports", 0, "name", to="http-of-the-keys")
 change("ports", "two ports of a name", "Deployment", *DAEMON, "ports", 1, "name", to="http")
-change("ports", "two ports of a number", "Service", "spec", "ports", "+", to={"name": "other", "port": 80, "targetPort": "http"}, end="keys")
+change(
+    "ports", "two ports of a number", "Service", "spec", "ports", "+", to={"name": "other", "port": 80, "targetPort": "http"}, end="keys"
+)
 change("ports", "port 70000", "Deployment", *DAEMON, "ports", 0, "containerPort", to=70000)
 change("ports", "nodePort 80", "Service", "spec", "ports", 0, "nodePort", to=80, end="keys")
 change("ports", "a port of the host", "Deployment", *DAEMON, "ports", 0, "hostPort", to=1123)
@@ -103,13 +108,43 @@ change("transport", "liveness by the key port", "Deployment", *DAEMON, "liveness
 change("transport", "readiness by the key port", "Deployment", *DAEMON, "readinessProbe", "httpGet", "port", to="http")
 change("transport", "HTTPS probes of the metrics port", "Deployment", *DAEMON, "readinessProbe", "httpGet", "scheme", to="HTTPS")
 change("transport", "a Service that says http", "Service", "spec", "ports", 0, "appProtocol", to="http", end="keys")
-change("transport", "an Ingress that speaks plain HTTP", "Ingress", "metadata", "annotations", "nginx.ingress.kubernetes.io/backend-protocol", to="HTTP")
-change("transport", "a Service that Traefik speaks plain HTTP to", "Service", "metadata", "annotations", "traefik.ingress.kubernetes.io/service.serversscheme", drop=True, end="keys")
+change(
+    "transport",
+    "an Ingress that speaks plain HTTP",
+    "Ingress",
+    "metadata",
+    "annotations",
+    "nginx.ingress.kubernetes.io/backend-protocol",
+    to="HTTP",
+)
+change(
+    "transport",
+    "a Service that Traefik speaks plain HTTP to",
+    "Service",
+    "metadata",
+    "annotations",
+    "traefik.ingress.kubernetes.io/service.serversscheme",
+    drop=True,
+    end="keys",
+)
 change("transport", "a Gateway's policy for another Service", "BackendTLSPolicy", "spec", "targetRefs", 0, "name", to="other")
 change("transport", "a Gateway's policy without CAs", "BackendTLSPolicy", "spec", "validation", "caCertificateRefs", drop=True)
 change("transport", "a test over plain HTTP", "Pod", "spec", "containers", 0, "args", 2, to="http://keys:80")
 change("transport", "a test of the wrong Service", "Pod", "spec", "containers", 0, "args", 2, to="https://keys-metrics:9100")
-change("transport", "a policy that keeps the test out", "NetworkPolicy", "spec", "ingress", 0, "from", 1, "podSelector", "matchLabels", "app.kubernetes.io/component", to="x")
+change(
+    "transport",
+    "a policy that keeps the test out",
+    "NetworkPolicy",
+    "spec",
+    "ingress",
+    0,
+    "from",
+    1,
+    "podSelector",
+    "matchLabels",
+    "app.kubernetes.io/component",
+    to="x",
+)
 change("certificates", "a Secret that nobody mounts", "Certificate", "spec", "secretName", to="other")
 change("certificates", "a certificate without the Service's name", "Certificate", "spec", "dnsNames", 2, to="other")
 
@@ -121,8 +156,10 @@ def _(release):
 
 def with_setting(line):
     """Adds a line to the daemon's file."""
+
     def apply(release):
         the(release, "ConfigMap", "keys")["data"]["config.toml"] += line
+
     return apply
 
 
@@ -136,11 +173,21 @@ def _(release):
 
 
 change("volumes", "a mount without its volume", "Deployment", *DAEMON, "volumeMounts", "+", to={"name": "gone", "mountPath": "/gone"})
-change("volumes", "two mounts at a place", "Deployment", *DAEMON, "volumeMounts", "+", to={"name": "shared", "mountPath": "/etc/key-service"})
+change(
+    "volumes", "two mounts at a place", "Deployment", *DAEMON, "volumeMounts", "+", to={"name": "shared", "mountPath": "/etc/key-service"}
+)
 change("volumes", "a mount at a relative path", "Deployment", *DAEMON, "volumeMounts", 0, "mountPath", to="etc")
 change("volumes", "a volume that is mounted nowhere", "Deployment", *TEMPLATE, "volumes", "+", to={"name": "idle", "emptyDir": {}})
 change("volumes", "a ConfigMap that isn't there", "Deployment", *TEMPLATE, "volumes", 0, "configMap", "name", to="gone")
-change("mount_points", "a file below the configuration", "Deployment", *DAEMON, "volumeMounts", "+", to={"name": "shared", "mountPath": "/etc/key-service/tokens", "subPath": "a"})
+change(
+    "mount_points",
+    "a file below the configuration",
+    "Deployment",
+    *DAEMON,
+    "volumeMounts",
+    "+",
+    to={"name": "shared", "mountPath": "/etc/key-service/tokens", "subPath": "a"},
+)
 change("variables", "a variable's name with a blank", "Deployment", *DAEMON, "env", 0, "name", to="NODE NAME")
 change("variables", "a variable twice", "Deployment", *DAEMON, "env", "+", to={"name": "NODE_NAME", "value": "x"})
 change("variables", "a variable of two sources", "Deployment", *DAEMON, "env", 1, "value", to="x")
@@ -149,8 +196,14 @@ change("resources", "a quantity that is none", "Deployment", *DAEMON, "resources
 change("resources", "a request above its limit", "Deployment", *DAEMON, "resources", "requests", "memory", to="1Gi")
 change("resources", "a CPU request above its limit", "Deployment", *DAEMON, "resources", "requests", "cpu", to="2001m")
 change("resources", "no limit", "Pod", "spec", "containers", 0, "resources", "limits", drop=True)
-change("further_limits", "a request of storage above its limit", "Deployment", *DAEMON, "resources", to={
-    "requests": {"ephemeral-storage": "1Gi"}, "limits": {"ephemeral-storage": "1G"}})
+change(
+    "further_limits",
+    "a request of storage above its limit",
+    "Deployment",
+    *DAEMON,
+    "resources",
+    to={"requests": {"ephemeral-storage": "1Gi"}, "limits": {"ephemeral-storage": "1G"}},
+)
 change("rollout", "both bounds are 0", "Deployment", "spec", "strategy", "rollingUpdate", to={"maxSurge": 0, "maxUnavailable": "0%"})
 change("rollout", "a bound that is no number", "Deployment", "spec", "strategy", "rollingUpdate", "maxSurge", to="some")
 change("disruption", "both bounds", PDB, "spec", "maxUnavailable", to=1)
@@ -163,7 +216,13 @@ change("evictions", "nobody may go", PDB, "spec", to={"maxUnavailable": "0%"})
 change("spreads", "a topology twice", "Deployment", *TEMPLATE, "topologySpreadConstraints", 1, "topologyKey", to="kubernetes.io/hostname")
 PEERS = ("spec", "ingress", 0, "from", "+")
 change("networks", "a network of no length", "NetworkPolicy", *PEERS, to={"ipBlock": {"cidr": "192.0.2.256/24"}})
-change("networks", "an exception outside of its network", "NetworkPolicy", *PEERS, to={"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"]}})
+change(
+    "networks",
+    "an exception outside of its network",
+    "NetworkPolicy",
+    *PEERS,
+    to={"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"]}},
+)
 change("networks", "an exception of all", "NetworkPolicy", *PEERS, to={"ipBlock": {"cidr": "2001:db8::/32", "except": ["2001:db8:0::/32"]}})
 change("networks", "a balancer's network that is none", "Service", "spec", "loadBalancerSourceRanges", to=["192.0.2.0/33"], end="keys")
 
@@ -177,13 +236,28 @@ change("autoscaler", "a utilization of 0", HPA, "spec", "metrics", 0, "resource"
 change("autoscaler", "utilization of what nobody requests", "Deployment", *DAEMON, "resources", "requests", "cpu", drop=True)
 
 change("selectors", "a Deployment that does not select its pods", "Deployment", "spec", "selector", "matchLabels", "tier", to="x")
-change("selectors", "a spread over nothing", "Deployment", *TEMPLATE, "topologySpreadConstraints", 0, "labelSelector", "matchLabels", "tier", to="x")
+change(
+    "selectors",
+    "a spread over nothing",
+    "Deployment",
+    *TEMPLATE,
+    "topologySpreadConstraints",
+    0,
+    "labelSelector",
+    "matchLabels",
+    "tier",
+    to="x",
+)
 change("selectors", "a Service that selects nothing", "Service", "spec", "selector", "app.kubernetes.io/name", to="x", end="keys")
-change("selectors", "a Service that selects the test too", "Service", "spec", "selector", "app.kubernetes.io/component", drop=True, end="keys")
+change(
+    "selectors", "a Service that selects the test too", "Service", "spec", "selector", "app.kubernetes.io/component", drop=True, end="keys"
+)
 change("selectors", "a budget that selects everything", PDB, "spec", "selector", to={})
 change("selectors", "a policy that selects nothing", "NetworkPolicy", "spec", "podSelector", "matchLabels", "tier", to="x")
 change("monitors", "it selects nothing", "ServiceMonitor", "spec", "selector", "matchLabels", "tier", to="x")
-change("monitors", "it selects both Services", "ServiceMonitor", "spec", "selector", "matchLabels", "app.kubernetes.io/component", drop=True)
+change(
+    "monitors", "it selects both Services", "ServiceMonitor", "spec", "selector", "matchLabels", "app.kubernetes.io/component", drop=True
+)
 change("monitors", "a port that isn't there", "ServiceMonitor", "spec", "endpoints", 0, "port", to="http")
 change("monitors", "another job", "ServiceMonitor", "spec", "endpoints", 0, "relabelings", 0, "replacement", to="keys")
 change("monitors", "the route's label loses", "ServiceMonitor", "spec", "endpoints", 0, "honorLabels", to=False)
@@ -230,7 +304,9 @@ change("restricted", "privileged", "Deployment", *CONTEXT, "privileged", to=True
 change("restricted", "capabilities are kept", "Deployment", *CONTEXT, "capabilities", "drop", to=["NET_RAW"])
 change("restricted", "a capability is added", "Deployment", *CONTEXT, "capabilities", "add", to=["SYS_TIME"])
 change("restricted", "an unmasked /proc", "Deployment", *CONTEXT, "procMount", to="Unmasked")
-change("restricted", "a root to write to", "Deployment", *TEMPLATE, "initContainers", 0, "securityContext", "readOnlyRootFilesystem", to=False)
+change(
+    "restricted", "a root to write to", "Deployment", *TEMPLATE, "initContainers", 0, "securityContext", "readOnlyRootFilesystem", to=False
+)
 change("restricted", "SELinux options", "Deployment", *POD_CONTEXT, "seLinuxOptions", to={"type": "spc_t"})
 change("restricted", "AppArmor is off", "Deployment", *CONTEXT, "appArmorProfile", to={"type": "Unconfined"})
 change("restricted", "a host process", "Deployment", *POD_CONTEXT, "windowsOptions", to={"hostProcess": True})
@@ -244,7 +320,15 @@ change("families", "a headless Service of another port", "Service", "spec", "clu
 change("families", "a deprecated word", "Service", "spec", "trafficDistribution", to="PreferClose", end="keys")
 change("sizes", "a ConfigMap of 1 MiB", "ConfigMap", "data", "config.toml", to="#" * (1 << 20), end="keys")
 change("sizes", "a dashboard that is no JSON", "ConfigMap", "data", "key-service.json", to="{", end="-dashboard")
-change("hooks", "a test pod that stays when it has failed", "Pod", "metadata", "annotations", "helm.sh/hook-delete-policy", to="before-hook-creation,hook-succeeded")
+change(
+    "hooks",
+    "a test pod that stays when it has failed",
+    "Pod",
+    "metadata",
+    "annotations",
+    "helm.sh/hook-delete-policy",
+    to="before-hook-creation,hook-succeeded",
+)
 change("hooks", "a test pod that stays", "Pod", "metadata", "annotations", "helm.sh/hook-delete-policy", drop=True)
 change("tests", "another command", "Pod", "spec", "containers", 0, "args", 0, to="--check")
 change("tests", "another port", "Pod", "spec", "containers", 0, "args", 2, to="http://keys:1123")

@@ -2,6 +2,7 @@
 
 The API server refuses more than the definitions do: it takes a few words only where they say "string". NARROWED has those.
 """
+
 import json
 import re
 
@@ -15,16 +16,25 @@ NARROWED = {
     "api.core.v1.SeccompProfile": PROFILE,
     "api.core.v1.AppArmorProfile": PROFILE,
     "api.core.v1.SecurityContext": {"runAsUser": USER, "runAsGroup": USER, "procMount": {"enum": ["Default", "Unmasked", None]}},
-    "api.core.v1.PodSecurityContext": {"runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
-                                       "fsGroupChangePolicy": {"enum": ["Always", "OnRootMismatch", None]}},
+    "api.core.v1.PodSecurityContext": {
+        "runAsUser": USER,
+        "runAsGroup": USER,
+        "fsGroup": USER,
+        "fsGroupChangePolicy": {"enum": ["Always", "OnRootMismatch", None]},
+    },
     "api.core.v1.VolumeMount": {"mountPropagation": {"enum": ["Bidirectional", "HostToContainer", "None", None]}},
     "api.core.v1.NodeSelectorRequirement": {"operator": {"enum": ["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]}},
     "apimachinery.pkg.apis.meta.v1.LabelSelectorRequirement": LABEL_OPERATORS,
     "apimachinery.pkg.apis.meta.v1.LabelSelector": {"matchLabels": {"$ref": "#/definitions/selector"}},
-    "api.autoscaling.v2.HPAScalingRules": {"stabilizationWindowSeconds": {"minimum": 0, "maximum": 3600},
-                                           "selectPolicy": {"enum": ["Max", "Min", "Disabled", None]}},
-    "api.autoscaling.v2.HPAScalingPolicy": {"type": {"enum": ["Pods", "Percent"]}, "value": {"minimum": 1},
-                                            "periodSeconds": {"minimum": 1, "maximum": 1800}},
+    "api.autoscaling.v2.HPAScalingRules": {
+        "stabilizationWindowSeconds": {"minimum": 0, "maximum": 3600},
+        "selectPolicy": {"enum": ["Max", "Min", "Disabled", None]},
+    },
+    "api.autoscaling.v2.HPAScalingPolicy": {
+        "type": {"enum": ["Pods", "Percent"]},
+        "value": {"minimum": 1},
+        "periodSeconds": {"minimum": 1, "maximum": 1800},
+    },
 }
 
 
@@ -33,7 +43,7 @@ def with_kubernetes(schema):
     version = kubernetes_validate.latest_version()
     known = kubernetes_validate.utils.schema_contents(f"kubernetes-json-schema/v{version}-local-strict/_definitions.json", version)["$defs"]
     made = {**schema, "definitions": {name: node for name, node in schema["definitions"].items() if not name.startswith("io.k8s.")}}
-    while names := {name for name in re.findall(r'"#/definitions/(io\.k8s\.[^"]+)"', json.dumps(made))} - set(made["definitions"]):
+    while names := set(re.findall(r'"#/definitions/(io\.k8s\.[^"]+)"', json.dumps(made))) - set(made["definitions"]):
         for name in sorted(names):
             node = plain(json.loads(re.sub(r'"(_definitions\.json)?#/\$defs/', '"#/definitions/', json.dumps(known[name]))))
             for field, narrower in NARROWED.get(name.removeprefix("io.k8s."), {}).items():
@@ -46,7 +56,9 @@ def with_kubernetes(schema):
 def text(schema):
     """The schema as its file has it: what is ours spread out, and a definition of Kubernetes' on a line."""
     lines = {name: json.dumps(node) for name, node in schema["definitions"].items() if name.startswith("io.k8s.")}
-    spread = json.dumps({**schema, "definitions": {**schema["definitions"], **{name: name for name in lines}}}, indent=2, ensure_ascii=False)
+    spread = json.dumps(
+        {**schema, "definitions": {**schema["definitions"], **{name: name for name in lines}}}, indent=2, ensure_ascii=False
+    )
     for name, line in lines.items():
         spread = spread.replace(f'"{name}": "{name}"', f'"{name}": {line}')
     return f"{spread}\n"
@@ -54,5 +66,9 @@ def text(schema):
 
 def plain(node):
     if isinstance(node, dict):
-        return {key: plain(inner) for key, inner in node.items() if not key.startswith("x-") and not (key == "description" and isinstance(inner, str))}
+        return {
+            key: plain(inner)
+            for key, inner in node.items()
+            if not key.startswith("x-") and not (key == "description" and isinstance(inner, str))
+        }
     return [plain(inner) for inner in node] if isinstance(node, list) else node

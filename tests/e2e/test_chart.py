@@ -1,0 +1,891 @@
+"""The Helm chart, rendered by real Helm and held to Kubernetes' schemas and to rules of its own, without a cluster. Broken charts,
+releases and values show that each rule can fail."""
+
+import copy
+import difflib
+import functools
+import json
+import re
+import shlex
+import shutil
+import ssl
+import subprocess
+import tomllib
+import urllib.request
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from support import certificates
+from support.chart import kube, scaling, tools, write
+from support.chart.helm import BOTH, CASES, CHART, NAME, NAMESPACE, helm, only, parse, rendered, sound, template, template_text, text_of
+from support.chart.mutants import MUTANTS
+from support.chart.tools import HELM, HELM_3
+from support.chart.values import PROBES, SCHEMA, SCHEMA_FILE, VALUES, at, has_null, holder, is_ours, leaves, resolve
+from support.chart.words import EVERYTHING, WORDS, not_text, values_with, words_that_are_not_text
+from support.conditions import TIMEOUT, expect
+from support.daemon import REPOSITORY, Daemon, environment
+from support.daemon import binary as daemon
+
+pytestmark = pytest.mark.tools("node", "npm", "openssl", "promtool", "setpriv")
+
+# Values that are none when they are null, and not their default; values.yaml says so.
+NULL_IS_NONE = ("autoscaling.targetCPUUtilizationPercentage", "resources.limits", "resources.requests")
+
+# (setting, path in values, its range in the chart where that is not the daemon's)
+NUMBERS = [
+    ("srv-port", "server.port", (1, 65535)),  # 0 is any free port, which no Service could lead to
+    ("metrics-port", "metrics.port", (1, 65535)),
+    ("max-size", "server.maxSize", None),
+    ("workers", "server.workers", None),
+    ("max-connections", "server.maxConnections", None),
+    ("max-connections-per-client", "server.maxConnectionsPerClient", None),
+    ("head-timeout", "server.headTimeout", None),
+    ("idle-timeout", "server.idleTimeout", None),
+    ("write-timeout", "server.writeTimeout", None),
+    ("drain-delay", "server.drainDelay", None),
+    ("drain-timeout", "server.drainTimeout", None),
+    ("rate-requests", "rates.requests", None),
+    ("rate-bytes", "rates.bytes", None),
+    ("rate-burst", "rates.burst", None),
+]
+
+# (setting, path in values) of what is no number.
+OTHERS = [
+    ("host", "server.host"),
+    ("log-level", "server.logLevel"),
+    ("audit", "audit"),
+    ("trusted-proxies", "trustedProxies"),
+    ("forwarded-header", "forwardedHeader"),
+    ("proxy-protocol", "proxyProtocol"),
+    ("tls-min-version", "tls.minVersion"),
+]
+
+
+def rows(file):
+    """The lines of a file in support/chart, without comments; tabs separate their columns."""
+    lines = Path(kube.__file__).with_name(file).read_text().splitlines()
+    return [line.split("\t") for line in lines if line and not line.startswith("#")]
+
+
+def shown(arguments):
+    """A test's id: arguments of Helm, shortened."""
+    return arguments.removeprefix("--set ")[:100]
+
+
+REFUSED = [tuple(row) for row in rows("refused.tsv")]
+ACCEPTED = [arguments for [arguments] in rows("accepted.txt")]
+
+every_case = pytest.mark.parametrize("case", CASES)
+# One process keeps what these tests share: errors of Helm, and findings in broken releases.
+refusals, mutants = pytest.mark.xdist_group("refusals"), pytest.mark.xdist_group("mutants")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def chart():
+    """Helm and the models of custom resources, which nearly every test needs."""
+    tools.install()
+    with kube.MODELS:
+        yield
+
+
+@pytest.fixture
+def chart_copy(tmp_path):
+    """A copy of the chart for a test that breaks it."""
+    return Path(shutil.copytree(CHART, tmp_path / "key-service"))
+
+
+@every_case
+def test_every_rule_holds(case):
+    """every rule of kube.py holds"""
+    found = [f"[{rule}] {sentence}" for rule, _, sentence in rendered(case).findings()]
+    assert not found, "\n".join(found)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Helm 4's engine as a library, with the chart loaded."""
+    import helm_python  # here, so that only processes with these tests load Go's runtime
+
+    with helm_python.Chart.load(str(CHART)) as chart:
+        yield chart
+
+
+@every_case
+def test_both_engines_agree(case, engine):
+    """Helm's engine as a library renders what the helm binary renders"""
+    files = engine.render(yaml.safe_load(CASES[case].read_text()), name=NAME, namespace=NAMESPACE)
+    notes = files.pop("key-service/templates/NOTES.txt")
+    assert f"key-service.{NAMESPACE}.svc" in notes or f"keys.{NAMESPACE}.svc" in notes, notes
+    assert "<no value>" not in notes and "nil" not in notes, notes
+    by_name = {kube.name(r): r for text in files.values() for r in parse(text)}
+    expect(by_name, {kube.name(r): r for r in rendered(case)}, "resources")
+
+
+# What the notes have to say where a setting is on.
+NOTES = {
+    "tls-cert": ("https://", "--cacert ca.crt"),
+    "tls-client-ca": ("--cert client.crt",),
+    "tokens-file": ("-H @token.header",),
+    "proxy-protocol": ("must begin with a PROXY",),
+}
+
+
+@every_case
+def test_notes_follow_the_values(case):
+    """the notes name the scheme, the client certificate, the token and the PROXY header that keys take, and no others"""
+    notes = helm("install", NAME, CHART, "--dry-run=client", "--values", CASES[case]).stdout.partition("\nNOTES:\n")[2]
+    settings = kube.settings_of(rendered(case), only(rendered(case), "Deployment"))
+    for setting, sentences in NOTES.items():
+        for sentence in sentences:
+            expect(sentence in notes, bool(settings.get(setting)), f"{sentence!r} in the notes")
+
+
+@every_case
+def test_helm_3_agrees(case):
+    """Helm 3 renders what Helm 4 renders"""
+    expect(rendered(case, HELM_3), rendered(case), "resources")
+
+
+@every_case
+def test_lint_is_content(case):
+    """helm lint --strict of both versions is content"""
+    for binary in BOTH:
+        helm("lint", "--strict", CHART, "--values", CASES[case], binary=binary)
+
+
+# (setting, the values that set it)
+SECRETS = {
+    "tls-cert": ("tls.existingSecret", "tls.certificate.enabled"),
+    "tls-client-ca": ("tls.clientCA.existingSecret", "tls.clientCA.existingConfigMap"),
+    "tokens-file": ("tokens.existingSecret",),
+}
+
+
+@every_case
+def test_the_daemon_takes_its_file(case, tmp_path, secrets):
+    """the daemon takes the file and reads from it what the values say"""
+    values = yaml.safe_load(CASES[case].read_text()) or {}
+    settings = daemon_reads(mounted(rendered(case), tmp_path, secrets), tmp_path)
+    for setting, path in [number[:2] for number in NUMBERS] + OTHERS:
+        given = at(values, path)
+        if setting in settings:
+            expect(settings[setting], at(VALUES, path) if given is None else given, setting)
+        else:
+            assert setting == "tls-min-version" and "tls-cert" not in settings, f"{setting} is missing"
+    named = {setting for setting in ("tls-cert", "tls-client-ca", "tokens-file") if settings.get(setting)}
+    expected = {setting for setting, paths in SECRETS.items() if any(at(values, path) for path in paths)}
+    expect(named, expected, "settings with files")
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory):
+    """The text of each file that a Secret or ConfigMap has."""
+    folder = tmp_path_factory.mktemp("secrets")
+    key, certificate = folder / "key", folder / "certificate"
+    certificates.self_signed(key, certificate, names="DNS:keys")
+    made = subprocess.run([daemon(), "token", "new", "--name", "client"], check=True, text=True, capture_output=True)
+    token = made.stdout.splitlines()[1] + "\n"
+    return {"tls.crt": certificate.read_text(), "tls.key": key.read_text(), "ca.crt": certificate.read_text(), "tokens": token}
+
+
+def mounted(release, folder, secrets):
+    """The daemon's file, with the volumes that it names files of laid out below folder."""
+    spec = only(release, "Deployment")["spec"]["template"]["spec"]
+    volumes = {volume["name"]: volume.get("secret") or volume.get("configMap") for volume in spec["volumes"]}
+    for mount in spec["containers"][0]["volumeMounts"]:
+        if mount["mountPath"].startswith("/run/key-service/"):
+            place = folder / mount["mountPath"][1:]
+            place.mkdir(parents=True)
+            for item in volumes[mount["name"]]["items"]:
+                (place / item["path"]).write_text(secrets[item["path"]])
+                (place / item["path"]).chmod(volumes[mount["name"]].get("defaultMode", 0o644))
+    text = next(r for r in release.of("ConfigMap") if "config.toml" in r["data"])["data"]["config.toml"]
+    return text.replace('"/run/', f'"{folder}/run/')
+
+
+def answers_as_deployed(release, folder, secrets):
+    """Starts the daemon with the file and the volumes of a release; asks it what its probes ask, as a kubelet does; runs `helm test`."""
+    config = mounted(release, folder, secrets).replace("drain-delay = ", "drain-delay = 0 # ")
+    # A kubelet's address may well be in the network of the trusted proxies.
+    config = re.sub(r"^trusted-proxies = \[.+\]$", 'trusted-proxies = ["127.0.0.0/8"]', config, flags=re.MULTILINE)
+    with Daemon(folder, config) as running:
+        spec = only(release, "Deployment")["spec"]["template"]["spec"]
+        for kind in PROBES:
+            probe = spec["containers"][0].get(kind, {}).get("httpGet")
+            if probe:
+                authority = {"http": running.authority, "metrics": running.metrics}[probe["port"]]
+                url = f"{probe.get('scheme', 'HTTP').lower()}://{authority}{probe['path']}"
+                with urllib.request.urlopen(url, timeout=TIMEOUT, context=ssl._create_unverified_context()) as answer:
+                    expect(answer.status, 200, kind)
+        container = only(release, "Pod")["spec"]["containers"][0]
+        command, flag, url = container["args"]
+        scheme, _, service = url.partition("://")
+        authority = running.metrics if "-metrics:" in service else running.authority
+        variables = {v["name"]: v["value"].replace("/run/", f"{folder}/run/") for v in container.get("env", [])}
+        health = [daemon(), command, flag, f"{scheme}://{authority}"]
+        ran = subprocess.run(health, text=True, capture_output=True, env={**environment(), **variables})
+        assert ran.returncode == 0, f"helm test: {ran.stderr.strip()}"
+
+
+@every_case
+def test_probes_and_test_succeed(case, tmp_path, secrets):
+    """a daemon with this file and these volumes answers the probes and passes `helm test`"""
+    answers_as_deployed(rendered(case), tmp_path, secrets)
+
+
+# What a release was once, or could be by mistake.
+BROKEN = {
+    "probes in plain HTTP": (
+        "cert-manager",
+        lambda spec: spec["containers"][0]["livenessProbe"]["httpGet"].update(port="http"),
+    ),
+    "probes that lack a certificate": (
+        "tls",
+        lambda spec: spec["containers"][0]["livenessProbe"]["httpGet"].update(port="http", scheme="HTTPS"),
+    ),
+    "probes that lack a PROXY header": (
+        "balancer",
+        lambda spec: spec["containers"][0]["readinessProbe"]["httpGet"].update(port="http", scheme="HTTPS"),
+    ),
+    "a key that others may read": (
+        "cert-manager",
+        lambda spec: spec["volumes"][1]["secret"].pop("defaultMode"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_deployments_fail(what, tmp_path, secrets):
+    """a daemon with one of these is not healthy"""
+    case, change = BROKEN[what]
+    release = rendered(case)
+    change(only(release, "Deployment")["spec"]["template"]["spec"])
+    with pytest.raises((OSError, AssertionError)):
+        answers_as_deployed(release, tmp_path, secrets)
+
+
+def daemon_checks(text, folder):
+    """How the daemon checks a configuration file with that text."""
+    file = folder / "config.toml"
+    file.write_text(text)
+    return subprocess.run([daemon(), "--check", "--config", file], text=True, capture_output=True, env={})
+
+
+def daemon_reads(text, folder):
+    """The settings that the daemon reads from a file with that text."""
+    ran = daemon_checks(text, folder)
+    assert ran.returncode == 0, ran.stderr
+    return tomllib.loads(ran.stdout)
+
+
+def test_the_oldest_supported_kubernetes_knows_the_fields():
+    """the oldest Kubernetes that Chart.yaml allows knows every field of the default, minimal and autoscaling releases"""
+    oldest = re.search(r">=([0-9]+\.[0-9]+)", yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"])[1]
+    version = next(v for v in kubernetes_validate.utils.all_versions() if v.startswith(f"{oldest}."))
+    for case in ("default", "minimal", "autoscaling", "extras"):
+        found = list(kube.schema_findings(rendered(case).of(*kube.BUILT_IN_KINDS), version))
+        assert not found, "\n".join(found)
+
+
+def test_the_command_of_the_first_version_installs():
+    """helm install key-service ./helm-chart --set server.port=1123 --set server.maxSize=1024"""
+    command = "install key-service ./helm-chart --set server.port=1123 --set server.maxSize=1024 --dry-run=client"
+    ran = subprocess.run([HELM, *command.split()], cwd=REPOSITORY, text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "http://key-service.default.svc:1123/key/{length}, up to 1024 bytes" in ran.stdout, ran.stdout[-800:]
+    assert "\nsrv-port = 1123\n" in re.sub(r"^ +", "", ran.stdout, flags=re.MULTILINE)
+
+
+@functools.cache
+def refusal(binary, *arguments, name=NAME, values=None):
+    """Helm's error for values that it refuses."""
+    ran = helm("template", name, CHART, *arguments, values=values, ok=False, binary=binary)
+    assert ran.returncode != 0, f"{binary.name}: it was taken"
+    return ran.stderr
+
+
+@refusals
+@pytest.mark.parametrize(("arguments", "name"), REFUSED, ids=[shown(arguments) for arguments, _ in REFUSED])
+def test_bad_values_are_refused(arguments, name):
+    """bad values are refused, with the field's name, by both versions of Helm"""
+    # Helm 3 writes fields with dots, and names those that are not there in other words.
+    older = name[1:].replace("~1", "\0").replace("/", ".").replace("\0", "/") if name.startswith("/") else name.strip("'")
+    for binary, field in ((HELM, name), (HELM_3, older)):
+        error = refusal(binary, *shlex.split(arguments))
+        assert field in error, f"{binary.name}: expected {field!r} in: {error.strip()}"
+
+
+@pytest.mark.parametrize("arguments", ACCEPTED, ids=shown)
+def test_good_values_are_taken(arguments):
+    """what is just not refused is taken by both versions of Helm, and nothing is wrong with what it makes"""
+    for binary in BOTH:
+        findings = template(*shlex.split(arguments), binary=binary).findings()
+        found = [sentence for rule, _, sentence in findings if rule != "resources" or "limits=null" not in arguments]
+        assert not found, "\n".join(found)
+
+
+ANNOTATIONS = ["commonAnnotations", "ingress.annotations", "metrics.serviceMonitor.annotations"]
+
+
+def with_large(path):
+    """Values with an annotation of more than 200000 bytes."""
+    return json.dumps(functools.reduce(lambda inner, key: {key: inner}, reversed(path.split(".")), {"a": "x" * 200_000}))
+
+
+@refusals
+@pytest.mark.parametrize("path", ANNOTATIONS)
+def test_large_annotations_are_refused(path):
+    """annotations of more than 200000 bytes are refused, as the API server takes 256 KiB in all"""
+    for binary in BOTH:
+        error = refusal(binary, values=with_large(path))
+        assert f"{path}: expected at most 200000 bytes" in error, f"{binary.name}: {error.strip()}"
+
+
+DOTTED = ["a.b", "key-service.prod", "1.5"]
+
+
+@refusals
+@pytest.mark.parametrize("name", DOTTED)
+def test_release_names_with_a_dot_are_refused(name):
+    """a release with a dot is refused, with the value that it needs, and installed with that"""
+    for binary in BOTH:
+        error = refusal(binary, name=name)
+        assert "fullnameOverride: expected a name for all resources" in error, f"{binary.name}: {error.strip()}"
+        found = list(template("--set", "fullnameOverride=keys", name=name, binary=binary).findings())
+        assert not found, found
+
+
+@refusals
+def test_every_contradiction_was_refused():
+    """every sentence of _validate.tpl was said to one of the bad values"""
+    sentences = re.findall(r'fail \(?(?:printf )?"([^"]*)"', (CHART / "templates/_validate.tpl").read_text())
+    assert sentences, "there are none"
+    # The schema refuses the others before the template does.
+    errors = [refusal(HELM, *shlex.split(arguments)) for arguments, name in REFUSED if not name.startswith(("/", "'"))]
+    errors += [refusal(HELM, values=with_large(path)) for path in ANNOTATIONS] + [refusal(HELM, name=name) for name in DOTTED]
+    for sentence in sentences:
+        pattern = re.escape(sentence).replace("%s", r"[^ ]+").replace("%v", r"[^ ]+").replace("%d", "[0-9]+")
+        assert any(re.search(f": {pattern}$", error, re.MULTILINE) for error in errors), sentence
+
+
+@pytest.mark.parametrize(("setting", "path", "own"), NUMBERS, ids=[path for _, path, _ in NUMBERS])
+def test_ranges_are_the_daemons(setting, path, own, tmp_path):
+    """the chart's range is the daemon's"""
+    node = SCHEMA
+    for key in path.split("."):
+        node = resolve(node["properties"][key])
+    low, high = node["minimum"], node["maximum"]
+    for value, fits in ((low, True), (high, True), (low - 1, own is not None and low - 1 == 0), (high + 1, False)):
+        ran = daemon_checks(f"{setting} = {value}\n", tmp_path)
+        expect(ran.returncode, 0 if fits else 78, f"the daemon's exit status for {value}")
+    if own:
+        expect((low, high), own, "range")
+
+
+def test_log_levels_are_the_daemons(tmp_path):
+    """server.logLevel: the chart's levels are the daemon's"""
+    levels = re.search(r"expected one of (.*), found", daemon_checks('log-level = "?"\n', tmp_path).stderr)[1].split(", ")
+    expect(SCHEMA["properties"]["server"]["properties"]["logLevel"]["enum"], [*levels, None], "levels")
+
+
+def test_defaults_are_the_daemons(tmp_path):
+    """the chart's defaults are the daemon's, but for the delay that a cluster's balancers need"""
+    settings = daemon_reads("", tmp_path)
+    own = {"drain-delay": 5}
+    for setting, path in [number[:2] for number in NUMBERS] + OTHERS:
+        # Without TLS, --check does not show its version.
+        expect(at(VALUES, path), own.get(setting, settings.get(setting, "1.3")), path)
+
+
+def test_versions_agree():
+    """Chart.yaml's versions are the crate's, and the default image has that tag"""
+    crate = tomllib.loads((REPOSITORY / "Cargo.toml").read_text())["package"]["version"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    expect((chart["version"], chart["appVersion"]), (crate, crate), "version, appVersion")
+    deployment = only(rendered("default"), "Deployment")
+    expect(deployment["spec"]["template"]["spec"]["containers"][0]["image"], f"key-service:{crate}", "image")
+
+
+def test_a_change_of_configuration_rolls_the_pods(tmp_path):
+    """a change of a setting rolls the pods, by the checksum and nothing else; a new chart alone does not"""
+    before, after = (only(template(*arguments), "Deployment")["spec"]["template"] for arguments in ([], ["--set", "server.maxSize=2048"]))
+    helm("package", CHART, "--version", "99.0.0", "--destination", tmp_path)
+    again = only(template(chart=tmp_path / "key-service-99.0.0.tgz"), "Deployment")["spec"]["template"]
+    expect(again, before, "the template of chart 99.0.0")
+    sums = [pod["metadata"]["annotations"].pop("checksum/config") for pod in (before, after)]
+    assert sums[0] != sums[1], "the checksum stayed as it was"
+    expect(before, after, "the rest of the template")
+
+
+def test_selectors_never_change():
+    """the Deployment's selector, which can't be changed, depends on the release's and the chart's name only"""
+    found = {case: only(rendered(case), "Deployment")["spec"]["selector"] for case in CASES if case != "tuned"}
+    expect(len({json.dumps(selector, sort_keys=True) for selector in found.values()}), 1, f"selectors of {found}")
+
+
+def test_the_package_is_the_chart(tmp_path):
+    """helm package makes a chart that renders as the folder does, without what is only for tests"""
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["version"]
+    helm("package", CHART, "--destination", tmp_path)
+    package = tmp_path / f"key-service-{version}.tgz"
+    for case in CASES:
+        expect(template("--values", CASES[case], chart=package), rendered(case), f"resources of {case}")
+    files = subprocess.run(["tar", "tzf", package], text=True, capture_output=True, check=True).stdout.split()
+    assert not [file for file in files if "/ci/" in file], files
+    for needed in ("values.schema.json", "README.md", *(f"files/{name}" for name in write.COPIES)):
+        assert f"key-service/{needed}" in files, f"{needed} is not in the package"
+
+
+def test_it_can_be_a_part_of_another_chart(tmp_path):
+    """it can be a part of another chart, with `condition` and `global`"""
+    shutil.copytree(CHART, tmp_path / "charts/key-service")
+    dependency = {"name": "key-service", "version": "*", "condition": "key-service.enabled"}
+    parent = {"apiVersion": "v2", "name": "parent", "version": "1.0.0", "dependencies": [dependency]}
+    (tmp_path / "Chart.yaml").write_text(yaml.safe_dump(parent))
+    values = {"global": {"region": "north"}, "key-service": {"server": {"maxSize": 64}}}
+    part = template("--set", "key-service.enabled=true", name="big", chart=tmp_path, values=values)
+    assert "max-size = 64\n" in only(part, "ConfigMap")["data"]["config.toml"]
+    assert not list(part.findings()), list(part.findings())
+    none = template("--set", "key-service.enabled=false", name="big", chart=tmp_path, values=values)
+    assert not none, "it was rendered though disabled"
+
+
+NAMES = ["a", "key-service", "release-of-key-service", "1key-service", *("x" * length for length in range(42, 54)), "2" * 53]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_fit(name):
+    """a release of any legal name has legal names"""
+    found = list(template(name=name).findings())
+    assert not found, found
+
+
+def test_every_value_that_is_text_is_tried():
+    """the words reach values of every kind: names, labels, lists, variables, containers, Secrets"""
+    reached = values_with("on", False)
+    for path in (
+        "priorityClassName",
+        "commonLabels.on",
+        "ingress.className",
+        "ingress.hosts",
+        "fullnameOverride",
+        "extraEnv",
+        "extraContainers",
+        "tls.existingSecret",
+        "tokens.key",
+    ):
+        assert "on" in json.dumps(at(reached, path)), f"{path} is not tried: {reached}"
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_strings_stay_strings(word):
+    """release, namespace and every value that is text stay text, whatever they look like: 123, 1e3, on, null, 12:30:00"""
+    found = list(words_that_are_not_text(words=[word]))
+    assert not found, "\n".join(found)
+
+
+# (template, how a line of it begins that ends in `| quote }}`)
+QUOTED = [
+    ("deployment.yaml", "priorityClassName: {{ . "),
+    ("deployment.yaml", 'serviceAccountName: {{ include "key-service.serviceAccountName" . '),
+    ("ingress.yaml", "ingressClassName: {{ . "),
+    ("ingress.yaml", "host: {{ .host "),
+    ("_helpers.tpl", "app.kubernetes.io/instance: {{ .Release.Name "),
+    ("_helpers.tpl", "namespace: {{ .root.Release.Namespace "),
+    ("servicemonitor.yaml", "- {{ $.Release.Namespace "),
+]
+
+
+@pytest.mark.parametrize(("file", "start"), QUOTED, ids=[f"{file} {start.partition(' {{')[0]}" for file, start in QUOTED])
+def test_words_that_are_not_quoted_are_found(file, start, chart_copy):
+    """mutant of the templates: one without quotes is found by what is rendered"""
+    template_file = chart_copy / "templates" / file
+    assert f"{start}| quote" in template_file.read_text(), f"{file} has no {start}| quote"
+    template_file.write_text(template_file.read_text().replace(f"{start}| quote", start))
+    assert any(words_that_are_not_text(chart_copy, ["on", "123"], [HELM])), "nothing was found"
+
+
+def unquoted(text):
+    """Lines of a template that write a value that may be text, and neither quote it nor leave that to toYaml."""
+    for line in text.splitlines():
+        if not re.match(r"\s*(- +)?([\w./-]+: |- |\{\{ ).*\{\{|\s*- +\{\{", line):
+            continue
+        for before, expression, after in re.findall(r"(\S*)\s*\{\{-? *(.*?) *-?\}\}(\S*)", line):
+            safe = re.search(r"\| (quote|int64|nindent [0-9]+)$|^(int64|toYaml) [^|]*$", expression)
+            if not safe or not re.fullmatch(r"([\w./-]+:|-|.*[,\[])?", before) or not re.fullmatch(r"[,\]]?", after):
+                yield line.strip()
+
+
+def template_files():
+    return [path for path in sorted((CHART / "templates").rglob("*")) if path.suffix in (".yaml", ".tpl")]
+
+
+def test_templates_quote_every_string():
+    """every value that a template writes is quoted, a number, or written by toYaml"""
+    found = [f"{path.name}: {line}" for path in template_files() for line in unquoted(path.read_text())]
+    assert not found, "\n".join(found)
+
+
+def test_every_quote_that_is_left_out_is_found():
+    """mutants of the templates: each with one `| quote` less is found by its text"""
+    tried = 0
+    for path in template_files():
+        text = path.read_text()
+        for match in re.finditer(r"^[^=\n]*(: |- ).*( \| quote) \}\}", text, re.MULTILINE):
+            tried += 1
+            assert list(unquoted(text[: match.start(2)] + text[match.end(2) :])), f"{path.name}: {match[0].strip()}"
+    assert tried > 30, f"only {tried} were found"
+
+
+@functools.cache
+def with_defaults(values):
+    """What is rendered of values, as JSON, where nothing is missing."""
+    return template_text(values=values)
+
+
+def without(paths, null, chart, **options):
+    """What is rendered where Helm reads an older chart's values.yaml. What was set to null there reaches the newer chart as null."""
+    older, given = copy.deepcopy(VALUES), copy.deepcopy(EVERYTHING)
+    for path in paths:
+        parent, last = holder(older, path)
+        del parent[last]
+        if null:
+            *parents, last = path.split(".")
+            functools.reduce(lambda inner, key: inner.setdefault(key, {}), parents, given)[last] = None
+    (chart / "values.yaml").write_text(yaml.safe_dump(older))
+    return template_text(chart=chart, values=given, **options)
+
+
+def missing_together():
+    """Paths of values that are left out together: several, but never all values of a group, which is another case."""
+    values = [path for path, _ in leaves(VALUES) if at(EVERYTHING, path) is None and path not in NULL_IS_NONE]
+    groups = {path.rpartition(".")[0] for path in values} - {""}
+    outer = {path for path in groups if "." not in path and path not in EVERYTHING}
+    inner = {path for path in groups if "." in path and at(EVERYTHING, path) is None and path.partition(".")[0] not in outer}
+    for start in range(7):
+        yield pytest.param(values[start::7], id=f"values {start + 1} of 7")
+    yield pytest.param(sorted(outer), id="groups")
+    yield pytest.param(sorted(inner), id="groups of groups")
+
+
+@pytest.mark.parametrize("null", [False, True], ids=["missing", "null"])
+@pytest.mark.parametrize("paths", [*missing_together()])
+def test_missing_values_are_defaults(paths, null, chart_copy):
+    """values that an older chart did not have (helm upgrade --reuse-values) get their defaults: values and groups"""
+    for binary in BOTH:
+        found = without(paths, null, chart_copy, binary=binary)
+        expect(found, with_defaults(json.dumps(EVERYTHING)), f"{binary.name}: without {', '.join(paths)}")
+
+
+@pytest.mark.parametrize("path", NULL_IS_NONE)
+def test_null_is_none(path, chart_copy):
+    """values that are none when they are null do not get their defaults then"""
+    # Nothing is rendered where null is refused.
+    assert without([path], True, chart_copy, ok=False) != with_defaults(json.dumps(EVERYTHING)), f"{path}: null is its default"
+
+
+@pytest.mark.parametrize("values", [{**EVERYTHING, "autoscaling": {}}, {}], ids=["everything but autoscaling", "nothing"])
+def test_all_values_may_be_missing(values, chart_copy):
+    """without all values that an older chart did not have, what is rendered is that of the defaults"""
+    given = json.dumps(values)
+    (chart_copy / "values.yaml").write_text("{}")
+    for binary in BOTH:
+        expect(template_text(chart=chart_copy, values=given, binary=binary), with_defaults(given), f"{binary.name}: no values.yaml")
+
+
+def test_every_template_sets_defaults(chart_copy):
+    """every template begins with the defaults, as any of them may be rendered first; without them a missing value is found"""
+    for path in [*(CHART / "templates").rglob("*.yaml"), CHART / "templates/NOTES.txt"]:
+        begin = '{{- include "key-service.defaults" . }}\n'
+        assert path.read_text().startswith(begin), f"{path.name}: expected its first line to be the defaults"
+    (chart_copy / "values.yaml").write_text("{}")
+    for path in (chart_copy / "templates").rglob("*.*"):
+        path.write_text(path.read_text().replace('{{- include "key-service.defaults" . }}\n', ""))
+    assert helm("template", NAME, chart_copy, ok=False).returncode != 0, "it was rendered without defaults"
+
+
+# (version of Kubernetes, for PreferClose and PreferSameZone, for PreferSameNode)
+DISTRIBUTIONS = [
+    ("1.29.0", None, None),
+    ("1.30.0", "PreferClose", "PreferClose"),
+    ("1.33.9", "PreferClose", "PreferClose"),
+    ("v1.34.0-gke.1", "PreferSameZone", "PreferSameNode"),
+    ("1.36.0", "PreferSameZone", "PreferSameNode"),
+    ("1.37.0", "PreferSameZone", "PreferSameNode"),
+]
+
+
+@pytest.mark.parametrize(("version", "near", "node"), DISTRIBUTIONS, ids=[version for version, _, _ in DISTRIBUTIONS])
+def test_traffic_distribution_is_what_the_cluster_knows(version, near, node):
+    """service.trafficDistribution is what this version of Kubernetes knows for PreferClose, PreferSameZone and PreferSameNode"""
+    for value, expected in (("PreferClose", near), ("PreferSameZone", near), ("PreferSameNode", node)):
+        text = helm("template", NAME, CHART, "--kube-version", version, "--set", f"service.trafficDistribution={value}").stdout
+        expect(only(parse(text), "Service", "-key-service")["spec"].get("trafficDistribution"), expected, value)
+
+
+@pytest.mark.parametrize("file", write.COPIES)
+def test_files_are_copies(file):
+    """what the chart has a copy of is the repository's, byte by byte"""
+    source = REPOSITORY / write.COPIES[file]
+    assert source.exists(), f"expected {write.COPIES[file]}"
+    assert source.read_bytes() == (CHART / "files" / file).read_bytes(), f"files/{file} differs; {write.COMMAND}"
+
+
+def test_rules_and_dashboard_arrive_unchanged():
+    """rules and dashboard arrive as they are in files/, templates of Prometheus' own included"""
+    release = rendered("monitoring")
+    groups = [g for file in ("recording.yml", "alerts.yml") for g in yaml.safe_load((CHART / "files" / file).read_text())["groups"]]
+    expect(only(release, "PrometheusRule")["spec"]["groups"][:-1], groups, "groups")
+    dashboard = only(release, "ConfigMap", "-dashboard")["data"]["key-service.json"]
+    expect(json.loads(dashboard), json.loads((CHART / "files/dashboard.json").read_text()), "dashboard")
+    jobs = set(re.findall(r'job="([^"]*)"', json.dumps(groups).replace('\\"', '"')))
+    # kube.monitors holds the ServiceMonitor to key-service; "node" is the job of node_exporter, which is not ours to make.
+    expect(jobs - {"node"}, {"key-service"}, "the jobs that the rules ask for")
+
+
+def test_every_value_is_tried():
+    """every value is another than its default in one of the cases, and all templates render something"""
+    cases = [yaml.safe_load(path.read_text()) or {} for path in CASES.values()]
+    tried = [path for path, default in leaves(VALUES) if any(at(case, path) not in (None, default) for case in cases)]
+    nulled = [path for path, default in leaves(VALUES) if any(has_null(case, path) for case in cases)]
+    untried = [path for path, _ in leaves(VALUES) if path not in tried + nulled]
+    # Off is tried as a value; on is the only other.
+    expect([path for path in untried if path not in ("livenessProbe.enabled", "readinessProbe.enabled")], [], "values that no case tries")
+    used = {line for case in CASES for line in re.findall(r"# Source: key-service/(\S+)", text_of(case))}
+    templates = {f"templates/{p.relative_to(CHART / 'templates')}" for p in (CHART / "templates").rglob("*.yaml")}
+    expect(sorted(templates - used), [], "unused templates")
+
+
+@every_case
+def test_every_value_has_an_effect(case, engine):
+    """every value that a case sets changes what is rendered"""
+    whole = yaml.safe_load(CASES[case].read_text()) or {}
+    text = engine_renders(engine, whole)
+    for leaf, default in leaves(VALUES):
+        value = at(whole, leaf)
+        if value in (None, default):
+            continue
+        less = copy.deepcopy(whole)
+        parent, last = holder(less, leaf)
+        del parent[last]
+        # Refused without it is an effect too.
+        assert engine_renders(engine, less) != text, f"{case}: {leaf} changes nothing"
+
+
+def engine_renders(engine, values):
+    """What `helm template` would print: test_both_engines_agree holds the library to that. None if the values are refused."""
+    from helm_python import HelmRenderError, HelmValuesError
+
+    try:
+        files = engine.render(values, name=NAME, namespace=NAMESPACE)
+    except (HelmValuesError, HelmRenderError):
+        return None
+    return {name: text for name, text in files.items() if text.strip() and not name.endswith("/NOTES.txt")}
+
+
+def test_the_schema_knows_every_value():
+    """the schema and values.yaml have the same names, and everything of ours is closed to others"""
+
+    def compare(values, node, path):
+        if not is_ours(node):
+            return
+        node = resolve(node)
+        optional = {"global", "enabled"} if not path else {"initialDelaySeconds", "successThreshold"}
+        names = set(node["properties"])
+        assert set(values) <= names, f"{path}: not in the schema: {set(values) - names}"
+        assert names - set(values) <= optional, f"{path}: not in values.yaml: {names - set(values)}"
+        for key, value in values.items():
+            if isinstance(value, dict) and "properties" in resolve(node["properties"][key]):
+                compare(value, node["properties"][key], f"{path}.{key}")
+
+    compare(VALUES, SCHEMA, "")
+
+    def closed(node, path):
+        if "object" in node.get("type", []) and "properties" in node and not path.startswith("/definitions/labels"):
+            assert "additionalProperties" in node or "items" in path, f"{path} takes any name"
+        for key, inner in node.get("properties", {}).items():
+            if isinstance(inner, dict):
+                closed(inner, f"{path}/{key}")
+
+    closed(SCHEMA, "")
+
+
+def test_the_schema_has_kubernetes_own_definitions():
+    """what the schema says of Kubernetes' own structures is what Kubernetes says, so that a typo in one is refused"""
+    assert SCHEMA_FILE.read_text() == write.schema(), write.COMMAND
+
+
+def test_the_readme_has_the_values():
+    """the table in helm-chart/README.md is that of values.yaml"""
+    found = write.README.read_text()
+    expected = write.with_table(found)
+    difference = "\n".join(difflib.unified_diff(found.splitlines(), expected.splitlines(), "README.md", "values.yaml", n=0, lineterm=""))
+    assert found == expected, f"{write.COMMAND}\n{difference}"
+
+
+def test_the_readmes_commands_render():
+    """every helm command and every values block in helm-chart/README.md renders, without a finding"""
+    text = write.README.read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("helm ")]
+    assert any(command.startswith("helm install") for command in commands), "no helm install in the README"
+    for command in commands:
+        verb, *arguments = shlex.split(command)[1:]
+        if verb in ("install", "upgrade"):
+            arguments = [a for a in arguments if a not in ("--wait", "--install", "--reset-then-reuse-values")]
+            assert arguments[1] == "./helm-chart", command
+            release = parse(helm("template", arguments[0], CHART, *arguments[2:]).stdout, "default")
+            found = list(release.findings())
+            assert not found, f"{command}: {found}"
+        else:
+            others = ("helm test key-service", "helm test key-service --logs", "helm uninstall key-service")
+            assert command in others, f"nothing tries: {command}"
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        found = list(template(values=block).findings())
+        assert not found, f"{block}: {found}"
+    for word in re.findall(r"`([a-z][A-Za-z]*\.[A-Za-z.]+)`", text):
+        is_value = at(VALUES, word) is not None or any(leaf == word for leaf, _ in leaves(VALUES))
+        assert is_value or "/" in word or word.endswith((".yaml", ".json", ".toml", ".crt")), f"README.md: {word} is no value"
+
+
+def test_the_values_of_the_proxies_page_render():
+    """the values block of docs/proxies.md renders, and the daemon trusts the proxies that it names"""
+    block = re.search(r"```yaml\n# values.yaml\n(.*?)```", (REPOSITORY / "docs/proxies.md").read_text(), re.DOTALL)[1]
+    release = template(values=block)
+    expect(
+        kube.settings_of(release, only(release, "Deployment"))["trusted-proxies"],
+        yaml.safe_load(block)["trustedProxies"],
+        "trusted-proxies",
+    )
+
+
+def test_the_sound_release_has_no_finding():
+    """the release that the mutants are made of has every kind of resource, and nothing wrong"""
+    expect({r["kind"] for r in sound()}, set(kube.BUILT_IN_KINDS + kube.CUSTOM_KINDS), "kinds")
+    found = list(sound().findings())
+    assert not found, found
+
+
+def recovery(pod):
+    """What is wrong with the time until a pod's frozen daemon gets no requests, until it is replaced, and that a busy one has to answer."""
+    live, ready = (pod["containers"][0][kind] for kind in ("livenessProbe", "readinessProbe"))
+    # A probe that times out is followed by the next at once if its period is over.
+    failures = {
+        kind: (probe["failureThreshold"] - 1) * max(probe["periodSeconds"], probe["timeoutSeconds"]) + probe["timeoutSeconds"]
+        for kind, probe in (("live", live), ("ready", ready))
+    }
+    grace = live.get("terminationGracePeriodSeconds", pod["terminationGracePeriodSeconds"])
+    times = {
+        "without requests after": (ready["periodSeconds"] + failures["ready"], 0, 5),
+        "replaced after": (live["periodSeconds"] + failures["live"] + grace, 0, 30),
+        "time to answer before a restart": (failures["live"], 10, 30),
+    }
+    return [
+        f"{what}: expected {least} to {most} s, found {found}" for what, (found, least, most) in times.items() if not least <= found <= most
+    ]
+
+
+def test_frozen_pods_are_replaced_and_busy_ones_are_not():
+    """by default a frozen pod gets no requests after 5 s and is replaced after 30 s, and a busy one has 10 s to answer"""
+    pod = only(rendered("default"), "Deployment")["spec"]["template"]["spec"]
+    expect(recovery(pod), [], "the defaults")
+    for kind, field, value in (
+        ("readinessProbe", "periodSeconds", 5),
+        ("livenessProbe", "terminationGracePeriodSeconds", 30),
+        ("livenessProbe", "periodSeconds", 10),
+        ("livenessProbe", "failureThreshold", 1),
+    ):
+        broken = copy.deepcopy(pod)
+        broken["containers"][0][kind][field] = value
+        expect(len(recovery(broken)), 1, f"what is wrong with {kind}.{field} = {value}")
+
+
+# NOTES.txt itself is not what `helm template` prints.
+NOTE = {
+    "extraManifests": [
+        '{apiVersion: v1, kind: ConfigMap, metadata: {name: note}, data: {text: {{ include "key-service.keptReplicas" . | quote }}}}'
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def clusters(tmp_path_factory):
+    """Helm's option for the cluster of each live Deployment."""
+    with pytest.MonkeyPatch.context() as patch, scaling.clusters() as clusters:
+        patch.setenv("KUBECACHEDIR", str(tmp_path_factory.mktemp("cache")))  # else the answers stay in ~/.kube
+        yield clusters
+
+
+def scaled(case, clusters, chart, binary):
+    """What is wrong with what `chart` renders in a case of scaling.CASES."""
+    live, values, *numbers = case
+    options = ["--dry-run=server", "--is-upgrade", "--disable-openapi-validation", clusters[live]]
+    release = template(*options, "--set", values, values=NOTE, chart=chart, binary=binary)
+    deployment = only(release, "Deployment")
+    found = deployment["spec"].get("replicas"), deployment["metadata"].get("annotations", {}).get("key-service/replicas")
+    expected = numbers[-1 if binary == HELM_3 else 0]
+    if found != expected:
+        return f"replicas and annotation: expected {expected}, found {found}"
+    count = re.fullmatch("replicaCount=([0-9]+)", values)
+    keeps_more = count is not None and found[0] > int(count[1])
+    note = only(release, "ConfigMap", "note")["data"]["text"]
+    if note != (str(found[0]) if keeps_more else ""):
+        return f"expected {'a' if keeps_more else 'no'} note, found {note!r}"
+    return None
+
+
+@pytest.mark.parametrize("case", scaling.CASES, ids=[f"{live}: {values}" for live, values, *_ in scaling.CASES])
+def test_no_pod_is_removed(case, clusters):
+    """beside a live Deployment the expected replicas are rendered, by both versions of Helm"""
+    for binary in BOTH:
+        expect(scaled(case, clusters, CHART, binary), None, binary.name)
+
+
+@pytest.mark.parametrize(("what", "text", "broken", "by", "binary"), scaling.MUTANTS, ids=[what for what, *_ in scaling.MUTANTS])
+def test_broken_replicas_are_found(what, text, broken, by, binary, clusters, chart_copy):
+    """broken spec.replicas are found by the case that is there for them"""
+    file = chart_copy / "templates/_replicas.tpl"
+    assert file.read_text().count(text) == 1, f"expected {text!r} once in {file.name}"
+    file.write_text(file.read_text().replace(text, broken))
+    [case] = [case for case in scaling.CASES if case[:2] == by]
+    assert scaled(case, clusters, chart_copy, binary), f"{by} has not found it"
+
+
+@functools.cache
+def findings_of_mutant(number):
+    rule, _, change = MUTANTS[number]
+    release = copy.deepcopy(sound())
+    change(release)
+    assert list(release) != list(sound()), "the mutant changed nothing"
+    return list(release.findings(only=rule))
+
+
+@mutants
+@pytest.mark.parametrize("number", range(len(MUTANTS)), ids=[f"{rule}: {what}" for rule, what, _ in MUTANTS])
+def test_mutants_are_found(number):
+    """a broken release is found by the rule that it is listed under"""
+    assert findings_of_mutant(number), f"{MUTANTS[number][0]} has found nothing"
+
+
+@mutants
+def test_every_assertion_has_a_mutant():
+    """every line of kube.py that can report something was reached by a mutant"""
+    reached = {line for number in range(len(MUTANTS)) for _, line, _ in findings_of_mutant(number)}
+    missed = {line: function for line, function in kube.assertions().items() if line not in reached}
+    assert not missed, "\n".join(f"kube.py:{line}: {function}" for line, function in sorted(missed.items()))
+
+
+def test_both_readings_of_yaml_are_known():
+    """each word is no text in some reading of YAML when it is not quoted, and text when it is"""
+    for word in WORDS:
+        assert word == "=" or not_text(f"a: {word}"), f"{word} is text"
+        assert not not_text(f"a: {json.dumps(word)}"), f"{word} is no text though quoted"
+    assert not_text("on: a"), "a key is not looked at"
+
+
+def test_a_key_twice_is_refused():
+    """a YAML mapping with a key twice is refused"""
+    with pytest.raises(kube.Duplicate):
+        parse("a: 1\nb: 2\na: 3\n")
