@@ -7,7 +7,7 @@ import shutil
 
 # command: package
 PACKAGES = {
-    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
     "ansible-playbook": "ansible-core",
     "apache2": "apache2-bin",
     "buildah": "buildah",
@@ -21,6 +21,7 @@ PACKAGES = {
     "dpkg-deb": "dpkg",
     "ent": "ent",
     "gcc": "gcc",
+    "git": "git",
     "haproxy": "haproxy",
     "ip": "iproute2",
     "lintian": "lintian",
@@ -36,6 +37,7 @@ PACKAGES = {
     "prometheus-node-exporter": "prometheus-node-exporter",
     "promtool": "prometheus",
     "qemu-aarch64-static": "qemu-user-static",
+    "readelf": "binutils",
     "rngtest": "rng-tools5",
     "ruby": "ruby",
     "runc": "runc",
