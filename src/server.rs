@@ -709,7 +709,7 @@ async fn encrypted<S, B>(
     // In boxes, the handshake and what follows it: a task keeps the memory of its largest state for as long as its
     // connection lives, and that of a handshake is thrice what an idle connection needs.
     let mut handshake = Box::pin(async move {
-        let (stream, identity) = tls.handshake(stream, head).await?;
+        let (stream, identity) = tls.handshake(stream, head, &guard.share).await?;
         let stream = Sealed::new(stream, guard.terms.sealer.clone());
         let (metrics, activity) = (&guard.terms.metrics, Arc::clone(&guard.activity));
         Some(Box::pin(connection(stream, service(identity), serving, metrics, buffers, activity)))

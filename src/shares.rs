@@ -4,11 +4,17 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tokio::sync::Semaphore;
+
 use crate::forwarded::Proxies;
 use crate::peer::{Client, Origin};
 
 /// How many connections beyond its share a client may have to be told so; more are closed without a word.
 const EXCESS: u32 = 8;
+
+/// How many TLS handshakes of a client are made at once while many are; its others wait for these. Those of 40 clients, who may
+/// have 10,000 connections, are fewer than half of all that are made at once.
+const HANDSHAKES: usize = 3;
 
 /// The connections of each client that has any. Takes no more memory than there are connections.
 #[derive(Debug)]
@@ -20,12 +26,14 @@ pub struct Shares {
 }
 
 /// The connections of a client.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 struct Count {
     /// Of its share.
     own: u32,
     /// Beyond it.
     excess: u32,
+    /// Turns of its TLS handshakes, from the first one that is told to take one.
+    handshakes: Option<Arc<Semaphore>>,
 }
 
 impl Count {
@@ -75,6 +83,14 @@ impl Share {
     pub fn is_excess(&self) -> bool {
         self.0.as_ref().is_some_and(|(.., is_excess)| *is_excess)
     }
+
+    /// The turns of its client's TLS handshakes; `None` where its connections are not counted.
+    pub fn handshakes(&self) -> Option<Arc<Semaphore>> {
+        let (shares, client, _) = self.0.as_ref()?;
+        let mut open = shares.lock();
+        let turns = &mut open.get_mut(client)?.handshakes;
+        Some(Arc::clone(turns.get_or_insert_with(|| Arc::new(Semaphore::new(HANDSHAKES)))))
+    }
 }
 
 impl Drop for Share {
@@ -83,7 +99,7 @@ impl Drop for Share {
         if let Entry::Occupied(mut entry) = shares.lock().entry(*client) {
             let count = entry.get_mut();
             *count.of(*is_excess) -= 1;
-            if *count == Count::default() {
+            if count.own == 0 && count.excess == 0 {
                 entry.remove();
             }
         }
@@ -113,6 +129,13 @@ mod tests {
         held.push(take("192.0.2.1").unwrap());
         assert!(!held[9].is_excess(), "what is given back is there, whatever is beyond");
         assert!(take("192.0.2.1").is_none());
+        let turns = held[0].handshakes().unwrap();
+        assert!(
+            Arc::ptr_eq(&turns, &held[9].handshakes().unwrap()),
+            "a client has one queue for its handshakes"
+        );
+        assert!(!Arc::ptr_eq(&turns, &v6[0].as_ref().unwrap().handshakes().unwrap()), "and others theirs");
+        assert!(take("10.1.2.3").unwrap().handshakes().is_none(), "a proxy has none");
         drop((held, v6));
         assert!(shares.lock().is_empty(), "who has none is forgotten");
     }

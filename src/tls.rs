@@ -36,6 +36,7 @@ use crate::deadline::{Timed, WRITE_MAX};
 use crate::listener::Stream;
 use crate::location::Location;
 use crate::metrics::{HandshakeFailure, TlsMetrics};
+use crate::shares::Share;
 
 /// The largest file that is read, in bytes: certificates of a chain take a few thousand.
 const FILE_MAX: u64 = 1 << 20;
@@ -360,13 +361,14 @@ impl Tls {
     }
 
     /// One handshake, which ends within `patience`, and whom the client's certificate names. `None` where there is no
-    /// connection: the client was told why, as far as TLS lets it be told.
+    /// connection: the client was told why, as far as TLS lets it be told. `share` is that of the connection.
     pub async fn handshake(
         &self,
         stream: Timed<Stream>,
         patience: Duration,
+        share: &Share,
     ) -> Option<(CloseNotify<Timed<Stream>>, Option<Arc<str>>)> {
-        match self.shake(stream, patience).await {
+        match self.shake(stream, patience, share).await {
             Ok(done) => {
                 self.metrics.handshake_done();
                 Some(done)
@@ -383,6 +385,7 @@ impl Tls {
         &self,
         stream: Timed<Stream>,
         patience: Duration,
+        share: &Share,
     ) -> io::Result<(CloseNotify<Timed<Stream>>, Option<Arc<str>>)> {
         let deadline = Instant::now() + patience;
         // Before its turn: a client that says nothing takes none.
@@ -393,9 +396,14 @@ impl Tls {
             let _ = timeout_at(deadline.min(Instant::now() + BRIEF), refused).await; // it is refused either way
             return Err(io::Error::other(PlainHttp));
         }
+        // While many are made, those of a client wait for each other first, so that one that stalls them holds up no others.
+        let own = if self.is_busy() { share.handshakes() } else { None };
+        let _own_turn = match &own {
+            Some(turns) => Some(timeout_at(deadline, turns.acquire()).await?),
+            None => None,
+        };
         let turn = timeout_at(deadline, self.handshakes.acquire()).await?;
-        let busy = self.handshakes.available_permits() < HANDSHAKES / 2;
-        let deadline = if busy { deadline.min(Instant::now() + BRIEF) } else { deadline };
+        let deadline = if self.is_busy() { deadline.min(Instant::now() + BRIEF) } else { deadline };
         let server = Arc::clone(&self.server.read().unwrap_or_else(PoisonError::into_inner));
         let stream = timeout_at(deadline, TlsAcceptor::from(server).accept(stream)).await??;
         let stream = CloseNotify::new(stream);
@@ -409,6 +417,11 @@ impl Tls {
             })?),
         };
         Ok((stream, identity))
+    }
+
+    /// Whether more than half of the handshakes that are made at once are being made.
+    fn is_busy(&self) -> bool {
+        self.handshakes.available_permits() < HANDSHAKES / 2
     }
 }
 
