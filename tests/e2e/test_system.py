@@ -589,7 +589,7 @@ def test_needs_no_journal(machine):
 
 def test_starts_with_fewer_tasks_than_workers(machine):
     """where fewer threads may be made than there are workers, it starts with fewer, and says so"""
-    # As TasksMax= does, for which a machine may have no controller: it is tested in tests/adversity/run.
+    # As TasksMax= does, for which a machine may have no controller: it is tested in test_adversity.py.
     machine.write("/run/systemd/system/key-service.service.d/tasks.conf", "[Service]\nLimitNPROC=12\nEnvironment=KEYSERVICE_WORKERS=64\n")
     machine.run("systemctl daemon-reload && systemctl restart key-service")
     expect(machine.get("/key/32")[0], 200, "status")

@@ -4,6 +4,7 @@ That is how it is in a container and in a pod: what the kernel still had to send
 network namespace alone does not show it, since a connection that still has something to send keeps its namespace. The wire is
 two TUN devices (the kernel's Documentation/networking/tuntap.rst): what is sent on one comes out of the other after DELAY.
 """
+
 import concurrent.futures
 import contextlib
 import ctypes
@@ -23,13 +24,15 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Network:
-    """`daemon(start)` starts a process in the one network, `clients(call)` calls a function in the other."""
+    """`daemon(daemon)` runs one in the one network, `clients(call)` calls a function in the other."""
 
     def __init__(self):
         self.loses = lambda packet: False  # of the packets of the daemon
         self.threads = [concurrent.futures.ThreadPoolExecutor(1) for _ in range(2)]
-        self.devices = [thread.submit(device, *addresses).result()
-                        for thread, addresses in zip(self.threads, [(CLIENT, SERVER), (SERVER, CLIENT)], strict=True)]
+        self.devices = [
+            thread.submit(device, *addresses).result()
+            for thread, addresses in zip(self.threads, [(CLIENT, SERVER), (SERVER, CLIENT)], strict=True)
+        ]
         self.wire = None
 
     def __enter__(self):
@@ -43,12 +46,14 @@ class Network:
         for each in self.devices:
             os.close(each)
 
-    def daemon(self, start):
-        daemon = self.threads[1].submit(start).result()
-        process = os.pidfd_open(daemon.pid)
-        self.wire = threading.Thread(target=self.carry, args=[process], daemon=True)
-        self.wire.start()
-        return daemon
+    @contextlib.contextmanager
+    def daemon(self, daemon):
+        with contextlib.ExitStack() as stack:
+            self.threads[1].submit(stack.enter_context, daemon).result()
+            process = os.pidfd_open(daemon.pid)
+            self.wire = threading.Thread(target=self.carry, args=[process], daemon=True)
+            self.wire.start()
+            yield daemon
 
     def clients(self, call):
         return self.threads[0].submit(call).result()
