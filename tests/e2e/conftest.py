@@ -7,6 +7,17 @@ from support import images, tools
 from support.daemon import REPOSITORY
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run what takes hours, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        hours = [item for item in items if item.get_closest_marker("hours")]
+        items[:] = [item for item in items if item not in hours]
+        config.hook.pytest_deselected(items=hours)
+
+
 @pytest.fixture
 def figures(record_property):
     """Keeps a sentence with what a test measured, for the summary and the JUnit report."""

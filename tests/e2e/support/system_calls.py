@@ -5,17 +5,14 @@ came from there would take no system call, and would have been in the process's 
 dynamically linked daemon runs under strace with the C library of either release. The libraries are extracted once and kept
 in KEY_SERVICE_ROOTS (default: /var/cache/key-service-roots).
 """
-import os
+
 import re
 import shutil
-import socket
 import subprocess
-from pathlib import Path
 
-from daemon import Daemon, PATIENCE, REPOSITORY, binary
+from support.daemon import Daemon
+from support.machine import ROOTS
 
-ROOTS = Path(os.environ.get("KEY_SERVICE_ROOTS", "/var/cache/key-service-roots"))
-SUITES = ["bookworm", "trixie"]
 REPEATED = 20
 
 # (method, path, calls for one request). A stream takes at least one for each 64 KiB, everything else exactly as many.
@@ -36,22 +33,11 @@ EXACT = [
 STREAMS = [("GET", "/key/65537", 2), ("GET", "/key/1048576", 16), ("GET", "/key/1048576?format=base64", 16)]
 
 # The end of a line of strace, where the call was interrupted by another thread's too.
-CALL = re.compile(r', (\d+), (\w+)\) += (-?\d+|\?)')
+CALL = re.compile(r", (\d+), (\w+)\) += (-?\d+|\?)")
 
 
-def checks(folder):
-    """Yields for each C library what is checked, whether it holds, and figures."""
-    # KEY_SERVICE_BIN may be static, and would not use these libraries.
-    subprocess.run(["cargo", "build", "--quiet", "--locked"], cwd=REPOSITORY, check=True)
-    dynamic = Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target")) / "debug/key-service"
-    for suite in SUITES:
-        loader = extracted(suite)
-        version = subprocess.run([loader[0], "--version"], capture_output=True, text=True, check=True).stdout
-        yield counted(folder, f"glibc {re.search('[0-9.]+[0-9]', version)[0]} of {suite}", [*loader, dynamic])
-    yield counted(folder, "the C library it was built with", [binary()])
-
-
-def counted(folder, library, command):
+def counted(folder, command):
+    """How many calls were made, and what is wrong with them, of a daemon that `command` runs."""
     total, wrong = 0, []
     with Traced(folder, command) as daemon, daemon.connect() as connection, connection.makefile("rb") as answers:
         for method, path, _ in EXACT + STREAMS:  # a thread may draw the seed of its hash maps at its first request
@@ -68,7 +54,7 @@ def counted(folder, library, command):
             is_enough = found == expected if (method, path, wanted) in EXACT else found >= expected
             if not (is_whole and is_enough):
                 wrong.append(f"{method} {path}, {REPEATED} times: expected {expected} whole calls, found {found}")
-    return f"every key is a system call with {library}", not wrong, "; ".join(wrong) or f"{total} calls"
+    return total, wrong
 
 
 def request(connection, answers, method, path):
@@ -82,7 +68,7 @@ def request(connection, answers, method, path):
 
 
 def extracted(suite):
-    """The command that runs a program with the C library of a Debian release."""
+    """The command that runs a program with the C library of a Debian release, and the version of that."""
     tree = ROOTS / f"libc-{suite}"
     if not tree.exists():
         new = ROOTS / f"libc-{suite}.new"
@@ -92,7 +78,8 @@ def extracted(suite):
         new.rename(tree)
     libraries = sorted({str(path.parent) for name in ("libc.so.6", "libgcc_s.so.1") for path in tree.glob(f"**/{name}")})
     loader = next(path for path in tree.glob("**/ld-linux-*.so.*") if path.is_file())
-    return [str(loader), "--library-path", ":".join(libraries)]
+    version = subprocess.run([loader, "--version"], capture_output=True, text=True, check=True).stdout
+    return [str(loader), "--library-path", ":".join(libraries)], re.search("[0-9.]+[0-9]", version)[0]
 
 
 class Traced(Daemon):
@@ -106,7 +93,3 @@ class Traced(Daemon):
         self.trace.unlink(missing_ok=True)
         # -s 0: no key byte is written to the trace.
         return ["strace", "-D", "-f", "-qq", "-s", "0", "-e", "trace=getrandom", "-e", "signal=none", "-o", self.trace, *self.traced]
-
-    def connect(self):
-        host, port = self.authority.split(":")
-        return socket.create_connection((host, int(port)), timeout=PATIENCE)

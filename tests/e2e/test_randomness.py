@@ -1,42 +1,30 @@
-#!/usr/bin/env python3
 """Looks at keys that a daemon served over HTTP with three independent tools, and shows that each of them can fail.
-
-    tests/randomness/run           what every commit has to pass, in less than a minute
-    tests/randomness/run --full    more bytes, and every test of dieharder: an hour or more
 
 rngtest, ent and dieharder are gates: each lets a source pass or not, by a criterion whose false-failure rate is stated
 beside it. The same gates then see sources that are broken on purpose and are the same in every run; each gate must stop
 exactly those that it is known to stop, and no source may get past all of them. docs/randomness.md has the table.
 
-system_calls.py counts what the kernel is asked for meanwhile, with the C libraries of Debian 12 and 13.
-
-Needs rngtest (Debian's rng-tools5), ent, dieharder, strace, mmdebstrap and cargo. The daemon is $KEY_SERVICE_BIN, else what is built in target/, else
-it is built.
+The calls of getrandom(2) are counted meanwhile, with the C libraries of Debian 12 and 13. With --full, there are more bytes, and
+every test of dieharder: an hour or more.
 """
+
 import array
 import contextlib
 import itertools
 import math
 import random
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPOSITORY / "tests/common"))
-sys.dont_write_bytecode = True
-import peers  # noqa: E402
-import system_calls  # noqa: E402
-from daemon import Daemon, PATIENCE  # noqa: E402
+import pytest
+from support import peers, system_calls
+from support.conditions import TIMEOUT, expect
+from support.daemon import Daemon, binary, built
 
-TOOLS = {"rngtest": "rng-tools5", "ent": "ent", "dieharder": "dieharder"}
-TRACERS = {"strace": "strace", "mmdebstrap": "mmdebstrap"}
+pytestmark = [pytest.mark.tools("rngtest", "ent", "dieharder")]
+
 MIB = 1 << 20
 MAX_SIZE = 1 << 30
 
@@ -54,59 +42,6 @@ DIEHARDER_P = 1e-6
 DIEHARDER = [["-d", "0", "-p", "40"], ["-d", "2", "-p", "8"], ["-d", "100", "-p", "40"], ["-d", "101", "-p", "40"]]
 # As many bytes as the hungriest of them reads; a shorter file would be read again, which is a repetition.
 SAMPLE = 40 << 20
-
-results = {True: 0, False: 0}
-
-
-def main(is_full):
-    missing = [package for tool, package in {**TOOLS, **TRACERS}.items() if not shutil.which(tool)]
-    if missing:
-        sys.exit(f"tools are missing: apt-get install {' '.join(missing)}")
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="key-service-randomness-")))
-        daemon = stack.enter_context(Served(folder))
-        served(daemon, folder)
-        for counted in system_calls.checks(folder):
-            check(*counted)
-        if is_full:
-            full(daemon)
-        broken(folder)
-    print(f"{results[True]} passed, {results[False]} failed")
-    return 0 if not results[False] else 1
-
-
-def served(daemon, folder):
-    """Keys of each way of making them: from the kernel as they are, expanded, and in pieces."""
-    for length, total in [(100, 2 * MIB), (4096, 16 * MIB), (SAMPLE, SAMPLE)]:
-        sample = folder / "served"
-        sample.write_bytes(b"".join(daemon.keys(length, total // length)))
-        name = f"{total // length} keys of {length} bytes"
-        check(f"rngtest passes {name}", *rngtest(sample))
-        check(f"ent passes {name}", *ent(sample))
-    second = folder / "second"
-    second.write_bytes(b"".join(daemon.keys(SAMPLE, 1)))
-    check(f"dieharder passes 2 keys of {SAMPLE} bytes", *dieharder([sample, second]))
-
-
-def broken(folder):
-    """Sources that must be stopped, and by whom; and a good one that nobody may stop."""
-    sample = folder / "broken"
-    for source, stoppers in BROKEN.items():
-        data = source(SAMPLE)
-        sample.write_bytes(data)
-        start = folder / "start"
-        start.write_bytes(data[: 8 * MIB])  # plenty for rngtest
-        # One sample will do for dieharder: a second one would be the same.
-        gates = {"rngtest": (rngtest, start), "ent": (ent, sample), "dieharder": (dieharder, [sample])}
-        with ThreadPoolExecutor() as pool:
-            judged = {gate: pool.submit(judge, what) for gate, (judge, what) in gates.items()}
-        for gate, (passes, figures) in ((gate, judgement.result()) for gate, judgement in judged.items()):
-            expected = "stops" if gate in stoppers else "does not see"
-            check(f"{gate} {expected} a source that {source.__doc__}", passes != (gate in stoppers), figures)
-    for gate in TOOLS:
-        check(f"{gate} can fail", any(gate in stoppers for stoppers in BROKEN.values()), "")
-    stopped = [bool(stoppers) for source, stoppers in BROKEN.items() if source is not good]
-    check("no broken source gets past all gates", all(stopped), "")
 
 
 def good(size):
@@ -134,7 +69,10 @@ def counter(size):
 
 def congruential(size):
     """is a linear congruential generator of 32 bits"""
-    step = lambda state, _: (1664525 * state + 1013904223) & 0xFFFFFFFF
+
+    def step(state, _):
+        return (1664525 * state + 1013904223) & 0xFFFFFFFF
+
     return array.array("I", itertools.accumulate(range(size // 4 - 1), step, initial=12345)).tobytes()
 
 
@@ -173,9 +111,7 @@ def rngtest(sample):
     """Whether as many blocks fail the tests of FIPS 140-2 as a good source lets fail. Its exit status is 1 if one does."""
     with open(sample, "rb") as stream:
         said = subprocess.run(["rngtest"], stdin=stream, capture_output=True, text=True, check=False).stderr
-    successes, failures = (
-        int(re.search(rf"FIPS 140-2 {what}: (\d+)", said).group(1)) for what in ("successes", "failures")
-    )
+    successes, failures = (int(re.search(rf"FIPS 140-2 {what}: (\d+)", said).group(1)) for what in ("successes", "failures"))
     blocks = successes + failures
     if not blocks:
         raise RuntimeError(f"rngtest read no block: {said}")
@@ -221,17 +157,6 @@ def dieharder(samples):
     return not failed, "p-values: " + ", ".join(figures)
 
 
-def full(daemon):
-    """What takes too long for every commit."""
-    said = fed(daemon, ["rngtest", "-c", "1000000"])
-    failures = int(re.search(r"FIPS 140-2 failures: (\d+)", said).group(1))
-    # Five standard deviations around the 800 that are expected: one run in 1.7 million is outside.
-    check("rngtest passes a million blocks", 659 <= failures <= 941, f"{failures} failed")
-    said = fed(daemon, ["dieharder", "-a", "-g", "200"])
-    counts = {word: len(re.findall(rf"\b{word}\b", said)) for word in ("PASSED", "WEAK", "FAILED")}
-    check("dieharder -a finds nothing FAILED", counts["PASSED"] > 100 and not counts["FAILED"], str(counts))
-
-
 def fed(daemon, command):
     """What a tool says, line by line and at the end, of as many bytes as it wants."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -240,8 +165,7 @@ def fed(daemon, command):
     with peers.killed_after(process, command[0]):
         for line in process.stdout:
             said += line.decode()
-            print("     " + line.decode().rstrip(), flush=True)
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
     return said
 
 
@@ -278,10 +202,6 @@ class Served(Daemon):
     def __init__(self, folder):
         super().__init__(folder, f"max-size = {MAX_SIZE}\n")
 
-    def connect(self):
-        host, port = self.authority.split(":")
-        return peers.connect((host, int(port)), PATIENCE)
-
     def keys(self, length, count):
         """`count` keys, over one connection, 64 requests at a time."""
         request = f"GET /key/{length} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
@@ -315,12 +235,120 @@ def exactly(answers, length):
     return data
 
 
-def check(what, passes, figures):
-    results[bool(passes)] += 1
-    print(f"{'ok  ' if passes else 'FAIL'} {what}{': ' + figures if figures else ''}", flush=True)
+GATES = {"rngtest": rngtest, "ent": ent, "dieharder": lambda sample: dieharder([sample])}
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["--full"]):
-        sys.exit("usage: tests/randomness/run [--full]")
-    sys.exit(main(sys.argv[1:] == ["--full"]))
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory):
+    with Served(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((length, total // length), marks=pytest.mark.xdist_group("served"), id=f"{total // length}-keys-of-{length}")
+        for length, total in [(100, 2 * MIB), (4096, 16 * MIB), (SAMPLE, SAMPLE)]
+    ],
+)
+def keys(request, daemon):
+    """Keys of each way of making them: from the kernel as they are, expanded, and in pieces."""
+    with sampled(b"".join(daemon.keys(*request.param))) as sample:
+        yield sample
+
+
+@contextlib.contextmanager
+def sampled(data):
+    """A file of these bytes, which goes away."""
+    with tempfile.NamedTemporaryFile(prefix="key-service-") as sample:
+        sample.write(data)
+        sample.flush()
+        yield sample.name
+
+
+@pytest.mark.parametrize("gate", ["rngtest", "ent"])
+def test_served_keys_pass(gate, keys, figures):
+    """the tool finds no fault with keys that were served"""
+    passes, found = GATES[gate](keys)
+    assert passes, found
+    figures(found)
+
+
+@pytest.mark.xdist_group("served")
+def test_served_keys_pass_dieharder(daemon, figures):
+    """dieharder finds no fault with both of two keys of 40 MiB"""
+    first, second = daemon.keys(SAMPLE, 2)
+    with sampled(first) as first, sampled(second) as second:
+        passes, found = dieharder([first, second])
+    assert passes, found
+    figures(found)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(source, marks=pytest.mark.xdist_group(source.__name__), id=source.__name__) for source in BROKEN],
+)
+def source(request):
+    """A source that must be stopped or not, and for each gate a file of its bytes."""
+    data = request.param(SAMPLE)
+    with sampled(data) as sample, sampled(data[: 8 * MIB]) as start:
+        yield request.param, {"rngtest": start, "ent": sample, "dieharder": sample}  # plenty for rngtest
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gate_stops(gate, source, figures):
+    """a gate stops the broken sources that it is known to stop, and no others"""
+    source, samples = source
+    # One sample will do for dieharder: a second one would be the same.
+    passes, found = GATES[gate](samples[gate])
+    expect(not passes, gate in BROKEN[source], f"whether {gate} stops a source that {source.__doc__}: {found}")
+    figures(f"{'does not see' if passes else 'stops'} a source that {source.__doc__}: {found}")
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gate_can_fail(gate):
+    """each gate stops one of the broken sources"""
+    assert any(gate in stoppers for stoppers in BROKEN.values())
+
+
+def test_no_broken_source_gets_past_all_gates():
+    """no broken source gets past all gates"""
+    assert all(stoppers for source, stoppers in BROKEN.items() if source is not good)
+
+
+@pytest.mark.tools("strace", "mmdebstrap", "cargo")
+@pytest.mark.parametrize("suite", [pytest.param(suite, marks=pytest.mark.xdist_group("traced")) for suite in ("bookworm", "trixie")])
+def test_every_key_is_a_system_call(suite, tmp_path, figures):
+    """every key is a system call with the C library of a Debian release"""
+    loader, version = system_calls.extracted(suite)
+    # $KEY_SERVICE_BIN may be static, and would not use that library.
+    total, wrong = system_calls.counted(tmp_path, [*loader, built("debug")])
+    assert not wrong, "; ".join(wrong)
+    figures(f"{total} calls with glibc {version}")
+
+
+@pytest.mark.tools("strace")
+def test_every_key_is_a_system_call_as_it_was_built(tmp_path, figures):
+    """every key is a system call with the C library it was built with"""
+    total, wrong = system_calls.counted(tmp_path, [binary()])
+    assert not wrong, "; ".join(wrong)
+    figures(f"{total} calls")
+
+
+@pytest.mark.hours
+def test_rngtest_passes_a_million_blocks(daemon, figures):
+    """rngtest passes a million blocks"""
+    said = fed(daemon, ["rngtest", "-c", "1000000"])
+    failures = int(re.search(r"FIPS 140-2 failures: (\d+)", said).group(1))
+    # Five standard deviations around the 800 that are expected: one run in 1.7 million is outside.
+    assert 659 <= failures <= 941, f"{failures} failed"
+    figures(f"{failures} failed")
+
+
+@pytest.mark.hours
+def test_dieharder_finds_nothing_failed(daemon, figures):
+    """dieharder -a finds nothing FAILED"""
+    said = fed(daemon, ["dieharder", "-a", "-g", "200"])
+    counts = {word: len(re.findall(rf"\b{word}\b", said)) for word in ("PASSED", "WEAK", "FAILED")}
+    assert counts["PASSED"] > 100 and not counts["FAILED"], f"{counts}\n{said}"
+    figures(str(counts))
