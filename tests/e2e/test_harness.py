@@ -1,12 +1,9 @@
-#!/usr/bin/env python3
-"""Checks what the other runners rely on: a peer that hangs hides no result, and a port for a peer stays free.
+"""Checks what the other tests rely on: a peer that hangs hides no result, and a port for a peer stays free.
 
-    tests/harness/run [CHECK...]
-
-Each check is a process of its own. Those about ports have a network of their own, with eight ephemeral ports, where a race
-for one is lost at once. Needs unshare and taskset (util-linux), and root or unprivileged user namespaces. No daemon is built: its
-part is played by scripts that hang.
+Those about ports have a network of their own, with eight ephemeral ports, where a race for one is lost at once. It takes root or
+unprivileged user namespaces. No daemon is built: its part is played by scripts that hang.
 """
+
 import contextlib
 import errno
 import fcntl
@@ -14,7 +11,6 @@ import importlib.machinery
 import importlib.util
 import io
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -24,31 +20,12 @@ import tempfile
 import types
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(REPOSITORY / "tests/common"), str(REPOSITORY / "benches/compare")]
-sys.dont_write_bytecode = True
-import daemon  # noqa: E402
-import peers  # noqa: E402
+import pytest
+from support import peers
+from support.conditions import TIMEOUT, expect
+from support.daemon import REPOSITORY, Daemon
 
-TOOLS = {"unshare": "util-linux", "taskset": "util-linux"}
-CHECK_TIMEOUT = 120  # seconds; only a hang meets it
 EPHEMERAL_PORTS = "40000 40007"
-CHECKS = {}
-
-
-def check(function):
-    """A check is a function whose docstring is the sentence that it proves."""
-    CHECKS[function.__name__] = function
-    return function
-
-
-def in_network_of_its_own(function):
-    function.namespace = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--net"]
-    return check(function)
-
-
-def expect(found, expected, what):
-    assert found == expected, f"{what}: expected {expected!r}, found {found!r}"
 
 
 # Exits at the SIGTERM of that number (0: at none), or as many seconds later as the second argument has; the status is the
@@ -105,13 +82,12 @@ while True:
 
 @contextlib.contextmanager
 def stubborn(*arguments):
-    process = subprocess.Popen([sys.executable, "-c", STUBBORN, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
-    try:
-        expect(process.stdout.readline(), "ready\n", "the process")
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen([sys.executable, "-c", STUBBORN, *map(str, arguments)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            expect(process.stdout.readline(), "ready\n", "the process")
+            yield process
+        finally:
+            process.kill()
 
 
 @contextlib.contextmanager
@@ -121,8 +97,7 @@ def logged():
         yield written.getvalue
 
 
-@check
-def a_hung_peer_is_killed_and_logged():
+def test_a_hung_peer_is_killed_and_logged():
     """a peer that ignores SIGTERM is killed by its process id, waited for, and logged in one line"""
     with stubborn(0) as process, logged() as log:
         expect(peers.stop_peer(process, "nginx", timeout=0.3), False, "whether it exited by itself")
@@ -130,17 +105,15 @@ def a_hung_peer_is_killed_and_logged():
         expect(log(), f"nginx (process {process.pid}) did not exit within 0.3 s of SIGTERM and is killed\n", "the log")
 
 
-@check
-def a_peer_that_misses_a_signal_gets_another():
+def test_a_peer_that_misses_a_signal_gets_another(monkeypatch):
     """a peer that takes no notice of the first SIGTERM gets more of them, and nothing is logged"""
-    peers.SIGNAL_INTERVAL = 0.1
+    monkeypatch.setattr(peers, "SIGNAL_INTERVAL", 0.1)
     with stubborn(3) as process, logged() as log:
         expect(peers.stop_peer(process, "nginx"), True, "whether it exited by itself")
         expect((process.returncode, log()), (0, ""), "exit status and log")
 
 
-@check
-def a_hung_daemon_is_a_failure():
+def test_a_hung_daemon_is_a_failure():
     """a daemon that ignores SIGTERM is killed, and a failure that says so; where the block has failed, its own error stays"""
     with stubborn(0) as process, logged() as log:
         try:
@@ -155,40 +128,41 @@ def a_hung_daemon_is_a_failure():
         expect(process.returncode, -signal.SIGKILL, "how it ended")
 
 
-@check
-def a_daemon_gets_one_signal():
+def test_a_daemon_gets_one_signal(monkeypatch):
     """a daemon that takes its time gets a single SIGTERM: the second one would end its drain"""
-    peers.SIGNAL_INTERVAL = 0.1
+    monkeypatch.setattr(peers, "SIGNAL_INTERVAL", 0.1)
     with stubborn(1, 1) as process, logged() as log:
         peers.stop_daemon(process, "key-service")
         expect((process.returncode, log()), (0, ""), "exit status, which counts the signals beyond the first, and log")
 
 
-@check
-def a_runner_keeps_the_first_error():
-    """tests/common/daemon.py: a daemon that hangs does not replace the error that ended the block, and fails a block that passed"""
-    daemon.PATIENCE = 1
-    with tempfile.TemporaryDirectory(prefix="key-service-harness-") as folder:
-        folder = Path(folder)
-        program = folder / "key-service"
-        program.write_text(f"#!{sys.executable}\n{HUNG_DAEMON}")
-        program.chmod(0o755)
-        os.environ["KEY_SERVICE_BIN"] = str(program)
-        for raised, expected in [(ValueError("the block's"), "ValueError: the block's"), (None, "Hung: key-service (process")]:
-            found = None
-            try:
-                with logged(), daemon.Daemon(folder) as running:
-                    if raised:
-                        raise raised
-            except Exception as error:
-                found = f"{type(error).__name__}: {error}"
-            assert found and found.startswith(expected), f"expected {expected!r}, found {found!r}"
-            expect(running.process.poll(), -signal.SIGKILL, "how it ended")
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(ValueError("the block's"), "ValueError: the block's"), (None, "Hung: key-service (process")],
+    ids=["block-failed", "block-passed"],
+)
+def test_a_runner_keeps_the_first_error(raised, expected, tmp_path, monkeypatch):
+    """support/daemon.py: a daemon that hangs does not replace the error that ended the block, and fails a block that passed"""
+    program = tmp_path / "program"
+    program.write_text(f"#!{sys.executable}\n{HUNG_DAEMON}")
+    program.chmod(0o755)
+    monkeypatch.setenv("KEY_SERVICE_BIN", str(program))
+    monkeypatch.setattr(peers, "DAEMON_TIMEOUT", 1)
+    found = None
+    try:
+        with logged(), Daemon(tmp_path) as running:
+            if raised:
+                raise raised
+    except (ValueError, peers.Hung) as error:
+        found = f"{type(error).__name__}: {error}"
+    assert found and found.startswith(expected), f"expected {expected!r}, found {found!r}"
+    expect(running.process.poll(), -signal.SIGKILL, "how it ended")
 
 
 def compare(scratch):
     """benches/compare/run as a module, with the server above in the place of nginx; and its Bench."""
     path = str(REPOSITORY / "benches/compare/run")
+    sys.path.append(str(REPOSITORY / "benches/compare"))
     loader = importlib.machinery.SourceFileLoader("compare", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("compare", loader))
     sys.modules["compare"] = module  # its dataclasses look there
@@ -198,9 +172,7 @@ def compare(scratch):
     return module, types.SimpleNamespace(scratch=scratch, requests=200, nginx_constants="")
 
 
-@check
-def a_hung_peer_costs_no_measurement():
-    """benches/compare/run: a peer that has to be killed before callgrind's counts are written is measured again"""
+def a_hung_peer_of_a_measurement():
     peers.PEER_TIMEOUT = 1
     with tempfile.TemporaryDirectory(prefix="key-service-harness-") as folder:
         folder = Path(folder)
@@ -234,9 +206,7 @@ def closed_port():
         return listener.getsockname()[1]
 
 
-@in_network_of_its_own
-def a_held_port_is_given_to_nobody():
-    """no client gets a held port as its own, no other server is given it, and the server that it is held for binds it"""
+def a_held_port():
     # A control: without it, the rest could not fail.
     assert connects_to_itself(closed_port()), "a client does not connect to itself: the check proves nothing"
     refused, port = 0, closed_port()
@@ -268,9 +238,7 @@ def a_held_port_is_given_to_nobody():
             expect(listener.accept()[1], client.getsockname(), "the client of the server that the port is held for")
 
 
-@in_network_of_its_own
-def a_server_that_binds_late_is_waited_for():
-    """benches/compare/run: a client that polls until a peer has bound its port reaches that peer"""
+def a_server_that_binds_late():
     with tempfile.TemporaryDirectory(prefix="key-service-harness-") as folder:
         module, bench = compare(Path(folder))
         with module.Running(bench, "nginx", environment={"DELAY": "1"}) as server, server.connect() as client:
@@ -285,38 +253,50 @@ def few_ports():
     Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(EPHEMERAL_PORTS)
 
 
-def main():
-    if sys.argv[1:2] == ["--alone"]:
-        one = CHECKS[sys.argv[2]]
-        if hasattr(one, "namespace"):
-            few_ports()
-        return one()
-    for tool, package in TOOLS.items():
-        if not shutil.which(tool):
-            sys.exit(f"{tool} is missing: apt-get install {package}")
-    if unknown := set(sys.argv[1:]) - set(CHECKS):
-        sys.exit(f"expected names of checks ({', '.join(CHECKS)}), found {', '.join(sorted(unknown))}")
-    passed = failed = 0
-    for name, one in CHECKS.items():
-        if sys.argv[1:] and name not in sys.argv[1:]:
-            continue
-        command = [*getattr(one, "namespace", []), sys.executable, __file__, "--alone", name]
-        with tempfile.TemporaryFile("w+") as output:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
-            try:
-                status = process.wait(CHECK_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                status = f"it did not finish within {CHECK_TIMEOUT} s"
+def alone(function, *command):
+    """Runs one of the functions above in a process of its own, by `command`; what it leaves behind is killed."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [*command, sys.executable, __file__, function.__name__],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY / "tests/e2e")},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(2 * TIMEOUT)
+        finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what a check that failed left behind
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            output.seek(0)
-            problem = f"{status}\n{output.read()}" if status else ""
-        passed, failed = passed + (not problem), failed + bool(problem)
-        print(f"FAILED  {one.__doc__}\n{problem}" if problem else f"ok      {one.__doc__}", flush=True)
-    print(f"{passed} passed, {failed} failed")
-    return 1 if failed or not passed else 0
+        output.seek(0)
+        assert status == 0, f"status {status}\n{output.read()}"
+
+
+def in_a_network_of_its_own(function):
+    alone(function, "unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--net")
+
+
+@pytest.mark.tools("taskset")
+def test_a_hung_peer_costs_no_measurement():
+    """benches/compare/run: a peer that has to be killed before callgrind's counts are written is measured again"""
+    alone(a_hung_peer_of_a_measurement)
+
+
+@pytest.mark.tools("unshare")
+def test_a_held_port_is_given_to_nobody():
+    """no client gets a held port as its own, no other server is given it, and the server that it is held for binds it"""
+    in_a_network_of_its_own(a_held_port)
+
+
+@pytest.mark.tools("unshare", "taskset")
+def test_a_server_that_binds_late_is_waited_for():
+    """benches/compare/run: a client that polls until a peer has bound its port reaches that peer"""
+    in_a_network_of_its_own(a_server_that_binds_late)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1] != a_hung_peer_of_a_measurement.__name__:
+        few_ports()
+    globals()[sys.argv[1]]()
