@@ -1,4 +1,4 @@
-//! `/`: a page for browsers, which loads nothing but what it is, and an index for curl. In a browser: tests/page/run.
+//! `/`: a page for browsers, which loads nothing but what it is, and an index for curl. In a browser: tests/e2e/test_page.py.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 

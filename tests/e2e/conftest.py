@@ -1,10 +1,16 @@
 """Fixtures of the end-to-end tests. Each is made once for those that share it, and what it started is stopped by process id."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 from support import images, tools
-from support.daemon import REPOSITORY
+from support.browser import Browser
+from support.daemon import REPOSITORY, Daemon
+
+# What pyproject.toml's group installs is beside the Python that runs this, whether its environment is active or not.
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def pytest_addoption(parser):
@@ -49,6 +55,20 @@ def image_arm64(image):
     return images.IMAGES["arm64"]
 
 
+@pytest.fixture(scope="session")
+def daemon(tmp_path_factory):
+    """A daemon with nothing configured, for tests that leave it as it is."""
+    with Daemon(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium; each test opens pages of its own."""
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """What a machine logged last belongs to the report of a test that failed on it."""
@@ -68,6 +88,8 @@ def pytest_runtest_setup(item):
     commands = [command for marker in item.iter_markers("tools") for command in marker.args]
     if packages := tools.missing(commands):
         pytest.fail(f"expected programs that are not installed: apt-get install {' '.join(packages)}", pytrace=False)
+    if programs := tools.missing_python(commands):
+        pytest.fail(f"expected programs of pyproject.toml that are not installed, {', '.join(programs)}: just setup", pytrace=False)
 
 
 def pytest_terminal_summary(terminalreporter):

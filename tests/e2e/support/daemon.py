@@ -153,6 +153,10 @@ class Daemon:
     def logged(self):
         return self.log.read_text(errors="replace")
 
+    def lines(self, text):
+        """The lines of the log that have `text`."""
+        return [line for line in self.logged().splitlines() if text in line]
+
     def heard(self, wanted):
         """The next message to the service manager that has `wanted`."""
         self.notifications.settimeout(0.05)
@@ -193,9 +197,11 @@ class Daemon:
     def status(self, path):
         return self.get(path)[0]
 
+    def metrics_text(self):
+        return self.get("/metrics", self.metrics)[2].decode()
+
     def metric(self, name):
-        text = self.get("/metrics", self.metrics)[2].decode()
-        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.M)[1])
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", self.metrics_text(), re.M)[1])
 
     def resident(self, field="VmHWM"):
         """Bytes of resident memory: the most there ever were, or VmRSS."""

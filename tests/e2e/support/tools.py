@@ -1,12 +1,18 @@
-"""The programs that end-to-end tests run, and the Debian packages that have them.
+"""The programs that end-to-end tests run, and the Debian packages that have them; others come with pyproject.toml's group.
 
 python3 -m support.tools    prints the packages that are missing, for apt-get
 """
 
 import shutil
+from pathlib import Path
 
-# command: package
+DJANGO = "/usr/lib/python3/dist-packages/django"
+STREAM_MODULE = "/usr/lib/nginx/modules/ngx_stream_module.so"
+
+# command, or a path: package
 PACKAGES = {
+    DJANGO: "python3-django",
+    STREAM_MODULE: "libnginx-mod-stream",
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
     "ansible-playbook": "ansible-core",
     "apache2": "apache2-bin",
@@ -55,7 +61,16 @@ PACKAGES = {
 
 def missing(commands=PACKAGES):
     """The Debian packages of the commands that are not installed."""
-    return sorted({PACKAGES[command] for command in commands if not shutil.which(command)})
+    return sorted({PACKAGES[command] for command in commands if command in PACKAGES and is_absent(command)})
+
+
+def missing_python(commands):
+    """The commands that are not installed and are in no Debian package, but in one of pyproject.toml."""
+    return [command for command in commands if command not in PACKAGES and is_absent(command)]
+
+
+def is_absent(command):
+    return not shutil.which(command) and not Path("/", command).exists()
 
 
 if __name__ == "__main__":
