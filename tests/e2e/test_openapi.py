@@ -1,45 +1,144 @@
-#!/usr/bin/env python3
-"""Generates clients from /openapi.json, as docs/recipes.md says, and uses every format against a real daemon.
+"""/openapi.json, held to a live daemon by schemathesis (every status, header and body as it is described), and generated clients."""
 
-    tests/openapi/clients
-
-Needs openapi-python-client: on PATH, or in /var/cache/key-service-tools/bin; nodejs and npm. What comes from npm is installed
-once, in $KEY_SERVICE_CLIENT_TOOLS (default: /var/cache/key-service-tools/clients). The daemon is $KEY_SERVICE_BIN, else what is
-built in target/, else it is built.
-"""
+import contextlib
 import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
-import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent.parent
+import pytest
+from support import pages
+from support.conditions import TIMEOUT, expect
+from support.daemon import REPOSITORY, Daemon, binary, environment
+from support.machine import SUPPORT
 
-sys.path.insert(0, str(REPOSITORY / "tests/common"))
-sys.dont_write_bytecode = True
-import pages  # noqa: E402
-from daemon import Daemon, PATIENCE, binary  # noqa: E402
+HERE = SUPPORT / "openapi"
+CASES_MIN = 500  # of schemathesis, for each bound
+# Only the first of these seconds are needed, except on a machine that is too busy for so many cases.
+SECONDS = (15, 60, 240)
 
-PYTHON = Path("/var/cache/key-service-tools/bin")
-GENERATOR = "openapi-python-client==0.29.1"
 NPM = ["openapi-typescript@7.13.0", "openapi-fetch@0.17.0", "typescript@5.9.3", "@types/node@20.19.30"]
 VERSION = hashlib.sha256(" ".join(NPM).encode()).hexdigest()[:12]
 PACKAGES = Path(os.environ.get("KEY_SERVICE_CLIENT_TOOLS", "/var/cache/key-service-tools/clients")) / VERSION
 TYPES = ["tsc", "--strict", "--target", "es2022", "--module", "nodenext", "--types", "node"]
 
-checks = []
+
+@pytest.mark.tools("schemathesis")
+@pytest.mark.parametrize("max_size", [100_000, 50])
+def test_every_answer_is_described(max_size, tmp_path, figures):
+    """Requests by the document get no answer that it does not describe, and the daemon runs on."""
+    # Large keys, so that streamed ones are met too; small ones, so that the bound of a password is max-size.
+    with Daemon(tmp_path, f"max-size = {max_size}\n") as daemon:
+        for seconds in SECONDS:
+            ran = schemathesis(daemon, seconds, f"{daemon.address}/openapi.json")
+            assert ran.returncode == 0, f"{(ran.stdout + ran.stderr)[-6000:]}\nexit status {ran.returncode}"
+            cases = re.search(r"(\d+) generated", ran.stdout)
+            if cases and int(cases[1]) >= CASES_MIN:
+                break
+        else:
+            raise AssertionError(f"expected {CASES_MIN} cases or more, found:\n{ran.stdout}")
+        expect(daemon.process.poll(), None, "exit status of the daemon")
+    figures(f"{cases[1]} cases in {seconds} s")
 
 
-def check(function):
-    checks.append(function)
-    return function
+def larger(document):
+    document["paths"]["/key/{length}"]["parameters"][0]["schema"]["maximum"] = 60
 
 
-@check
-def the_recipe_runs_as_it_stands(folder, daemon):
+def without_413(document):
+    del document["paths"]["/key/{length}"]["get"]["responses"]["413"]
+
+
+def another_field(document):
+    document["components"]["schemas"]["Problem"]["required"].append("type")
+
+
+def unknown_format(document):
+    document["paths"]["/key/{length}"]["get"]["parameters"][0]["schema"]["enum"].append("pem")
+
+
+def another_header(document):
+    document["paths"]["/password/{length}"]["get"]["responses"]["200"]["headers"]["Entropy"] = {
+        "required": True,
+        "schema": {"type": "number"},
+    }
+
+
+MUTANTS = [
+    pytest.param(larger, "for a valid request, found 413", id="a bound that is too large"),
+    pytest.param(without_413, "Undocumented status code", id="a status missing"),
+    pytest.param(another_field, "Response violates schema", id="a field of problems that is not there"),
+    pytest.param(unknown_format, "expected 200 for a valid request, found 400", id="a format that is not known"),
+    pytest.param(another_header, "Missing required response headers", id="a header that is not there"),
+]
+
+
+@pytest.mark.tools("schemathesis")
+@pytest.mark.parametrize(("change", "found"), MUTANTS)
+def test_a_wrong_document_is_noticed(change, found, tmp_path):
+    """A service that does not do what the document says is noticed by the same requests."""
+    with Daemon(tmp_path, "max-size = 50\n") as daemon:
+        with urllib.request.urlopen(f"{daemon.address}/openapi.json", timeout=TIMEOUT) as response:
+            document = json.load(response)
+        change(document)
+        (tmp_path / "mutant.json").write_text(json.dumps(document))
+        # The first failure ends it, after seconds; a slow machine must not end it before.
+        ran = schemathesis(daemon, SECONDS[-1], tmp_path / "mutant.json", "--max-failures", "1")
+    assert ran.returncode != 0 and found in ran.stdout + ran.stderr, f"expected {found!r}, found:\n{ran.stdout}{ran.stderr}"
+
+
+def schemathesis(daemon, seconds, document, *options):
+    """Asks what a document describes, for so long."""
+    command = [
+        *("schemathesis", "--config-file", HERE / "schemathesis.toml"),
+        *("run", document, "--url", daemon.address, "--phases", "coverage,fuzzing"),
+        *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),  # ours is stricter: see checks.py
+        *("--max-time", str(seconds), "--max-examples", "500", "--request-timeout", "10"),
+        *("--workers", "1", "--no-color", "--generation-deterministic", *options),
+    ]
+    hooks = {"SCHEMATHESIS_HOOKS": "checks", "PYTHONPATH": str(HERE), "BATCH_MAX": str(batch_max())}
+    return attempt(command, daemon.folder, more=hooks, timeout=seconds + TIMEOUT)
+
+
+def batch_max():
+    """The bound of a batch, as the source has it."""
+    source = (REPOSITORY / "src/random.rs").read_text()
+    factors = re.search(r"pub const CHUNK: usize = ([0-9]+) \* ([0-9]+);", source).groups()
+    return int(factors[0]) * int(factors[1])
+
+
+needs_generators = pytest.mark.tools("node", "npm", "openapi-python-client")
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory):
+    """A daemon whose keys can be large enough to be streamed."""
+    with Daemon(tmp_path_factory.mktemp("daemon"), "max-size = 100000\n") as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the packages of npm, which are installed once."""
+    if not PACKAGES.exists():
+        PACKAGES.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=PACKAGES.parent, ignore_cleanup_errors=True) as new:
+            Path(new, "package.json").write_text('{"private": true}\n')
+            options = ["--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+            subprocess.run(["npm", "install", *options, *NPM], cwd=new, check=True)
+            with contextlib.suppress(OSError):  # another worker was first
+                os.rename(new, PACKAGES)
+    (tmp_path / "node_modules").symlink_to(PACKAGES / "node_modules")
+    return tmp_path
+
+
+@needs_generators
+def test_the_recipe_runs_as_it_stands(folder, daemon):
     blocks = dict(pages.sections(REPOSITORY / "docs/recipes.md"))["Generated clients"]
     files = {pages.file_name(text) for _, text in blocks}
     assert files == {"issue.py", "issue.mts", None}, files
@@ -56,41 +155,48 @@ def the_recipe_runs_as_it_stands(folder, daemon):
 # What the recipe got, as the lengths of: raw, text, keys, one, jwk and password.
 SHOWN = {
     "issue.py": '\nprint(len(raw), len(text), len(keys), one.length, len(jwk["k"]), len(password))\n',
-    "issue.mts": "\nif (!Array.isArray(keys.data)) throw new Error('no batch');\n"
-                 "console.log(bytes.length, text?.length, keys.data.length, keys.data[0]?.length, k.length, (password.data?.trim().length ?? 0) - 8);\n",
+    "issue.mts": """
+if (!Array.isArray(keys.data)) throw new Error('no batch');
+const password_length = (password.data?.trim().length ?? 0) - 8;
+console.log(bytes.length, text?.length, keys.data.length, keys.data[0]?.length, k.length, password_length);
+""",
 }
 
 
-@check
-def python_gets_every_format(folder, daemon):
+@needs_generators
+def test_python_gets_every_format(folder, daemon):
     generate_python(folder, daemon)
     run(["python3", HERE / "client.py", daemon.address], folder)
 
 
-@check
-def typescript_gets_every_format(folder, daemon):
+@needs_generators
+def test_typescript_gets_every_format(folder, daemon):
     generate_typescript(folder, daemon)
     shutil.copy(HERE / "client.mts", folder)
     run([*TYPES, "client.mts"], folder)
     run(["node", "client.mjs", daemon.address], folder)
 
 
-@check
-def typescript_knows_the_parameters(folder, daemon):
-    """A check that the types are no `any`: each of these lines is an error."""
+@needs_generators
+def test_typescript_knows_the_parameters(folder, daemon):
+    """A check that the types are no `any`: each of these files has an error in its third line."""
     generate_typescript(folder, daemon)
-    for wrong in ('path: { length: "32" }', 'path: { length: 32 }, query: { format: "pem" }', 'path: { length: 32 }, query: { size: 1 }', ""):
-        (folder / "wrong.mts").write_text(
+    wrong = ['path: { length: "32" }', 'path: { length: 32 }, query: { format: "pem" }', "path: { length: 32 }, query: { size: 1 }", ""]
+    for number, parameters in enumerate(wrong):
+        (folder / f"wrong{number}.mts").write_text(
             'import createClient from "openapi-fetch";\nimport type { paths } from "./key-service.js";\n'
-            f'await createClient<paths>({{ baseUrl: "" }}).GET("/key/{{length}}", {{ params: {{ {wrong} }} }});\n')
-        ran = attempt([*TYPES, "--noEmit", "wrong.mts"], folder)
-        assert ran.returncode != 0 and "wrong.mts(3," in ran.stdout, f"{wrong}: {ran.stdout}"
+            f'await createClient<paths>({{ baseUrl: "" }}).GET("/key/{{length}}", {{ params: {{ {parameters} }} }});\n'
+        )
+    ran = attempt([*TYPES, "--noEmit", *(f"wrong{number}.mts" for number in range(len(wrong)))], folder)
+    assert ran.returncode != 0
+    for number, parameters in enumerate(wrong):
+        assert f"wrong{number}.mts(3," in ran.stdout, f"{parameters}: {ran.stdout}"
 
 
-@check
-def tokens_are_in_the_clients(folder, _):
-    new = subprocess.run([binary(), "token", "new", "--name", "client"], capture_output=True, text=True, check=True).stdout
-    token, line = new.split("\n", 1)
+@needs_generators
+def test_tokens_are_in_the_clients(folder):
+    new = subprocess.run([binary(), "token", "new", "--name", "client"], env=environment(), capture_output=True, text=True, check=True)
+    token, line = new.stdout.split("\n", 1)
     (folder / "tokens").write_text(line)
     (folder / "tokens").chmod(0o600)
     with Daemon(folder, f'tokens-file = "{folder}/tokens"\n') as daemon:
@@ -102,23 +208,19 @@ def tokens_are_in_the_clients(folder, _):
             "assert len(key(sys.argv[2])) == 16\n"
             "assert key('ks_no').status == 401\n"
             "assert signature(get_key.sync).parameters['client'].annotation is AuthenticatedClient\n"
-            "assert get_readyz.sync(client=Client(sys.argv[1])) == 'OK'\n")
+            "assert get_readyz.sync(client=Client(sys.argv[1])) == 'OK'\n"
+        )
         run(["python3", "tokens.py", daemon.address, token], folder)
 
 
 def generate_python(folder, daemon):
-    printed = run(["openapi-python-client", "generate", "--url", f"{daemon.address}/openapi.json", "--meta", "none", "--output-path", "key_service"], folder)
+    command = ["openapi-python-client", "generate", "--url", f"{daemon.address}/openapi.json", "--meta", "none"]
+    printed = run([*command, "--output-path", "key_service"], folder)
     assert "warning" not in printed.lower(), printed
 
 
 def generate_typescript(folder, daemon):
     run(["openapi-typescript", f"{daemon.address}/openapi.json", "--output", "key-service.d.ts"], folder)
-
-
-def attempt(command, folder, given=None):
-    path = f"{PYTHON}:{PACKAGES}/node_modules/.bin:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, input=given, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def run(command, folder, given=None):
@@ -127,46 +229,8 @@ def run(command, folder, given=None):
     return ran.stdout
 
 
-def install():
-    """What is missing, as a sentence; the packages of npm are installed."""
-    found = shutil.which("openapi-python-client", path=f"{PYTHON}:{os.environ['PATH']}")
-    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout if found else "none"
-    if GENERATOR.partition("==")[2] not in version:
-        return f"expected {GENERATOR}, found {version.strip()}; install it: python3 -m venv {PYTHON.parent} && {PYTHON}/pip install {GENERATOR}"
-    if missing := [tool for tool in ("node", "npm") if not shutil.which(tool)]:
-        return f"{missing} not found: apt-get install nodejs npm"
-    if not (PACKAGES / "complete").exists():
-        print(f"installing the packages of npm in {PACKAGES}", flush=True)
-        shutil.rmtree(PACKAGES, ignore_errors=True)
-        PACKAGES.mkdir(parents=True)
-        (PACKAGES / "package.json").write_text('{"private": true}\n')
-        options = ["--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        subprocess.run(["npm", "install", *options, *NPM], cwd=PACKAGES, check=True)
-        (PACKAGES / "complete").touch()
-    return ""
-
-
-def main():
-    passed = failed = 0
-    if problem := install():
-        print(f"FAIL tools: {problem}")
-        failed = 1
-    else:
-        with tempfile.TemporaryDirectory(prefix="key-service-clients-") as root, Daemon(Path(root), "max-size = 100000\n") as daemon:
-            for function in checks:
-                folder = Path(root, function.__name__)
-                folder.mkdir()
-                (folder / "node_modules").symlink_to(PACKAGES / "node_modules")
-                try:
-                    function(folder, daemon)
-                    print(f"ok   {function.__name__}", flush=True)
-                    passed += 1
-                except (AssertionError, OSError, KeyError, subprocess.SubprocessError) as problem:
-                    print(f"FAIL {function.__name__}\n       {problem}", flush=True)
-                    failed += 1
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(1 if failed or not passed else 0)
-
-
-if __name__ == "__main__":
-    main()
+def attempt(command, folder, given=None, more=None, timeout=2 * TIMEOUT):
+    """Runs a command with the packages of npm, and with the client in `folder`."""
+    path = f"{PACKAGES}/node_modules/.bin:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **(more or {})}
+    return subprocess.run(command, cwd=folder, env=environment, input=given, capture_output=True, text=True, timeout=timeout, check=False)

@@ -1,4 +1,4 @@
-// Every format through a generated TypeScript client; checked and run by tests/openapi/clients.
+// Every format through a generated TypeScript client; checked and run by tests/e2e/test_openapi.py.
 import { strict as assert } from "node:assert";
 import createClient from "openapi-fetch";
 import type { components, paths } from "./key-service.js";

@@ -1,10 +1,11 @@
-"""What schemathesis can't know of this service: loaded by tests/openapi/run."""
+"""What schemathesis can't know of this service: loaded by tests/e2e/test_openapi.py."""
+
 import os
 
 import schemathesis
 from schemathesis import GenerationMode
 
-# The bound of a batch; tests/openapi/run reads it in the source.
+# The bound of a batch; tests/e2e/test_openapi.py reads it in the source.
 BATCH_MAX = int(os.environ["BATCH_MAX"])
 
 

@@ -1,4 +1,5 @@
-"""Every format through a generated Python client; run by tests/openapi/clients."""
+"""Every format through a generated Python client; run by tests/e2e/test_openapi.py."""
+
 import asyncio
 import base64
 import json
