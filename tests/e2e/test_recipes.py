@@ -1,98 +1,109 @@
-#!/usr/bin/python3
-"""Runs what docs/recipes.md and docs/proxies.md say, as it stands there, against real daemons.
+"""What docs/recipes.md and docs/proxies.md say, run as it stands there, against real daemons; curl over TLS.
 
-    tests/recipes/run
-
-Needs curl, ansible-core, wireguard-tools, cryptsetup-bin, ruby and python3-django of Debian, hence Debian's Python; nginx-light,
-libnginx-mod-stream, haproxy, caddy, apache2-bin and openssl for the proxies; and kubernetes-validate from PyPI: on PATH, or in
-/var/cache/key-service-tools/bin. The daemon is $KEY_SERVICE_BIN, else what is built in target/, else it is built.
+A block whose first line is a comment with a file's name is that file; others are commands. A live daemon takes the place of
+localhost:1123.
 """
+
 import base64
-import http.client
-import importlib.util
+import contextlib
 import json
 import os
 import re
-import shutil
+import signal
 import stat
 import subprocess
-import sys
-import tempfile
+import time
 import urllib.request
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+import pytest
+import yaml
+from support import certificates, pages, proxies
+from support.conditions import TIMEOUT, expect
+from support.daemon import REPOSITORY, Daemon
+from support.proxies import CLIENT, PROXY, STREAMED, Stage
+from support.tools import DJANGO, STREAM_MODULE
 
-sys.path.insert(0, str(REPOSITORY / "tests/common"))
-sys.dont_write_bytecode = True
-import certificates  # noqa: E402
-import pages  # noqa: E402
-import proxies  # noqa: E402
-from daemon import Daemon, PATIENCE  # noqa: E402
-
-PAGE = REPOSITORY / "docs/recipes.md"
-TOOLS = {"curl": "curl", "openssl": "openssl", "ansible-playbook": "ansible-core", "wg": "wireguard-tools", "cryptsetup": "cryptsetup-bin", "ruby": "ruby"}
-MODULES = {"django": "python3-django", "yaml": "python3-yaml"}
-VALIDATE = "kubernetes-validate"
-INSTALL = f"python3 -m venv /var/cache/key-service-tools && /var/cache/key-service-tools/bin/pip install {VALIDATE}==1.37.0"
-
-recipes = {}
-# Recipes that another runner tries, and what of them has to stand in it.
-elsewhere = {
-    "systemd credentials": ("tests/system/run", "/run/key-service/credential.sock"),
-    "Generated clients": ("tests/openapi/clients", "Generated clients"),
+SECTIONS = dict(pages.sections(REPOSITORY / "docs/recipes.md"))
+SPOOFED = "203.0.113.9"
+# Recipes that another file tries, and what of them has to stand in it.
+ELSEWHERE = {
+    "systemd credentials": ("tests/e2e/test_system.py", "/run/key-service/credential.sock"),
+    "Generated clients": ("tests/e2e/test_openapi.py", "Generated clients"),
 }
+tried = set()
 
 
 def recipe(title):
-    def keep(function):
-        recipes[title] = function
-        return function
-    return keep
+    """The test has what the commands of that recipe printed; it was followed in its tmp_path."""
+    tried.add(title)
+    return pytest.mark.parametrize("printed", [title], indirect=True)
 
 
-def expect(found, expected, what):
-    assert found == expected, f"{what}: expected {expected!r}, found {found!r}"
+@pytest.fixture
+def printed(request, daemon, tmp_path):
+    """Does what the blocks of a recipe say, in their order."""
+    texts = []
+    for language, text in SECTIONS[request.param]:
+        text = text.replace("localhost:1123", daemon.authority)
+        if name := pages.file_name(text):
+            (tmp_path / name).write_text(text)
+        elif language == "sh":
+            texts.append(run(["sh", "-e"], tmp_path, given=text))
+    return "".join(texts)
 
 
+def test_every_recipe_is_tried():
+    expect(set(SECTIONS), tried | set(ELSEWHERE), "recipes")
+
+
+@pytest.mark.parametrize("title", ELSEWHERE)
+def test_a_recipe_is_tried_elsewhere(title):
+    file, mark = ELSEWHERE[title]
+    assert mark in (REPOSITORY / file).read_text(), f"{title}: {file} does not try it"
+
+
+@pytest.mark.tools("curl")
 @recipe("Shell scripts")
-def shell_scripts(folder, _):
-    expect((folder / "session.key").stat().st_size, 32, "bytes")
-    assert re.fullmatch("[0-9a-f]{64}\n", (folder / "session.hex").read_text())
-    assert re.fullmatch("[2-9A-HJ-NP-Za-km-z]{24}\n", (folder / "password").read_text())
-    passwords = (folder / "thirty-passwords").read_text().split()
+def test_shell_scripts(tmp_path, printed):
+    expect((tmp_path / "session.key").stat().st_size, 32, "bytes")
+    assert re.fullmatch("[0-9a-f]{64}\n", (tmp_path / "session.hex").read_text())
+    assert re.fullmatch("[2-9A-HJ-NP-Za-km-z]{24}\n", (tmp_path / "password").read_text())
+    passwords = (tmp_path / "thirty-passwords").read_text().split()
     expect((len(set(passwords)), {len(one) for one in passwords}), (30, {12}), "passwords and their lengths")
-    for path in folder.iterdir():
+    for path in tmp_path.iterdir():
         expect(mode(path), 0o600, f"mode of {path.name}")
 
 
+@pytest.mark.tools("ansible-playbook")
 @recipe("Ansible")
-def ansible(folder, first):
-    assert "changed=1" in first, first
-    key = (folder / "session.key").read_text()
-    expect((len(base64.b64decode(key)), mode(folder / "session.key")), (32, 0o600), "the key and its mode")
-    second = run(["ansible-playbook", "-i", "localhost,", "playbook.yml"], folder)
+def test_ansible(tmp_path, printed):
+    assert "changed=1" in printed, printed
+    key = (tmp_path / "session.key").read_text()
+    expect((len(base64.b64decode(key)), mode(tmp_path / "session.key")), (32, 0o600), "the key and its mode")
+    second = run(["ansible-playbook", "-i", "localhost,", "playbook.yml"], tmp_path)
     assert "changed=0" in second and "failed=0" in second, second
-    expect((folder / "session.key").read_text(), key, "the key after a second run")
+    expect((tmp_path / "session.key").read_text(), key, "the key after a second run")
 
 
+@pytest.mark.tools("curl", "kubernetes-validate")
 @recipe("Kubernetes: an init container")
-def init_container(folder, _):
-    run([tool(VALIDATE), "--strict", "pod.yaml"], folder)
-    pod = parse(folder / "pod.yaml")[0]
+def test_init_container(tmp_path, daemon, printed):
+    run(["kubernetes-validate", "--strict", "pod.yaml"], tmp_path)
+    pod = list(yaml.safe_load_all((tmp_path / "pod.yaml").read_text()))[0]
     container = pod["spec"]["initContainers"][0]
     expect(container["command"][-1], "/keys/session.key", "where the key goes")
-    command = container["command"][:-1] + ["session.key"] + [url.replace("key-service:1123", folder.daemon) for url in container["args"]]
-    run(command, folder)
-    expect((folder / "session.key").stat().st_size, 32, "bytes")
+    command = container["command"][:-1] + ["session.key"] + [url.replace("key-service:1123", daemon.authority) for url in container["args"]]
+    run(command, tmp_path)
+    expect((tmp_path / "session.key").stat().st_size, 32, "bytes")
     mounts = {mount["name"] for one in pod["spec"]["initContainers"] + pod["spec"]["containers"] for mount in one["volumeMounts"]}
     expect(mounts, {volume["name"] for volume in pod["spec"]["volumes"]}, "volumes")
 
 
 @recipe("Kubernetes: External Secrets")
-def external_secrets(folder, _):
-    webhook, secret = parse(folder / "external-secret.yaml")
-    with urllib.request.urlopen(webhook["spec"]["url"].replace("key-service:1123", folder.daemon), timeout=PATIENCE) as response:
+def test_external_secrets(tmp_path, daemon, printed):
+    webhook, secret = list(yaml.safe_load_all((tmp_path / "external-secret.yaml").read_text()))
+    with urllib.request.urlopen(webhook["spec"]["url"].replace("key-service:1123", daemon.authority), timeout=TIMEOUT) as response:
         found = json.load(response)
     expect(webhook["spec"]["result"]["jsonPath"], "$", "the path of the object")
     expect(set(found), {"key", "encoding", "length"}, "entries of the Secret")
@@ -100,47 +111,54 @@ def external_secrets(folder, _):
     expect(reference, {"apiVersion": webhook["apiVersion"], "kind": webhook["kind"], "name": webhook["metadata"]["name"]}, "the generator")
 
 
+@pytest.mark.tools("curl", "wg")
 @recipe("WireGuard: pre-shared keys")
-def wireguard(folder, _):
-    key = (folder / "peer.psk").read_text()
+def test_wireguard(tmp_path, printed):
+    key = (tmp_path / "peer.psk").read_text()
     # It takes what `wg genpsk` prints and nothing else: 32 bytes in base64.
-    assert run(["wg", "pubkey"], folder, given=key).strip()
+    assert run(["wg", "pubkey"], tmp_path, given=key).strip()
     expect(subprocess.run(["wg", "pubkey"], input=key[1:], capture_output=True, text=True, check=False).returncode, 1, "a shorter one")
-    expect(mode(folder / "peer.psk"), 0o600, "mode")
+    expect(mode(tmp_path / "peer.psk"), 0o600, "mode")
 
 
+@pytest.mark.tools("curl", "cryptsetup")
 @recipe("LUKS: key files")
-def luks(folder, _):
-    expect(mode(folder / "disk.key"), 0o600, "mode")
-    (folder / "other.key").write_bytes(b"\0" * 64)
+def test_luks(tmp_path, printed):
+    expect(mode(tmp_path / "disk.key"), 0o600, "mode")
+    (tmp_path / "other.key").write_bytes(b"\0" * 64)
     command = ["cryptsetup", "open", "--test-passphrase", "--key-file", "other.key", "disk.img"]
-    expect(subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode, 2, "status with another key")
+    expect(subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode, 2, "status with another key")
 
 
+@pytest.mark.tools("curl", "ruby", DJANGO)
 @recipe("Django and Rails")
-def frameworks(folder, _):
-    script = ("from django.conf import settings; from django.core import checks, signing; import django; django.setup(); "
-              "assert signing.loads(signing.dumps('a')) == 'a'; "
-              "from django.core.checks.security.base import check_secret_key; assert check_secret_key(None) == [], check_secret_key(None); "
-              "print(len(settings.SECRET_KEY))")
-    found = run([sys.executable, "-c", script], folder, {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(folder)})
+def test_frameworks(tmp_path, printed):
+    script = (
+        "from django.conf import settings; from django.core import checks, signing; import django; django.setup(); "
+        "assert signing.loads(signing.dumps('a')) == 'a'; "
+        "from django.core.checks.security.base import check_secret_key; assert check_secret_key(None) == [], check_secret_key(None); "
+        "print(len(settings.SECRET_KEY))"
+    )
+    found = run(["/usr/bin/python3", "-c", script], tmp_path, {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(tmp_path)})
     expect(found.strip(), "64", "characters of the SECRET_KEY that Django has")
-    assert re.fullmatch("[0-9a-f]{128}\n", (folder / "secret_key_base").read_text())
-    run(["ruby", "-c", "production.rb"], folder)
+    assert re.fullmatch("[0-9a-f]{128}\n", (tmp_path / "secret_key_base").read_text())
+    run(["ruby", "-c", "production.rb"], tmp_path)
 
 
-def curl_over_tls(folder):
+@pytest.mark.tools("curl", "openssl")
+def test_curl_over_tls(tmp_path):
     """curl gets a key over TLS by each version of HTTP that it offers, none from an untrusted service, and none over plain HTTP."""
+
     def make(name):
-        certificates.self_signed(folder / f"{name}.key", folder / f"{name}.pem", names="IP:127.0.0.1")
-        (folder / f"{name}.pem").chmod(0o600)
+        certificates.self_signed(tmp_path / f"{name}.key", tmp_path / f"{name}.pem", names="IP:127.0.0.1")
+        (tmp_path / f"{name}.pem").chmod(0o600)
 
     def curl(*options):
-        return subprocess.run(["curl", "-sS", "-m", str(PATIENCE), *options], cwd=folder, capture_output=True, check=False)
+        return subprocess.run(["curl", "-sS", "-m", str(TIMEOUT), *options], cwd=tmp_path, capture_output=True, check=False)
 
     make("server")
     make("other")
-    with Daemon(folder, f'tls-cert = "{folder}/server.pem"\ntls-key = "{folder}/server.key"\n') as daemon:
+    with Daemon(tmp_path, f'tls-cert = "{tmp_path}/server.pem"\ntls-key = "{tmp_path}/server.key"\n') as daemon:
         url = f"https://{daemon.authority}/key/32"
         for version in ("--http1.0", "--http1.1", "--http2"):
             done = curl("-f", version, "--cacert", "server.pem", url)
@@ -151,89 +169,192 @@ def curl_over_tls(folder):
         expect(json.loads(plain.stdout)["detail"], "This port speaks TLS: use https://", "the answer to plain HTTP")
 
 
-class Folder(type(Path())):
-    """A folder that knows where the daemon is."""
-
-    daemon = ""
-
-
 def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def parse(path):
-    import yaml
-    return list(yaml.safe_load_all(path.read_text()))
-
-
-def tool(name):
-    return shutil.which(name) or shutil.which(name, path="/var/cache/key-service-tools/bin")
-
-
 def run(command, folder, more=None, given=None):
     environment = {**os.environ, "ANSIBLE_LOCALHOST_WARNING": "false", "PYTHONDONTWRITEBYTECODE": "1", **(more or {})}
-    ran = subprocess.run(command, cwd=folder, env=environment, input=given, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    ran = subprocess.run(command, cwd=folder, env=environment, input=given, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert ran.returncode == 0, f"{command} ended with {ran.returncode}:\n{ran.stdout}{ran.stderr}"
     return ran.stdout
 
 
-def follow(blocks, folder):
-    """Does what the blocks say, in their order, and returns what the commands printed."""
-    printed = ""
-    for language, text in blocks:
-        text = text.replace("localhost:1123", folder.daemon)
-        name = pages.file_name(text)
-        if name:
-            (folder / name).write_text(text)
-        elif language == "sh":
-            printed += run(["sh", "-e"], folder, given=text)
-    return printed
+PROXIES = ["nginx", "haproxy", "caddy", "apache"]
+proxy = pytest.mark.parametrize("name", PROXIES)
+needs_proxies = pytest.mark.tools("nginx", "haproxy", "caddy", "apache2", "openssl", "setpriv")
 
 
-def missing():
-    packages = [package for command, package in {**TOOLS, **proxies.TOOLS}.items() if not shutil.which(command)]
-    packages += [] if os.path.exists(proxies.STREAM_MODULE) else ["libnginx-mod-stream"]
-    packages += [package for module, package in MODULES.items() if not importlib.util.find_spec(module)]
-    if packages:
-        yield f"apt-get install --no-install-recommends {' '.join(packages)}"
-    if not tool(VALIDATE):
-        yield INSTALL
+@needs_proxies
+@proxy
+def test_a_proxy_serves(name):
+    """A proxy of docs/proxies.md serves keys for its clients by HTTP, and no request meets a daemon that stops."""
+    with Stage(name, config="drain-delay = 60\n") as stage:
+        stage.until("a key", lambda: stage.get("/key/32")[0] == 200)
+        serves(stage)
+        leaves_a_daemon_out(stage, has_checks=name != "nginx")
 
 
-def main():
-    passed, failed = 0, 0
-    problems = list(missing())
-    for problem in problems:
-        print(f"FAIL a tool is missing: {problem}")
-        failed += 1
-    found = dict(pages.sections(PAGE))
-    if set(found) != set(recipes) | set(elsewhere):
-        print(f"FAIL recipes and tests are not the same: {sorted(set(found) ^ (set(recipes) | set(elsewhere)))}")
-        failed += 1
-    for title, (runner, mark) in elsewhere.items():
-        if mark not in (REPOSITORY / runner).read_text():
-            print(f"FAIL {title}: {runner} does not try it")
-            failed += 1
-    if not problems:
-        with tempfile.TemporaryDirectory(prefix="key-service-recipes-") as root, Daemon(Path(root)) as daemon:
-            Folder.daemon = daemon.authority
-            steps = {title: lambda folder, title=title, blocks=blocks: recipes[title](folder, follow(blocks, folder))
-                     for title, blocks in found.items() if title in recipes}
-            steps["curl over TLS"] = curl_over_tls
-            steps |= {f"proxies: {check.__name__}": lambda _, check=check: check() for check in proxies.checks}
-            for number, (title, step) in enumerate(steps.items()):
-                folder = Folder(root, str(number))
-                folder.mkdir()
-                try:
-                    step(folder)
-                    print(f"ok   {title}", flush=True)
-                    passed += 1
-                except (AssertionError, OSError, KeyError, ValueError, http.client.HTTPException, subprocess.SubprocessError) as problem:
-                    print(f"FAIL {title}\n       {problem}", flush=True)
-                    failed += 1
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(1 if failed or not passed else 0)
+@needs_proxies
+@proxy
+def test_a_proxy_serves_over_tls(name):
+    """So it does with TLS to the daemons, over connections that it keeps."""
+    with Stage(name, upstream_tls=True, config="drain-delay = 60\n") as stage:
+        stage.until("a key", lambda: stage.get("/key/32")[0] == 200)
+        before, started = sum(node.metric("tls_handshakes_total") for node in stage.nodes), time.monotonic()
+        serves(stage)
+        handshakes = sum(node.metric("tls_handshakes_total") for node in stage.nodes) - before
+        checked = 2 + time.monotonic() - started  # a health check of each daemon takes one in two seconds
+        assert handshakes < 17 + checked, f"{handshakes:.0f} TLS handshakes for 34 requests"
+        if name != "nginx":
+            leaves_a_daemon_out(stage, has_checks=True)
 
 
-if __name__ == "__main__":
-    main()
+@needs_proxies
+@proxy
+def test_a_proxy_verifies_its_daemons(name):
+    """A proxy that trusts another CA has no key for its clients."""
+    with Stage(name, upstream_tls=True, trusted="other") as stage:
+        found = {stage.first, *(stage.get("/key/32")[0] for _ in range(5))}
+        assert found <= {500, 502, 503}, f"a proxy that trusts another CA answers {found}"
+
+
+@needs_proxies
+@pytest.mark.tools(STREAM_MODULE)
+@pytest.mark.parametrize("name", ["nginx", "haproxy"])
+def test_a_tcp_load_balancer_serves(name):
+    """A load balancer of docs/proxies.md that forwards TCP names its clients in PROXY headers."""
+    with Stage(name, is_tcp=True, config="proxy-protocol = true\ndrain-delay = 60\n") as stage:
+        stage.until("a key", lambda: stage.get("/key/32")[0] == 200)
+        serves(stage)
+        if name != "nginx":
+            leaves_a_daemon_out(stage, has_checks=True)
+
+
+def serves(stage):
+    """A key comes through; its record names the client, whatever the client says; connections to the daemons are reused."""
+    for headers in ({}, {"X-Forwarded-For": SPOOFED}, {"X-Forwarded-For": f"{SPOOFED}, {PROXY}"}, {"Forwarded": f"for={SPOOFED}"}):
+        status, answer, key = stage.get("/key/32", headers)
+        assert (status, len(key)) == (200, 32), (status, key)
+        record = stage.record(answer)
+        # A PROXY header makes the connection the client's own; the record has no proxy then.
+        assert (record["address"], record.get("proxy")) == (CLIENT, None if stage.is_tcp else PROXY), f"{headers}: {record}"
+    if stage.is_tcp:
+        return
+    kept = 0
+    for _ in range(30):
+        before = stage.connections()
+        status, _, key = stage.get("/key/32")
+        assert (status, len(key)) == (200, 32), (status, key)
+        kept += bool(before & stage.connections())
+    assert kept > 15, f"{kept} of 30 requests left a connection to the daemons open"
+    # Each of these clients had a connection of its own. Health checks may have one each now.
+    idle = sum(node.metric("http_connections") for node in stage.nodes)
+    assert 1 <= idle <= 8, f"after 34 requests {idle:.0f} connections are open"
+
+
+def leaves_a_daemon_out(stage, has_checks):
+    """A daemon that stops gets no requests, and loses none; it gets some again when it is back."""
+    a, b = stage.nodes
+    stage.until("both daemons to serve", lambda: serve_some(stage, b))
+    b.process.send_signal(signal.SIGTERM)  # drain-delay: it is unready, and still serves
+    if has_checks:
+        stage.until("no requests to a daemon that is not ready", lambda: not serve_some(stage, b))
+        assert b.process.poll() is None, "it still runs, so it is out by its health alone"
+    b.process.send_signal(signal.SIGINT)  # a second signal ends it, and is not taken for the first as another SIGTERM might be
+    while b.process.poll() is None:
+        serve_some(stage, a)
+    assert serve_some(stage, a) == 10, "all of them"
+    stage.start(1)
+    stage.until("requests to the daemon that is back", lambda: serve_some(stage, stage.nodes[1]))
+
+
+def serve_some(stage, node):
+    """Ten requests in a row, each of which is served; how many of them by `node`."""
+    before = node.metric("key_length_bytes_count")
+    for _ in range(10):
+        status, _, key = stage.get("/key/32")
+        assert (status, len(key)) == (200, 32), (status, key)
+    return node.metric("key_length_bytes_count") - before
+
+
+APPENDED = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
+
+
+@needs_proxies
+@pytest.mark.parametrize(
+    ("old", "new", "noticed"),
+    [
+        pytest.param(APPENDED, "", "'address': '127.0.0.1'", id="the client's address is missing"),
+        pytest.param(
+            APPENDED, APPENDED.replace("proxy_add_x", "http_x"), "'address': '127.0.0.1'", id="the client's own word is passed on"
+        ),
+        pytest.param("keepalive 32;", "", "0 of 30 requests left a connection", id="no connection is reused"),
+        pytest.param('proxy_set_header Connection "";', "", "0 of 30 requests left a connection", id="a connection serves one request"),
+    ],
+)
+def test_a_wrong_configuration_is_noticed(old, new, noticed):
+    """Each of the checks above can fail."""
+    with Stage("nginx", edit=lambda text: replaced(text, old, new)) as stage, pytest.raises(AssertionError, match=noticed):
+        serves(stage)
+
+
+@needs_proxies
+def test_a_proxy_that_verifies_nothing_is_noticed():
+    """The check that a proxy verifies its daemons can fail."""
+    with Stage("nginx", upstream_tls=True, trusted="other", edit=lambda text: replaced(text, "proxy_ssl_verify on;", "")) as stage:
+        expect(stage.first, 200, "status from nginx, which verifies nothing by default")
+
+
+def replaced(text, old, new):
+    assert old in text, f"{old} is not in the configuration"
+    return text.replace(old, new)
+
+
+@needs_proxies
+def test_nginx_spools_no_streamed_key():
+    """A large key passes through nginx's buffers, which are on, and none of it gets to its disk."""
+    ignored = "proxy_ignore_headers X-Accel-Buffering;"
+    # Where nginx does not look at the header it spools: this check can fail.
+    with Stage("nginx", edit=lambda text: replaced(text, "proxy_pass ", f"{ignored}\nproxy_pass ")) as stage:
+        started = time.monotonic()
+        with contextlib.closing(stage.connection()) as connection:
+            connection.request("GET", f"/key/{STREAMED}")
+            response = connection.getresponse()
+            response.read(1024)
+            stage.until("nginx to spool", lambda: spooled(stage) > STREAMED // 2)
+        needed = time.monotonic() - started
+    with Stage("nginx") as stage, contextlib.closing(stage.connection()) as connection:
+        connection.request("GET", f"/key/{STREAMED}")
+        response = connection.getresponse()
+        assert response.status == 200
+        # First a client that does not read for longer than spooling took, then one that reads slowly.
+        # That is less than write-timeout, after which the daemon resets the connection.
+        deadline, left = time.monotonic() + min(2 * needed, 8), STREAMED
+        while left:
+            if time.monotonic() > deadline:
+                left -= len(response.read(min(left, STREAMED // 64)))
+            assert spooled(stage) == 0, f"{spooled(stage)} bytes are in files of nginx, {left} are unread"
+            time.sleep(0.01)
+
+
+def spooled(stage):
+    """The bytes in files below proxy_temp: those that have a name, and those that nginx has deleted and still holds."""
+    directory = stage.folder / "proxy_temp"
+    total = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    children = Path(f"/proc/{stage.process.pid}/task/{stage.process.pid}/children").read_text().split()
+    assert children, "nginx has a worker"
+    for number in children:
+        for link in Path(f"/proc/{number}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                if os.readlink(link).startswith(str(directory)):
+                    total += os.stat(link).st_size
+    return total
+
+
+@pytest.mark.tools("kubernetes-validate")
+def test_kubernetes(tmp_path):
+    """The Ingress is valid. No controller is run; tests/e2e/test_chart.py renders the values."""
+    blocks = {pages.file_name(text): text for _, text in dict(pages.sections(proxies.PAGE))["Kubernetes"]}
+    (tmp_path / "ingress.yaml").write_text(blocks["ingress.yaml"])
+    run(["kubernetes-validate", "--strict", "ingress.yaml"], tmp_path)
