@@ -1,50 +1,74 @@
-#!/usr/bin/env python3
-"""Follows the quick start of README.md on a Debian that has the packages named there and nothing else.
+"""The quick start of README.md, on a Debian that has the packages named there and nothing else.
 
-    tests/fresh/run [bookworm|trixie]...    both without an argument
+Each system is made anew, and has no network but loopback, no user of that number, no HOME and no curl. The checkout is what git
+tracks, as it is in the working tree.
 
-Each system is made anew, and has no network but loopback, no user of that number, no HOME and no curl. The checkout is what
-git tracks, as it is in the working tree. Needs root, mmdebstrap, iproute2 and cargo, which fetches the crates.
+Nearly all of the time is the compiler's, and how well it optimises proves nothing here. The commands are README.md's, but a
+configuration of cargo's leaves out optimisation and debugging information, and each system builds one of the two profiles: Debian
+12 that of `cargo run --release`, Debian 13 that of `cargo test`, with which the daemon is built, too. With --full both run both
+commands, and compile as they do for the reader of README.md.
 """
+
 import os
 import re
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+import pytest
+from support.daemon import REPOSITORY
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.tools("mmdebstrap", "git", "unshare", "setpriv", "ip", "cargo"),
+    pytest.mark.timeout(3 * 3600),
+]
+
 MIRROR = "http://deb.debian.org"
 # Where apt looks on a Debian as it is installed.
-SOURCES = {suite: [f"deb {MIRROR}/debian {suite} main", f"deb {MIRROR}/debian-security {suite}-security main"]
-           for suite in ("bookworm", "trixie")}
-TOOLS = {"mmdebstrap": "mmdebstrap", "git": "git", "unshare": "util-linux", "ip": "iproute2", "cargo": "cargo"}
+SOURCES = {
+    suite: [f"deb {MIRROR}/debian {suite} main", f"deb {MIRROR}/debian-security {suite}-security main"] for suite in ("bookworm", "trixie")
+}
 USER = "12345"
-PATIENCE = 3600  # seconds; a build with link-time optimisation takes minutes
+COMMAND_TIMEOUT = 3600  # seconds; a build with link-time optimisation takes minutes
+
+# In cargo's own configuration, which a user's machine may have: what is compiled takes the least time. Link-time optimisation
+# stays: it takes a standard library with its bitcode, and its cost is made up for by crates of which no code is generated.
+PROFILES = """
+[profile.dev]
+debug = 0
+incremental = false
+
+[profile.release]
+opt-level = 0
+codegen-units = 16
+"""
 
 # A first process whose end is the end of all others, in a network of its own.
-UNSHARE = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL", "sh", "-ec"]
+UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL", "sh", "-ec"]
 ENTER = f"""
 ip link set lo up
 mount -t proc proc "$1/proc"
 mount --rbind /dev "$1/dev"
-exec chroot "$1" setpriv --reuid {USER} --regid {USER} --clear-groups \
+exec chroot "$1" setpriv --reuid {USER} --regid {USER} --clear-groups \\
     env -i PATH=/usr/bin:/bin CARGO_HOME=/cargo CARGO_NET_OFFLINE=true sh -ec "$2"
 """
 # The daemon's own client stands for the reader's other terminal.
 SERVES = """
 cd /checkout
 {command} >/tmp/output 2>&1 &
-until target/release/key-service health >/dev/null 2>&1; do
+until {client} health >/dev/null 2>&1; do
     kill -0 $! || {{ cat /tmp/output; exit 1; }}
     sleep 0.1
 done
 for address in 127.0.0.1 '[::1]'; do
-    target/release/key-service health --url http://$address:1123
-    target/release/key-service health --url http://$address:8000
+    {client} health --url http://$address:1123
+    {client} health --url http://$address:8000
 done
 grep 'Keys on' /tmp/output
 """
@@ -57,26 +81,72 @@ def blocks(readme):
     return install.removeprefix("sudo apt install ").split(), run, test
 
 
-def system(root, suite, packages, registry):
-    include = f"--include={','.join(packages)}"
-    subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", include, suite, root, *SOURCES[suite]], check=True)
-    # As cargo downloads them; it unpacks them there.
-    for part in ("cache", "index"):
-        shutil.copytree(registry / part, root / "cargo/registry" / part)
-    (root / "checkout").mkdir()
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split("\0")
-    for file in filter(None, files):
-        target = root / "checkout" / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(REPOSITORY / file, target)
-    subprocess.run(["chown", "-R", f"{USER}:{USER}", root / "cargo", root / "checkout"], check=True)
+PACKAGES, RUN, TEST = blocks((REPOSITORY / "README.md").read_text())
+# (system, command)
+STEPS = [("bookworm", RUN), ("trixie", TEST)]
+FULL = [("bookworm", RUN), ("bookworm", TEST), ("trixie", RUN), ("trixie", TEST)]
+
+
+def pytest_generate_tests(metafunc):
+    steps = FULL if is_full(metafunc.config) else STEPS
+    marked = [
+        pytest.param(suite, command, id=f"{suite}-{command.split()[1]}", marks=pytest.mark.xdist_group(f"quick-start-{suite}"))
+        for suite, command in steps
+    ]
+    metafunc.parametrize(("system", "command"), marked, indirect=["system"], scope="module")
+
+
+def is_full(config):
+    return config.getoption("--full", False)
+
+
+@pytest.fixture(scope="module")
+def system(request):
+    """The root of a Debian that has those packages, the crates and the checkout."""
+    subprocess.run(["cargo", "fetch", "--quiet", "--locked"], cwd=REPOSITORY, check=True)
+    registry = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo")) / "registry"
+    with tempfile.TemporaryDirectory(prefix="key-service-quick-start-") as folder:
+        root = Path(folder) / request.param
+        root.mkdir()
+        include = f"--include={','.join(PACKAGES)}"
+        subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", include, request.param, root, *SOURCES[request.param]], check=True)
+        # As cargo downloads them; it unpacks them there.
+        for part in ("cache", "index"):
+            shutil.copytree(registry / part, root / "cargo/registry" / part)
+        checkout = root / "checkout"
+        checkout.mkdir()
+        files = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+        for file in filter(None, files.split("\0")):
+            target = checkout / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / file, target)
+        if not is_full(request.config):
+            (root / "cargo/config.toml").write_text(
+                PROFILES + "".join(f"[profile.release.package.{name}]\nopt-level = 0\n" for name in optimised())
+            )
+        subprocess.run(["chown", "-R", f"{USER}:{USER}", root / "cargo", checkout], check=True)
+        yield root
+
+
+def optimised():
+    """The crates that have an opt-level of their own."""
+    return tomllib.loads((REPOSITORY / "Cargo.toml").read_text())["profile"]["release"]["package"]
 
 
 def inside(root, script):
+    """What a command prints in a system, and what it took."""
     begin, used = time.monotonic(), processor_time()
-    ran = subprocess.run([*UNSHARE, ENTER, "sh", root, script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True, timeout=PATIENCE, check=False)
-    return ran.returncode, ran.stdout, f"{time.monotonic() - begin:.0f} s, {processor_time() - used:.0f} s of processor time"
+    ran = subprocess.run(
+        [*UNSHARE, ENTER, "sh", root, script],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=COMMAND_TIMEOUT,
+        check=False,
+    )
+    assert ran.returncode == 0, f"{script}: status {ran.returncode}\n{ran.stdout[-6000:]}"
+    return ran.stdout, f"{time.monotonic() - begin:.0f} s, {processor_time() - used:.0f} s of processor time"
 
 
 def processor_time():
@@ -84,38 +154,17 @@ def processor_time():
     return usage.ru_utime + usage.ru_stime
 
 
-def main():
-    for tool, package in TOOLS.items():
-        if not shutil.which(tool):
-            sys.exit(f"{tool} is missing: apt-get install {package}")
-    if os.geteuid() != 0:
-        sys.exit("expected to be root: making a system takes it")
-    if unknown := set(sys.argv[1:]) - set(SOURCES):
-        sys.exit(f"expected suites ({', '.join(SOURCES)}), found {', '.join(sorted(unknown))}")
-    subprocess.run(["cargo", "fetch", "--quiet", "--locked"], cwd=REPOSITORY, check=True)
-    registry = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo")) / "registry"
-    packages, run, test = blocks((REPOSITORY / "README.md").read_text())
-    passed = failed = 0
-    for suite in sys.argv[1:] or SOURCES:
-        with tempfile.TemporaryDirectory(prefix="key-service-fresh-") as folder:
-            root = Path(folder) / suite
-            root.mkdir()
-            system(root, suite, packages, registry)
-            print(f"{suite}: {inside(root, 'rustc --version')[1].strip()}", flush=True)
-            build = run.replace(" run ", " build ")  # what it does first, for its time
-            steps = [(build, f"cd /checkout && {build}"), (run, SERVES.format(command=run)), (test, f"cd /checkout && {test} --no-fail-fast")]
-            for command, script in steps:
-                status, output, took = inside(root, script)
-                if status == 0:
-                    passed += 1
-                    tests = sum(map(int, re.findall(r"^test result: ok. (\d+) passed", output, re.M)))
-                    print(f"ok   {suite}: {command}: {f'{tests} tests' if tests else output.splitlines()[-1]} [{took}]", flush=True)
-                else:
-                    failed += 1
-                    print(f"FAIL {suite}: {command}: status {status}\n{output[-6000:]}", flush=True)
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(1 if failed or not passed else 0)
-
-
-if __name__ == "__main__":
-    main()
+def test_quick_start(system, command, figures):
+    """The command builds and does what README.md says: all tests pass, keys and metrics are served over IPv4 and IPv6."""
+    version, _ = inside(system, "rustc --version")
+    if command == TEST:
+        output, took = inside(system, f"cd /checkout && {TEST} --no-fail-fast")
+        passed = sum(map(int, re.findall(r"^test result: ok. (\d+) passed", output, re.M)))
+        assert passed, f"expected tests, found none:\n{output}"
+        figures(f"{version.strip()}: {passed} tests [{took}]")
+        binary = command = "target/debug/key-service"
+    else:
+        _, took = inside(system, f"cd /checkout && {RUN.replace(' run ', ' build ')}")  # what it does first, for its time
+        figures(f"{version.strip()}: built [{took}]")
+        binary = "target/release/key-service"
+    inside(system, SERVES.format(command=command, client=binary))
