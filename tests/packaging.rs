@@ -3,6 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
 mod common;
+#[path = "../examples/package.rs"]
+#[expect(dead_code, reason = "its main writes files")]
+mod package;
 
 use std::fs;
 use std::path::Path;
@@ -42,23 +45,68 @@ fn the_manual_of_the_configuration_has_every_setting_with_its_default() {
     assert_eq!(manual.matches(".TP\n").count(), check("").lines().count(), "and no other");
 }
 
+/// What the package installs as key-service(8), in plain text.
+fn manual() -> String {
+    package::manual(&shipped("packaging/man/key-service.8")).unwrap().replace("\\-", "-")
+}
+
+/// What `--help` prints for the daemon and for each of its commands.
+fn help() -> String {
+    let folder = Folder::new();
+    [&["--help"][..], &["health", "--help"], &["reload", "--help"], &["token", "new", "--help"]]
+        .map(|arguments| {
+            let mut command = key_service(&folder);
+            command.args(arguments);
+            String::from_utf8(run_to_end(command).stdout).unwrap()
+        })
+        .concat()
+}
+
+/// The words that are flags, such as --host.
+fn flags(text: &str) -> Vec<String> {
+    let words = text.split(|c: char| !c.is_ascii_lowercase() && c != '-');
+    words.filter(|word| word.starts_with("--")).map(str::to_owned).collect()
+}
+
 #[test]
 fn the_manual_of_the_command_has_every_flag() {
-    let folder = Folder::new();
-    let manual = shipped("packaging/man/key-service.8").replace("\\-", "-");
-    for arguments in
-        [&["--help"][..], &["health", "--help"], &["reload", "--help"], &["token", "new", "--help"]]
-    {
-        let mut command = key_service(&folder);
-        command.args(arguments);
-        let help = String::from_utf8(run_to_end(command).stdout).unwrap();
-        let flags = help.split_whitespace().filter(|word| word.starts_with("--"));
-        for flag in flags.map(|flag| flag.trim_end_matches([',', ']', ';'])) {
-            assert!(manual.contains(flag), "{flag}");
-        }
+    let manual = flags(&manual());
+    for flag in flags(&help()) {
+        assert!(manual.contains(&flag), "{flag}");
     }
     for name in ["--host", "--srv-port", "--max-size", "--metrics-port", "--check", "--config"] {
-        assert!(manual.contains(name), "{name}");
+        assert!(manual.iter().any(|flag| flag == name), "{name}");
+    }
+}
+
+#[test]
+fn the_manual_of_the_command_has_no_other_flag_or_command() {
+    let manual = manual();
+    let help = flags(&help());
+    for flag in flags(&manual) {
+        assert!(help.contains(&flag), "{flag}");
+    }
+    let commands: Vec<&str> =
+        manual.lines().filter_map(|line| line.strip_prefix("\\fBkey-service")).collect();
+    let [synopsis, described] = [&commands[1..4], &commands[4..]];
+    assert_eq!(
+        synopsis, described,
+        "the synopsis has the commands that are described, and the daemon itself"
+    );
+    assert_eq!(synopsis.len(), 3);
+}
+
+#[test]
+fn a_manual_without_a_place_for_the_options_is_refused() {
+    let text = shipped("packaging/man/key-service.8");
+    for name in ["synopsis", "options", "commands"] {
+        let error = package::manual(&text.replace(&format!("examples/package.rs: {name}"), ""))
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            format!("key-service.8: expected one line \".\\\\\\\" examples/package.rs: {name}\"")
+        );
     }
 }
 
@@ -71,6 +119,10 @@ fn the_versions_agree() {
             shipped(&format!("packaging/man/{manual}")).contains(&format!("\"key-service {version}\"")),
             "{manual}"
         );
+    }
+    let chart = shipped("helm-chart/Chart.yaml");
+    for line in [format!("version: {version}"), format!("appVersion: \"{version}\"")] {
+        assert!(chart.lines().any(|found| found == line), "Chart.yaml: expected the line {line}");
     }
 }
 
