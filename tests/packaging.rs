@@ -8,7 +8,7 @@ mod common;
 mod package;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use common::{Folder, key_service, run_to_end};
 
@@ -123,6 +123,73 @@ fn the_versions_agree() {
     let chart = shipped("helm-chart/Chart.yaml");
     for line in [format!("version: {version}"), format!("appVersion: \"{version}\"")] {
         assert!(chart.lines().any(|found| found == line), "Chart.yaml: expected the line {line}");
+    }
+}
+
+/// The addresses in a text.
+fn addresses(text: &str) -> impl Iterator<Item = &str> {
+    let ends = |c: char| c.is_whitespace() || "\"'`<>()[]{},".contains(c);
+    text.match_indices("https://").map(move |(at, _)| text[at..].split(ends).next().unwrap())
+}
+
+/// Whether an address is one of this project's repository, wherever that is: its path begins with an owner and this name.
+fn is_of_this_repository(address: &str) -> bool {
+    address.split('/').nth(4).is_some_and(|name| name == "key-service" || name == "key-service.git")
+}
+
+/// The files of a directory and of those below, which are texts.
+fn texts(directory: &Path, found: &mut Vec<(PathBuf, String)>) {
+    for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        if entry.file_type().unwrap().is_dir() {
+            texts(&entry.path(), found);
+        } else if let Ok(text) = fs::read_to_string(entry.path()) {
+            found.push((entry.path(), text));
+        }
+    }
+}
+
+#[test]
+fn there_is_one_repository() {
+    let repository = env!("CARGO_PKG_REPOSITORY");
+    assert!(is_of_this_repository(repository), "{repository}");
+    let mut files = Vec::new();
+    for directory in [".github", "docs", "helm-chart", "packaging", "systemd"] {
+        texts(&Path::new(env!("CARGO_MANIFEST_DIR")).join(directory), &mut files);
+    }
+    let documents =
+        ["CHANGELOG.md", "CONTRIBUTING.md", "README.md", "RELEASING.md", "SECURITY.md", "Dockerfile"];
+    files.extend(documents.map(|name| (PathBuf::from(name), shipped(name))));
+    let mut count = 0;
+    for (path, text) in &files {
+        for address in addresses(text).filter(|address| is_of_this_repository(address)) {
+            let rest = address.strip_prefix(repository);
+            assert!(
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/')),
+                "{}: expected an address below {repository}, found {address}",
+                path.display()
+            );
+            count += 1;
+        }
+    }
+    assert!(count > 30, "runbooks of every alert, the chart's and the dashboard's links: {count} were read");
+    let chart = shipped("helm-chart/Chart.yaml");
+    for line in [format!("home: {repository}"), format!("sources: [{repository}]")] {
+        assert!(chart.lines().any(|found| found == line), "Chart.yaml: expected the line {line}");
+    }
+}
+
+#[test]
+fn there_is_one_maintainer() {
+    let maintainer = env!("CARGO_PKG_AUTHORS");
+    let (name, address) = maintainer.trim_end_matches('>').split_once(" <").unwrap();
+    for (file, text) in [
+        ("packaging/debian/changelog", format!("\n -- {maintainer}  ")),
+        ("helm-chart/Chart.yaml", format!("  - name: {name}\n    email: {address}\n")),
+        ("packaging/debian/copyright", format!(" {name}\n")),
+        ("LICENSE-MIT", format!(" {name}\n")),
+        ("CODE_OF_CONDUCT.md", format!(" {address}.")),
+    ] {
+        assert!(shipped(file).contains(&text), "{file}: expected {text:?}");
     }
 }
 

@@ -49,6 +49,7 @@ PACKAGES = {
     "ruby": "ruby",
     "runc": "runc",
     "setpriv": "util-linux",
+    "shellcheck": "shellcheck",
     "ss": "iproute2",
     "strace": "strace",
     "systemd-nspawn": "systemd-container",

@@ -1,0 +1,77 @@
+"""The workflows of .github: two linters find nothing in them, and find what is broken on purpose."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+from support.daemon import REPOSITORY
+
+pytestmark = pytest.mark.tools("shellcheck")
+
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+WORKFLOWS = [".github/workflows/ci.yml", ".github/workflows/release.yml"]
+LINTERS = {
+    # actionlint's checks, those of permissions and pins, and shellcheck's of each `run`.
+    "jactionlint": [SCRIPTS / "jactionlint", *WORKFLOWS, ".github/dependabot.yml"],
+    "zizmor": [SCRIPTS / "zizmor", "--offline", "--quiet", "--persona=pedantic", "--strict-collection", "."],
+}
+FOUND = {"jactionlint": [1], "zizmor": [11, 12, 13, 14]}  # exit statuses: the latter's by severity
+BROKEN = {
+    "key": ("jactionlint", "ci.yml", "runs-on: ", "runs-onn: "),
+    "needed-job": ("jactionlint", "release.yml", "needs: build", "needs: biuld"),
+    "expression": ("jactionlint", "ci.yml", "github.event_name", "github.event_nam"),
+    "step-output": ("jactionlint", "release.yml", "steps.images.outputs", "steps.image.outputs"),
+    "shell": ("jactionlint", "release.yml", '"$IMAGE:$version"\n', "$IMAGE:$version\n"),
+    "input": ("jactionlint", "ci.yml", "persist-credentials", "persist-credential"),
+    "cron": ("jactionlint", "ci.yml", "23 4 * * 1", "23 4 * * 9"),
+    "ecosystem": ("jactionlint", "../dependabot.yml", "package-ecosystem: cargo", "package-ecosystem: crates"),
+    "pin": ("zizmor", "release.yml", re.compile("attest@[0-9a-f]{40}"), "attest@v4"),
+    "permissions": ("zizmor", "ci.yml", "permissions: {}", "permissions: write-all"),
+    "credentials": ("zizmor", "ci.yml", "          persist-credentials: false\n", "          fetch-depth: 1\n"),
+    "trigger": ("zizmor", "ci.yml", "  pull_request:\n", "  pull_request_target:\n"),
+    "injection": ("zizmor", "ci.yml", "run: just lint", "run: just lint ${{ github.head_ref }}"),
+}
+
+
+def lint(linter, directory):
+    return subprocess.run(LINTERS[linter], cwd=directory, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("linter", LINTERS)
+def test_the_workflows_are_clean(linter):
+    """a linter has nothing to say about the workflows"""
+    done = lint(linter, REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("linter", "name", "old", "new"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_workflow_is_refused(tmp_path, linter, name, old, new):
+    """a copy with one fault is refused, by the linter that is there for it"""
+    shutil.copytree(REPOSITORY / ".github", tmp_path / ".github")
+    file = tmp_path / ".github/workflows" / name
+    text = file.read_text()
+    broken = old.sub(new, text, count=1) if isinstance(old, re.Pattern) else text.replace(old, new, 1)
+    assert broken != text, f"{name}: expected {old!r}"
+    file.write_text(broken)
+    done = lint(linter, tmp_path)
+    assert done.returncode in FOUND[linter], done.stdout + done.stderr
+
+
+def test_actions_are_pinned_with_their_version():
+    """every action stands there by its commit, and by its version for the reader and Dependabot"""
+    uses = [line.strip() for name in WORKFLOWS for line in (REPOSITORY / name).read_text().splitlines() if "uses:" in line]
+    assert uses
+    for line in uses:
+        assert re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
+
+
+def test_the_rust_of_the_workflows_is_that_of_the_image():
+    """workflows and Dockerfile name the same Rust, and the oldest one that is tested is the one of Cargo.toml"""
+    image = re.search(r"^ARG RUST_IMAGE=\S+/rust:([\d.]+)-", (REPOSITORY / "Dockerfile").read_text(), re.M)[1]
+    oldest = re.search(r'^rust-version = "([\d.]+)"', (REPOSITORY / "Cargo.toml").read_text(), re.M)[1]
+    text = "".join((REPOSITORY / name).read_text() for name in WORKFLOWS)
+    found = set(re.findall(r'(?:RUST: "?|rust: \["|, "|rust:)(\d+\.\d+\.\d+)', text))
+    assert found == {image, f"{oldest}.0"}, found
