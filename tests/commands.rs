@@ -68,7 +68,7 @@ fn a_command_that_breaks_where_it_is_pasted_is_found() {
         "printf 'Authorization: Bearer %s\\n' \"$TOKEN\" >token.header",
         "cat >a.conf <<'EOF'\n# a comment of the file [x]\nEOF\ncat a.conf",
         "kubectl get secret -o jsonpath='{.data.tls\\.crt}' | grep -E '^(a|b)[0-9]?#'",
-        "sudo cp packaging/prometheus/*.yml /etc/prometheus/ && [ -e a#b ]",
+        "sudo cp helm-chart/files/*.yml /etc/prometheus/ && [ -e a#b ]",
         "for d in /var/* /tmp; do echo \"$(find $d -xdev 2>/dev/null | wc -l) $d\"; done | sort",
     ] {
         assert_eq!(faults_of(script), Vec::<String>::new(), "{script}");

@@ -434,7 +434,7 @@ def test_the_package_is_the_chart(tmp_path):
         expect(template("--values", CASES[case], chart=package), rendered(case), f"resources of {case}")
     files = subprocess.run(["tar", "tzf", package], text=True, capture_output=True, check=True).stdout.split()
     assert not [file for file in files if "/ci/" in file], files
-    for needed in ("values.schema.json", "README.md", *(f"files/{name}" for name in write.COPIES)):
+    for needed in ("values.schema.json", "README.md", *(f"files/{path.name}" for path in (CHART / "files").iterdir())):
         assert f"key-service/{needed}" in files, f"{needed} is not in the package"
 
 
@@ -625,12 +625,9 @@ def test_traffic_distribution_is_what_the_cluster_knows(version, near, node):
         expect(only(parse(text), "Service", "-key-service")["spec"].get("trafficDistribution"), expected, value)
 
 
-@pytest.mark.parametrize("file", write.COPIES)
-def test_files_are_copies(file):
-    """what the chart has a copy of is the repository's, byte by byte"""
-    source = REPOSITORY / write.COPIES[file]
-    assert source.exists(), f"expected {write.COPIES[file]}"
-    assert source.read_bytes() == (CHART / "files" / file).read_bytes(), f"files/{file} differs; {write.COMMAND}"
+def test_files_values_is_a_copy():
+    """files/values.yaml is a copy of values.yaml, byte by byte"""
+    assert write.COPY.read_bytes() == write.VALUES_FILE.read_bytes(), f"files/values.yaml differs; {write.COMMAND}"
 
 
 def test_rules_and_dashboard_arrive_unchanged():

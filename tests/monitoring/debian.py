@@ -182,14 +182,14 @@ class Host:
         assert [each["url"] for each in found] == ["http://localhost:9093/api/v2/alerts"], f"expected Debian's Alertmanager, found {found}"
         files = {Path(group["file"]).name for group in api("rules")["groups"]}
         assert files == {"alerts.yml", "recording.yml"}, f"expected the rules of both files, found {files}"
-        shipped = run(f"promtool check rules {REPOSITORY}/packaging/prometheus/*.yml")
+        shipped = run(f"promtool check rules {REPOSITORY}/helm-chart/files/*.yml")
         count = sum(map(int, re.findall(r"SUCCESS: (\d+) rules found", shipped)))
         loaded = sum(len(group["rules"]) for group in api("rules")["groups"])
         assert loaded == count > 0, f"expected {count} rules, found {loaded}"
 
     def routes(self):
         """Each severity of the alerts has its receiver."""
-        alerts = (REPOSITORY / "packaging/prometheus/alerts.yml").read_text()
+        alerts = (REPOSITORY / "helm-chart/files/alerts.yml").read_text()
         expected = {"critical": "pager", "warning": "team", "info": "nobody"}
         severities = set(re.findall(r"severity: (\w+)$", alerts, re.M))
         assert severities == set(expected), f"expected {set(expected)}, found {severities}"

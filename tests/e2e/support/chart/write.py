@@ -1,4 +1,4 @@
-"""What the chart has that is made of something else: the values table of its README, Kubernetes' definitions in its schema, and copies.
+"""What the chart has that is made of something else: the values table of its README, Kubernetes' definitions in its schema, and a copy.
 
 PYTHONPATH=tests/e2e python3 -m support.chart.write    makes them anew
 """
@@ -10,24 +10,18 @@ import shutil
 from support.chart import definitions
 from support.chart.helm import CHART
 from support.chart.values import PROBES, SCHEMA, SCHEMA_FILE, VALUES, leaves
-from support.daemon import REPOSITORY
 
 COMMAND = "PYTHONPATH=tests/e2e python3 -m support.chart.write"
 README = CHART / "README.md"
 MARKS = ("<!-- values: made by `python3 -m support.chart.write` -->", "<!-- /values -->")
-# Where the repository has the one source of what the chart carries a copy of. Templates can read files/, but not values.yaml.
-COPIES = {
-    "values.yaml": "helm-chart/values.yaml",
-    "recording.yml": "packaging/prometheus/recording.yml",
-    "alerts.yml": "packaging/prometheus/alerts.yml",
-    "dashboard.json": "packaging/grafana/dashboard.json",
-}
+# Templates can read files/, but not values.yaml.
+VALUES_FILE, COPY = CHART / "values.yaml", CHART / "files/values.yaml"
 
 
 def table():
     """The values table, from values.yaml: what stands above a name, its path, its default."""
     rows, path, words, described = [], [], [], {}
-    for line in (CHART / "values.yaml").read_text().splitlines():
+    for line in VALUES_FILE.read_text().splitlines():
         indent = len(line) - len(line.lstrip())
         if line.strip().startswith("#"):
             words.append(line.strip("# "))
@@ -59,8 +53,7 @@ def schema():
 def main():
     README.write_text(with_table(README.read_text()))
     SCHEMA_FILE.write_text(schema())
-    for file, source in COPIES.items():
-        shutil.copy(REPOSITORY / source, CHART / "files" / file)
+    shutil.copy(VALUES_FILE, COPY)
 
 
 if __name__ == "__main__":
