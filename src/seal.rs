@@ -19,7 +19,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use crate::deadline::{Sending, Transport};
 use crate::random::{Failure, Generator};
-use crate::token::{self, Digest, LENGTH, PREFIX};
+use crate::token::{Digest, LENGTH, PREFIX};
 
 /// Makes seals; one for the life of the process.
 pub struct Sealer {
@@ -63,7 +63,8 @@ impl Sealer {
             let matching = matching(rest);
             if matching == LENGTH {
                 let mut digest: Digest = Sha256::digest(&rest[..LENGTH]).into();
-                rest[PREFIX.len()..LENGTH].copy_from_slice(&token::to_hex(&self.seal(&digest)));
+                base16ct::lower::encode(&self.seal(&digest), &mut rest[PREFIX.len()..LENGTH])
+                    .expect("two digits a byte");
                 digest.zeroize();
                 at += LENGTH;
             } else if matching == rest.len() {
@@ -203,6 +204,7 @@ impl<S: Transport + Unpin> Transport for Sealed<S> {
 mod tests {
     use super::*;
     use crate::random::Kernel;
+    use base16ct::HexDisplay;
     use proptest::prelude::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
@@ -216,7 +218,7 @@ mod tests {
 
     fn sealed(sealer: &Sealer, token: &str) -> String {
         let seal = sealer.seal(&Sha256::digest(token.as_bytes()).into());
-        format!("{PREFIX}{}", std::str::from_utf8(&token::to_hex(&seal)).unwrap())
+        format!("{PREFIX}{:x}", HexDisplay(&seal))
     }
 
     /// What comes out of a sealed stream into which `pieces` go one after the other.

@@ -9,6 +9,7 @@ use std::num::NonZeroU64;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use base16ct::{HexDisplay, lower};
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
@@ -48,9 +49,8 @@ impl Token {
         generator.fill(&mut secret[..])?;
         let mut text = Zeroizing::new(String::with_capacity(LENGTH)); // never moved by growing
         text.push_str(PREFIX);
-        for byte in secret.iter() {
-            text.extend([byte >> 4, byte & 15].map(|digit| char::from(HEX[usize::from(digit)])));
-        }
+        let mut digits = Zeroizing::new([0; 2 * SECRET]);
+        text.push_str(lower::encode_str(&secret[..], &mut digits[..]).expect("two digits a byte"));
         let digest = Sha256::digest(text.as_bytes()).into();
         Ok(Self { text, digest })
     }
@@ -129,8 +129,7 @@ impl Grant {
 /// The line that the file has for it.
 impl fmt::Display for Grant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} sha256:", self.name)?;
-        self.digest.iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
+        write!(f, "{} sha256:{:x}", self.name, HexDisplay(&self.digest))?;
         let number = |value: Option<NonZeroU64>| value.map(NonZeroU64::get);
         for (setting, value) in [
             ("max-size", self.max_size),
@@ -275,32 +274,11 @@ pub fn read(path: &Path) -> Result<Vec<Grant>, Vec<String>> {
     if mistakes.is_empty() { Ok(grants) } else { Err(mistakes) }
 }
 
-const HEX: &[u8; 16] = b"0123456789abcdef";
-
 /// The 32 bytes that 64 digits stand for; letters are small.
 pub fn from_hex(digits: &[u8]) -> Option<Digest> {
-    let mut bytes = [0; 32];
-    if digits.len() != 2 * bytes.len() {
-        return None;
-    }
-    let value = |digit: u8| match digit {
-        b'0'..=b'9' => Some(digit - b'0'),
-        b'a'..=b'f' => Some(digit - b'a' + 10),
-        _ => None,
-    };
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-        *byte = value(pair[0])? << 4 | value(pair[1])?;
-    }
-    Some(bytes)
-}
-
-/// The 64 digits of 32 bytes.
-pub fn to_hex(bytes: &Digest) -> [u8; 64] {
-    let mut digits = [0; 64];
-    for (pair, byte) in digits.chunks_exact_mut(2).zip(bytes) {
-        pair.copy_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
-    }
-    digits
+    let mut bytes = Digest::default();
+    let decoded = lower::decode(digits, &mut bytes).ok()?;
+    (decoded.len() == bytes.len()).then_some(bytes)
 }
 
 #[cfg(test)]
@@ -354,10 +332,17 @@ mod tests {
         assert!(!date.is_past(at(86_399)) && date.is_past(at(86_400)), "from its midnight on");
     }
 
+    #[test]
+    fn a_hash_is_64_digits_with_small_letters() {
+        let are_digits = |byte: &u8| from_hex(&[*byte; 64]).is_some();
+        assert!((0..=u8::MAX).filter(are_digits).eq(*b"0123456789abcdef"));
+        assert!((0..=128).filter(|length| from_hex(&b"0".repeat(*length)).is_some()).eq([64]));
+    }
+
     proptest! {
         #[test]
         fn hexadecimal_digits_are_read_as_they_are_written(bytes: [u8; 32]) {
-            prop_assert_eq!(from_hex(&to_hex(&bytes)), Some(bytes));
+            prop_assert_eq!(from_hex(format!("{:x}", HexDisplay(&bytes)).as_bytes()), Some(bytes));
         }
 
         #[test]
