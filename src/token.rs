@@ -7,10 +7,11 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::num::NonZeroU64;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use base16ct::{HexDisplay, lower};
 use sha2::{Digest as _, Sha256};
+use x509_cert::der::DateTime;
 use zeroize::Zeroizing;
 
 use crate::location;
@@ -182,24 +183,12 @@ impl fmt::Display for Name {
 }
 
 /// A day, in UTC.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Date {
-    year: u16,
-    month: u8,
-    day: u8,
-}
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Date(DateTime);
 
 impl Date {
     fn is_past(self, now: SystemTime) -> bool {
-        let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        seconds >= self.days_since_epoch() * 86_400
-    }
-
-    /// Counts from 1970-01-01, the calendar's rules one by one: it is asked for rarely.
-    fn days_since_epoch(self) -> u64 {
-        let years: u64 = (1970..self.year).map(|year| if is_leap(year) { 366 } else { 365 }).sum();
-        let months: u64 = (1..self.month).map(|month| u64::from(days_of(self.year, month))).sum();
-        years + months + u64::from(self.day) - 1
+        now >= self.0.to_system_time()
     }
 }
 
@@ -208,41 +197,13 @@ impl std::str::FromStr for Date {
 
     /// `YYYY-MM-DD`, from 1970 to 9999 (RFC 3339, full-date).
     fn from_str(text: &str) -> Result<Self, ()> {
-        let bytes = text.as_bytes();
-        let is_shaped = bytes.len() == 10
-            && bytes.iter().enumerate().all(|(at, byte)| match at {
-                4 | 7 => *byte == b'-',
-                _ => byte.is_ascii_digit(),
-            });
-        if !is_shaped {
-            return Err(());
-        }
-        let part = |range: std::ops::Range<usize>| text[range].parse::<u16>().unwrap_or(0);
-        let small = |range| u8::try_from(part(range)).unwrap_or(0);
-        let date = Self { year: part(0..4), month: small(5..7), day: small(8..10) };
-        let exists = date.year >= 1970
-            && (1..=12).contains(&date.month)
-            && (1..=days_of(date.year, date.month)).contains(&date.day);
-        exists.then_some(date).ok_or(())
+        format!("{text}T00:00:00Z").parse().map(Self).map_err(|_| ())
     }
 }
 
 impl fmt::Display for Date {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:04}-{:02}-{:02}", self.year, self.month, self.day)
-    }
-}
-
-fn is_leap(year: u16) -> bool {
-    year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-}
-
-fn days_of(year: u16, month: u8) -> u8 {
-    match month {
-        2 if is_leap(year) => 29,
-        2 => 28,
-        4 | 6 | 9 | 11 => 30,
-        _ => 31,
+        write!(f, "{:04}-{:02}-{:02}", self.0.year(), self.0.month(), self.0.day())
     }
 }
 
@@ -286,7 +247,7 @@ mod tests {
     use super::*;
     use crate::random::Kernel;
     use proptest::prelude::*;
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     #[test]
     fn a_token_has_the_form_that_scanners_know_and_its_line_is_read_again() {
@@ -312,7 +273,7 @@ mod tests {
             [("1970-01-01", 0), ("1972-03-01", 790), ("2000-02-29", 11_016), ("2026-11-24", 20_781)]
         {
             let date: Date = text.parse().unwrap();
-            assert_eq!((date.days_since_epoch(), date.to_string().as_str()), (days, text));
+            assert_eq!((date.0.unix_duration().as_secs(), date.to_string().as_str()), (days * 86_400, text));
         }
         for bad in [
             "2027-02-29",
@@ -323,6 +284,8 @@ mod tests {
             "27-01-01",
             "2027-1-01",
             "1969-12-31",
+            "2027-01-01T00:00:00Z",
+            "+027-01-01",
             "",
         ] {
             assert!(bad.parse::<Date>().is_err(), "{bad}");
