@@ -169,24 +169,15 @@ impl http_body::Body for Body {
 }
 
 /// Why a body ends before its length: the connection is cut, so that no client takes it for complete.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum BodyError {
     /// The generator failed in the middle of a long key.
+    #[error("{0}")]
     Generator(Failure),
     /// A page could not be made.
+    #[error("{0}")]
     Page(axum::Error),
 }
-
-impl std::fmt::Display for BodyError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Generator(failure) => failure.fmt(f),
-            Self::Page(error) => error.fmt(f),
-        }
-    }
-}
-
-impl std::error::Error for BodyError {}
 
 /// A request that is being answered, from its head until this is dropped.
 #[derive(Debug)]

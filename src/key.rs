@@ -41,29 +41,20 @@ impl KeyLength {
 }
 
 /// Why a text is not the length of a key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum LengthError {
     /// Not `[1-9][0-9]*`.
+    #[error("Invalid length: must be an integer, in decimal digits without a sign or a leading zero")]
     NotAnInteger,
     /// `0`.
+    #[error("Length must be at least 1")]
     Zero,
     /// A number above the limit.
+    #[error("Length exceeds maximum size of {limit}")]
     TooLarge {
         /// The largest length that is allowed, in bytes.
         limit: u64,
     },
-}
-
-impl fmt::Display for LengthError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotAnInteger => f.write_str(
-                "Invalid length: must be an integer, in decimal digits without a sign or a leading zero",
-            ),
-            Self::Zero => f.write_str("Length must be at least 1"),
-            Self::TooLarge { limit } => write!(f, "Length exceeds maximum size of {limit}"),
-        }
-    }
 }
 
 /// A whole key, of at most one chunk. Wiped when the last use of its bytes is dropped; it can't be printed.

@@ -90,7 +90,6 @@ pub mod token;
 pub mod unacknowledged;
 pub mod watch;
 
-use std::fmt::{self, Display};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -155,59 +154,31 @@ const SPARE_TASKS: usize = 4;
 const ABORT: Duration = Duration::from_millis(1500);
 
 /// Why the service could not start or go on.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The random generator failed its tests.
-    Generator(Failure),
+    #[error("no keys can be made: {0}")]
+    Generator(#[from] Failure),
     /// There is no listener.
-    Listen(ListenError),
+    #[error("{0}")]
+    Listen(#[from] ListenError),
     /// There is none, and the service manager passed no socket for it.
+    #[error(
+        "no socket was passed by {0}: run `systemctl start {0}`, or where it is active look at `systemctl status {0}` ({1})"
+    )]
     NotPassed(&'static str, ListenError),
     /// So few files may be open.
+    #[error("expected a limit of at least {DESCRIPTORS_MIN} open files (LimitNOFILE=, ulimit -n), found {0}")]
     Descriptors(u64),
     /// Certificates and key are no longer what they were when the configuration was read.
+    #[error("no TLS can be spoken: {}", sentences(.0))]
     Tls(Vec<Fault>),
     /// A thread that the service can't do without.
+    #[error("expected room for the {0} thread within {TASK_LIMITS}, found: {1}")]
     Thread(&'static str, io::Error),
     /// The system denied something that has no other name.
+    #[error("{0}: {1}")]
     System(&'static str, io::Error),
-}
-
-impl Display for RunError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Generator(failure) => write!(f, "no keys can be made: {failure}"),
-            Self::Listen(error) => error.fmt(f),
-            Self::NotPassed(unit, error) => write!(
-                f,
-                "no socket was passed by {unit}: run `systemctl start {unit}`, or where it is active look at `systemctl \
-                 status {unit}` ({error})"
-            ),
-            Self::Descriptors(found) => write!(
-                f,
-                "expected a limit of at least {DESCRIPTORS_MIN} open files (LimitNOFILE=, ulimit -n), found {found}"
-            ),
-            Self::Tls(faults) => write!(f, "no TLS can be spoken: {}", sentences(faults)),
-            Self::Thread(name, error) => {
-                write!(f, "expected room for the {name} thread within {TASK_LIMITS}, found: {error}")
-            }
-            Self::System(what, error) => write!(f, "{what}: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for RunError {}
-
-impl From<Failure> for RunError {
-    fn from(failure: Failure) -> Self {
-        Self::Generator(failure)
-    }
-}
-
-impl From<ListenError> for RunError {
-    fn from(error: ListenError) -> Self {
-        Self::Listen(error)
-    }
 }
 
 /// Serves until a signal says to stop, and returns when the last connection is gone or the drain's time is over.

@@ -283,9 +283,10 @@ impl BindError {
 }
 
 /// Why there is no listener.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The address can't be bound.
+    #[error("can't listen on {address} ({setting}): {source}")]
     Bind {
         /// The address, as a person writes it.
         address: String,
@@ -295,6 +296,7 @@ pub enum ListenError {
         source: io::Error,
     },
     /// An inherited descriptor can't be used.
+    #[error("inherited descriptor {descriptor} (name \"{name}\") is refused: {reason}")]
     Inherited {
         /// Its number.
         descriptor: usize,
@@ -322,21 +324,6 @@ impl ListenError {
         errors.iter().any(|errno| source.raw_os_error() == Some(errno.raw_os_error()))
     }
 }
-
-impl fmt::Display for ListenError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Bind { address, setting, source } => {
-                write!(f, "can't listen on {address} ({setting}): {source}")
-            }
-            Self::Inherited { descriptor, name, reason } => {
-                write!(f, "inherited descriptor {descriptor} (name \"{name}\") is refused: {reason}")
-            }
-        }
-    }
-}
-
-impl std::error::Error for ListenError {}
 
 /// Every address by one socket, bound by `bind`; the address that was tried last goes with the result. IPv4 alone where
 /// there is no IPv6: socket(2) fails with EAFNOSUPPORT where the kernel (`ipv6.disable=1`) or a sandbox has none, and

@@ -80,36 +80,27 @@ impl Source for Kernel {
 }
 
 /// Why the generator is out of service. It never recovers by itself: only a new start tests it afresh.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
     /// The source answered with an error (its errno, where it had one).
+    #[error(
+        "the random source can't be read{}",
+        .0.map_or_else(String::new, |errno| format!(": {}", io::Error::from_raw_os_error(errno)))
+    )]
     Unreadable(Option<i32>),
     /// The source had no more bytes.
+    #[error("the random source gave fewer bytes than asked for")]
     Exhausted,
     /// A block of 32 bytes was one word four times over.
+    #[error("the random source gave a constant block")]
     Constant,
     /// A block of 32 bytes came a second time.
+    #[error("the random source repeated a block")]
     Repeated,
     /// AES-256-CTR did not give the key stream that SP 800-38A prints, or that OpenSSL makes.
+    #[error("AES-256-CTR failed its known-answer test")]
     WrongCipher,
 }
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unreadable(Some(errno)) => {
-                write!(f, "the random source can't be read: {}", io::Error::from_raw_os_error(*errno))
-            }
-            Self::Unreadable(None) => f.write_str("the random source can't be read"),
-            Self::Exhausted => f.write_str("the random source gave fewer bytes than asked for"),
-            Self::Constant => f.write_str("the random source gave a constant block"),
-            Self::Repeated => f.write_str("the random source repeated a block"),
-            Self::WrongCipher => f.write_str("AES-256-CTR failed its known-answer test"),
-        }
-    }
-}
-
-impl std::error::Error for Failure {}
 
 /// Makes random bytes, or says that it can't. Shared by every worker; no call waits for another.
 pub struct Generator {

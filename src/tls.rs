@@ -426,16 +426,9 @@ impl Tls {
 }
 
 /// The client speaks plain HTTP.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("the client speaks plain HTTP")]
 struct PlainHttp;
-
-impl fmt::Display for PlainHttp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the client speaks plain HTTP")
-    }
-}
-
-impl std::error::Error for PlainHttp {}
 
 /// What a client is told that speaks plain HTTP.
 pub const PLAIN_HTTP_DETAIL: &str = "This port speaks TLS: use https://";
