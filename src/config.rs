@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider, Source};
+use strum::VariantNames;
 
 use self::environment::Variable;
 use self::file::File;
@@ -564,7 +565,7 @@ impl Reader<'_> {
         let rate_bytes = self.whole("rate-bytes", 0, 0..=1 << 40);
         let rate_burst = self.whole("rate-burst", 10, 1..=ONE_HOUR);
         let trusted = self.trusted_proxies();
-        let fields = format!("one of {}", Field::NAMES.join(", "));
+        let fields = format!("one of {}", Field::VARIANTS.join(", "));
         let field = self.parsed("forwarded-header", Field::default(), &fields);
         let proxy_protocol = self.truth("proxy-protocol", false);
         let max_connections_per_client = self.whole("max-connections-per-client", 256, 0..=1_000_000);

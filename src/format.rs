@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use base64ct::{Base64, Base64UrlUnpadded, Encoding};
 use bytes::Bytes;
+use strum::{IntoStaticStr, VariantArray};
 
 use crate::key::{Key, KeyLength, KeyStream, Wiped};
 use crate::password::{self, Alphabet, PASSWORD_MAX};
@@ -54,7 +55,8 @@ impl Kind {
 }
 
 /// A way of writing a key or a password.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub enum Format {
     /// The bytes as they are.
     Raw,
@@ -73,21 +75,9 @@ pub enum Format {
 }
 
 impl Format {
-    /// Every format.
-    pub const ALL: [Self; 7] =
-        [Self::Raw, Self::Text, Self::Hex, Self::Base64, Self::Base64Url, Self::Json, Self::Jwk];
-
     /// The value of `?format=` that asks for it.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Text => "text",
-            Self::Hex => "hex",
-            Self::Base64 => "base64",
-            Self::Base64Url => "base64url",
-            Self::Json => "json",
-            Self::Jwk => "jwk",
-        }
+        self.into()
     }
 
     /// Its media type, in lower case; several formats may share one. A batch of JWKs is a set, which has its own.

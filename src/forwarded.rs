@@ -11,7 +11,10 @@ use crate::peer::Origin;
 
 /// The field that the trusted proxies write. Only one is believed: a proxy that writes the one hands on the other as its
 /// client sent it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, strum::Display, strum::EnumString, strum::VariantNames,
+)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Field {
     /// `X-Forwarded-For`: addresses, separated by commas.
     #[default]
@@ -21,28 +24,11 @@ pub enum Field {
 }
 
 impl Field {
-    /// Every field's name.
-    pub const NAMES: [&str; 2] = ["x-forwarded-for", "forwarded"];
-
     fn name(self) -> HeaderName {
         match self {
             Self::XForwardedFor => HeaderName::from_static("x-forwarded-for"),
             Self::Forwarded => FORWARDED,
         }
-    }
-}
-
-impl FromStr for Field {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        [Self::XForwardedFor, Self::Forwarded].into_iter().find(|field| field.name() == text).ok_or(())
-    }
-}
-
-impl fmt::Display for Field {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name().as_str())
     }
 }
 

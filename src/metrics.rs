@@ -4,10 +4,12 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use axum::http::StatusCode;
+use prometheus::core::{MetricVec, MetricVecBuilder};
 use prometheus::{
     Counter, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
 };
+use strum::{IntoStaticStr, VariantArray};
 
 use crate::format::Format;
 use crate::logging::Dropped;
@@ -17,65 +19,49 @@ use crate::process::Process;
 const STATUSES: [u16; 10] = [200, 400, 401, 404, 405, 406, 413, 429, 431, 503];
 
 /// The route of a request: never its raw path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantArray)]
 pub enum Endpoint {
     /// `/key/{length}`
+    #[strum(serialize = "/key/{length}")]
     Key,
     /// `/password/{length}`
+    #[strum(serialize = "/password/{length}")]
     Password,
     /// `/health`
+    #[strum(serialize = "/health")]
     Health,
     /// `/livez`
+    #[strum(serialize = "/livez")]
     Livez,
     /// `/readyz`
+    #[strum(serialize = "/readyz")]
     Readyz,
     /// `/metrics`
+    #[strum(serialize = "/metrics")]
     Metrics,
     /// `/`
+    #[strum(serialize = "/")]
     Page,
     /// `/openapi.json`
+    #[strum(serialize = "/openapi.json")]
     OpenApi,
     /// A path that is none of these.
+    #[strum(serialize = "other")]
     Other,
 }
 
 impl Endpoint {
-    const ALL: [Self; 9] = [
-        Self::Key,
-        Self::Password,
-        Self::Health,
-        Self::Livez,
-        Self::Readyz,
-        Self::Metrics,
-        Self::Page,
-        Self::OpenApi,
-        Self::Other,
-    ];
-
     /// The route of `path`, which is not that of a key or a password.
     pub fn of(path: &str) -> Self {
         let mut fixed =
-            Self::ALL.into_iter().filter(|endpoint| !matches!(endpoint, Self::Key | Self::Password));
-        fixed.find(|endpoint| endpoint.label() == path).unwrap_or(Self::Other)
-    }
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Key => "/key/{length}",
-            Self::Password => "/password/{length}",
-            Self::Health => "/health",
-            Self::Livez => "/livez",
-            Self::Readyz => "/readyz",
-            Self::Metrics => "/metrics",
-            Self::Page => "/",
-            Self::OpenApi => "/openapi.json",
-            Self::Other => "other",
-        }
+            Self::VARIANTS.iter().filter(|endpoint| !matches!(endpoint, Self::Key | Self::Password));
+        fixed.find(|endpoint| <&str>::from(**endpoint) == path).copied().unwrap_or(Self::Other)
     }
 }
 
 /// Why a request or a connection was turned away.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Rejection {
     /// Every connection slot was taken.
     Connections,
@@ -97,36 +83,9 @@ pub enum Rejection {
     Buffers,
 }
 
-impl Rejection {
-    const ALL: [Self; 9] = [
-        Self::Connections,
-        Self::Malformed,
-        Self::Generator,
-        Self::Draining,
-        Self::Unauthorized,
-        Self::Rate,
-        Self::ClientConnections,
-        Self::Bulk,
-        Self::Buffers,
-    ];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Connections => "connections",
-            Self::Malformed => "malformed",
-            Self::Generator => "generator",
-            Self::Draining => "draining",
-            Self::Unauthorized => "unauthorized",
-            Self::Rate => "rate",
-            Self::ClientConnections => "client_connections",
-            Self::Bulk => "bulk",
-            Self::Buffers => "buffers",
-        }
-    }
-}
-
 /// Why a request for a key or a password gets a 503.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum KeyFailure {
     /// Every connection slot was taken.
     Connections,
@@ -138,11 +97,6 @@ pub enum KeyFailure {
     Draining,
     /// As many streamed responses are in flight as may be, or as the client may have.
     Bulk,
-}
-
-impl KeyFailure {
-    const ALL: [Self; 5] =
-        [Self::Connections, Self::ClientConnections, Self::Generator, Self::Draining, Self::Bulk];
 }
 
 impl From<KeyFailure> for Rejection {
@@ -158,7 +112,8 @@ impl From<KeyFailure> for Rejection {
 }
 
 /// Why accept(2) failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum AcceptError {
     /// That one connection was gone before it was taken.
     Connection,
@@ -169,8 +124,6 @@ pub enum AcceptError {
 }
 
 impl AcceptError {
-    const ALL: [Self; 3] = [Self::Connection, Self::Resources, Self::Listener];
-
     /// The kind of an error, by accept(2).
     pub fn of(error: &io::Error) -> Self {
         use rustix::io::Errno;
@@ -203,18 +156,11 @@ impl AcceptError {
             Self::Listener => "the listening socket is not usable",
         }
     }
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Connection => "connection",
-            Self::Resources => "resources",
-            Self::Listener => "listener",
-        }
-    }
 }
 
 /// How a connection to the credential socket ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum CredentialOutcome {
     /// Its unit has its key.
     Served,
@@ -226,21 +172,9 @@ pub enum CredentialOutcome {
     Aborted,
 }
 
-impl CredentialOutcome {
-    const ALL: [Self; 4] = [Self::Served, Self::Malformed, Self::Failed, Self::Aborted];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Served => "served",
-            Self::Malformed => "malformed",
-            Self::Failed => "failed",
-            Self::Aborted => "aborted",
-        }
-    }
-}
-
 /// Why a TLS handshake failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum HandshakeFailure {
     /// It took too long.
     Timeout,
@@ -260,34 +194,9 @@ pub enum HandshakeFailure {
     Other,
 }
 
-impl HandshakeFailure {
-    const ALL: [Self; 8] = [
-        Self::Timeout,
-        Self::Closed,
-        Self::Malformed,
-        Self::PlainHttp,
-        Self::Incompatible,
-        Self::ClientCertificate,
-        Self::ClientAlert,
-        Self::Other,
-    ];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Timeout => "timeout",
-            Self::Closed => "closed",
-            Self::Malformed => "malformed",
-            Self::PlainHttp => "plain_http",
-            Self::Incompatible => "incompatible",
-            Self::ClientCertificate => "client_certificate",
-            Self::ClientAlert => "client_alert",
-            Self::Other => "other",
-        }
-    }
-}
-
 /// Why a connection was closed before TLS and HTTP, where the PROXY protocol is on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum ProxyProtocolError {
     /// A client that is no trusted proxy sent a header.
     Untrusted,
@@ -299,21 +208,6 @@ pub enum ProxyProtocolError {
     Timeout,
 }
 
-impl ProxyProtocolError {
-    /// Every reason.
-    pub const ALL: [Self; 4] = [Self::Untrusted, Self::Missing, Self::Malformed, Self::Timeout];
-
-    /// Its name, in metrics and log.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Untrusted => "untrusted",
-            Self::Missing => "missing",
-            Self::Malformed => "malformed",
-            Self::Timeout => "timeout",
-        }
-    }
-}
-
 /// Every metric of the daemon, each series resolved once.
 #[derive(Debug)]
 pub struct Metrics {
@@ -321,12 +215,12 @@ pub struct Metrics {
     process: Process,
     responses: [(u16, IntCounter); STATUSES.len()],
     other_responses: IntCounter,
-    latency: [Histogram; Endpoint::ALL.len()],
-    rejections: [IntCounter; Rejection::ALL.len()],
-    key_failures: [IntCounter; KeyFailure::ALL.len()],
-    accept_errors: [IntCounter; AcceptError::ALL.len()],
-    credentials: [IntCounter; CredentialOutcome::ALL.len()],
-    key_bytes: [IntCounter; Format::ALL.len()],
+    latency: [Histogram; Endpoint::VARIANTS.len()],
+    rejections: [IntCounter; Rejection::VARIANTS.len()],
+    key_failures: [IntCounter; KeyFailure::VARIANTS.len()],
+    accept_errors: [IntCounter; AcceptError::VARIANTS.len()],
+    credentials: [IntCounter; CredentialOutcome::VARIANTS.len()],
+    key_bytes: [IntCounter; Format::VARIANTS.len()],
     key_length: Histogram,
     generator_latency: Histogram,
     generator_healthy: IntGauge,
@@ -416,14 +310,12 @@ impl Metrics {
             process: Process::register(&registry),
             responses: STATUSES.map(|status| (status, responses.with_label_values(&[&status.to_string()]))),
             other_responses: responses.with_label_values(&["other"]),
-            latency: Endpoint::ALL.map(|endpoint| latency.with_label_values(&[endpoint.label()])),
-            rejections: Rejection::ALL.map(|reason| rejections.with_label_values(&[reason.label()])),
-            key_failures: KeyFailure::ALL
-                .map(|reason| key_failures.with_label_values(&[Rejection::from(reason).label()])),
-            accept_errors: AcceptError::ALL.map(|kind| accept_errors.with_label_values(&[kind.label()])),
-            credentials: CredentialOutcome::ALL
-                .map(|outcome| credentials.with_label_values(&[outcome.label()])),
-            key_bytes: Format::ALL.map(|format| key_bytes.with_label_values(&[format.name()])),
+            latency: series(Endpoint::VARIANTS, &latency),
+            rejections: series(Rejection::VARIANTS, &rejections),
+            key_failures: series(KeyFailure::VARIANTS, &key_failures),
+            accept_errors: series(AcceptError::VARIANTS, &accept_errors),
+            credentials: series(CredentialOutcome::VARIANTS, &credentials),
+            key_bytes: series(Format::VARIANTS, &key_bytes),
             key_length: histogram(
                 &registry,
                 "key_length_bytes",
@@ -527,7 +419,7 @@ impl Metrics {
                 &self.registry,
                 IntCounter::new("tls_handshakes_total", "TLS handshakes that led to a connection."),
             ),
-            failures: HandshakeFailure::ALL.map(|reason| failures.with_label_values(&[reason.label()])),
+            failures: series(HandshakeFailure::VARIANTS, &failures),
             not_after: int_gauge(
                 &self.registry,
                 "tls_certificate_not_after_timestamp_seconds",
@@ -549,9 +441,7 @@ impl Metrics {
             "Connections closed because of their PROXY header or the lack of one, by reason.",
             "reason",
         );
-        ProxyProtocolMetrics {
-            errors: ProxyProtocolError::ALL.map(|reason| errors.with_label_values(&[reason.label()])),
-        }
+        ProxyProtocolMetrics { errors: series(ProxyProtocolError::VARIANTS, &errors) }
     }
 
     /// Counts an answer.
@@ -629,7 +519,7 @@ impl Metrics {
 #[derive(Debug)]
 pub struct TlsMetrics {
     handshakes: IntCounter,
-    failures: [IntCounter; HandshakeFailure::ALL.len()],
+    failures: [IntCounter; HandshakeFailure::VARIANTS.len()],
     not_after: IntGauge,
     last_reload_successful: IntGauge,
 }
@@ -660,7 +550,7 @@ impl TlsMetrics {
 /// What is counted where the PROXY protocol is on.
 #[derive(Debug)]
 pub struct ProxyProtocolMetrics {
-    errors: [IntCounter; ProxyProtocolError::ALL.len()],
+    errors: [IntCounter; ProxyProtocolError::VARIANTS.len()],
 }
 
 impl ProxyProtocolMetrics {
@@ -681,6 +571,15 @@ fn register<C: prometheus::core::Collector + Clone + 'static>(
 
 fn counters(registry: &Registry, name: &str, help: &str, label: &str) -> IntCounterVec {
     register(registry, IntCounterVec::new(Opts::new(name, help), &[label]))
+}
+
+/// The series of each label, at the label's place in its enum.
+fn series<L: Copy + Into<&'static str>, B: MetricVecBuilder, const N: usize>(
+    labels: &[L],
+    metric: &MetricVec<B>,
+) -> [B::M; N] {
+    let labels: [L; N] = labels.try_into().expect("each label has a place");
+    labels.map(|label| metric.with_label_values(&[label.into()]))
 }
 
 fn int_gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
@@ -726,31 +625,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_match_their_place() {
-        for (place, endpoint) in Endpoint::ALL.into_iter().enumerate() {
-            assert_eq!(endpoint as usize, place);
-        }
-        for (place, reason) in Rejection::ALL.into_iter().enumerate() {
-            assert_eq!(reason as usize, place);
-        }
-        for (place, reason) in KeyFailure::ALL.into_iter().enumerate() {
-            assert_eq!(reason as usize, place);
-        }
-        for (place, kind) in AcceptError::ALL.into_iter().enumerate() {
-            assert_eq!(kind as usize, place);
-        }
-        for (place, format) in Format::ALL.into_iter().enumerate() {
-            assert_eq!(format as usize, place);
-        }
-        for (place, outcome) in CredentialOutcome::ALL.into_iter().enumerate() {
-            assert_eq!(outcome as usize, place);
-        }
-        for (place, reason) in HandshakeFailure::ALL.into_iter().enumerate() {
-            assert_eq!(reason as usize, place);
-        }
-        for (place, reason) in ProxyProtocolError::ALL.into_iter().enumerate() {
-            assert_eq!(reason as usize, place);
-        }
+    fn a_path_without_a_length_is_its_own_route() {
         assert_eq!(Endpoint::of("/health"), Endpoint::Health);
         for path in ["/key/{length}", "/key/{length}/x", "/password/{length}", "/key/32"] {
             assert_eq!(Endpoint::of(path), Endpoint::Other, "{path}");

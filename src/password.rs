@@ -1,5 +1,6 @@
 //! Passwords: characters of a named alphabet, each drawn on its own and each as likely as any other.
 
+use strum::IntoStaticStr;
 use zeroize::Zeroizing;
 
 use crate::key::{Key, KeyLength, Wiped};
@@ -9,7 +10,8 @@ use crate::random::{Failure, Generator};
 pub const PASSWORD_MAX: u64 = 1024;
 
 /// The characters that a password is made of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub enum Alphabet {
     /// Letters and digits: 62.
     #[default]
@@ -30,13 +32,7 @@ impl Alphabet {
 
     /// The value of `?alphabet=` that asks for it.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Alnum => "alnum",
-            Self::Ascii => "ascii",
-            Self::Digits => "digits",
-            Self::Hex => "hex",
-            Self::Unambiguous => "unambiguous",
-        }
+        self.into()
     }
 
     /// Its characters, each once; all are ASCII.

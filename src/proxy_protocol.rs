@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, recv};
+use strum::VariantArray;
 use tokio::io::{Interest, Ready};
 use tokio::time::Instant;
 use tracing::warn;
@@ -168,7 +169,7 @@ pub struct ProxyProtocol {
     proxies: Proxies,
     metrics: ProxyProtocolMetrics,
     /// When each reason was logged last.
-    logged: Mutex<[Option<Instant>; ProxyProtocolError::ALL.len()]>,
+    logged: Mutex<[Option<Instant>; ProxyProtocolError::VARIANTS.len()]>,
 }
 
 impl ProxyProtocol {
@@ -204,7 +205,7 @@ impl ProxyProtocol {
         };
         self.metrics.failed(reason);
         if self.is_due(reason) {
-            warn!(address = %origin, reason = reason.label(), "connection closed by proxy-protocol: {detail}");
+            warn!(address = %origin, reason = <&str>::from(reason), "connection closed by proxy-protocol: {detail}");
         }
         None
     }

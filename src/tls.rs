@@ -1,8 +1,6 @@
 //! Who the service is to its clients, and who they are to it: certificates, client CAs, handshakes, reload.
 
-use std::fmt;
 use std::io;
-use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
@@ -73,11 +71,13 @@ pub struct Settings {
 }
 
 /// The oldest version of TLS that is spoken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::Display, strum::EnumString)]
 pub enum MinVersion {
     /// TLS 1.2 (RFC 5246), for clients that know no better.
+    #[strum(serialize = "1.2")]
     Tls12,
     /// TLS 1.3 (RFC 8446).
+    #[strum(serialize = "1.3")]
     Tls13,
 }
 
@@ -85,27 +85,6 @@ impl Settings {
     /// Where the files are.
     pub fn files(&self) -> impl Iterator<Item = &Location> {
         [&self.certificate, &self.key].into_iter().chain(&self.client_ca)
-    }
-}
-
-impl FromStr for MinVersion {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        match text {
-            "1.2" => Ok(Self::Tls12),
-            "1.3" => Ok(Self::Tls13),
-            _ => Err(()),
-        }
-    }
-}
-
-impl fmt::Display for MinVersion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Tls12 => "1.2",
-            Self::Tls13 => "1.3",
-        })
     }
 }
 

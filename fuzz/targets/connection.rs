@@ -26,7 +26,7 @@ use key_service::api::{Answering, Api, Routes, Session, Site};
 use key_service::body::Body;
 use key_service::buffers::{BufferAccount, BufferLimit};
 use key_service::deadline::{Timed, Timeouts};
-use key_service::format::Format;
+use key_service::format::{Format, Kind};
 use key_service::forwarded::Proxies;
 use key_service::health::Health;
 use key_service::idle::IdleConnections;
@@ -270,7 +270,7 @@ fn check_status(setup: &Setup, asked: &Asked, status: u16, body: &[u8], kind: Op
     let length: usize = length.parse().expect("a length that was served is a number");
     assert!((1..=MAX_SIZE as usize).contains(&length));
     let kind = kind.expect("a key has a type");
-    let of = |is_batch| Format::ALL.into_iter().map(move |format| format.media_type(is_batch));
+    let of = |is_batch| Kind::Key.formats().iter().map(move |format| format.media_type(is_batch));
     assert!(of(false).chain(of(true)).any(|known| kind.starts_with(known)), "{kind}");
     if kind == Format::Raw.media_type(false) && asked.method == Method::GET {
         assert_eq!(body.len(), length);
