@@ -49,16 +49,14 @@ mod tests {
     use super::*;
 
     /// What is read of `files` and their contents.
-    fn read(name: &str, files: &[(&str, &str)]) -> Option<Memory> {
-        let root = std::env::temp_dir().join(format!("key-service-cgroup-{}-{name}", std::process::id()));
+    fn read(files: &[(&str, &str)]) -> Option<Memory> {
+        let root = tempfile::tempdir().unwrap();
         for (path, text) in files {
-            let path = root.join(path);
+            let path = root.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         }
-        let memory = Memory::read_below(&root);
-        fs::remove_dir_all(root).unwrap();
-        memory
+        Memory::read_below(root.path())
     }
 
     #[test]
@@ -70,32 +68,29 @@ mod tests {
             (&format!("{group}/memory.current"), "4194304\n"),
             (&format!("{group}/memory.max"), "536870912\n"),
         ];
-        assert_eq!(read("unit", &files), Some(Memory { usage: 4 << 20, limit: Some(512 << 20) }));
+        assert_eq!(read(&files), Some(Memory { usage: 4 << 20, limit: Some(512 << 20) }));
         let container = [
             ("proc/self/cgroup", "0::/\n"),
             ("sys/fs/cgroup/memory.current", "1\n"),
             ("sys/fs/cgroup/memory.max", "max\n"),
         ];
-        assert_eq!(read("container", &container), Some(Memory { usage: 1, limit: None }));
+        assert_eq!(read(&container), Some(Memory { usage: 1, limit: None }));
         // Version 1: the path is the host's, the mount the container's own.
         let old = [
             ("proc/self/cgroup", "5:cpu,cpuacct:/pod/1\n4:memory:/pod/1\n1:name=systemd:/\n0::/other\n"),
             ("sys/fs/cgroup/memory/memory.usage_in_bytes", "7\n"),
             ("sys/fs/cgroup/memory/memory.limit_in_bytes", "268435456\n"),
         ];
-        assert_eq!(read("old", &old), Some(Memory { usage: 7, limit: Some(256 << 20) }));
+        assert_eq!(read(&old), Some(Memory { usage: 7, limit: Some(256 << 20) }));
         let unlimited =
             [old[0], old[1], ("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")];
-        assert_eq!(read("unlimited", &unlimited), Some(Memory { usage: 7, limit: None }));
+        assert_eq!(read(&unlimited), Some(Memory { usage: 7, limit: None }));
     }
 
     #[test]
     fn the_root_of_all_groups_and_no_group_have_no_memory() {
-        assert_eq!(
-            read("root", &[("proc/self/cgroup", "0::/\n"), ("sys/fs/cgroup/cgroup.procs", "1\n")]),
-            None
-        );
-        assert_eq!(read("hidden", &[("proc/self/cgroup", "0::/a\n")]), None);
-        assert_eq!(read("none", &[("proc/self/stat", "")]), None);
+        assert_eq!(read(&[("proc/self/cgroup", "0::/\n"), ("sys/fs/cgroup/cgroup.procs", "1\n")]), None);
+        assert_eq!(read(&[("proc/self/cgroup", "0::/a\n")]), None);
+        assert_eq!(read(&[("proc/self/stat", "")]), None);
     }
 }

@@ -1138,8 +1138,8 @@ mod tests {
 
     #[test]
     fn the_default_file_may_be_absent_until_it_was_read() {
-        let directory = std::env::temp_dir().join(format!("key-service-default-{}", std::process::id()));
-        fs::create_dir(&directory).unwrap();
+        let temporary = tempfile::tempdir().unwrap();
+        let directory = temporary.path();
         let file = directory.join("config.toml");
         assert_eq!(read(&file, false), Ok(false));
         assert_eq!(read(&directory.join("absent/config.toml"), false), Ok(false));
@@ -1158,6 +1158,5 @@ mod tests {
         assert!(read(&file.join("config.toml"), false).unwrap_err().contains("Not a directory"));
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
         assert_eq!((read(&file, false), read(&file, true)), (Ok(true), Ok(true)));
-        fs::remove_dir_all(&directory).unwrap();
     }
 }

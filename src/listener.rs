@@ -663,18 +663,15 @@ mod tests {
 
     #[test]
     fn a_socket_file_that_nobody_answers_on_is_replaced_and_other_files_are_not() {
-        let folder = env::temp_dir().join(format!("key-service-listener-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&folder); // of a process that was killed and had this one's id
-        fs::create_dir(&folder).unwrap();
-        let stale = Host::Unix(folder.join("stale"));
+        let folder = tempfile::tempdir().unwrap();
+        let stale = Host::Unix(folder.path().join("stale"));
         drop(Listener::bind(&stale, 0, Mode::default()).unwrap());
         let held = Listener::bind(&stale, 0, Mode::default()).expect("a stale socket is replaced");
         assert!(Listener::bind(&stale, 0, Mode::default()).is_err(), "a socket in use is not");
-        let file = folder.join("file");
+        let file = folder.path().join("file");
         fs::write(&file, "mine").unwrap();
         assert!(Listener::bind(&Host::Unix(file.clone()), 0, Mode::default()).is_err());
         assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
         drop(held);
-        fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustls::version::TLS13;
+use tempfile::TempDir;
 
 use common::tls::{Authority, Identity, connect, trusting};
 use common::{Client, Daemon, Folder, key_service, run_to_end, until};
@@ -22,27 +23,23 @@ use common::{Client, Daemon, Folder, key_service, run_to_end, until};
 const TAKES_EFFECT: Duration = Duration::from_secs(30);
 
 /// A volume, in memory where there is such a file system, as that of a Secret is.
-struct Volume(PathBuf);
+struct Volume(TempDir);
 
 impl Volume {
     fn new(files: &[(&str, &str)]) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
         let memory = Path::new("/dev/shm");
         let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let volume = Self(parent.join(format!("key-service-volume-{}-{number}", std::process::id())));
-        let _ = fs::remove_dir_all(&volume.0); // of a process that was killed and had this one's id
-        fs::create_dir(&volume.0).unwrap();
+        let volume = Self(TempDir::with_prefix_in("key-service-", parent).unwrap());
         volume.publish(files);
         volume
     }
 
     fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.0.path().join(name)
     }
 
     fn data(&self) -> Option<PathBuf> {
-        fs::read_link(self.file("..data")).ok().map(|data| self.0.join(data))
+        fs::read_link(self.file("..data")).ok().map(|data| self.0.path().join(data))
     }
 
     /// In the order of the kubelet's AtomicWriter: a directory with everything in it, the link to it renamed into place, a
@@ -51,7 +48,7 @@ impl Volume {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("..2026_11_28_00_00_00.{:010}", NEXT.fetch_add(1, Ordering::Relaxed));
         let before = self.data();
-        let directory = self.0.join(&name);
+        let directory = self.0.path().join(&name);
         fs::create_dir(&directory).unwrap();
         for (file, text) in files {
             fs::write(directory.join(file), text).unwrap();
@@ -74,12 +71,6 @@ impl Volume {
         if let Some(before) = before {
             fs::remove_dir_all(before).unwrap();
         }
-    }
-}
-
-impl Drop for Volume {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

@@ -21,8 +21,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
 
 pub use process::{Process, binary, run_to_end};
 
@@ -33,25 +34,15 @@ pub const IS_SLOW: bool = option_env!("SLOW").is_some();
 pub const PATIENCE: Duration = Duration::from_secs(if IS_SLOW { 300 } else { 30 });
 
 /// A folder that is gone with the test.
-pub struct Folder(PathBuf);
+pub struct Folder(TempDir);
 
 impl Folder {
     pub fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        loop {
-            let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            let path = std::env::temp_dir().join(format!("key-service-{}-{number}", std::process::id()));
-            match std::fs::create_dir(&path) {
-                Ok(()) => return Self(path),
-                // A test that was killed left it, and its process id has come round.
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                Err(error) => panic!("{}: {error}", path.display()),
-            }
-        }
+        Self(TempDir::with_prefix("key-service-").unwrap())
     }
 
     pub fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.0.path().join(name)
     }
 
     /// Only its owner may write to the file, whatever the umask is.
@@ -61,12 +52,6 @@ impl Folder {
             options.write(true).create(true).truncate(true).mode(0o644).open(self.file(name)).unwrap();
         file.write_all(text.as_bytes()).unwrap();
         self.file(name)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
