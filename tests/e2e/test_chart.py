@@ -17,7 +17,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
-from support import certificates
+from support import certificates, pages
 from support.chart import kube, scaling, tools, write
 from support.chart.helm import BOTH, CASES, CHART, NAME, NAMESPACE, helm, only, parse, rendered, sound, template, template_text, text_of
 from support.chart.mutants import MUTANTS
@@ -723,9 +723,10 @@ def test_the_readme_has_the_values():
 
 
 def test_the_readmes_commands_render():
-    """every helm command and every values block in helm-chart/README.md renders, without a finding"""
+    """every helm command and every values block in helm-chart/README.md renders, without a finding, and that of docs/monitoring.md"""
     text = write.README.read_text()
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    blocks.append(pages.commands("docs/monitoring.md", "helm upgrade"))
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("helm ")]
     assert any(command.startswith("helm install") for command in commands), "no helm install in the README"
     for command in commands:

@@ -17,10 +17,11 @@ import threading
 import time
 
 import pytest
-from support import certificates, images, peers
+from support import certificates, images, pages, peers
 from support import machine as debian
 from support.conditions import TIMEOUT, expect, until
 from support.daemon import REPOSITORY
+from support.machine import as_root
 
 pytestmark = [
     pytest.mark.root,
@@ -31,16 +32,11 @@ pytestmark = [
 
 BUILT, IMAGE = images.IMAGES["amd64"], "localhost/key-service"
 SOCKETS = ["key-service.socket", "key-service-metrics.socket", "key-service-credential.socket"]
-DOCUMENT = (REPOSITORY / "docs/containers.md").read_text()
+INSTALL = as_root(pages.commands("docs/containers.md", "sudo install -d /etc/key-service "))
+BUILD, UPDATE = as_root(pages.commands("docs/containers.md", "sudo podman build -t localhost/key-service .\nsudo ")).splitlines()
 DROPIN = "/etc/containers/systemd/key-service.container.d/test.conf"
 SOURCE = "/srv/source"  # every user can read it
 USER = "op"
-
-
-def block(heading, number):
-    """A block of the document, as it stands but for sudo."""
-    section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", DOCUMENT, re.M | re.S)[1]
-    return re.findall(r"^```sh\n(.*?)^```$", section, re.M | re.S)[number].replace("sudo ", "")
 
 
 class Machine(debian.Machine):
@@ -68,10 +64,6 @@ class Machine(debian.Machine):
         self.install_file(importlib.util.find_spec("podman_compose").origin, "/usr/bin/podman-compose")
         self.run("chmod +x /usr/bin/podman-compose")
         self.run(f"podman load -q -i /root/key-service.tar && podman tag {BUILT} {IMAGE}")
-
-    def follow(self, heading, number=0, user=None):
-        """Runs a block of the document, as it stands but for sudo."""
-        return self.script(block(heading, number), user)
 
     def script(self, commands, user=None):
         """Runs commands in the source tree, until one fails."""
@@ -112,7 +104,7 @@ def machine(image, tmp_path_factory):
     with Machine("trixie", folder, archive) as machine:
         machine.prepare()
         machine.run("rm -rf /etc/key-service")
-        *commands, request = block("Install", 1).splitlines()
+        *commands, request = INSTALL.splitlines()
         assert request.startswith("curl "), request
         machine.script("\n".join(commands))
         yield machine
@@ -126,7 +118,7 @@ def test_installs(machine):
     for unit in SOCKETS:
         expect((machine.show("ActiveState", unit), machine.show("UnitFileState", unit)), ("active", "enabled"), unit)
     expect(machine.show("ActiveState"), "inactive", "the service before its first connection")
-    assert re.fullmatch(r"[0-9a-f]{64}\n", machine.run(block("Install", 1).splitlines()[-1]).stdout)
+    assert re.fullmatch(r"[0-9a-f]{64}\n", machine.run(INSTALL.splitlines()[-1]).stdout)
     expect(machine.show("ActiveState"), "active", "the service")
     expect(machine.get("/metrics", 8000)[0], 200, "metrics")
     expect(
@@ -386,8 +378,8 @@ def test_takes_tls_and_tokens(machine):
     """the examples of docs/containers.md for TLS and tokens work, and a removed token is refused without a restart"""
     source = machine.root / SOURCE.lstrip("/")
     certificates.self_signed(source / "privkey.pem", source / "fullchain.pem", names="IP:127.0.0.1")
-    machine.follow("TLS")
-    token, line = machine.follow("Tokens").stdout.splitlines()
+    machine.script(as_root(pages.commands("docs/containers.md", "sudo podman secret ")))
+    token, line = machine.script(as_root(pages.commands("docs/containers.md", "sudo podman run "))).stdout.splitlines()
     machine.write("/etc/key-service/tokens", line + "\n")
     machine.write("/srv/token.header", f"Authorization: Bearer {token}\n")
     machine.configure('tokens-file = "/etc/key-service/tokens"\n')
@@ -409,18 +401,18 @@ def test_updates_lose_nothing(machine, figures):
     """podman auto-update under load takes the new image and loses nothing, and goes back from one that does not start"""
 
     def build(line):
-        machine.run(f"printf 'FROM {BUILT}\\n{line}\\n' | podman build -q -t {IMAGE} -")
+        machine.write(f"{SOURCE}/Dockerfile", f"FROM {BUILT}\n{line}\n")
+        machine.script(BUILD)
         return machine.run(f"podman image inspect -f '{{{{.Id}}}}' {IMAGE}").stdout.strip()
 
     old = machine.container()["Image"]
-    command = re.search(r"^sudo (podman auto-update)$", DOCUMENT, re.M)[1]
     with machine.load(200) as seen:
         new = build("LABEL test=new")
         assert new != old
-        machine.run(command)
+        machine.run(UPDATE)
         expect(machine.container()["Image"], new, "the image after the update")
         broken = build("ENV KEYSERVICE_MAX_SIZE=broken")
-        said = machine.run(command, ok=None)
+        said = machine.run(UPDATE, ok=None)
         assert "rolled back" in said.stdout, said
         until("the old image", lambda: machine.show("ActiveState") == "active")
         found = machine.container()["Image"]
@@ -442,7 +434,7 @@ def test_works_without_root(machine, figures):
 
     machine.run("install -m 644 /root/key-service.tar /srv/")
     as_user(f"podman load -q -i /srv/key-service.tar && podman tag {BUILT} {IMAGE}")
-    assert re.search(r"^[0-9a-f]{64}$", machine.follow("As an ordinary user", 1, USER).stdout, re.M)
+    assert re.search(r"^[0-9a-f]{64}$", machine.script(pages.commands("docs/containers.md", "install -d ~/"), USER).stdout, re.M)
     pid = as_user('podman inspect -f "{{.State.Pid}}" key-service').strip()
     expect(machine.proc(pid, "net/dev").count(":"), 1, "interfaces")
     status = dict(line.split(":\t", 1) for line in machine.proc(pid, "status").splitlines() if ":\t" in line)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from support.daemon import REPOSITORY
+from support.pages import commands
 
 pytestmark = [
     pytest.mark.root,
@@ -74,14 +75,8 @@ grep 'Keys on' /tmp/output
 """
 
 
-def blocks(readme):
-    """The quick start's blocks: packages, the daemon, requests, tests."""
-    quick_start = readme.split("\n## Quick start\n")[1].split("\n## ")[0]
-    install, run, _, test = re.findall(r"^```sh\n(.*?)\n```$", quick_start, re.M | re.S)
-    return install.removeprefix("sudo apt install ").split(), run, test
-
-
-PACKAGES, RUN, TEST = blocks((REPOSITORY / "README.md").read_text())
+PACKAGES = commands("README.md", "sudo apt install cargo").removeprefix("sudo apt install ").split()
+RUN, TEST = commands("README.md", "cargo run").strip(), commands("README.md", "cargo test").strip()
 # (system, command)
 STEPS = [("bookworm", RUN), ("trixie", TEST)]
 FULL = [("bookworm", RUN), ("bookworm", TEST), ("trixie", RUN), ("trixie", TEST)]

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from support import certificates, peers
 from support.conditions import TIMEOUT, expect, until
-from support.machine import SUPPORT, Machine, example, upgrade
+from support.machine import SUPPORT, Machine, as_root, upgrade
+from support.pages import commands
 
 pytestmark = [
     pytest.mark.root,
@@ -316,7 +317,7 @@ RESTART = "systemctl restart key-service.target"
 
 def test_changes_by_drop_in(machine):
     """a drop-in moves the port, and the command of docs/debian.md does so each time while clients ask without a pause"""
-    sequence = example("docs/debian.md", "sh", f"sudo {RESTART}")
+    sequence = as_root(commands("docs/debian.md", "sudo systemctl restart key-service.target"))
     machine.write("/etc/key-service/config.toml", "max-size = 4096\n")
     machine.run("systemctl restart key-service")
     for _ in range(6):
@@ -354,9 +355,8 @@ def listening(machine):
 def test_a_disabled_socket_stays_so(machine, off, expected):
     """a socket that is disabled stays so: no start of the service, upgrade or boot brings it back, and the documented commands do"""
     unit_with_credential = "[Service]\nType=oneshot\nLoadCredential=key:/run/key-service/credential.sock\nExecStart=test -s %d/key\n"
-    switch_off, switch_on = [
-        example("docs/debian.md", "sh", f"sudo systemctl {command} key-service-metrics.socket") for command in ("disable --now", "enable")
-    ]
+    switch_off = as_root(commands("docs/debian.md", "sudo systemctl disable --now key-service-metrics.socket"))
+    switch_on = as_root(commands("docs/debian.md", "sudo systemctl enable key-service-metrics.socket"))
     others = [unit for unit in SOCKETS if unit != off]
     machine.run(f"set -e\n{switch_off}".replace("key-service-metrics.socket", off))
     machine.write("/run/systemd/system/loads.service", unit_with_credential)
@@ -656,7 +656,7 @@ def test_speaks_tls(machine, figures):
         return int(machine.curl("--cacert", certificate, "-o", "/dev/null", "-w", "%{size_download}", f"https://127.0.0.1:1123{path}"))
 
     make(1)
-    machine.write("/root/example.sh", example("docs/tls.md", "sh", "install "))
+    machine.write("/root/example.sh", commands("docs/tls.md", "install "))
     machine.run("cd /root && sh -e example.sh")
     pid = machine.show("MainPID")
     expect((get("/key/32"), get("/key/1024"), get("/health")), (32, 1024, 2), "lengths over TLS")
@@ -699,7 +699,7 @@ def test_speaks_tls(machine, figures):
 
 def test_gives_units_their_keys(machine, figures):
     """the example of docs/credentials.md works, each unit and start gets a key of its own, and nobody else gets one"""
-    machine.write("/root/example.sh", example("docs/credentials.md", "sh", "cat "))
+    machine.write("/root/example.sh", commands("docs/credentials.md", "cat "))
     lines = machine.run("sh -e /root/example.sh && journalctl --sync && journalctl -u web -o cat").stdout.split()
     # A setting that is appended later is one of the service, not of a table.
     machine.run("echo 'max-size = 2000' >>/etc/key-service/config.toml && systemctl reload key-service")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from support import peers
 from support.conditions import TIMEOUT, until
-from support.daemon import REPOSITORY
 
 SUPPORT = Path(__file__).resolve().parent
 # Root file systems are made once and kept here; each machine boots a copy.
@@ -208,8 +207,6 @@ def upgrade(machine, change=()):
     return done.stdout + done.stderr
 
 
-def example(page, language, begin):
-    """The block of a page that begins so, as a script: the machine's user is root, and has no sudo."""
-    text = (REPOSITORY / page).read_text()
-    [block] = [block for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S) if block.startswith(begin)]
-    return block.replace("sudo ", "")
+def as_root(script):
+    """Commands of a page as they are for a machine whose user is root, and has no sudo."""
+    return script.replace("sudo ", "")

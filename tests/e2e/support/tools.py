@@ -55,6 +55,7 @@ PACKAGES = {
     "systemd-nspawn": "systemd-container",
     "taskset": "util-linux",
     "unshare": "util-linux",
+    "systemd-socket-activate": "systemd",
     "valgrind": "valgrind",
     "wg": "wireguard-tools",
 }
