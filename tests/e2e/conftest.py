@@ -15,6 +15,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run what takes hours, too")
+    parser.addoption("--plot", action="store_true", help="draw docs/dashboard.svg, from a run that is longer for it")
 
 
 def pytest_collection_modifyitems(config, items):

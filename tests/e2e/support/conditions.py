@@ -10,11 +10,11 @@ def expect(found, expected, what):
     assert found == expected, f"{what}: expected {expected!r}, found {found!r}"
 
 
-def until(what, happens, timeout=TIMEOUT):
-    """What `happens` returns once it is true. It is asked again and again; nothing waits by the clock for something to start."""
+def until(what, happens, timeout=TIMEOUT, interval=0.05):
+    """What `happens` returns once it is true. It is asked again after each interval; nothing waits by the clock for something to start."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if result := happens():
             return result
-        time.sleep(0.05)
+        time.sleep(interval)
     raise AssertionError(f"waited {timeout} s in vain for {what}")

@@ -1,10 +1,10 @@
-#!/usr/bin/env python3
 """Does what docs/monitoring.md says under "On hosts", with Debian's Prometheus and Alertmanager as installed, up to the mail.
 
-tests/monitoring/run starts it in namespaces of its own: the ports are the real ones, and so are the paths, but what is
-written to /etc/prometheus and /var/lib/prometheus is gone afterwards. The commands are run as they stand, except those of apt
-and systemctl, which do here what the packages' units and scripts of maintainers do.
+test_monitoring.py starts it by python3 -m support.monitoring.debian, in namespaces of its own: the ports are the real ones, and so are
+the paths, but what is written to /etc/prometheus and /var/lib/prometheus is gone afterwards. The commands are run as they stand,
+except those of apt and systemctl, which do here what the packages' units and scripts of maintainers do.
 """
+
 import contextlib
 import json
 import re
@@ -15,16 +15,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.request
 from pathlib import Path
 
-sys.dont_write_bytecode = True
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
-import peers  # noqa: E402
-from daemon import REPOSITORY, binary, environment  # noqa: E402
+from support import conditions, peers
+from support.daemon import REPOSITORY, binary, environment
 
-PATIENCE = 300  # seconds; a minute of them is the alert's own
+TIMEOUT = 300  # seconds; a minute of them is the alert's own
+INTERVAL = 1  # second; what is asked again and again are programs, whose starts take most of the CPU time here
 GUIDE = REPOSITORY / "docs/monitoring.md"
 ETC = Path("/etc/prometheus")
 WRITTEN = {"configuration": ETC, "defaults": Path("/etc/default/prometheus-alertmanager"), "data": Path("/var/lib/prometheus")}
@@ -67,13 +65,13 @@ def added(block, configuration):
 
 
 def run(command):
-    done = subprocess.run(["sh", "-ec", f'sudo() {{ "$@"; }}\n{command}'], cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(["sh", "-ec", f'sudo() {{ "$@"; }}\n{command}'], cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, f"{command}: status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
 def api(path):
-    with urllib.request.urlopen(f"http://localhost:9090/api/v1/{path}", timeout=PATIENCE) as response:
+    with urllib.request.urlopen(f"http://localhost:9090/api/v1/{path}", timeout=TIMEOUT) as response:
         return json.load(response)["data"]
 
 
@@ -117,7 +115,7 @@ class Host:
         words = [word for word in shlex.split(line) if word != "sudo"]
         match words:
             case ["apt", "install", package]:
-                assert package in PACKAGES, f"expected one of {PACKAGES}, found {package}: .ci/run installs it, too?"
+                assert package in PACKAGES, f"expected one of {PACKAGES}, found {package}: support/tools.py has it, too?"
                 self.start_package(package)
                 if package == "prometheus":  # with Debian's configuration; what is added to it comes by the reload
                     self.until("Prometheus to start", lambda: api("status/runtimeinfo"))
@@ -147,16 +145,17 @@ class Host:
 
     def until(self, what, happens):
         """Waits for what another process brings about, and returns it."""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):  # a server that still starts
-                if found := happens():
-                    return found
+
+        def has_happened():
             for name, process in self.processes.items():
                 assert name not in PACKAGES or process.poll() is None, f"{name} ended with {process.returncode}\n{self.log(name)}"
-            time.sleep(0.2)
-        raise AssertionError(f"waited {PATIENCE} s in vain for {what}" + "".join(
-            f"\n{name}: {self.log(name)[-1000:]}" for name in self.processes))
+            with contextlib.suppress(OSError):  # a server that still starts
+                return happens()
+
+        try:
+            return conditions.until(what, has_happened, TIMEOUT, INTERVAL)
+        except AssertionError as error:
+            raise AssertionError(f"{error}" + "".join(f"\n{name}: {self.log(name)[-1000:]}" for name in self.processes)) from None
 
     def start_package(self, name):
         """ExecStart= of its unit."""
@@ -165,8 +164,15 @@ class Host:
     def start(self, name, *command):
         user = {"user": "prometheus", "group": "prometheus", "extra_groups": []} if self.has_users and name in PACKAGES else {}
         log = self.folder / f"{name}.log"
-        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log.open("a"), stderr=subprocess.STDOUT,
-                                   env=environment(), cwd="/", **user)
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=log.open("a"),
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            cwd="/",
+            **user,
+        )
         self.processes[name] = process
         if name == "key-service":
             self.stack.push(lambda kind, error, trace: process.poll() is None and peers.stop_daemon(process, name, error))
@@ -193,12 +199,15 @@ class Host:
         expected = {"critical": "pager", "warning": "team", "info": "nobody"}
         severities = set(re.findall(r"severity: (\w+)$", alerts, re.M))
         assert severities == set(expected), f"expected {set(expected)}, found {severities}"
-        found = {severity: run(f"amtool config routes test --config.file={ALERTMANAGER} severity={severity}").strip() for severity in expected}
+        found = {
+            severity: run(f"amtool config routes test --config.file={ALERTMANAGER} severity={severity}").strip() for severity in expected
+        }
         assert found == expected, f"expected {expected}, found {found}"
 
 
 class Mail(socketserver.ThreadingTCPServer):
     """A mail server (RFC 5321) that keeps what it gets."""
+
     allow_reuse_address = daemon_threads = True
 
     class Session(socketserver.StreamRequestHandler):

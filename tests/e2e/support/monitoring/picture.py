@@ -1,5 +1,6 @@
 """Draws the dashboard as SVG: each panel in its place, with its queries, units and thresholds. It is no Grafana: a kind of panel that
 Grafana has and this has not is an error, and so are units."""
+
 import re
 from html import escape
 
@@ -19,13 +20,20 @@ def draw(dashboard, prometheus, begun, ended):
         x, y, width, tall = place["x"] * COLUMN, place["y"] * ROW, place["w"] * COLUMN - GAP, place["h"] * ROW - GAP
         height = max(height, y + tall)
         drawing = "".join(KINDS[panel["type"]](panel, width, tall, prometheus, begun, ended))
-        frame = "" if panel["type"] == "row" else f'<rect width="{width}" height="{tall}" rx="3" fill="#fff" stroke="#ddd"/>' + text(
-            8, 16, panel["title"], 'font-weight="bold"')
+        frame = (
+            ""
+            if panel["type"] == "row"
+            else f'<rect width="{width}" height="{tall}" rx="3" fill="#fff" stroke="#ddd"/>'
+            + text(8, 16, panel["title"], 'font-weight="bold"')
+        )
         parts.append(f'<g transform="translate({x} {y})">{frame}{drawing}</g>')
     width = 24 * COLUMN
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-GAP} {-GAP} {width + GAP} {height + 2 * GAP}" font-family="sans-serif" '
-            f'font-size="11" fill="#222">\n<rect x="{-GAP}" y="{-GAP}" width="{width + GAP}" height="{height + 2 * GAP}" fill="#f4f5f5"/>\n'
-            + "\n".join(parts) + "\n</svg>\n")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-GAP} {-GAP} {width + GAP} {height + 2 * GAP}" font-family="sans-serif" '
+        f'font-size="11" fill="#222">\n<rect x="{-GAP}" y="{-GAP}" width="{width + GAP}" height="{height + 2 * GAP}" fill="#f4f5f5"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
 
 
 def row(panel, *_):
@@ -59,8 +67,9 @@ def timeseries(panel, width, tall, prometheus, begun, ended):
     down = lambda value: bottom - (min(value, high) - low) / (high - low) * (bottom - top)  # noqa: E731
     for part in (0, 1) if defaults["unit"] == "bool_yes_no" else (0, 0.5, 1):
         value = low + (high - low) * part
-        yield f'<path d="M{left} {down(value):.0f}H{right}" stroke="#eee"/>' + text(left - 5, down(value) + 4, unit(value, defaults["unit"]),
-                                                                                 'text-anchor="end" fill="#777"')
+        yield f'<path d="M{left} {down(value):.0f}H{right}" stroke="#eee"/>' + text(
+            left - 5, down(value) + 4, unit(value, defaults["unit"]), 'text-anchor="end" fill="#777"'
+        )
     if defaults["custom"]["thresholdsStyle"]["mode"] == "dashed":
         for step in defaults["thresholds"]["steps"]:
             if step["value"] is not None and low <= step["value"] <= high:
@@ -74,8 +83,10 @@ def timeseries(panel, width, tall, prometheus, begun, ended):
 
 def heatmap(panel, width, tall, prometheus, begun, ended):
     """Buckets from the lowest up, each as dark as it is full; those that are always empty are left out."""
-    buckets = sorted(((float(name.replace("+Inf", "inf")), dict(points)) for name, _, points in found(panel, prometheus, begun, ended)),
-                     key=lambda bucket: bucket[0])
+    buckets = sorted(
+        ((float(name.replace("+Inf", "inf")), dict(points)) for name, _, points in found(panel, prometheus, begun, ended)),
+        key=lambda bucket: bucket[0],
+    )
     rows, below = [], {}
     for bound, points in buckets:  # Prometheus' buckets hold those below them, too
         rows.append((bound, {at: value - below.get(at, 0) for at, value in points.items()}))
@@ -90,13 +101,16 @@ def heatmap(panel, width, tall, prometheus, begun, ended):
         for at, value in points.items():
             if value > 1e-9:
                 x, wide = left + (at - begun) / (ended - begun) * (right - left), (right - left) / POINTS
-                yield f'<rect x="{x:.0f}" y="{y:.0f}" width="{wide:.0f}" height="{tile - 1:.0f}" fill="#e0752d" opacity="{(value / most) ** 0.5:.2f}"/>'
+                place = f'x="{x:.0f}" y="{y:.0f}" width="{wide:.0f}" height="{tile - 1:.0f}"'
+                yield f'<rect {place} fill="#e0752d" opacity="{(value / most) ** 0.5:.2f}"/>'
 
 
 def table(panel, width, tall, prometheus, _, ended):
     hidden = panel["transformations"][0]["options"]["excludeByName"]
-    samples = [{name: value for name, value in sample["metric"].items() if name not in hidden}
-               for sample in prometheus(panel["targets"][0]["expr"], ended)]
+    samples = [
+        {name: value for name, value in sample["metric"].items() if name not in hidden}
+        for sample in prometheus(panel["targets"][0]["expr"], ended)
+    ]
     names = sorted({name for sample in samples for name in sample})
     for number, line in enumerate([dict(zip(names, names, strict=True)), *samples]):
         for column, name in enumerate(names):
