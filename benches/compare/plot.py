@@ -1,4 +1,5 @@
 """Draws curves as SVG: both axes logarithmic, a curve a server, named at its right end."""
+
 import math
 from pathlib import Path
 
@@ -17,23 +18,29 @@ def write(path, title, x_title, y_title, curves):
     x_at = scale(xs[0], xs[-1], LEFT, WIDTH - RIGHT)
     y_at = scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-             f'font-size="12" role="img" aria-label="{title}">',
-             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-             f'<text x="{LEFT}" y="22" font-weight="bold">{title}</text>',
-             f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{x_title}</text>',
-             f'<text x="{LEFT - 6}" y="{TOP - 6}" text-anchor="end">{y_title}</text>']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        f'font-size="12" role="img" aria-label="{title}">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="22" font-weight="bold">{title}</text>',
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{x_title}</text>',
+        f'<text x="{LEFT - 6}" y="{TOP - 6}" text-anchor="end">{y_title}</text>',
+    ]
     for x in xs:
-        parts.append(f'<path d="M{x_at(x):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#eee"/>'
-                     f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(x)}</text>')
+        parts.append(
+            f'<path d="M{x_at(x):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#eee"/>'
+            f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(x)}</text>'
+        )
     for exponent in range(round(math.log10(y_low)), round(math.log10(y_high)) + 1):
         for step in (1, 2, 5):
-            y = step * 10 ** exponent
+            y = step * 10**exponent
             if y <= y_high:
-                parts.append(f'<path d="M{LEFT} {y_at(y):.1f}H{WIDTH - RIGHT}" stroke="{"#ccc" if step == 1 else "#eee"}"/>'
-                             f'<text x="{LEFT - 6}" y="{y_at(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+                parts.append(
+                    f'<path d="M{LEFT} {y_at(y):.1f}H{WIDTH - RIGHT}" stroke="{"#ccc" if step == 1 else "#eee"}"/>'
+                    f'<text x="{LEFT - 6}" y="{y_at(y) + 4:.1f}" text-anchor="end">{y:g}</text>'
+                )
     labels = spread({name: y_at(points[-1][1]) for name, points in curves.items()})
-    for (name, points), colour in zip(curves.items(), COLOURS):
+    for (name, points), colour in zip(curves.items(), COLOURS, strict=False):
         width = 3 if name == "key-service" else 1.5
         line = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{width}"/>')

@@ -2,6 +2,7 @@
 
 Listens on the socket it inherits as descriptor 3.
 """
+
 import os
 import socket
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
