@@ -18,7 +18,12 @@ def pytest_addoption(parser):
     parser.addoption("--plot", action="store_true", help="draw docs/dashboard.svg, from a run that is longer for it")
 
 
+# Of these a test or a group takes minutes. They begin first, so that with -n no process is left with one of them at the end.
+SLOWEST = [f"test_{name}.py" for name in ("quick_start", "image", "containers", "package", "system", "operations")]
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
     if not config.getoption("--full"):
         hours = [item for item in items if item.get_closest_marker("hours")]
         items[:] = [item for item in items if item not in hours]

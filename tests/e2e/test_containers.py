@@ -26,6 +26,7 @@ from support.machine import as_root
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # the image is compiled, for two architectures, and once more elsewhere
     pytest.mark.xdist_group("image"),
     pytest.mark.tools("mmdebstrap", "systemd-nspawn", "podman", "openssl"),
 ]

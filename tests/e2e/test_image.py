@@ -19,6 +19,7 @@ from support.images import EPOCH, IMAGES, LABELS, TARGETS, Container, build, cop
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # the image is compiled, for two architectures, and once more elsewhere
     pytest.mark.xdist_group("image"),
     pytest.mark.tools("podman", "buildah", "runc", "mmdebstrap", "qemu-aarch64-static", "nsenter"),
     pytest.mark.usefixtures("image"),

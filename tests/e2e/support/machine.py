@@ -59,8 +59,9 @@ class Machine:
             self.leader = until("the first process", self.first_process)
             self.root = Path(f"/proc/{self.leader}/root")  # as it is seen inside, with what is mounted there
             until("the boot", self.is_up, 3 * TIMEOUT)
-        except BaseException:
+        except BaseException as error:
             peers.kill(self.nspawn, "systemd-nspawn")
+            error.add_note((self.folder / "console").read_text(errors="replace")[-2000:])
             raise
 
     def __enter__(self):
