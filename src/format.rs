@@ -8,7 +8,7 @@ use base64ct::{Base64, Base64UrlUnpadded, Encoding};
 use bytes::Bytes;
 use strum::{IntoStaticStr, VariantArray};
 
-use crate::key::{Key, KeyLength, KeyStream, Wiped};
+use crate::key::{Key, KeyLength, KeyStream, PIECE, Wiped};
 use crate::password::{self, Alphabet, PASSWORD_MAX};
 use crate::random::{CHUNK, Failure, Generator};
 
@@ -96,12 +96,12 @@ impl Format {
         self != Self::Raw
     }
 
-    /// How many bytes of a long key are written at a time: as many as fill a chunk. Base64 takes them by threes.
+    /// How many bytes of a long key are written at a time: as many as fill a piece. Base64 takes them by threes.
     fn piece(self) -> usize {
         match self {
-            Self::Raw | Self::Text => CHUNK,
-            Self::Hex => CHUNK / 2,
-            Self::Base64 | Self::Base64Url | Self::Json | Self::Jwk => CHUNK / 4 * 3,
+            Self::Raw | Self::Text => PIECE,
+            Self::Hex => PIECE / 2,
+            Self::Base64 | Self::Base64Url | Self::Json | Self::Jwk => PIECE / 4 * 3,
         }
     }
 

@@ -15,13 +15,13 @@ from support.machine import ROOTS
 
 REPEATED = 20
 
-# (method, path, calls for one request). A stream takes at least one for each 64 KiB, everything else exactly as many.
+# (method, path, calls for one request). A stream takes at least one for each 32 KiB of its text, everything else exactly as many.
 EXACT = [
     ("GET", "/key/1", 1),
     ("GET", "/key/32", 1),
     ("GET", "/key/128", 1),
     ("GET", "/key/129", 1),
-    ("GET", "/key/65536", 1),
+    ("GET", "/key/32768", 1),
     ("GET", "/key/32?format=hex", 1),
     ("GET", "/key/32?format=jwk", 2),  # the kid is another
     ("GET", "/key/32?format=json&count=50", 50),
@@ -30,7 +30,7 @@ EXACT = [
     ("HEAD", "/key/32", 0),
     ("GET", "/livez", 0),
 ]
-STREAMS = [("GET", "/key/65537", 2), ("GET", "/key/1048576", 16), ("GET", "/key/1048576?format=base64", 16)]
+STREAMS = [("GET", "/key/32769", 2), ("GET", "/key/1048576", 32), ("GET", "/key/1048576?format=base64", 43)]
 
 # The end of a line of strace, where the call was interrupted by another thread's too.
 CALL = re.compile(r", (\d+), (\w+)\) += (-?\d+|\?)")
