@@ -7,6 +7,7 @@ are about. Here are those that need a daemon alone, and the links between docume
 import ast
 import os
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -97,6 +98,11 @@ def test_every_command_is_run_or_has_a_reason(texts, figures):
     assert blocks > 100, f"expected all pages, found {blocks} blocks"
     assert not (faults := problems(texts, {*taken(), *READ_WHOLE}, NOT_RUN)), "\n".join(faults)
     figures(f"{blocks} blocks, {len(NOT_RUN)} of which nothing runs")
+
+
+def test_ci_runs_the_tests_as_the_readme_does():
+    jobs = runpy.run_path(str(REPOSITORY / ".ci/jobs"))["JOBS"]
+    assert jobs["test"][0] == commands("README.md", "cargo test").strip()
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in READ_WHOLE}))
