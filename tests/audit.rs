@@ -134,10 +134,14 @@ fn the_end_of_the_drain_leaves_a_record_of_every_stream() {
         TcpStream::from(socket)
     };
     let mut streams: Vec<_> = (0..STREAMS).map(|_| connect()).collect();
-    for stream in &mut streams {
-        stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
-    }
-    let ids: Vec<_> = streams.iter_mut().map(request_id).collect();
+    // One after the other: they read nothing more, so that before long the oldest are reset for the newest to have buffers.
+    let ids: Vec<_> = streams
+        .iter_mut()
+        .map(|stream| {
+            stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
+            request_id(stream)
+        })
+        .collect();
     daemon.signal("TERM");
     assert_eq!(daemon.wait(), 0);
     let log = daemon.log();

@@ -94,7 +94,8 @@ pub fn run_to_end(mut command: Command) -> Output {
 
 /// As [`run_to_end`], for a command whose standard output is a socket to hand over.
 pub fn run_to_end_keeping_stdout(mut command: Command) -> Output {
-    command.stderr(Stdio::piped());
+    // `just slow` is of the daemon, not of those who ask it.
+    command.stderr(Stdio::piped()).env_remove("SLOW");
     let mut process = Process::spawn(command);
     let (stdout, stderr) = (process.0.stdout.take(), process.0.stderr.take());
     // Nobody else has the other ends: both readers end with the process.

@@ -1,6 +1,7 @@
 /* Preloaded into the daemon by `just slow`: a kernel that is slow to take what is written to a TCP socket, or takes it in bits.
  * SLOW=delay: each write returns 30 ms after it was made, so that its reader is far ahead of the writer.
- * SLOW=short: writes take some of the bytes, or none (EAGAIN), at random from SLOW_SEED. */
+ * SLOW=short: writes take some of the bytes, or none (EAGAIN), at random from SLOW_SEED; but all of what ends in a short TLS
+ * record: the alert that ends a connection is tried once, and has room in the kernel unless the client reads nothing. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -24,17 +25,16 @@ static unsigned dice(unsigned sides) {
     if (!state) state = ((unsigned)strtoul(getenv("SLOW_SEED"), NULL, 10) * 2654435761u ^ (unsigned)gettid()) | 1;
     return (state = state * 1664525u + 1013904223u) / 65536 % sides;
 }
-
 /* Registrations are kept: an EAGAIN that is made up has to be followed by an edge, or nobody would try again (epoll(7)). */
 int epoll_ctl(int epoll, int op, int fd, struct epoll_event *event) {
     if (fd >= 0 && fd < 32768 && op != EPOLL_CTL_DEL) registered[fd].epoll = epoll, registered[fd].event = *event;
     return (int)syscall(SYS_epoll_ctl, epoll, op, fd, event);
 }
-
 ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
     struct msghdr some = *message;
     struct iovec first = some.msg_iovlen ? *some.msg_iov : (struct iovec){0};
-    if (mode(fd) == 's' && first.iov_len > 1) {
+    if (mode(fd) == 's' && first.iov_len > 1
+        && (*(unsigned char *)first.iov_base - 20u > 3 || some.msg_iov[some.msg_iovlen - 1].iov_len >= 64)) {
         if (registered[fd].epoll && !dice(3)) {
             syscall(SYS_epoll_ctl, registered[fd].epoll, EPOLL_CTL_MOD, fd, &registered[fd].event);
             return errno = EAGAIN, -1;
