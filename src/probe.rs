@@ -141,13 +141,11 @@ impl Target {
     fn exchange(&self) -> io::Result<Vec<u8>> {
         match self.authority.strip_prefix("unix:") {
             Some(path) => {
-                let mut stream = UnixStream::connect(path)?;
+                let stream = UnixStream::connect(path)?;
                 stream.set_read_timeout(Some(PATIENCE))?;
                 stream.set_write_timeout(Some(PATIENCE))?;
-                if self.proxies.as_ref().is_some_and(|proxies| proxies.trusted.contains(&Proxy::Unix)) {
-                    stream.write_all(&proxy_protocol::LOCAL)?;
-                }
-                self.converse(stream, "localhost")
+                let trusts = |proxies: &Proxies| proxies.trusted.contains(&Proxy::Unix);
+                self.converse(stream, self.header(trusts), "localhost")
             }
             None => {
                 let mut stream = connect(&self.authority)?;
@@ -155,29 +153,33 @@ impl Target {
                 stream.set_write_timeout(Some(PATIENCE))?;
                 // On this machine, the service sees the address that this end has.
                 let own = Peer::tcp(stream.local_addr()?).origin;
-                if self.proxies.as_ref().is_some_and(|proxies| proxies.trust(own)) {
-                    stream.write_all(&proxy_protocol::LOCAL)?;
-                }
+                let header = self.header(|proxies| proxies.trust(own));
                 match &self.certificate {
-                    None => self.converse(stream, &self.authority),
+                    None => self.converse(stream, header, &self.authority),
                     Some(certificate) => {
+                        stream.write_all(header)?;
                         // The name is sent, and not checked: the certificate itself is.
                         let host = self.authority.rsplit_once(':').map_or("", |(host, _)| host);
                         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
                             .map_err(io::Error::other)?;
                         let client = ClientConnection::new(tls::pinned_client(certificate.clone()), name)
                             .map_err(io::Error::other)?;
-                        self.converse(StreamOwned::new(client, stream), &self.authority)
+                        self.converse(StreamOwned::new(client, stream), &[], &self.authority)
                     }
                 }
             }
         }
     }
 
-    fn converse(&self, mut stream: impl Read + Write, host: &str) -> io::Result<Vec<u8>> {
+    /// The PROXY header to send, if the service `trusts` this end to send one.
+    fn header(&self, trusts: impl FnOnce(&Proxies) -> bool) -> &'static [u8] {
+        if self.proxies.as_ref().is_some_and(trusts) { &proxy_protocol::LOCAL } else { &[] }
+    }
+
+    fn converse(&self, mut stream: impl Read + Write, header: &[u8], host: &str) -> io::Result<Vec<u8>> {
         let request = format!("GET {} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n", self.path);
         // A server may answer and close before it has all of it; an alert of TLS may be followed by a reset, or by nothing.
-        let sent = stream.write_all(request.as_bytes());
+        let sent = stream.write_all(&[header, request.as_bytes()].concat());
         let mut answer = Vec::new();
         let read = stream.take(ANSWER_MAX).read_to_end(&mut answer);
         if is_tls(&answer) || (read.is_ok() && !answer.is_empty()) {
