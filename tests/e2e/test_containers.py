@@ -120,7 +120,7 @@ def test_installs(machine):
         expect((machine.show("ActiveState", unit), machine.show("UnitFileState", unit)), ("active", "enabled"), unit)
     expect(machine.show("ActiveState"), "inactive", "the service before its first connection")
     assert re.fullmatch(r"[0-9a-f]{64}\n", machine.run(INSTALL.splitlines()[-1]).stdout)
-    expect(machine.show("ActiveState"), "active", "the service")
+    until("the service is active", lambda: machine.show("ActiveState") == "active")
     expect(machine.get("/metrics", 8000)[0], 200, "metrics")
     expect(
         machine.show("StatusText"),
