@@ -1,18 +1,14 @@
 """/openapi.json, held to a live daemon by schemathesis (every status, header and body as it is described), and generated clients."""
 
-import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 import urllib.request
-from pathlib import Path
 
 import pytest
-from support import pages
+from support import npm, pages
 from support.conditions import TIMEOUT, expect
 from support.daemon import REPOSITORY, Daemon, binary, environment
 from support.machine import SUPPORT
@@ -23,8 +19,6 @@ CASES_MIN = 500  # of schemathesis, for each bound
 SECONDS = (15, 60, 240)
 
 NPM = ["openapi-typescript@7.13.0", "openapi-fetch@0.17.0", "typescript@5.9.3", "@types/node@20.19.30"]
-VERSION = hashlib.sha256(" ".join(NPM).encode()).hexdigest()[:12]
-PACKAGES = Path(os.environ.get("KEY_SERVICE_CLIENT_TOOLS", "/var/cache/key-service-tools/clients")) / VERSION
 TYPES = ["tsc", "--strict", "--target", "es2022", "--module", "nodenext", "--types", "node"]
 
 
@@ -125,15 +119,7 @@ def daemon(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     """A folder with the packages of npm, which are installed once."""
-    if not PACKAGES.exists():
-        PACKAGES.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=PACKAGES.parent, ignore_cleanup_errors=True) as new:
-            Path(new, "package.json").write_text('{"private": true}\n')
-            options = ["--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-            subprocess.run(["npm", "install", *options, *NPM], cwd=new, check=True)
-            with contextlib.suppress(OSError):  # another worker was first
-                os.rename(new, PACKAGES)
-    (tmp_path / "node_modules").symlink_to(PACKAGES / "node_modules")
+    (tmp_path / "node_modules").symlink_to(packages())
     return tmp_path
 
 
@@ -213,6 +199,10 @@ def test_tokens_are_in_the_clients(folder):
         run(["python3", "tokens.py", daemon.address, token], folder)
 
 
+def packages():
+    return npm.installed("clients", "KEY_SERVICE_CLIENT_TOOLS", NPM)
+
+
 def generate_python(folder, daemon):
     command = ["openapi-python-client", "generate", "--url", f"{daemon.address}/openapi.json", "--meta", "none"]
     printed = run([*command, "--output-path", "key_service"], folder)
@@ -231,6 +221,6 @@ def run(command, folder, given=None):
 
 def attempt(command, folder, given=None, more=None, timeout=2 * TIMEOUT):
     """Runs a command with the packages of npm, and with the client in `folder`."""
-    path = f"{PACKAGES}/node_modules/.bin:{os.environ['PATH']}"
+    path = f"{packages()}/.bin:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **(more or {})}
     return subprocess.run(command, cwd=folder, env=environment, input=given, capture_output=True, text=True, timeout=timeout, check=False)

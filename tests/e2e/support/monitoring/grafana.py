@@ -3,24 +3,19 @@
 They are installed once beside the system, pinned; KEY_SERVICE_GRAFANA_TOOLS says where (default: /var/cache/key-service-tools/grafana).
 """
 
-import contextlib
 import copy
-import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
+from support import npm
 from support.daemon import REPOSITORY
 
 DASHBOARD = REPOSITORY / "helm-chart/files/dashboard.json"
 SCHEMA = Path(__file__).resolve().parent / "schema.mts"
 NPM = ["@grafana/schema@13.2.3", "@grafana/grafana-foundation-sdk@0.0.21", "typescript@5.9.3"]
-VERSION = hashlib.sha256(" ".join(NPM).encode()).hexdigest()[:12]
-PACKAGES = Path(os.environ.get("KEY_SERVICE_GRAFANA_TOOLS", "/var/cache/key-service-tools/grafana")) / VERSION
 TSC_TIMEOUT = 300  # seconds
 WIDTH = 24  # columns of Grafana's grid
 
@@ -75,8 +70,7 @@ def mutant(path, value):
 def compiled(documents, folder):
     """The errors of each dashboard, as the TypeScript compiler finds them; under "" those of what is no dashboard, and its output
     where it has none."""
-    install()
-    (folder / "node_modules").symlink_to(PACKAGES / "node_modules")
+    (folder / "node_modules").symlink_to(npm.installed("grafana", "KEY_SERVICE_GRAFANA_TOOLS", NPM))
     shutil.copy(SCHEMA, folder)
     for name, document in documents.items():
         (folder / f"{name}.mts").write_text(
@@ -120,16 +114,3 @@ def unknown_variables(dashboard):
         for name in re.findall(r"\$\{?(\w+)", json.dumps(dashboard))
         if name not in variables
     ]
-
-
-def install():
-    if PACKAGES.exists():
-        return
-    print(f"installing the packages of npm in {PACKAGES}", flush=True)
-    PACKAGES.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=PACKAGES.parent, ignore_cleanup_errors=True) as new:
-        Path(new, "package.json").write_text('{"private": true}\n')
-        options = ["--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        subprocess.run(["npm", "install", *options, *NPM], cwd=new, check=True)
-        with contextlib.suppress(OSError):  # another process was first
-            os.rename(new, PACKAGES)
