@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from support import pages, peers
+from support.certificates import self_signed
 from support.conditions import TIMEOUT, until
 from support.daemon import REPOSITORY, Daemon
 from support.tools import STREAM_MODULE
@@ -221,23 +222,7 @@ def certificates(folder):
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=TIMEOUT)
 
     for name in ("ca", "other"):
-        openssl(
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-keyout",
-            f"{name}-key.pem",
-            "-out",
-            f"{name}.pem",
-            "-subj",
-            f"/CN=test {name}",
-            "-days",
-            "2",
-        )
+        self_signed(folder / f"{name}-key.pem", folder / f"{name}.pem", f"/CN=test {name}")
     for name, names in (("cert", "DNS:keys.example.org"), ("upstream", "DNS:keys.internal,DNS:localhost")):
         (folder / "extensions").write_text(f"subjectAltName={names}\n")
         key = {"cert": "key.pem"}.get(name, f"{name}-key.pem")
