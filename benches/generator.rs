@@ -10,7 +10,7 @@ use std::time::Duration;
 use aes::Aes256;
 use aes::cipher::{Array, BlockCipherEncrypt, KeyInit};
 use criterion::{BenchmarkId, Criterion, Throughput};
-use key_service::random::{CHUNK, Generator, Kernel, Source};
+use key_service::keys::generator::{CHUNK, Generator, OsRandom, Source};
 use zeroize::Zeroizing;
 
 const SIZES: [(&str, usize); 11] = [
@@ -37,7 +37,7 @@ fn main() {
 }
 
 fn by_size(criterion: &mut Criterion) {
-    let generator = Generator::new(Kernel).expect("this machine's kernel generator works");
+    let generator = Generator::new(OsRandom).expect("this machine's kernel generator works");
     for (use_, size) in SIZES {
         let mut group = criterion.benchmark_group(format!("{size} B, {use_}"));
         group.throughput(Throughput::Bytes(size as u64));
@@ -56,7 +56,7 @@ fn by_size(criterion: &mut Criterion) {
 }
 
 fn kernel(key: &mut [u8]) {
-    let read = Kernel.read(key).expect("this machine's kernel generator works");
+    let read = OsRandom.read(key).expect("this machine's kernel generator works");
     assert_eq!(read, key.len());
 }
 

@@ -20,24 +20,29 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
-use key_service::deadline::Timeouts;
-use key_service::listener::Inherited;
-use key_service::metrics::Metrics;
-use key_service::plain::Unhurried;
-use key_service::random::CHUNK;
-use key_service::server::{Drain, Heartbeats, Slots, Terms, http, serve};
+use key_service::keys::generator::CHUNK;
+use key_service::server::accept::{ConnectionLimit, Drain, Heartbeats, ServerContext, http, serve};
+use key_service::server::fast_path::SlowPathOnly;
+use key_service::server::listener::ActivatedSockets;
+use key_service::server::timeouts::Timeouts;
+use key_service::telemetry::metrics::Metrics;
 
-static PIECE: [u8; CHUNK] = [0; CHUNK];
+static STREAM_CHUNK_SIZE: [u8; CHUNK] = [0; CHUNK];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let inherited = Inherited::take()?;
+    let inherited = ActivatedSockets::take()?;
     let mut heartbeats = Heartbeats::new();
     let listeners = inherited.http.into_iter().map(|listener| (listener, heartbeats.join())).collect();
     let timeouts = Timeouts::new(Duration::from_secs(10), Duration::from_secs(75), Duration::from_secs(15));
-    let terms = Terms::new(Slots::new(10_000, 256), timeouts, Arc::new(Metrics::new()));
+    let terms = ServerContext::new(ConnectionLimit::new(10_000, 256), timeouts, Arc::new(Metrics::new()));
     let drain = Drain::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-    runtime.block_on(serve(listeners, http(|_, _| Unhurried(service_fn(answer))), terms, drain.watch()))?;
+    runtime.block_on(serve(
+        listeners,
+        http(|_, _| SlowPathOnly(service_fn(answer))),
+        terms,
+        drain.watch(),
+    ))?;
     Ok(())
 }
 
@@ -63,7 +68,7 @@ impl Body for Zeros {
         }
         let size = usize::try_from(self.remaining).map_or(CHUNK, |remaining| remaining.min(CHUNK));
         self.remaining -= size as u64;
-        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(&PIECE[..size])))))
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(&STREAM_CHUNK_SIZE[..size])))))
     }
 
     fn is_end_stream(&self) -> bool {

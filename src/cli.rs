@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use crate::access::token::{Date, Name};
 use crate::config::Sources;
-use crate::token::{Date, Name};
 
 /// Hands out cryptographically secure random keys over HTTP.
 ///

@@ -4,15 +4,16 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
+use key_service::access::token::{Grant, Token};
 use key_service::cli::{Cli, Command, TokenAction};
-use key_service::config::{Mistakes, Sources, injected_variables};
-use key_service::listener::Inherited;
-use key_service::logging::Log;
+use key_service::config::watch::WatchedFiles;
+use key_service::config::{ConfigErrors, Sources, injected_variables};
+use key_service::daemon::{RunError, forbid_core_dumps, run};
+use key_service::keys::generator::{Generator, OsRandom};
 use key_service::probe::Target;
-use key_service::random::{Generator, Kernel};
-use key_service::token::{Grant, Token};
-use key_service::watch::WatchedFiles;
-use key_service::{RunError, forbid_core_dumps, reload, run, systemd};
+use key_service::server::listener::ActivatedSockets;
+use key_service::systemd::{notify, reload};
+use key_service::telemetry::log::Log;
 use zeroize::Zeroizing;
 
 /// Could not start or go on.
@@ -39,7 +40,7 @@ fn main() -> ExitCode {
     }
     let mut files = WatchedFiles::default();
     // systemd runs it as the unit: what the unit lacks is a mistake. A shell has none of the unit's credentials.
-    let loaded = if check && !systemd::is_invoker() {
+    let loaded = if check && !notify::is_invoker() {
         sources.check().map(|(config, unchecked)| {
             unchecked.iter().for_each(|notice| eprintln!("key-service: {notice}"));
             config
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(mistakes) => {
             report(&mistakes);
-            systemd::refused(&mistakes.to_string());
+            notify::refused(&mistakes.to_string());
             return EXIT_CONFIG.into();
         }
     };
@@ -59,13 +60,13 @@ fn main() -> ExitCode {
         return print(&config.to_string());
     }
     // Before there are threads, since it changes the environment; judged when there is a log to say it in.
-    let inherited = Inherited::take();
+    let inherited = ActivatedSockets::take();
     let log = match Log::start(config.log_level) {
         Ok(log) => log,
         Err(error) => {
             let error = RunError::Thread("log", error).to_string();
             eprintln!("key-service: {error}");
-            systemd::refused(&error);
+            notify::refused(&error);
             return EXIT_FAILURE.into();
         }
     };
@@ -83,18 +84,18 @@ fn main() -> ExitCode {
     }
     let ended = inherited
         .map_err(Into::into)
-        .and_then(|inherited| run(config, &sources, files, inherited, Kernel, &log));
+        .and_then(|inherited| run(config, &sources, files, inherited, OsRandom, &log));
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
-            systemd::refused(&error.to_string());
+            notify::refused(&error.to_string());
             EXIT_FAILURE.into()
         }
     }
 }
 
-fn report(mistakes: &Mistakes) {
+fn report(mistakes: &ConfigErrors) {
     mistakes.iter().for_each(|mistake| eprintln!("key-service: {mistake}"));
 }
 
@@ -127,7 +128,7 @@ fn health(url: Option<&str>, sources: &Sources) -> ExitCode {
 fn new_token(
     TokenAction::New { name, max_size, rate_requests, rate_bytes, expires }: TokenAction,
 ) -> ExitCode {
-    match Generator::new(Kernel).and_then(|generator| Token::draw(&generator)) {
+    match Generator::new(OsRandom).and_then(|generator| Token::generate(&generator)) {
         Ok(token) => {
             let grant =
                 Grant { max_size, rate_requests, rate_bytes, expires, ..Grant::new(name, token.digest) };

@@ -10,13 +10,13 @@ use std::time::Duration;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConnection, StreamOwned};
 
-use crate::config::Endpoint;
-use crate::forwarded::{Proxies, Proxy};
-use crate::listener::Host;
-use crate::location::Location;
-use crate::peer::Peer;
-use crate::proxy_protocol;
-use crate::tls;
+use crate::access::file_source::FileSource;
+use crate::access::forwarded::{Proxies, Proxy};
+use crate::access::peer::Peer;
+use crate::config::LocalEndpoint;
+use crate::server::listener::Host;
+use crate::server::proxy_protocol;
+use crate::server::tls;
 
 /// How long each step may take: connecting, the request, the answer.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -45,7 +45,7 @@ impl Target {
     ///
     /// # Errors
     /// A sentence, where the service has no place to ask.
-    pub fn local(endpoint: &Endpoint) -> Result<Self, String> {
+    pub fn local(endpoint: &LocalEndpoint) -> Result<Self, String> {
         let is_tls = endpoint.tls && !matches!(endpoint.host, Host::Unix(_));
         let certificate = match (is_tls, endpoint.wants_certificate) {
             (false, _) => Ok(None),
@@ -84,7 +84,7 @@ impl Target {
     ///
     /// # Errors
     /// A sentence, where `url` is none of that.
-    pub fn parse(url: &str, endpoint: Option<&Endpoint>) -> Result<Self, String> {
+    pub fn parse(url: &str, endpoint: Option<&LocalEndpoint>) -> Result<Self, String> {
         let expected = || format!("expected http://host:port/path, found {url:?}");
         let (rest, default_port, certificate) =
             match (url.strip_prefix("http://"), url.strip_prefix("https://")) {
@@ -220,7 +220,7 @@ fn sentence(error: &io::Error) -> String {
 }
 
 /// The certificate that the service has to show.
-fn known_by(certificate: Option<&Location>) -> Result<CertificateDer<'static>, String> {
+fn known_by(certificate: Option<&FileSource>) -> Result<CertificateDer<'static>, String> {
     let expected = || "expected tls-cert in the configuration to know the service by, found none".to_owned();
     tls::leaf(certificate.ok_or_else(expected)?)
 }

@@ -12,16 +12,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::credential::{activated, connect, fetch, fetch_raw, start};
 use common::{Folder, PATIENCE, key_service, run_to_end};
-use key_service::admission::{Admission, Rules as Admitted};
-use key_service::api::Api;
-use key_service::credential::{Outlet, Rules};
-use key_service::deadline::Timeouts;
-use key_service::health::Health;
-use key_service::listener::{Host, Listener, Mode};
-use key_service::metrics::Metrics;
-use key_service::random::{Generator, Kernel, Source};
-use key_service::seal::Sealer;
-use key_service::server::{Drain, Heartbeats, Slots, Terms, serve};
+use key_service::access::authorization::{AccessRules as Admitted, Authorizer};
+use key_service::http::health::Health;
+use key_service::http::service::AppState;
+use key_service::keys::generator::{Generator, OsRandom, Source};
+use key_service::server::accept::{ConnectionLimit, Drain, Heartbeats, ServerContext, serve};
+use key_service::server::listener::{Host, Listener, Mode};
+use key_service::server::timeouts::Timeouts;
+use key_service::systemd::credentials::{CredentialRules, CredentialServer};
+use key_service::telemetry::metrics::Metrics;
 
 #[test]
 fn a_unit_gets_32_bytes_that_nobody_else_gets() {
@@ -210,7 +209,7 @@ impl Source for Breakable {
         if self.0.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(1));
         }
-        Kernel.read(buffer)
+        OsRandom.read(buffer)
     }
 }
 
@@ -220,9 +219,9 @@ fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_k
     let is_broken = Arc::new(AtomicBool::new(false));
     let generator = Arc::new(Generator::new(Breakable(Arc::clone(&is_broken))).unwrap());
     let metrics = Arc::new(Metrics::new());
-    let api = Api {
+    let api = AppState {
         max_size: AtomicU64::new(1024),
-        admission: Admission::new(Admitted::default(), Sealer::new(&generator).unwrap(), 1),
+        authorizer: Authorizer::new(Admitted::default(), 1),
         health: Arc::new(Health::new(Arc::clone(&generator))),
         generator,
         metrics: Arc::clone(&metrics),
@@ -231,13 +230,17 @@ fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_k
     };
     let path = Host::Unix(folder.file("credential.sock"));
     let listener = Listener::bind(&path, 0, Mode::default()).unwrap();
-    let outlet = Arc::new(Outlet::new(Arc::new(api), Rules::default()));
+    let outlet = Arc::new(CredentialServer::new(Arc::new(api), CredentialRules::default()));
     let drain = Drain::new();
     let phase = drain.watch();
     let heartbeat = Heartbeats::new().join();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let terms = Terms::new(Slots::new(8, 8), Timeouts::new(PATIENCE, PATIENCE, PATIENCE), metrics);
+        let terms = ServerContext::new(
+            ConnectionLimit::new(8, 8),
+            Timeouts::new(PATIENCE, PATIENCE, PATIENCE),
+            metrics,
+        );
         runtime.block_on(serve(vec![(listener, heartbeat)], outlet.service(), terms, phase)).unwrap();
     });
     assert_eq!(fetch(&folder, "web.service", "key").len(), 32);

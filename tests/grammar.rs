@@ -1,6 +1,6 @@
 //! The grammar of a length, over texts that nobody thought of.
 
-use key_service::key::{KeyLength, LengthError};
+use key_service::keys::key::{KeyLength, LengthError};
 use proptest::prelude::*;
 
 /// The grammar, written another way than the code has it.

@@ -197,7 +197,7 @@ fn there_is_one_maintainer() {
 fn errors_of_the_generator(flags: &[&str]) -> String {
     let mut command = common::process::rustc();
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["--edition", "2024", "--crate-type", "lib"]);
-    command.args(["--emit", "metadata", "-o", "/dev/null"]).args(flags).arg("src/random.rs");
+    command.args(["--emit", "metadata", "-o", "/dev/null"]).args(flags).arg("src/keys/generator.rs");
     let ended = run_to_end(command);
     assert!(!ended.status.success());
     String::from_utf8(ended.stderr).unwrap()

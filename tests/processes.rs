@@ -96,7 +96,7 @@ fn every_process_is_started_by_the_guard() {
     let guard = root.join("tests/common/process.rs");
     assert!(files.contains(&guard) && files.len() > 50, "{files:?}");
     // The subcommand is no test, and runs systemctl(1).
-    let reload = root.join("src/reload.rs");
+    let reload = root.join("src/systemd/reload.rs");
     for file in files.iter().filter(|file| **file != guard) {
         let mut found = fs::read_to_string(file).unwrap();
         if *file == reload {

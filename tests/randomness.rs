@@ -10,18 +10,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::Daemon;
-use key_service::admission::{Admission, Rules};
-use key_service::api::{Api, Routes, Site};
-use key_service::buffers::{BufferAccount, BufferLimit};
-use key_service::deadline::{Timed, Timeouts, Transport};
-use key_service::health::Health;
-use key_service::idle::IdleConnections;
-use key_service::listener::Stream;
-use key_service::metrics::Metrics;
-use key_service::peer::{Client, Peer};
-use key_service::random::{Failure, Generator, Kernel, Source};
-use key_service::seal::Sealer;
-use key_service::server::{Drain, Seat, connection};
+use key_service::access::authorization::{AccessRules, Authorizer};
+use key_service::access::peer::{Client, Peer};
+use key_service::http::health::Health;
+use key_service::http::service::{AppState, HttpService, Routes};
+use key_service::keys::generator::{Generator, GeneratorError, OsRandom, Source};
+use key_service::server::accept::{ConnectionClass, Drain, connection};
+use key_service::server::buffers::{BufferAccount, BufferLimit};
+use key_service::server::idle::IdleConnections;
+use key_service::server::listener::Stream;
+use key_service::server::timeouts::{TimeoutStream, Timeouts, Transport};
+use key_service::telemetry::metrics::Metrics;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -33,13 +32,13 @@ struct Breakable {
 
 impl Source for Breakable {
     fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.is_broken.load(Ordering::Relaxed) { (self.broken)(buffer) } else { Kernel.read(buffer) }
+        if self.is_broken.load(Ordering::Relaxed) { (self.broken)(buffer) } else { OsRandom.read(buffer) }
     }
 }
 
 /// The daemon's own routes over the daemon's own connection, with a source that can be broken.
 struct Service {
-    site: Site,
+    site: HttpService,
     metrics: Arc<Metrics>,
     is_broken: Arc<AtomicBool>,
 }
@@ -50,17 +49,17 @@ impl Service {
         let source = Breakable { is_broken: Arc::clone(&is_broken), broken };
         let generator = Arc::new(Generator::new(source).unwrap());
         let metrics = Arc::new(Metrics::new());
-        let admission = Admission::new(Rules::default(), Sealer::new(&generator).unwrap(), 64);
-        let api = Api {
+        let authorizer = Authorizer::new(AccessRules::default(), 64);
+        let api = AppState {
             max_size: AtomicU64::new(1 << 20),
             generator: Arc::clone(&generator),
             health: Arc::new(Health::new(generator)),
             metrics: Arc::clone(&metrics),
-            admission,
+            authorizer,
             dropped: Arc::default(),
             has_page: false,
         };
-        Self { site: Site::new(Routes::Both, Arc::new(api)), metrics, is_broken }
+        Self { site: HttpService::new(Routes::Both, Arc::new(api)), metrics, is_broken }
     }
 
     /// One GET on a connection of its own: everything that comes back until its end.
@@ -81,7 +80,7 @@ impl Service {
     {
         let drain = Drain::new();
         let peer = Peer::tcp(([127, 0, 0, 1], 1).into());
-        let session = self.site.clone().serve(Seat::Regular, peer);
+        let session = self.site.clone().serve(ConnectionClass::Normal, peer);
         let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
         let activity = IdleConnections::new().activity();
         let serving = connection(server, session, drain.watch(), &self.metrics, buffers, activity);
@@ -184,7 +183,7 @@ async fn a_source_that_breaks_within_a_long_key_leaves_it_short() {
     // 500,000 bytes are 8 pieces; the source breaks after the first ones.
     static READS: AtomicU64 = AtomicU64::new(0);
     fn late(buffer: &mut [u8]) -> io::Result<usize> {
-        if READS.fetch_add(1, Ordering::Relaxed) < 3 { Kernel.read(buffer) } else { denied(buffer) }
+        if READS.fetch_add(1, Ordering::Relaxed) < 3 { OsRandom.read(buffer) } else { denied(buffer) }
     }
     let broken = || {
         READS.store(0, Ordering::Relaxed);
@@ -196,8 +195,10 @@ async fn a_source_that_breaks_within_a_long_key_leaves_it_short() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let server = Stream::Tcp(listener.accept().await.unwrap().0);
-    let server =
-        Timed::new(server, Arc::new(Timeouts::new(common::PATIENCE, common::PATIENCE, common::PATIENCE)));
+    let server = TimeoutStream::new(
+        server,
+        Arc::new(Timeouts::new(common::PATIENCE, common::PATIENCE, common::PATIENCE)),
+    );
     let (_, end) = broken().get_over(client, server, "/key/500000").await;
     assert_eq!(end.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionReset));
     let service = broken();
@@ -223,7 +224,7 @@ fn health_notices_a_broken_source_before_any_key_is_asked_for() {
     assert!(health.check().is_ok() && health.ready().is_ok());
     is_broken.store(true, Ordering::Relaxed);
     assert!(health.check().is_err() && health.ready().is_err());
-    assert_eq!(generator.failure(), Some(Failure::Unreadable(Some(1))));
+    assert_eq!(generator.failure(), Some(GeneratorError::Unreadable(Some(1))));
 }
 
 #[test]
@@ -232,7 +233,7 @@ fn every_key_takes_fresh_bytes_from_the_source() {
     impl Source for Counted {
         fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
             self.0.fetch_add(buffer.len() as u64, Ordering::Relaxed);
-            Kernel.read(buffer)
+            OsRandom.read(buffer)
         }
     }
     let drawn = Arc::new(AtomicU64::new(0));
@@ -303,7 +304,7 @@ fn served_bytes_look_random() {
 #[test]
 fn biased_bytes_do_not_look_random() {
     let mut good = vec![0; 131_072];
-    Generator::new(Kernel).unwrap().fill(&mut good).unwrap();
+    Generator::new(OsRandom).unwrap().fill(&mut good).unwrap();
     assert!(deviations(&good).iter().all(|deviation| deviation.abs() < LIMIT));
     let broken = |change: fn(usize, u8) -> u8| -> Vec<u8> {
         good.iter().enumerate().map(|(at, byte)| change(at, *byte)).collect()

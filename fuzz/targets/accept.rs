@@ -4,9 +4,9 @@
 #![no_main]
 
 use http::HeaderValue;
-use key_service::format::{COUNT_MAX, Format, Kind};
-use key_service::password::Alphabet;
-use key_service::query::{Unsatisfied, Wish};
+use key_service::http::query::{KeyRequest, ParamError};
+use key_service::keys::encoding::{COUNT_MAX, Format, Kind};
+use key_service::keys::password::Alphabet;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {
@@ -16,7 +16,7 @@ fuzz_target!(|input: &[u8]| {
     let query = (!query.is_empty()).then_some(query);
     let fields: Vec<HeaderValue> = lines.filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
     for kind in [Kind::Key, Kind::Password(Alphabet::default())] {
-        let found = Wish::read(kind, query, &fields);
+        let found = KeyRequest::read(kind, query, &fields);
         match query {
             // With an escape a query is not read by eye; what is had is something that there is.
             Some(query) if query.contains(['%', '+']) => {
@@ -32,36 +32,36 @@ fuzz_target!(|input: &[u8]| {
     }
 });
 
-fn expected(kind: Kind, query: &str, fields: &[HeaderValue]) -> Result<Wish, Unsatisfied> {
+fn expected(kind: Kind, query: &str, fields: &[HeaderValue]) -> Result<KeyRequest, ParamError> {
     let (mut format, mut count, mut drawn) = (None, None, None);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         let is_second = match name {
             "format" => {
                 let known = kind.formats().iter().find(|format| format.name() == value);
-                format.replace(*known.ok_or(Unsatisfied::Format(value.into()))?).is_some()
+                format.replace(*known.ok_or(ParamError::Format(value.into()))?).is_some()
             }
             "count" => {
                 let is_number = value.bytes().all(|byte| byte.is_ascii_digit()) && !value.starts_with('0');
                 let number = value.parse().ok().filter(|number| is_number && *number <= COUNT_MAX);
-                count.replace(number.ok_or(Unsatisfied::Count(value.into()))?).is_some()
+                count.replace(number.ok_or(ParamError::Count(value.into()))?).is_some()
             }
             "alphabet" if kind != Kind::Key => {
                 let known = Alphabet::ALL.into_iter().find(|alphabet| alphabet.name() == value);
-                drawn.replace(Kind::Password(known.ok_or(Unsatisfied::Alphabet(value.into()))?)).is_some()
+                drawn.replace(Kind::Password(known.ok_or(ParamError::Alphabet(value.into()))?)).is_some()
             }
-            _ => return Err(Unsatisfied::Parameter(name.into())),
+            _ => return Err(ParamError::Parameter(name.into())),
         };
         if is_second {
-            return Err(Unsatisfied::Twice(name.into()));
+            return Err(ParamError::Twice(name.into()));
         }
     }
     let is_batch = count.is_some();
     let format = match format {
         Some(format) => format,
-        None => by_fields(kind, fields, is_batch).ok_or(Unsatisfied::Accept(is_batch))?,
+        None => by_fields(kind, fields, is_batch).ok_or(ParamError::Accept(is_batch))?,
     };
-    Ok(Wish { kind: drawn.unwrap_or(kind), format, count })
+    Ok(KeyRequest { kind: drawn.unwrap_or(kind), format, count })
 }
 
 /// The first format of the greatest weight above 0, of what the closest range says of each.

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use key_service::config::{Config, MAX_SIZE_LIMIT, Mistakes, Sources};
+use key_service::config::{Config, ConfigErrors, MAX_SIZE_LIMIT, Sources};
 use libfuzzer_sys::fuzz_target;
 
 /// The settings that have a flag.
@@ -49,7 +49,7 @@ fuzz_target!(|input: &[u8]| {
 });
 
 /// `settings`, not `load`: a certificate that is named is not looked for on this machine.
-fn load(file: &[u8], flags: &[(&'static str, String)]) -> Result<Config, Mistakes> {
+fn load(file: &[u8], flags: &[(&'static str, String)]) -> Result<Config, ConfigErrors> {
     fs::write(&*FILE, file).expect("a temporary file can be written");
     Sources { file: Some(FILE.clone()), flags: flags.to_vec() }.settings()
 }

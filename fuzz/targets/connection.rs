@@ -1,11 +1,11 @@
-//! A client's bytes over the connection as the daemon assembles it: deadlines, seals, HTTP, the real routes. Time is
+//! A client's bytes over the connection as the daemon assembles it: timeouts, HTTP, the real routes. Time is
 //! paused, so a client that waits is cut off at once.
 //!
 //! The first byte of an input is the setup; see [`Setup`]. The rest goes over the wire.
 //!
 //! It must hold that nothing panics or hangs; that what comes back is a sequence of complete messages, one for each
 //! request that reached the service and at most one refusal at the end, each below 500 and never to be kept; that a key
-//! has the length its path asks for; that no token's text reaches the service or the client; and that the short way of
+//! has the length its path asks for; and that the short way of
 //! plain requests answers as hyper does.
 
 #![no_main]
@@ -21,23 +21,22 @@ use std::time::Duration;
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::service::Service;
-use key_service::admission::{Admission, Rules};
-use key_service::api::{Answering, Api, Routes, Session, Site};
-use key_service::body::Body;
-use key_service::buffers::{BufferAccount, BufferLimit};
-use key_service::deadline::{Timed, Timeouts};
-use key_service::format::{Format, Kind};
-use key_service::forwarded::Proxies;
-use key_service::health::Health;
-use key_service::idle::IdleConnections;
-use key_service::metrics::Metrics;
-use key_service::peer::{Client, Peer};
-use key_service::plain::{Answers, AnswersPlain, Outcome, PlainRequest};
-use key_service::random::{Generator, Kernel};
-use key_service::rate::Rates;
-use key_service::seal::{Sealed, Sealer};
-use key_service::server::{Drain, Seat, connection};
-use key_service::token::{Grant, LENGTH, PREFIX};
+use key_service::access::authorization::{AccessRules, Authorizer};
+use key_service::access::forwarded::Proxies;
+use key_service::access::peer::{Client, Peer};
+use key_service::access::rate_limit::Rates;
+use key_service::access::token::Grant;
+use key_service::http::body::Body;
+use key_service::http::health::Health;
+use key_service::http::service::{AppState, ConnectionService, HttpService, ResponseFuture, Routes};
+use key_service::keys::encoding::{Format, Kind};
+use key_service::keys::generator::{Generator, OsRandom};
+use key_service::server::accept::{ConnectionClass, Drain, connection};
+use key_service::server::buffers::{BufferAccount, BufferLimit};
+use key_service::server::fast_path::{FastPath, FastRequest, Outcome, ResponseBuffer};
+use key_service::server::idle::IdleConnections;
+use key_service::server::timeouts::{TimeoutStream, Timeouts};
+use key_service::telemetry::metrics::Metrics;
 use libfuzzer_sys::fuzz_target;
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex, split};
@@ -51,7 +50,7 @@ const MAX_SIZE: u64 = 70_000;
 const TOKEN: &str = "ks_00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
 static GENERATOR: LazyLock<Arc<Generator>> =
-    LazyLock::new(|| Arc::new(Generator::new(Kernel).expect("the kernel has random bytes")));
+    LazyLock::new(|| Arc::new(Generator::new(OsRandom).expect("the kernel has random bytes")));
 static METRICS: LazyLock<Arc<Metrics>> = LazyLock::new(|| Arc::new(Metrics::new()));
 
 /// What an input says about everything but its bytes on the wire.
@@ -94,26 +93,17 @@ fuzz_target!(|input: &[u8]| {
     if !(setup.has_rates || setup.has_audit || setup.has_metrics) {
         assert_eq!(heads, heads_by_hyper, "the short way (left) and hyper differ");
     }
-    if setup.has_tokens {
-        for token in tokens(wire) {
-            assert!(!contains(&answers, token), "a token came back");
-            let seen = requests.iter().flat_map(|request| &request.texts);
-            assert!(seen.into_iter().all(|text| !contains(text, token)), "a token reached the service");
-        }
-    }
 });
 
 /// A request as it reached the service.
 struct Asked {
     method: Method,
     path: String,
-    /// Its target and the values of its fields.
-    texts: Vec<Vec<u8>>,
 }
 
 /// The service, and a list of what was asked of it.
 struct Recorder {
-    session: Session,
+    session: ConnectionService,
     has_short_way: bool,
     requests: Rc<RefCell<Vec<Asked>>>,
 }
@@ -121,26 +111,24 @@ struct Recorder {
 impl Service<Request<Incoming>> for Recorder {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = Answering;
+    type Future = ResponseFuture;
 
-    fn call(&self, request: Request<Incoming>) -> Answering {
-        let fields = request.headers().values().map(|value| value.as_bytes().to_vec());
-        let texts = fields.chain([request.uri().to_string().into_bytes()]).collect();
+    fn call(&self, request: Request<Incoming>) -> ResponseFuture {
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-        self.requests.borrow_mut().push(Asked { method, path, texts });
+        self.requests.borrow_mut().push(Asked { method, path });
         self.session.call(request)
     }
 }
 
-impl AnswersPlain for Recorder {
-    fn answer_plain(&self, request: &PlainRequest<'_>, answers: &mut Answers<'_>) -> Outcome {
+impl FastPath for Recorder {
+    fn respond_fast(&self, request: &FastRequest<'_>, answers: &mut ResponseBuffer<'_>) -> Outcome {
         if !self.has_short_way {
-            return Outcome::Declined;
+            return FastOutcome::NotHandled;
         }
-        let outcome = self.session.answer_plain(request, answers);
-        if outcome == Outcome::Answered {
+        let outcome = self.session.respond_fast(request, answers);
+        if outcome == FastOutcome::Written {
             let path = format!("/key/{}", request.length);
-            self.requests.borrow_mut().push(Asked { method: Method::GET, path, texts: Vec::new() });
+            self.requests.borrow_mut().push(Asked { method: Method::GET, path });
         }
         outcome
     }
@@ -151,33 +139,32 @@ async fn exchange(setup: &Setup, wire: &[u8], has_short_way: bool) -> (Vec<Asked
     let generator = Arc::clone(&GENERATOR);
     let number = |number| NonZeroU64::new(number).filter(|_| setup.has_rates);
     let grant = || Grant::new("fuzz".parse().expect("a name"), Sha256::digest(TOKEN).into());
-    let rules = Rules {
+    let rules = AccessRules {
         tokens: setup.has_tokens.then(|| [grant()].into()),
         trusts_unix: false,
         rates: Rates { requests: number(2), bytes: number(40_000), burst: 2 },
         proxies: Proxies { trusted: vec!["10.0.0.0/8".parse().expect("a network")], ..Proxies::default() },
         audit: setup.has_audit,
     };
-    let sealer = Sealer::new(&generator).expect("the generator works");
-    let api = Arc::new(Api {
+    let api = Arc::new(AppState {
         max_size: AtomicU64::new(MAX_SIZE),
         generator: Arc::clone(&generator),
         health: Arc::new(Health::new(generator)),
         metrics: Arc::clone(&METRICS),
-        admission: Admission::new(rules, sealer, 64),
+        authorizer: Authorizer::new(rules, 64),
         dropped: Arc::default(),
         has_page: true,
     });
-    let sealer = api.admission.sealer();
     let routes = if setup.has_metrics { Routes::Both } else { Routes::Client };
-    let session = Site::new(routes, api).serve(Seat::Regular, Peer::tcp(([10, 0, 0, 1], 1).into()));
+    let session =
+        HttpService::new(routes, api).serve(ConnectionClass::Normal, Peer::tcp(([10, 0, 0, 1], 1).into()));
     let requests = Rc::new(RefCell::new(Vec::new()));
     let recorder = Recorder { session, has_short_way, requests: Rc::clone(&requests) };
 
     let (ours, theirs) = duplex(1 << 14);
     let seconds = Duration::from_secs;
     let timeouts = Arc::new(Timeouts::new(seconds(10), seconds(20), seconds(15)));
-    let ours = Sealed::new(Timed::new(ours, timeouts), Some(sealer));
+    let ours = TimeoutStream::new(ours, timeouts);
     let drain = Drain::new();
     let (mut incoming, mut outgoing) = split(theirs);
     let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
@@ -282,16 +269,4 @@ fn status(line: &str) -> u16 {
     let (version, rest) = rest.split_once(' ').expect("a status follows the version");
     assert!(matches!(version, "0" | "1"), "{version}");
     rest.split(' ').next().expect("there is a first word").parse().expect("a status is a number")
-}
-
-/// Every token in `wire`.
-fn tokens(wire: &[u8]) -> impl Iterator<Item = &[u8]> {
-    wire.windows(LENGTH).filter(|text| {
-        let (prefix, digits) = text.split_at(PREFIX.len());
-        prefix == PREFIX.as_bytes() && digits.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-    })
-}
-
-fn contains(text: &[u8], part: &[u8]) -> bool {
-    text.windows(part.len()).any(|window| window == part)
 }

@@ -10,8 +10,8 @@
 use std::net::IpAddr;
 
 use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue};
-use key_service::forwarded::{Field, Proxies, Proxy};
-use key_service::peer::Origin;
+use key_service::access::forwarded::{ForwardedHeader, Proxies, Proxy};
+use key_service::access::peer::Origin;
 use libfuzzer_sys::fuzz_target;
 
 /// The true client, as each of the ways of writing has it.
@@ -22,7 +22,7 @@ const BETWEEN: [&str; 2] = ["10.1.1.1", "2001:db8:1::9"];
 
 fuzz_target!(|input: &[u8]| {
     let [setup, made_up @ ..] = input else { return };
-    let field = if setup & 1 == 0 { Field::XForwardedFor } else { Field::Forwarded };
+    let field = if setup & 1 == 0 { ForwardedHeader::XForwardedFor } else { ForwardedHeader::Forwarded };
     let proxies = Proxies { trusted: trusted(), field };
     let made_up: Vec<HeaderValue> =
         made_up.split(|byte| *byte == b'\n').filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
@@ -36,7 +36,7 @@ fuzz_target!(|input: &[u8]| {
     if let Some(found) = found {
         assert!(made_up.iter().any(|value| names(value, found)), "{found} is in none of {made_up:?}");
     }
-    if field == Field::XForwardedFor {
+    if field == ForwardedHeader::XForwardedFor {
         assert_eq!(found, rightmost(&made_up), "{made_up:?}");
     }
 
@@ -46,7 +46,7 @@ fuzz_target!(|input: &[u8]| {
     let hops = usize::from(setup >> 3 & 15) % (BETWEEN.len() + 1);
     let mut chain: Vec<Vec<u8>> =
         [client].iter().chain(&BETWEEN[..hops]).map(|hop| written(field, hop).into_bytes()).collect();
-    if let (Field::Forwarded, true, Some(host)) = (field, setup & 128 != 0, made_up.last()) {
+    if let (ForwardedHeader::Forwarded, true, Some(host)) = (field, setup & 128 != 0, made_up.last()) {
         // RFC 7239 section 5.3: the Host of the request, quoted (RFC 9110 section 5.6.4) since it may have a colon.
         chain[0].extend(b";host=\"");
         for byte in host.as_bytes() {
@@ -80,10 +80,10 @@ fn is_trusted(ip: IpAddr) -> bool {
     }
 }
 
-fn fields(field: Field, values: &[HeaderValue]) -> HeaderMap {
+fn fields(field: ForwardedHeader, values: &[HeaderValue]) -> HeaderMap {
     let name = match field {
-        Field::XForwardedFor => HeaderName::from_static("x-forwarded-for"),
-        Field::Forwarded => FORWARDED,
+        ForwardedHeader::XForwardedFor => HeaderName::from_static("x-forwarded-for"),
+        ForwardedHeader::Forwarded => FORWARDED,
     };
     values.iter().map(|value| (name.clone(), value.clone())).collect::<Vec<_>>().into_iter().fold(
         HeaderMap::new(),
@@ -95,14 +95,14 @@ fn fields(field: Field, values: &[HeaderValue]) -> HeaderMap {
 }
 
 /// An address as a proxy writes it into the field.
-fn written(field: Field, hop: &str) -> String {
+fn written(field: ForwardedHeader, hop: &str) -> String {
     match field {
-        Field::XForwardedFor => hop.to_owned(),
-        Field::Forwarded if hop.contains(':') && !hop.contains(['[', '.']) => {
+        ForwardedHeader::XForwardedFor => hop.to_owned(),
+        ForwardedHeader::Forwarded if hop.contains(':') && !hop.contains(['[', '.']) => {
             format!("for=\"[{hop}]\";proto=https")
         }
-        Field::Forwarded if hop.contains(':') => format!("proto=https;For=\"{hop}\""),
-        Field::Forwarded => format!("for={hop}"),
+        ForwardedHeader::Forwarded if hop.contains(':') => format!("proto=https;For=\"{hop}\""),
+        ForwardedHeader::Forwarded => format!("for={hop}"),
     }
 }
 

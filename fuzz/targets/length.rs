@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use key_service::key::{KeyLength, LengthError};
+use key_service::keys::key::{KeyLength, LengthError};
 use libfuzzer_sys::fuzz_target;
 
 const LIMITS: [u64; 6] = [1, 9, 1024, 65_536, 1 << 30, u64::MAX];

@@ -8,7 +8,7 @@
 
 use std::net::IpAddr;
 
-use key_service::proxy_protocol::{Header, HeaderError};
+use key_service::server::proxy_protocol::{Header, HeaderError};
 use libfuzzer_sys::fuzz_target;
 
 const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";

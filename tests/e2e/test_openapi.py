@@ -101,7 +101,7 @@ def schemathesis(daemon, seconds, document, *options):
 
 def batch_max():
     """The bound of a batch, as the source has it."""
-    source = (REPOSITORY / "src/random.rs").read_text()
+    source = (REPOSITORY / "src/keys/generator.rs").read_text()
     factors = re.search(r"pub const CHUNK: usize = ([0-9]+) \* ([0-9]+);", source).groups()
     return int(factors[0]) * int(factors[1])
 

@@ -1,0 +1,450 @@
+//! The one place that makes random bytes, with its self tests and its failure latch.
+//!
+//! Small keys are the kernel's own bytes (getrandom(2)); larger ones are AES-256-CTR key stream (NIST SP 800-38A) under a
+//! key of 32 kernel bytes that is used for one chunk and wiped. Nothing is pooled and no generator state outlives a call,
+//! so neither a fork nor a restored snapshot of a virtual machine can repeat a key. Expanded bytes have 256-bit
+//! computational security, as the kernel's own generator has; that blocks of one chunk never repeat, as some of truly
+//! random bytes would, tells the 4,096 blocks of a chunk from those with a probability below 2⁻¹⁰⁴.
+//!
+//! The tests here catch a source that is broken altogether: unreadable, constant, or repeating. They say nothing about
+//! entropy and claim no conformance to SP 800-90B, AIS 31 or FIPS 140.
+
+use std::fmt;
+use std::io;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use aes::Aes256;
+use aes::cipher::{Array, BlockCipherEncrypt, KeyInit};
+use rand::TryRng;
+use rand::rngs::SysRng;
+use sha2::{Digest, Sha256};
+use siphasher::sip::SipHasher13;
+use zeroize::{Zeroize, Zeroizing};
+
+// RUSTFLAGS replaces the flags of .cargo/config.toml, and the crate takes `custom` or `linux_getrandom` before `linux_raw`.
+#[cfg(not(any(doc, getrandom_backend = "linux_raw")))]
+compile_error!(
+    "keys would come from /dev/urandom or from a pool in the C library: build with the flags of .cargo/config.toml, \
+     or add --cfg=getrandom_backend=\"linux_raw\" to RUSTFLAGS"
+);
+#[cfg(any(getrandom_backend = "custom", getrandom_backend = "linux_getrandom"))]
+compile_error!(
+    "keys would not come from the kernel: remove every --cfg=getrandom_backend but \"linux_raw\" from RUSTFLAGS"
+);
+
+/// A larger request is made of chunks of at most this many bytes, each under a kernel seed of its own.
+pub const CHUNK: usize = 64 * 1024;
+
+/// Up to this many bytes a key is read from the kernel as it is; above it, expanded from a kernel seed.
+/// The two cost about the same there, by `cargo bench --bench generator`.
+pub const DIRECT_MAX: usize = 128;
+
+/// Bytes of a seed, and of the block that each test looks at.
+const SEED: usize = 32;
+
+/// Bytes of a block of AES.
+const BLOCK: usize = 16;
+
+/// How many of them are made at a time: 8 KiB stay in the first-level cache between counting and encrypting.
+const CACHED: usize = 512;
+
+/// How many recent blocks the repetition test remembers. A draw from a healthy source repeats one of them by chance
+/// with a probability of 2⁻⁵⁴.
+const FINGERPRINTS: usize = 1024;
+
+/// Where the bytes come from. Tests put a broken one here; the daemon has [`OsRandom`].
+pub trait Source: Send + Sync + 'static {
+    /// Writes random bytes from the start of `buffer` on and returns how many; like getrandom(2) it may write fewer
+    /// than asked for.
+    ///
+    /// # Errors
+    /// When the source can't be read. `Interrupted` means: ask again.
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize>;
+}
+
+/// getrandom(2), through `rand`'s `SysRng`: a system call for each read, which blocks until the kernel's generator is
+/// initialised, without a fallback.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OsRandom;
+
+impl Source for OsRandom {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match SysRng.try_fill_bytes(buffer) {
+            Ok(()) => Ok(buffer.len()),
+            Err(error) => Err(error
+                .raw_os_error()
+                .map_or_else(|| io::Error::other(error), io::Error::from_raw_os_error)),
+        }
+    }
+}
+
+/// Why the generator is out of service. It never recovers by itself: only a new start tests it afresh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum GeneratorError {
+    /// The source answered with an error (its errno, where it had one).
+    #[error(
+        "the random source can't be read{}",
+        .0.map_or_else(String::new, |errno| format!(": {}", io::Error::from_raw_os_error(errno)))
+    )]
+    Unreadable(Option<i32>),
+    /// The source had no more bytes.
+    #[error("the random source gave fewer bytes than asked for")]
+    Exhausted,
+    /// A block of 32 bytes was one word four times over.
+    #[error("the random source gave a constant block")]
+    Constant,
+    /// A block of 32 bytes came a second time.
+    #[error("the random source repeated a block")]
+    Repeated,
+    /// AES-256-CTR did not give the key stream that SP 800-38A prints, or that OpenSSL makes.
+    #[error("AES-256-CTR failed its known-answer test")]
+    WrongCipher,
+}
+
+/// Makes random bytes, or says that it can't. Shared by every worker; no call waits for another.
+pub struct Generator {
+    source: Box<dyn Source>,
+    failure: OnceLock<GeneratorError>,
+    reported: AtomicBool,
+    /// Keyed 64-bit fingerprints of recent blocks, under a key that only this process has had; 0 is an empty slot.
+    fingerprints: SipHasher13,
+    recent: Box<[AtomicU64]>,
+}
+
+impl fmt::Debug for Generator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Generator").field("failure", &self.failure.get()).finish_non_exhaustive()
+    }
+}
+
+impl Generator {
+    /// Tests the cipher and the source, and returns a generator that has passed.
+    ///
+    /// # Errors
+    /// What was found wrong; nothing must be served then.
+    pub fn new(source: impl Source) -> Result<Self, GeneratorError> {
+        let mut probe = Zeroizing::new([0; SEED]);
+        read_full(&source, &mut probe[..])?;
+        let mut key = Zeroizing::new([0; 16]);
+        read_full(&source, &mut key[..])?;
+        let generator = Self {
+            source: Box::new(source),
+            failure: OnceLock::new(),
+            reported: AtomicBool::new(false),
+            fingerprints: SipHasher13::new_with_key(&key),
+            recent: (0..FINGERPRINTS).map(|_| AtomicU64::new(0)).collect(),
+        };
+        known_answer(key_stream)?;
+        generator.test(&probe)?;
+        for _ in 0..64 {
+            generator.check()?;
+        }
+        Ok(generator)
+    }
+
+    /// Fills `key` with random bytes. On failure `key` is wiped: no partly filled key is ever returned.
+    ///
+    /// # Errors
+    /// The failure that took the generator out of service, now or earlier.
+    pub fn fill(&self, key: &mut [u8]) -> Result<(), GeneratorError> {
+        if let Some(failure) = self.failure() {
+            return Err(failure);
+        }
+        let generated = if key.len() > DIRECT_MAX {
+            key.chunks_mut(CHUNK).try_for_each(|chunk| self.expand(chunk))
+        } else if key.len() >= SEED {
+            self.generate(key)
+        } else {
+            // A shorter key is cut from a whole block: the tests need one, and it costs the same.
+            let mut block = Zeroizing::new([0; SEED]);
+            self.generate(&mut block[..]).map(|()| key.copy_from_slice(&block[..key.len()]))
+        };
+        generated.map_err(|failure| {
+            key.zeroize();
+            *self.failure.get_or_init(|| failure)
+        })
+    }
+
+    /// Draws a block, tests it and throws it away: the generator works now, or it does not.
+    ///
+    /// # Errors
+    /// As [`Generator::fill`].
+    pub fn check(&self) -> Result<(), GeneratorError> {
+        self.fill(&mut Zeroizing::new([0; SEED])[..])
+    }
+
+    /// The failure that took the generator out of service; `None` while it is in service.
+    pub fn failure(&self) -> Option<GeneratorError> {
+        self.failure.get().copied()
+    }
+
+    /// The failure, once: for the one critical line in the log.
+    pub fn take_report(&self) -> Option<GeneratorError> {
+        let failure = self.failure()?;
+        (!self.reported.swap(true, Ordering::Relaxed)).then_some(failure)
+    }
+
+    fn expand(&self, chunk: &mut [u8]) -> Result<(), GeneratorError> {
+        let mut seed = Zeroizing::new([0; SEED]);
+        self.generate(&mut seed[..])?;
+        // The key is used for this chunk only, so the first counter may be constant.
+        key_stream(&seed, 0, chunk);
+        scrub_stack();
+        Ok(())
+    }
+
+    fn generate(&self, buffer: &mut [u8]) -> Result<(), GeneratorError> {
+        read_full(&*self.source, buffer)?;
+        let block = buffer.first_chunk().expect("callers draw at least a whole block");
+        self.test(block)
+    }
+
+    fn test(&self, block: &[u8; SEED]) -> Result<(), GeneratorError> {
+        let (words, _) = block.as_chunks::<8>();
+        if words.iter().all(|word| word == &words[0]) {
+            return Err(GeneratorError::Constant);
+        }
+        let fingerprint = self.fingerprints.hash(block).max(1);
+        let slot = usize::try_from(fingerprint % FINGERPRINTS as u64).expect("below REMEMBERED");
+        if self.recent[slot].swap(fingerprint, Ordering::Relaxed) == fingerprint {
+            return Err(GeneratorError::Repeated);
+        }
+        Ok(())
+    }
+}
+
+fn read_full(source: &dyn Source, mut buffer: &mut [u8]) -> Result<(), GeneratorError> {
+    while !buffer.is_empty() {
+        match source.read(buffer) {
+            Ok(0) => return Err(GeneratorError::Exhausted),
+            Ok(read) => buffer = buffer.get_mut(read..).ok_or(GeneratorError::Exhausted)?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(GeneratorError::Unreadable(error.raw_os_error())),
+        }
+    }
+    Ok(())
+}
+
+/// How far below a frame the cipher may leave its last blocks: without optimisation its frames take tens of KiB.
+const STACK_SCRUB: usize = if cfg!(debug_assertions) { 64 } else { 16 } * 1024;
+
+/// Overwrites the stack below the caller's frame, where the cipher may have spilled them; `tests/memory.rs` finds what
+/// is left.
+#[inline(never)]
+fn scrub_stack() {
+    std::hint::black_box(&mut [0_u8; STACK_SCRUB]);
+}
+
+/// Overwrites `bytes` with AES-256-CTR key stream: counters, encrypted where they stand. The key schedule is wiped.
+fn key_stream(key: &[u8; SEED], first: u128, bytes: &mut [u8]) {
+    let (blocks, tail) = bytes.as_chunks_mut::<BLOCK>();
+    let mut counter = first;
+    let cipher = Aes256::new(key.into());
+    for blocks in blocks.chunks_mut(CACHED) {
+        for block in &mut *blocks {
+            *block = counter.to_be_bytes();
+            counter = counter.wrapping_add(1);
+        }
+        cipher.encrypt_blocks(Array::cast_slice_from_core_mut(blocks));
+    }
+    if !tail.is_empty() {
+        let mut last = Zeroizing::new(counter.to_be_bytes());
+        cipher.encrypt_block((&mut *last).into());
+        tail.copy_from_slice(&last[..tail.len()]);
+    }
+}
+
+/// Blocks of the long known answer. The cipher takes 64 at a time with AVX-512, 30 with VAES, 8 with AES-NI or on ARM, 4
+/// without any of them, and what is left one by one: [`CACHED`] blocks and then 95 are whole batches and remainders of each.
+const KNOWN_BLOCKS: usize = CACHED + 95;
+
+/// And some bytes of one more block.
+const KNOWN: usize = KNOWN_BLOCKS * BLOCK + 7;
+
+/// Compares `key_stream` with known answers, of as many blocks as each kernel needs that the CPU may select. It takes 10 µs,
+/// and 0.12 ms where the CPU has no instructions for AES.
+fn known_answer(key_stream: impl Fn(&[u8; SEED], u128, &mut [u8])) -> Result<(), GeneratorError> {
+    // SP 800-38A section F.5.5: key, first counter, plaintext and ciphertext.
+    let key = [
+        0x60, 0x3d, 0xeb, 0x10, 0x15, 0xca, 0x71, 0xbe, 0x2b, 0x73, 0xae, 0xf0, 0x85, 0x7d, 0x77, 0x81, 0x1f,
+        0x35, 0x2c, 0x07, 0x3b, 0x61, 0x08, 0xd7, 0x2d, 0x98, 0x10, 0xa3, 0x09, 0x14, 0xdf, 0xf4,
+    ];
+    let first = 0xf0f1_f2f3_f4f5_f6f7_f8f9_fafb_fcfd_feff;
+    let plaintext = [
+        0x6b, 0xc1, 0xbe, 0xe2, 0x2e, 0x40, 0x9f, 0x96, 0xe9, 0x3d, 0x7e, 0x11, 0x73, 0x93, 0x17, 0x2a, 0xae,
+        0x2d, 0x8a, 0x57, 0x1e, 0x03, 0xac, 0x9c, 0x9e, 0xb7, 0x6f, 0xac, 0x45, 0xaf, 0x8e, 0x51, 0x30, 0xc8,
+        0x1c, 0x46, 0xa3, 0x5c, 0xe4, 0x11, 0xe5, 0xfb, 0xc1, 0x19, 0x1a, 0x0a, 0x52, 0xef, 0xf6, 0x9f, 0x24,
+        0x45, 0xdf, 0x4f, 0x9b, 0x17, 0xad, 0x2b, 0x41, 0x7b, 0xe6, 0x6c, 0x37, 0x10,
+    ];
+    let ciphertext = [
+        0x60, 0x1e, 0xc3, 0x13, 0x77, 0x57, 0x89, 0xa5, 0xb7, 0xa7, 0xf5, 0x04, 0xbb, 0xf3, 0xd2, 0x28, 0xf4,
+        0x43, 0xe3, 0xca, 0x4d, 0x62, 0xb5, 0x9a, 0xca, 0x84, 0xe9, 0x90, 0xca, 0xca, 0xf5, 0xc5, 0x2b, 0x09,
+        0x30, 0xda, 0xa2, 0x3d, 0xe9, 0x4c, 0xe8, 0x70, 0x17, 0xba, 0x2d, 0x84, 0x98, 0x8d, 0xdf, 0xc9, 0xc5,
+        0x8d, 0xb6, 0x7a, 0xad, 0xa6, 0x13, 0xc2, 0xdd, 0x08, 0x45, 0x79, 0x41, 0xa6,
+    ];
+    // One byte short of its four blocks, so that the way of whole blocks and that of the last one are both taken.
+    let mut text = [0xff; 63];
+    key_stream(&key, first, &mut text);
+    text.iter_mut().zip(plaintext).for_each(|(byte, plain)| *byte ^= plain);
+    // The same key and counter by another implementation, where KNOWN is 9719 (607 blocks and 7 bytes):
+    //   head -c 9719 /dev/zero | openssl enc -aes-256-ctr -nosalt \
+    //     -K 603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4 \
+    //     -iv f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff | sha256sum
+    let digest = [
+        0x1b, 0xb1, 0x03, 0x1e, 0x55, 0x6f, 0x8f, 0xcd, 0x1d, 0xfe, 0x03, 0x39, 0xda, 0x66, 0x57, 0x94, 0x74,
+        0xa9, 0xb5, 0xf9, 0x01, 0xfa, 0x26, 0x0c, 0x40, 0x08, 0xdf, 0x31, 0xfe, 0xb0, 0x5c, 0x4d,
+    ];
+    let mut stream = [0; KNOWN];
+    key_stream(&key, first, &mut stream);
+    if text == ciphertext[..63] && Sha256::digest(stream)[..] == digest {
+        Ok(())
+    } else {
+        Err(GeneratorError::WrongCipher)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    /// A source that gives the kernel's bytes until `breaks_at`, then what `broken` makes.
+    struct Breaks<F> {
+        reads: AtomicUsize,
+        breaks_at: usize,
+        broken: F,
+    }
+
+    impl<F: Fn(&mut [u8]) -> io::Result<usize> + Send + Sync + 'static> Source for Breaks<F> {
+        fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+            if self.reads.fetch_add(1, Ordering::Relaxed) < self.breaks_at {
+                OsRandom.read(buffer)
+            } else {
+                (self.broken)(buffer)
+            }
+        }
+    }
+
+    fn breaks(
+        breaks_at: usize,
+        broken: impl Fn(&mut [u8]) -> io::Result<usize> + Send + Sync + 'static,
+    ) -> impl Source {
+        Breaks { reads: AtomicUsize::new(0), breaks_at, broken }
+    }
+
+    fn stuck(buffer: &mut [u8]) -> io::Result<usize> {
+        for (i, byte) in buffer.iter_mut().enumerate() {
+            *byte = u8::try_from(i % 251).unwrap();
+        }
+        Ok(buffer.len())
+    }
+
+    fn zero(buffer: &mut [u8]) -> io::Result<usize> {
+        buffer.fill(0);
+        Ok(buffer.len())
+    }
+
+    fn denied(_: &mut [u8]) -> io::Result<usize> {
+        Err(io::Error::from_raw_os_error(1))
+    }
+
+    #[test]
+    fn a_source_broken_from_the_start_makes_no_generator() {
+        assert_eq!(Generator::new(breaks(0, zero)).unwrap_err(), GeneratorError::Constant);
+        assert_eq!(Generator::new(breaks(0, stuck)).unwrap_err(), GeneratorError::Repeated);
+        assert_eq!(Generator::new(breaks(0, denied)).unwrap_err(), GeneratorError::Unreadable(Some(1)));
+        assert_eq!(Generator::new(breaks(0, |_: &mut [u8]| Ok(0))).unwrap_err(), GeneratorError::Exhausted);
+    }
+
+    #[test]
+    fn a_source_that_breaks_later_latches_and_wipes_the_key() {
+        for (broken, expected) in [
+            (zero as fn(&mut [u8]) -> io::Result<usize>, GeneratorError::Constant),
+            (stuck, GeneratorError::Repeated),
+            (denied, GeneratorError::Unreadable(Some(1))),
+        ] {
+            for size in [16, 32, 100, 4096, 3 * CHUNK] {
+                let generator = Generator::new(breaks(66, broken)).unwrap();
+                let mut key = vec![0xaa; size];
+                let failure = (0..3).find_map(|_| generator.fill(&mut key).err());
+                assert_eq!(failure, Some(expected), "{size}");
+                assert!(key.iter().all(|&byte| byte == 0), "{size}");
+                assert_eq!(generator.failure(), Some(expected));
+                assert_eq!(generator.take_report(), Some(expected));
+                assert_eq!(generator.take_report(), None, "reported once");
+            }
+        }
+    }
+
+    #[test]
+    fn one_wrong_bit_in_any_block_fails_the_known_answer_test() {
+        assert_eq!(known_answer(key_stream), Ok(()));
+        // The first and last block of a batch of each kernel, of each pass, and the bytes behind the last whole block.
+        let blocks = [
+            0, 1, 2, 3, 4, 7, 8, 29, 30, 31, 59, 60, 63, 64, 127, 128, 448, 509, 510, 511, 512, 519, 541, 542,
+        ];
+        for block in blocks.into_iter().chain([575, 576, 601, 602, KNOWN_BLOCKS - 1, KNOWN_BLOCKS]) {
+            for length in [63, KNOWN] {
+                let wrong = |key: &[u8; SEED], first, bytes: &mut [u8]| {
+                    key_stream(key, first, bytes);
+                    if bytes.len() == length
+                        && let Some(byte) = bytes.get_mut(block * BLOCK)
+                    {
+                        *byte ^= 0x10;
+                    }
+                };
+                let is_there = block * BLOCK < length;
+                let expected = if is_there { Err(GeneratorError::WrongCipher) } else { Ok(()) };
+                assert_eq!(known_answer(wrong), expected, "block {block} of {length} bytes");
+            }
+        }
+    }
+
+    #[test]
+    fn a_short_or_interrupted_read_is_continued() {
+        let reads = AtomicUsize::new(0);
+        let source = breaks(0, move |buffer: &mut [u8]| {
+            if reads.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let some = buffer.len().min(5);
+            OsRandom.read(&mut buffer[..some])
+        });
+        let generator = Generator::new(source).unwrap();
+        let mut key = [0; 100];
+        generator.fill(&mut key).unwrap();
+        assert!(key.chunks(5).all(|piece| piece != [0; 5]));
+    }
+
+    #[test]
+    fn a_source_that_repeats_with_a_period_is_caught() {
+        for period in [1, 2, 63, 500] {
+            let at = AtomicUsize::new(0);
+            let source = breaks(66, move |buffer: &mut [u8]| {
+                let n = at.fetch_add(1, Ordering::Relaxed) % period;
+                for (i, byte) in buffer.iter_mut().enumerate() {
+                    *byte = u8::try_from((n * 7 + i * (n + 3)) % 256).unwrap();
+                }
+                Ok(buffer.len())
+            });
+            let generator = Generator::new(source).unwrap();
+            let caught = (0..20 * period + 20).any(|_| generator.check().is_err());
+            assert!(caught, "period {period}");
+        }
+    }
+
+    #[test]
+    fn every_length_is_filled_to_the_end() {
+        let generator = Generator::new(OsRandom).unwrap();
+        for size in [1, 31, 32, 33, DIRECT_MAX, DIRECT_MAX + 1, CHUNK, CHUNK + 1] {
+            // A tail that stays zero in 16 draws has a probability of 2⁻¹²⁸.
+            let filled = (0..16).any(|_| {
+                let mut key = vec![0; size];
+                generator.fill(&mut key).unwrap();
+                key[size - 1] != 0
+            });
+            assert!(filled, "{size}");
+        }
+    }
+}

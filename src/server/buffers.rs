@@ -1,0 +1,187 @@
+//! How many connections may hold buffers beyond those of an idle one: clients that do not read their responses, or do not
+//! finish their requests, can't make memory grow. At the limit the client that has most of them loses its oldest.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+use std::time::Instant;
+
+use crate::access::peer::Client;
+
+/// Connections of a listener's role that may hold buffers at once, as long as some client has several. Each holds up to
+/// about 70 KiB: hyper's buffers, a request header, a chunk of a response, two TLS records, and what the kernel has not
+/// sent.
+pub const BUFFERING_MAX: usize = 128;
+
+/// Where no client has more than one, so many times as many may: each may be one that is far away.
+const SINGLES: usize = 8;
+
+/// The limit that the connections of a server share.
+#[derive(Debug)]
+pub struct BufferLimit {
+    limit: usize,
+    holders: Mutex<Holders>,
+}
+
+/// The connections that hold buffers now, the oldest of each client first.
+#[derive(Debug)]
+struct Holders {
+    by_client: HashMap<Client, VecDeque<Arc<Holder>>>,
+    count: usize,
+}
+
+#[derive(Debug)]
+struct Holder {
+    client: Client,
+    since: Instant,
+    /// Wakes its task, to see that it was evicted.
+    waker: Waker,
+    is_evicted: AtomicBool,
+}
+
+impl BufferLimit {
+    /// At most `limit` connections, of which there must be at least one.
+    pub fn new(limit: usize) -> Self {
+        // With its room from the start, so that it never grows on the heap of a worker (`memory.rs`).
+        let by_client = HashMap::with_capacity(limit);
+        Self { limit: limit.max(1), holders: Mutex::new(Holders { by_client, count: 0 }) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Holders> {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+    }
+}
+
+impl Holders {
+    fn remove(&mut self, holder: &Arc<Holder>) {
+        let Entry::Occupied(mut entry) = self.by_client.entry(holder.client) else { return };
+        let holders = entry.get_mut();
+        let Some(at) = holders.iter().position(|other| Arc::ptr_eq(other, holder)) else { return };
+        holders.remove(at);
+        self.count -= 1;
+        if holders.is_empty() {
+            entry.remove();
+        }
+    }
+
+    /// Where there are more than `limit`, the oldest connection of the client that has most; between clients that have
+    /// as many, the oldest of all.
+    fn victim(&self, limit: usize) -> Option<Arc<Holder>> {
+        if self.count <= limit {
+            return None;
+        }
+        let oldest = |holders: &VecDeque<Arc<Holder>>| holders.front().map(|holder| holder.since);
+        let most = self
+            .by_client
+            .values()
+            .max_by(|a, b| a.len().cmp(&b.len()).then_with(|| oldest(b).cmp(&oldest(a))))?;
+        if most.len() == 1 && self.count <= SINGLES * limit {
+            return None;
+        }
+        most.front().cloned()
+    }
+}
+
+/// Whose buffers a connection's are counted as.
+#[derive(Debug, Clone)]
+pub struct BufferAccount {
+    limit: Arc<BufferLimit>,
+    client: Client,
+}
+
+impl BufferAccount {
+    /// Buffers of `client` under `limit`.
+    pub fn new(limit: Arc<BufferLimit>, client: Client) -> Self {
+        Self { limit, client }
+    }
+
+    /// Counts a connection, whose task `waker` wakes, until the permit is dropped. Where that is one too many, another
+    /// one is evicted, or this.
+    pub fn hold(&self, waker: &Waker) -> BufferPermit {
+        let holder = Arc::new(Holder {
+            client: self.client,
+            since: Instant::now(),
+            waker: waker.clone(),
+            is_evicted: AtomicBool::new(false),
+        });
+        let mut holders = self.limit.lock();
+        holders.by_client.entry(self.client).or_default().push_back(Arc::clone(&holder));
+        holders.count += 1;
+        let evicted = holders.victim(self.limit.limit);
+        if let Some(evicted) = &evicted {
+            holders.remove(evicted);
+        }
+        drop(holders);
+        if let Some(evicted) = evicted {
+            evicted.is_evicted.store(true, Ordering::Relaxed);
+            evicted.waker.wake_by_ref();
+        }
+        BufferPermit { limit: Arc::clone(&self.limit), holder }
+    }
+}
+
+/// A connection that may hold buffers, until this is dropped or it is evicted.
+#[derive(Debug)]
+pub struct BufferPermit {
+    limit: Arc<BufferLimit>,
+    holder: Arc<Holder>,
+}
+
+impl BufferPermit {
+    /// Whether the connection must be reset, for another one to have its buffers.
+    pub fn is_evicted(&self) -> bool {
+        self.holder.is_evicted.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for BufferPermit {
+    fn drop(&mut self) {
+        self.limit.lock().remove(&self.holder);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_client_with_most_buffers_loses_its_oldest() {
+        let limit = Arc::new(BufferLimit::new(4));
+        let hold = |client| BufferAccount::new(Arc::clone(&limit), Client::V4(client)).hold(Waker::noop());
+        let (a, b) = ([hold(1), hold(1), hold(1)], hold(2));
+        assert!(![&a[0], &a[1], &a[2], &b].iter().any(|permit| permit.is_evicted()));
+        let late = hold(3);
+        assert!(a[0].is_evicted() && ![&a[1], &a[2], &b, &late].iter().any(|permit| permit.is_evicted()));
+        let more = hold(2);
+        let evicted: Vec<_> =
+            [&a[1], &a[2], &b, &more, &late].iter().map(|permit| permit.is_evicted()).collect();
+        assert_eq!(evicted, [true, false, false, false, false], "of as many, the oldest");
+        drop((a, b, late, more));
+        assert!(limit.lock().by_client.is_empty() && limit.lock().count == 0, "nothing is left behind");
+    }
+
+    #[test]
+    fn clients_with_one_each_are_let_be_up_to_a_higher_limit() {
+        let limit = Arc::new(BufferLimit::new(4));
+        let hold = |client| BufferAccount::new(Arc::clone(&limit), Client::V4(client)).hold(Waker::noop());
+        let held: Vec<_> = (0..32).map(hold).collect();
+        assert!(!held.iter().any(BufferPermit::is_evicted));
+        let again = hold(7);
+        assert!(held[7].is_evicted() && !again.is_evicted(), "the one with two loses its oldest");
+        let one_more = hold(32);
+        assert!(held[0].is_evicted() && !one_more.is_evicted(), "else the oldest of all goes");
+    }
+
+    #[test]
+    fn a_permit_that_is_given_back_makes_room() {
+        let limit = Arc::new(BufferLimit::new(2));
+        let hold = |client| BufferAccount::new(Arc::clone(&limit), Client::V4(client)).hold(Waker::noop());
+        let first = hold(1);
+        for client in 2..1000 {
+            assert!(!hold(client).is_evicted());
+        }
+        assert!(!first.is_evicted());
+    }
+}
