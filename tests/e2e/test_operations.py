@@ -101,7 +101,7 @@ def test_the_commands_of_the_runbooks_about_certificates(machine):
 
 
 def test_the_commands_of_the_readme(machine):
-    """each command that README.md has for when something is wrong works, and health is OK"""
+    """each command of README.md's section on troubleshooting works, and health is OK"""
     lines = as_root(commands("README.md", "systemctl status")).splitlines()
     assert not (found := faults(machine, lines)), "\n".join(found)
     expect(machine.run(next(line for line in lines if line.endswith("/health"))).stdout, "OK", "health")
