@@ -1,19 +1,19 @@
 # The container image: one static binary in an empty file system. There is no shell, no package and no library to patch.
-# `docker build -t key-service .` is enough; packaging/build-image adds the date and the revision of the commit, so that
-# the same commit gives the same file system wherever it is built.
+# `docker build -t key-service .` is enough. packaging/build-image adds the date and the revision of the commit, so the
+# same commit gives the same file system wherever it is built.
 
-# The compiler, and with Debian's release the C library that is linked in. A digest may be given with the name.
+# The compiler. Its Debian release determines the C library that is linked in. The name may include a digest.
 ARG RUST_IMAGE=docker.io/library/rust:1.95.0-slim-trixie
 
-# Always of the builder's own architecture: another one is cross-compiled, not emulated.
+# Always for the builder's own architecture: other architectures are cross-compiled, not emulated.
 FROM --platform=$BUILDPLATFORM ${RUST_IMAGE} AS build
 WORKDIR /build/key-service
 
-# It puts the list of all crates into the binary (section .dep-v0), where scanners such as cargo-audit read it.
+# cargo-auditable puts the list of all crates into the binary (section .dep-v0), for scanners such as cargo-audit.
 RUN cargo install cargo-auditable --locked --version 0.7.7
 
-# Flags go to a file above the project's own .cargo/config.toml: cargo joins the two, where RUSTFLAGS would replace what
-# the project says about getrandom(2).
+# Flags go to a file above the project's own .cargo/config.toml, because cargo joins the two. RUSTFLAGS would replace the
+# project's flag for getrandom(2).
 ARG TARGETARCH
 # hadolint ignore=DL3008
 RUN set -eu; \
@@ -35,9 +35,9 @@ RUN set -eu; \
         "$target" "$target" "$linker" >../.cargo/config.toml
 
 COPY . .
-# The file's time is that of the commit, and so is the one that C code is told, or the image would differ with the hour.
+# The file and the C code get the time of the commit. Otherwise the image would depend on the time of the build.
 ARG SOURCE_DATE_EPOCH=0
-# The tests of the image build it with another profile, which takes a fraction of the time.
+# The image tests use another profile, which builds in a fraction of the time.
 ARG PROFILE=release
 RUN cargo auditable build --profile "$PROFILE" --locked
 RUN install -D --mode=755 target/*/"$PROFILE"/key-service /out/key-service \
@@ -45,12 +45,12 @@ RUN install -D --mode=755 target/*/"$PROFILE"/key-service /out/key-service \
 
 FROM scratch
 COPY --from=build /out/key-service /key-service
-# A number, since there is no /etc/passwd, and since only of a number can Kubernetes tell that it is not root.
+# A number, because there is no /etc/passwd, and because Kubernetes can verify that a user is not root only by its number.
 USER 65532:65532
 EXPOSE 1123 8000
 STOPSIGNAL SIGTERM
-# It asks where the variables and the file say, and knows nothing of the arguments that the daemon was given. Connecting,
-# the request and the answer may take 2 s each.
+# The check takes its address from the variables and the file; it does not know the daemon's arguments. Connecting, sending
+# the request and reading the response may take 2 s each.
 HEALTHCHECK --interval=30s --timeout=7s --start-period=5s --retries=3 CMD ["/key-service", "health"]
 ENTRYPOINT ["/key-service"]
 
@@ -60,7 +60,7 @@ ARG CREATED=1970-01-01T00:00:00Z
 ARG SOURCE=
 ARG DOCUMENTATION=
 LABEL org.opencontainers.image.title="key-service" \
-      org.opencontainers.image.description="Small Unix daemon that hands out cryptographically secure random keys over HTTP" \
+      org.opencontainers.image.description="Small Unix daemon that issues cryptographically secure random keys over HTTP" \
       org.opencontainers.image.licenses="MIT OR Apache-2.0" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$REVISION" \

@@ -1,4 +1,4 @@
-# Every task of the project. `just` lists them.
+# All tasks of the project. `just` lists them.
 
 set positional-arguments
 
@@ -7,7 +7,7 @@ export PATH := justfile_directory() / ".venv/bin:" + env("PATH")
 _list:
     @just --list --unsorted
 
-# Install what the recipes below need, as root: Debian packages, Python's in .venv, Rust's other target
+# Install the tools of the recipes below, as root: Debian packages, Python packages in .venv, Rust's arm64 target
 setup:
     python3 -c 'import ensurepip, venv' 2>/dev/null || apt-get install -y -qq --no-install-recommends python3-venv
     [ -x .venv/bin/pip ] || python3 -m venv .venv
@@ -21,7 +21,7 @@ fmt:
     cargo fmt --manifest-path fuzz/Cargo.toml
     ! command -v ruff >/dev/null || { ruff format . $(just _scripts python3); ruff check --fix . $(just _scripts python3); }
 
-# Check formats, lints and docs; Python, scripts and dependencies where their tools are installed
+# Check formats, lints and docs; also Python, scripts and dependencies if their tools are installed
 lint: _lint-others docs
     cargo fmt --check
     cargo fmt --check --manifest-path fuzz/Cargo.toml
@@ -34,11 +34,11 @@ docs:
 _lint-others:
     #!/usr/bin/env bash
     set -euo pipefail
-    # What is not installed is not checked, and said; in CI everything is installed.
+    # Skip a check whose tool is not installed, and report it. In CI a missing tool is an error.
     with() {
         if command -v "$1" >/dev/null; then "$@"
         elif [ -n "${CI:-}" ]; then echo "$1 is missing: just setup" >&2; exit 1
-        else echo "not checked, since $1 is missing (just setup): $2" >&2; fi
+        else echo "$1 is missing (just setup), so this check is skipped: $2" >&2; fi
     }
     python=$(just _scripts python3)
     with ruff format --check . $python
@@ -46,19 +46,19 @@ _lint-others:
     with shellcheck $(just _scripts bash) $(just _scripts sh)
     with cargo-deny --offline --locked check --hide-inclusion-graph bans licenses sources
 
-# The scripts that an interpreter runs by their first line
+# List the scripts whose first line names this interpreter
 _scripts INTERPRETER:
     @git grep --files-with-matches --extended-regexp '^#!(/usr/bin/env |/bin/){{ INTERPRETER }}$'
 
-# Run the Rust tests (arguments: cargo test's)
+# Run the Rust tests (arguments go to cargo test)
 test *ARGS:
     cargo test --locked "$@"
 
-# Run the end-to-end tests (arguments: pytest's, such as -k reload)
+# Run the end-to-end tests (arguments go to pytest, such as -k reload)
 e2e *ARGS:
     pytest "$@"
 
-# Run the Rust tests on slow sockets: MODE is delay or short (further arguments: cargo test's)
+# Run the Rust tests on slow sockets: MODE is delay or short (further arguments go to cargo test)
 slow MODE *ARGS:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -66,15 +66,15 @@ slow MODE *ARGS:
     cc -O1 -Wall -Wextra -Werror -shared -fPIC -o target/slow/slow.so tests/common/slow.c
     export SLOW=$1 SLOW_SEED=${SLOW_SEED:-$RANDOM}
     echo "SLOW_SEED=$SLOW_SEED"
-    # The calls that it slows down have to be those of the C library.
+    # slow.so can slow down only calls that go through the C library.
     LD_PRELOAD=$PWD/target/slow/slow.so cargo test --locked --target-dir target/slow \
         --config "target.'cfg(target_os = \"linux\")'.rustflags = ['--cfg=rustix_use_libc']" "${@:2}"
 
-# Run the fuzz targets (arguments: fuzz/run's)
+# Run the fuzz targets (arguments go to fuzz/run)
 fuzz *ARGS:
     fuzz/run "$@"
 
-# Measure what a request costs beside other servers (arguments: benches/compare/run's)
+# Compare the cost of a request with other servers (arguments go to benches/compare/run)
 bench *ARGS:
     benches/compare/run "$@"
 
@@ -86,14 +86,14 @@ gate *ARGS:
 deb *ARCHITECTURES='amd64 arm64':
     for architecture in {{ ARCHITECTURES }}; do packaging/build-deb "$architecture"; done
 
-# Build the container image (arguments: amd64 or arm64, then buildah's)
+# Build the container image (arguments: amd64 or arm64, then options for buildah)
 image *ARGS:
     packaging/build-image "$@"
 
-# Build what a release publishes, and verify it
+# Build the files of a release, and verify them
 release-check:
     packaging/release-check
 
-# Run all that has to pass before a change lands
+# Run all checks that must pass before a change is merged
 ci:
     .ci/jobs

@@ -1,4 +1,4 @@
-//! Writes what is made of the command line, the manual page and the shells' completions, into a directory:
+//! Generates the manual page and the shell completions from the command line's definition, into a directory:
 //! `cargo run --example package -- DIRECTORY`.
 
 use std::fs;
@@ -21,7 +21,7 @@ fn main() -> io::Result<()> {
     Ok(())
 }
 
-/// key-service(8): the text that is written by hand, with what clap knows in the places that it marks by a comment.
+/// key-service(8): the hand-written text, with clap's output in place of each marker comment.
 pub(crate) fn manual(text: &str) -> io::Result<String> {
     let root = Cli::command();
     let mut commands = Vec::new();
@@ -51,7 +51,7 @@ pub(crate) fn manual(text: &str) -> io::Result<String> {
     Ok(manual)
 }
 
-/// The commands below, those that run, each with the words that call it.
+/// Adds the runnable commands below `parent`, each with its full name such as `key-service token new`.
 fn add_commands(parent: &Command, name: &str, commands: &mut Vec<(Command, String)>) {
     for command in parent.get_subcommands() {
         let name = format!("{name} {}", command.get_name());
@@ -63,19 +63,19 @@ fn add_commands(parent: &Command, name: &str, commands: &mut Vec<(Command, Strin
     }
 }
 
-/// A command alone: its usage as `--help` has it, its own options and no others.
+/// The page of one command: its usage as in `--help`, and only its own options.
 fn page(command: Command, name: &str) -> Man {
     let mut command = command.bin_name(name).disable_help_flag(true).disable_version_flag(true);
     let usage = command.render_usage().to_string();
     Man::new(command.override_usage(usage.trim_start_matches("Usage: ").to_owned()))
 }
 
-/// What clap_mangen writes below the heading of a section; none, where it has no such section.
+/// The text that clap_mangen writes below the heading of a section; empty if it writes no such section.
 fn section(name: &str, render: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<String> {
     let mut written = Vec::new();
     render(&mut written)?;
     let written = String::from_utf8(written).map_err(io::Error::other)?;
     let below = written.split_once(&format!(".SH {name}\n")).map_or("", |(_, below)| below);
-    // An apostrophe, by a string that is defined above the heading.
+    // clap_mangen writes an apostrophe as a string that it defines above the heading, which is cut off here.
     Ok(below.replace("\\*(Aq", "\\(aq"))
 }

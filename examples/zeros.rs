@@ -1,11 +1,11 @@
-//! The daemon's server sending zeros: what a long key costs here is what a key costs beyond making it.
+//! The daemon's server sending zeros instead of keys: it shows what a large response costs without key generation.
 //!
-//! The accept loop, the deadlines and the bounds are the library's, on one thread; `/key/N` answers N zero bytes in
-//! pieces of [`CHUNK`], all of them the same static one. So whatever is done for a key and not for a constant (clearing,
-//! drawing, counting, wiping) shows in the difference. `benches/compare/run` builds it and compares the two. It makes no
-//! keys: the daemon itself has no switch for this.
+//! The accept loop, the timeouts and the limits are the library's, on one thread. `/key/N` returns N zero bytes in
+//! chunks of [`CHUNK`], all of them the same static chunk. The difference to the daemon is therefore the work for a key
+//! (clearing, generating, counting, wiping). `benches/compare/run` builds this example and compares the two. It
+//! generates no keys, and the daemon itself has no option to do this.
 //!
-//! Listens on the sockets that it inherits under the name `http`, and ends with SIGTERM.
+//! It listens on the inherited sockets named `http` and ends with SIGTERM.
 
 use std::convert::Infallible;
 use std::error::Error;
