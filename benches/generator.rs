@@ -1,8 +1,8 @@
-//! What random bytes cost, by size and by where they come from: `cargo bench --bench generator`.
+//! Measures the cost of random bytes by size and source: `cargo bench --bench generator`.
 //!
-//! `kernel` reads all of them by getrandom(2); `expanded` reads a 32-byte seed and makes AES-256-CTR key stream of it;
-//! `generator` is what the daemon does, self tests included, and should follow the cheaper of the two.
-//! `random::DIRECT_MAX` is the size where the first two cross.
+//! `kernel` reads all bytes by getrandom(2). `expanded` reads a 32-byte seed and expands it with AES-256-CTR.
+//! `generator` is the daemon's generator with its self-tests; its cost should follow the cheaper of the two.
+//! `generator::DIRECT_MAX` is the size where the costs of the first two cross.
 
 use std::hint::black_box;
 use std::time::Duration;

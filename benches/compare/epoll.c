@@ -1,11 +1,11 @@
 /*
- * The least that this answer can cost on one core: read, find the ends of the heads, write. It understands nothing
- * of HTTP beyond the blank line, and has no bounds and no deadlines: a yardstick, not a server.
+ * The minimum cost of this response on one core: read, find the ends of the requests, write. It understands nothing of
+ * HTTP but the blank line, and has no limits and no timeouts. It is a reference for measurements, not a server.
  *
- *     epoll constant     the same 32 bytes each time, as nginx and the hyper floor send
- *     epoll getrandom    32 bytes from the kernel each time, as the daemon sends
+ *     epoll constant     sends the same 32 bytes each time, like nginx and the bare hyper server
+ *     epoll getrandom    sends 32 bytes from the kernel each time, like the daemon
  *
- * Listens on the socket it inherits as descriptor 3.
+ * It listens on the socket that it inherits as descriptor 3.
  */
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -18,11 +18,11 @@
 #include <netinet/tcp.h>
 #include <unistd.h>
 
-enum { LISTENER = 3, KEY = 32, DESCRIPTORS = 65536, EVENTS = 256, INPUT = 16384, MOST_ANSWERS = 64 };
+enum { LISTENER = 3, KEY = 32, DESCRIPTORS = 65536, EVENTS = 256, READ_BUFFER = 16384, RESPONSES_MAX = 64 };
 
-static const char HEAD[] = "HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: 32\r\n\r\n";
+static const char HEADERS[] = "HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: 32\r\n\r\n";
 
-/* How much of the blank line \r\n\r\n each connection has sent so far. */
+/* The number of bytes of the blank line \r\n\r\n that each connection has sent so far. */
 static unsigned char matched[DESCRIPTORS];
 
 static void fail(const char *what)
@@ -31,42 +31,42 @@ static void fail(const char *what)
     exit(1);
 }
 
-static int heads_ended(int fd, const char *input, ssize_t size)
+static int count_requests(int fd, const char *input, ssize_t size)
 {
     static const char END[] = "\r\n\r\n";
-    int heads = 0;
+    int requests = 0;
     unsigned char at = matched[fd];
     for (ssize_t i = 0; i < size; i++) {
         at = input[i] == END[at] ? at + 1 : input[i] == '\r';
         if (at == 4) {
-            heads++;
+            requests++;
             at = 0;
         }
     }
     matched[fd] = at;
-    return heads;
+    return requests;
 }
 
-/* Returns 0 when the connection is to be closed. */
+/* Returns 0 if the connection must be closed. */
 static int serve(int fd, int random)
 {
-    enum { ANSWER = sizeof HEAD - 1 + KEY };
-    static char input[INPUT], output[MOST_ANSWERS * ANSWER];
+    enum { RESPONSE = sizeof HEADERS - 1 + KEY };
+    static char input[READ_BUFFER], output[RESPONSES_MAX * RESPONSE];
     ssize_t size = read(fd, input, sizeof input);
     if (size <= 0)
         return 0;
-    int heads = heads_ended(fd, input, size);
-    if (heads > MOST_ANSWERS)
+    int requests = count_requests(fd, input, size);
+    if (requests > RESPONSES_MAX)
         return 0;
-    for (int i = 0; i < heads; i++) {
-        char *answer = output + i * ANSWER;
-        memcpy(answer, HEAD, sizeof HEAD - 1);
+    for (int i = 0; i < requests; i++) {
+        char *response = output + i * RESPONSE;
+        memcpy(response, HEADERS, sizeof HEADERS - 1);
         if (!random)
-            memcpy(answer + sizeof HEAD - 1, "0123456789abcdef0123456789abcdef", KEY);
-        else if (getrandom(answer + sizeof HEAD - 1, KEY, 0) != KEY)
+            memcpy(response + sizeof HEADERS - 1, "0123456789abcdef0123456789abcdef", KEY);
+        else if (getrandom(response + sizeof HEADERS - 1, KEY, 0) != KEY)
             fail("getrandom");
     }
-    return heads == 0 || write(fd, output, (size_t)heads * ANSWER) == (ssize_t)heads * ANSWER;
+    return requests == 0 || write(fd, output, (size_t)requests * RESPONSE) == (ssize_t)requests * RESPONSE;
 }
 
 int main(int argc, char **argv)

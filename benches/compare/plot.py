@@ -1,17 +1,17 @@
-"""Draws curves as SVG: both axes logarithmic, a curve a server, named at its right end."""
+"""Draws curves as SVG: both axes are logarithmic, and each curve has the name of its server at the right end."""
 
 import math
 from pathlib import Path
 
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 64, 110, 40, 48
-# Of Okabe and Ito, whom colour-blind readers can tell apart.
+# The palette of Okabe and Ito, whose colours colour-blind readers can tell apart.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 LABEL_GAP = 14
 
 
 def write(path, title, x_title, y_title, curves):
-    """`curves` are names with points (x, y), all of them above 0, in rising x."""
+    """Writes a plot. `curves` maps names to points (x, y), all above 0 and sorted by x."""
     xs = sorted({x for points in curves.values() for x, _ in points})
     ys = [y for points in curves.values() for _, y in points]
     y_low, y_high = 10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys)))
@@ -50,20 +50,20 @@ def write(path, title, x_title, y_title, curves):
 
 
 def scale(low, high, start, end):
-    """Where a number is drawn, by its logarithm."""
+    """A function that maps a number to its coordinate on a logarithmic axis."""
     return lambda number: start + (end - start) * math.log(number / low) / math.log(high / low)
 
 
-def spread(places):
-    """The places of labels, from the top down, each far enough below the one before to be read."""
-    placed, last = {}, -math.inf
-    for name, place in sorted(places.items(), key=lambda item: item[1]):
-        last = placed[name] = max(place, last + LABEL_GAP)
-    return placed
+def spread(positions):
+    """Moves the positions of labels down where necessary, so that labels do not overlap."""
+    moved, last = {}, -math.inf
+    for name, position in sorted(positions.items(), key=lambda item: item[1]):
+        last = moved[name] = max(position, last + LABEL_GAP)
+    return moved
 
 
 def short(number):
-    """1024 as 1 Ki, 1048576 as 1 Mi; smaller ones as they are."""
+    """Formats 1024 as 1 Ki and 1048576 as 1 Mi, and other numbers unchanged."""
     for size, unit in [(1 << 20, "Mi"), (1 << 10, "Ki")]:
         if number >= size and number % size == 0:
             return f"{number // size} {unit}"

@@ -1,6 +1,6 @@
-"""A key server as one would first write it in Python: http.server and os.urandom, a thread a connection.
+"""A simple key server in Python: http.server and os.urandom, with one thread per connection.
 
-Listens on the socket it inherits as descriptor 3.
+It listens on the socket that it inherits as descriptor 3.
 """
 
 import os
@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body in one write: two would wait 40 ms for each other (Nagle and the delayed ACK)
+    wbufsize = -1  # headers and body in one write: with two, the second would wait 40 ms (Nagle's algorithm and delayed ACK)
 
     def do_GET(self):
         key = os.urandom(int(self.path.removeprefix("/key/")))

@@ -1,5 +1,5 @@
-//! Negotiation, against another statement of RFC 9110 section 12.5.1: a query on the first line, `Accept` fields on the
-//! others.
+//! Content negotiation, compared with an independent implementation of RFC 9110 section 12.5.1. The first line of an
+//! input is the query; each further line is an `Accept` header.
 
 #![no_main]
 
@@ -18,7 +18,7 @@ fuzz_target!(|input: &[u8]| {
     for kind in [Kind::Key, Kind::Password(Alphabet::default())] {
         let found = KeyRequest::read(kind, query, &fields);
         match query {
-            // With an escape a query is not read by eye; what is had is something that there is.
+            // `expected` does not decode escapes, so only check that the result is in range.
             Some(query) if query.contains(['%', '+']) => {
                 if let Ok(wish) = found {
                     assert!(kind.formats().contains(&wish.format), "{query}");
@@ -33,7 +33,7 @@ fuzz_target!(|input: &[u8]| {
 });
 
 fn expected(kind: Kind, query: &str, fields: &[HeaderValue]) -> Result<KeyRequest, ParamError> {
-    let (mut format, mut count, mut drawn) = (None, None, None);
+    let (mut format, mut count, mut password) = (None, None, None);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         let is_second = match name {
@@ -48,7 +48,7 @@ fn expected(kind: Kind, query: &str, fields: &[HeaderValue]) -> Result<KeyReques
             }
             "alphabet" if kind != Kind::Key => {
                 let known = Alphabet::ALL.into_iter().find(|alphabet| alphabet.name() == value);
-                drawn.replace(Kind::Password(known.ok_or(ParamError::Alphabet(value.into()))?)).is_some()
+                password.replace(Kind::Password(known.ok_or(ParamError::Alphabet(value.into()))?)).is_some()
             }
             _ => return Err(ParamError::Parameter(name.into())),
         };
@@ -59,13 +59,14 @@ fn expected(kind: Kind, query: &str, fields: &[HeaderValue]) -> Result<KeyReques
     let is_batch = count.is_some();
     let format = match format {
         Some(format) => format,
-        None => by_fields(kind, fields, is_batch).ok_or(ParamError::Accept(is_batch))?,
+        None => negotiated(kind, fields, is_batch).ok_or(ParamError::Accept(is_batch))?,
     };
-    Ok(KeyRequest { kind: drawn.unwrap_or(kind), format, count })
+    Ok(KeyRequest { kind: password.unwrap_or(kind), format, count })
 }
 
-/// The first format of the greatest weight above 0, of what the closest range says of each.
-fn by_fields(kind: Kind, fields: &[HeaderValue], is_batch: bool) -> Option<Format> {
+/// The format with the greatest weight above 0; of equal ones, the first. The weight of a format is that of the most
+/// specific range that matches it.
+fn negotiated(kind: Kind, fields: &[HeaderValue], is_batch: bool) -> Option<Format> {
     if fields.is_empty() {
         return Some(kind.formats()[0]);
     }
@@ -86,9 +87,9 @@ fn by_fields(kind: Kind, fields: &[HeaderValue], is_batch: bool) -> Option<Forma
     best.map(|(_, format)| format)
 }
 
-/// The greatest weight, in thousandths, that the list gives this very range.
+/// The greatest weight, in thousandths, that the list has for exactly this range.
 fn weight(elements: &[&str], range: &str) -> Option<u32> {
-    let said = |element: &&str| {
+    let weight_of = |element: &&str| {
         let mut parts = element.split(';').map(str::trim);
         if !parts.next()?.eq_ignore_ascii_case(range) {
             return None;
@@ -101,29 +102,29 @@ fn weight(elements: &[&str], range: &str) -> Option<u32> {
         }
         weight
     };
-    elements.iter().filter_map(said).max()
+    elements.iter().filter_map(weight_of).max()
 }
 
-/// RFC 9110 section 12.4.2, read letter by letter.
+/// A qvalue of RFC 9110 section 12.4.2, in thousandths, parsed one character at a time.
 fn qvalue(text: &str) -> Option<u32> {
-    let mut letters = text.chars();
-    let whole = match letters.next()? {
+    let mut chars = text.chars();
+    let whole = match chars.next()? {
         '0' => 0,
         '1' => 1000,
         _ => return None,
     };
-    match letters.next() {
+    match chars.next() {
         None => return Some(whole),
         Some('.') => {}
         Some(_) => return None,
     }
     let mut unit = 100;
     let mut value = whole;
-    for letter in letters {
+    for char in chars {
         if unit == 0 {
             return None;
         }
-        value += letter.to_digit(10)? * unit;
+        value += char.to_digit(10)? * unit;
         unit /= 10;
     }
     (value <= 1000).then_some(value)

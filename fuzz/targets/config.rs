@@ -1,7 +1,7 @@
-//! A configuration: a file of any bytes, and after a NUL byte flags, one a line.
+//! Configuration loading. An input is the content of a file, then optionally a NUL byte and flags, one per line.
 //!
-//! It is valid or refused, never a panic. What is valid prints as a file that means the same. What is refused has a
-//! reason, and each reason says in which file or flag it lies.
+//! Loading never panics. A valid configuration prints as a file that loads as the same configuration. An invalid one
+//! has at least one error, and each error names the file or the flag.
 
 #![no_main]
 
@@ -37,18 +37,18 @@ fuzz_target!(|input: &[u8]| {
             let printed = config.to_string();
             assert_eq!(load(printed.as_bytes(), &[]), Ok(config), "{printed}");
         }
-        Err(mistakes) => {
-            assert!(mistakes.iter().count() > 0, "a refusal has a reason");
-            for mistake in mistakes.iter() {
-                let file = FILE.to_str().expect("its name is ASCII");
-                let in_flag = flags.iter().any(|(name, _)| mistake.contains(&format!("(--{name})")));
-                assert!(in_flag || mistake.contains(file), "{mistake:?} names no source");
+        Err(errors) => {
+            assert!(errors.iter().count() > 0, "an invalid configuration has an error");
+            for error in errors.iter() {
+                let file = FILE.to_str().expect("the path is ASCII");
+                let in_flag = flags.iter().any(|(name, _)| error.contains(&format!("(--{name})")));
+                assert!(in_flag || error.contains(file), "{error:?} names no source");
             }
         }
     }
 });
 
-/// `settings`, not `load`: a certificate that is named is not looked for on this machine.
+/// Uses `settings`, not `load`, so that certificate files need not exist on this machine.
 fn load(file: &[u8], flags: &[(&'static str, String)]) -> Result<Config, ConfigErrors> {
     fs::write(&*FILE, file).expect("a temporary file can be written");
     Sources { file: Some(FILE.clone()), flags: flags.to_vec() }.settings()

@@ -1,12 +1,11 @@
-//! A client's bytes over the connection as the daemon assembles it: timeouts, HTTP, the real routes. Time is
-//! paused, so a client that waits is cut off at once.
+//! A client's bytes over a connection as the daemon assembles it: timeouts, HTTP and the real routes. Time
+//! is paused, so that a waiting client times out at once.
 //!
-//! The first byte of an input is the setup; see [`Setup`]. The rest goes over the wire.
+//! The first byte of an input is the setup; see [`Setup`]. The rest is what the client sends.
 //!
-//! It must hold that nothing panics or hangs; that what comes back is a sequence of complete messages, one for each
-//! request that reached the service and at most one refusal at the end, each below 500 and never to be kept; that a key
-//! has the length its path asks for; and that the short way of
-//! plain requests answers as hyper does.
+//! Nothing may panic or hang. The server must send a sequence of complete responses, one for each request that
+//! reached the service and at most one error at the end. Every status is below 500, and every response forbids
+//! caching. A raw key has the length in its path. The fast path must respond as hyper does.
 
 #![no_main]
 
@@ -33,7 +32,7 @@ use key_service::keys::encoding::{Format, Kind};
 use key_service::keys::generator::{Generator, OsRandom};
 use key_service::server::accept::{ConnectionClass, Drain, connection};
 use key_service::server::buffers::{BufferAccount, BufferLimit};
-use key_service::server::fast_path::{FastPath, FastRequest, Outcome, ResponseBuffer};
+use key_service::server::fast_path::{FastOutcome, FastPath, FastRequest, ResponseBuffer};
 use key_service::server::idle::IdleConnections;
 use key_service::server::timeouts::{TimeoutStream, Timeouts};
 use key_service::telemetry::metrics::Metrics;
@@ -43,39 +42,39 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex, split};
 use tokio::runtime;
 use tokio::time::timeout;
 
-/// Above 65,536, so that keys in pieces are reached too.
+/// Above 65,536, so that streamed keys are reached, too.
 const MAX_SIZE: u64 = 70_000;
 
-/// The token that is known here, where tokens are asked for.
+/// The token that the service accepts, if the setup requires tokens.
 const TOKEN: &str = "ks_00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
 static GENERATOR: LazyLock<Arc<Generator>> =
     LazyLock::new(|| Arc::new(Generator::new(OsRandom).expect("the kernel has random bytes")));
 static METRICS: LazyLock<Arc<Metrics>> = LazyLock::new(|| Arc::new(Metrics::new()));
 
-/// What an input says about everything but its bytes on the wire.
+/// The configuration of the service and of the client.
 struct Setup {
     has_tokens: bool,
     has_rates: bool,
     has_audit: bool,
     has_metrics: bool,
-    /// Whether the client keeps its sending side open when it has said all.
-    stays: bool,
+    /// Whether the client keeps its sending side open after its last byte.
+    stays_open: bool,
     /// How many bytes the client sends at a time.
-    piece: usize,
+    chunk_size: usize,
 }
 
 impl From<u8> for Setup {
     fn from(byte: u8) -> Self {
         let is = |bit: u8| byte & 1 << bit != 0;
-        let pieces = [16_384, 1, 7, 40, 75, 300, 1460, 4096];
+        let sizes = [16_384, 1, 7, 40, 75, 300, 1460, 4096];
         Self {
             has_tokens: is(0),
             has_rates: is(1),
             has_audit: is(2),
             has_metrics: is(3),
-            stays: is(4),
-            piece: pieces[usize::from(byte >> 5)],
+            stays_open: is(4),
+            chunk_size: sizes[usize::from(byte >> 5)],
         }
     }
 }
@@ -85,27 +84,27 @@ fuzz_target!(|input: &[u8]| {
     let setup = Setup::from(*setup);
     let runtime = runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime without sockets");
-    let (requests, answers) = runtime.block_on(exchange(&setup, wire, true));
-    let heads = check(&setup, &requests, &answers);
-    let (requests_by_hyper, answers_by_hyper) = runtime.block_on(exchange(&setup, wire, false));
-    let heads_by_hyper = check(&setup, &requests_by_hyper, &answers_by_hyper);
-    // Rates are earned by the wall's clock, each record has an id of its own, and metrics grow.
+    let (requests, responses) = runtime.block_on(exchange(&setup, wire, true));
+    let heads = check(&setup, &requests, &responses);
+    let (requests_by_hyper, responses_by_hyper) = runtime.block_on(exchange(&setup, wire, false));
+    let heads_by_hyper = check(&setup, &requests_by_hyper, &responses_by_hyper);
+    // These responses differ: rate limits depend on real time, audit records have unique ids, and metrics grow.
     if !(setup.has_rates || setup.has_audit || setup.has_metrics) {
-        assert_eq!(heads, heads_by_hyper, "the short way (left) and hyper differ");
+        assert_eq!(heads, heads_by_hyper, "the fast path (left) and hyper differ");
     }
 });
 
 /// A request as it reached the service.
-struct Asked {
+struct RecordedRequest {
     method: Method,
     path: String,
 }
 
-/// The service, and a list of what was asked of it.
+/// The service, which also records its requests.
 struct Recorder {
     session: ConnectionService,
-    has_short_way: bool,
-    requests: Rc<RefCell<Vec<Asked>>>,
+    has_fast_path: bool,
+    requests: Rc<RefCell<Vec<RecordedRequest>>>,
 }
 
 impl Service<Request<Incoming>> for Recorder {
@@ -115,27 +114,27 @@ impl Service<Request<Incoming>> for Recorder {
 
     fn call(&self, request: Request<Incoming>) -> ResponseFuture {
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-        self.requests.borrow_mut().push(Asked { method, path });
+        self.requests.borrow_mut().push(RecordedRequest { method, path });
         self.session.call(request)
     }
 }
 
 impl FastPath for Recorder {
-    fn respond_fast(&self, request: &FastRequest<'_>, answers: &mut ResponseBuffer<'_>) -> Outcome {
-        if !self.has_short_way {
+    fn respond_fast(&self, request: &FastRequest<'_>, responses: &mut ResponseBuffer<'_>) -> FastOutcome {
+        if !self.has_fast_path {
             return FastOutcome::NotHandled;
         }
-        let outcome = self.session.respond_fast(request, answers);
+        let outcome = self.session.respond_fast(request, responses);
         if outcome == FastOutcome::Written {
             let path = format!("/key/{}", request.length);
-            self.requests.borrow_mut().push(Asked { method: Method::GET, path });
+            self.requests.borrow_mut().push(RecordedRequest { method: Method::GET, path });
         }
         outcome
     }
 }
 
-/// Everything that was asked, and everything that came back until the connection's end.
-async fn exchange(setup: &Setup, wire: &[u8], has_short_way: bool) -> (Vec<Asked>, Vec<u8>) {
+/// The requests that reached the service, and all bytes that the server sent.
+async fn exchange(setup: &Setup, wire: &[u8], has_fast_path: bool) -> (Vec<RecordedRequest>, Vec<u8>) {
     let generator = Arc::clone(&GENERATOR);
     let number = |number| NonZeroU64::new(number).filter(|_| setup.has_rates);
     let grant = || Grant::new("fuzz".parse().expect("a name"), Sha256::digest(TOKEN).into());
@@ -159,7 +158,7 @@ async fn exchange(setup: &Setup, wire: &[u8], has_short_way: bool) -> (Vec<Asked
     let session =
         HttpService::new(routes, api).serve(ConnectionClass::Normal, Peer::tcp(([10, 0, 0, 1], 1).into()));
     let requests = Rc::new(RefCell::new(Vec::new()));
-    let recorder = Recorder { session, has_short_way, requests: Rc::clone(&requests) };
+    let recorder = Recorder { session, has_fast_path, requests: Rc::clone(&requests) };
 
     let (ours, theirs) = duplex(1 << 14);
     let seconds = Duration::from_secs;
@@ -171,73 +170,73 @@ async fn exchange(setup: &Setup, wire: &[u8], has_short_way: bool) -> (Vec<Asked
     let activity = IdleConnections::new().activity();
     let serving = connection(ours, recorder, drain.watch(), &METRICS, buffers, activity);
     let sending = async {
-        for piece in wire.chunks(setup.piece) {
-            if outgoing.write_all(piece).await.is_err() {
+        for chunk in wire.chunks(setup.chunk_size) {
+            if outgoing.write_all(chunk).await.is_err() {
                 return; // the server has closed the connection
             }
-            tokio::task::yield_now().await; // so that it is read by itself
+            tokio::task::yield_now().await; // so that the server reads the chunk separately
         }
-        if !setup.stays {
+        if !setup.stays_open {
             let _ = outgoing.shutdown().await;
         }
     };
     let reading = async {
-        let mut answers = Vec::new();
-        let _ = incoming.read_to_end(&mut answers).await;
-        answers
+        let mut responses = Vec::new();
+        let _ = incoming.read_to_end(&mut responses).await;
+        responses
     };
     let all = timeout(Duration::from_secs(60), async { tokio::join!(serving, sending, reading) }).await;
-    let (_, (), answers) = all.expect("a silent client is cut off long before");
-    (requests.take(), answers)
+    let (_, (), responses) = all.expect("a silent client times out long before");
+    (requests.take(), responses)
 }
 
-/// Whether what came back are the answers of these requests. Returns their heads without the date; hyper's own refusal at
-/// the end, which it may leave out, is not among them.
-fn check(setup: &Setup, requests: &[Asked], mut bytes: &[u8]) -> Vec<String> {
+/// Checks that the bytes are the responses to these requests. Returns the headers of the responses without the date.
+/// They do not include an error that hyper itself may send at the end.
+fn check(setup: &Setup, requests: &[RecordedRequest], mut bytes: &[u8]) -> Vec<String> {
     let mut requests = requests.iter();
     let mut heads = Vec::new();
     while !bytes.is_empty() {
-        let asked = requests.next();
-        let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").expect("a head has an end");
-        let head = std::str::from_utf8(&bytes[..end]).expect("a head is ASCII");
+        let request = requests.next();
+        let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").expect("the headers have an end");
+        let head = std::str::from_utf8(&bytes[..end]).expect("the headers are ASCII");
         bytes = &bytes[end + 4..];
         let mut lines = head.split("\r\n");
-        let status = status(lines.next().expect("a head has a first line"));
-        let fields: Vec<_> =
-            lines.map(|line| line.split_once(": ").expect("a field has a name and a value")).collect();
-        let field = |name: &str| {
-            let mut values = fields.iter().filter(|(found, _)| found.eq_ignore_ascii_case(name));
+        let status = status(lines.next().expect("a response has a status line"));
+        let headers: Vec<_> =
+            lines.map(|line| line.split_once(": ").expect("a header has a name and a value")).collect();
+        let header = |name: &str| {
+            let mut values = headers.iter().filter(|(found, _)| found.eq_ignore_ascii_case(name));
             let value = values.next().map(|(_, value)| *value);
-            assert!(values.next().is_none(), "{name} is there twice");
+            assert!(values.next().is_none(), "{name} is repeated");
             value
         };
-        assert_eq!(field("transfer-encoding"), None);
+        assert_eq!(header("transfer-encoding"), None);
         let length: usize =
-            field("content-length").expect("an answer has a length").parse().expect("a length");
-        let Some(asked) = asked else {
-            // What HTTP itself refused never reached the service.
-            assert!(matches!(status, 400 | 414 | 431), "{status} to nothing that was asked");
-            assert_eq!(bytes.len(), length, "nothing follows a refusal");
+            header("content-length").expect("a response has a length").parse().expect("a length");
+        let Some(request) = request else {
+            // hyper rejected this request, so it did not reach the service.
+            assert!(matches!(status, 400 | 414 | 431), "{status} without a request");
+            assert_eq!(bytes.len(), length, "nothing follows an error of hyper");
             return heads;
         };
         heads.push(
             head.split("\r\n").filter(|line| !line.starts_with("date: ")).collect::<Vec<_>>().join("\n"),
         );
-        let length = if asked.method == Method::HEAD { 0 } else { length };
+        let length = if request.method == Method::HEAD { 0 } else { length };
         assert!(bytes.len() >= length, "{} of {length} bytes", bytes.len());
         let body = &bytes[..length];
         bytes = &bytes[length..];
         assert_eq!(
-            (field("cache-control"), field("x-content-type-options")),
+            (header("cache-control"), header("x-content-type-options")),
             (Some("no-store"), Some("nosniff"))
         );
-        check_status(setup, asked, status, body, field("content-type"));
+        check_status(setup, request, status, body, header("content-type"));
     }
-    assert_eq!(requests.len(), 0, "every request that reached the service has its answer");
+    assert_eq!(requests.len(), 0, "every request that reached the service has a response");
     heads
 }
 
-fn check_status(setup: &Setup, asked: &Asked, status: u16, body: &[u8], kind: Option<&str>) {
+fn check_status(setup: &Setup, request: &RecordedRequest, status: u16, body: &[u8], kind: Option<&str>) {
     let possible = [200, 400, 401, 404, 405, 406, 413, 429, 431];
     assert!(possible.contains(&status), "{status}");
     let text = String::from_utf8_lossy(body);
@@ -246,26 +245,26 @@ fn check_status(setup: &Setup, asked: &Asked, status: u16, body: &[u8], kind: Op
         assert!(body.is_empty() || text.starts_with('{') && text.ends_with('}'), "{text}");
         return;
     }
-    assert!(matches!(asked.method, Method::GET | Method::HEAD), "{}", asked.method);
-    let Some(length) = asked.path.strip_prefix("/key/") else {
-        let known = ["/", "/health", "/livez", "/readyz", "/openapi.json"].contains(&asked.path.as_str())
-            || asked.path.starts_with("/password/");
-        assert!(known || setup.has_metrics && asked.path == "/metrics", "{}", asked.path);
+    assert!(matches!(request.method, Method::GET | Method::HEAD), "{}", request.method);
+    let Some(length) = request.path.strip_prefix("/key/") else {
+        let known = ["/", "/health", "/livez", "/readyz", "/openapi.json"].contains(&request.path.as_str())
+            || request.path.starts_with("/password/");
+        assert!(known || setup.has_metrics && request.path == "/metrics", "{}", request.path);
         return;
     };
     assert!(!length.starts_with('0') && length.bytes().all(|byte| byte.is_ascii_digit()), "{length}");
-    let length: usize = length.parse().expect("a length that was served is a number");
+    let length: usize = length.parse().expect("the length of a served key is a number");
     assert!((1..=MAX_SIZE as usize).contains(&length));
     let kind = kind.expect("a key has a type");
     let of = |is_batch| Kind::Key.formats().iter().map(move |format| format.media_type(is_batch));
     assert!(of(false).chain(of(true)).any(|known| kind.starts_with(known)), "{kind}");
-    if kind == Format::Raw.media_type(false) && asked.method == Method::GET {
+    if kind == Format::Raw.media_type(false) && request.method == Method::GET {
         assert_eq!(body.len(), length);
     }
 }
 
 fn status(line: &str) -> u16 {
-    let rest = line.strip_prefix("HTTP/1.").expect("an answer is HTTP/1");
+    let rest = line.strip_prefix("HTTP/1.").expect("a response is HTTP/1");
     let (version, rest) = rest.split_once(' ').expect("a status follows the version");
     assert!(matches!(version, "0" | "1"), "{version}");
     rest.split(' ').next().expect("there is a first word").parse().expect("a status is a number")

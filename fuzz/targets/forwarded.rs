@@ -1,9 +1,10 @@
-//! Whom a proxy speaks for. The first byte of an input says which field it is and how the proxies write; the rest is what
-//! a client made up, a field a line. The first proxy may quote the last line, as it quotes the `Host` of a client.
+//! The client address in forwarded headers. The first byte of an input selects the header and how the proxies write
+//! it. The rest is forged by the client, one header value per line. The first proxy may quote the last line, as it
+//! quotes the `Host` of a client.
 //!
-//! A chain of trusted proxies adds its elements behind that, as proxies do, and the client must be the address that the
-//! first of them saw, whatever was made up. Nothing is believed of a peer that is not trusted, and no address is named that
-//! is not written there.
+//! A chain of trusted proxies appends its elements, as proxies do. The result must be the address that the first
+//! proxy saw, whatever the client forged. Headers of an untrusted peer are ignored, and every result occurs in the
+//! headers.
 
 #![no_main]
 
@@ -14,40 +15,40 @@ use key_service::access::forwarded::{ForwardedHeader, Proxies, Proxy};
 use key_service::access::peer::Origin;
 use libfuzzer_sys::fuzz_target;
 
-/// The true client, as each of the ways of writing has it.
+/// The real client, in each notation.
 const CLIENT: [&str; 4] = ["203.0.113.7", "203.0.113.7:4711", "[2001:db8:7::7]:4711", "2001:db8:7::7"];
 
-/// Trusted proxies between it and us.
+/// Trusted proxies between the client and the daemon.
 const BETWEEN: [&str; 2] = ["10.1.1.1", "2001:db8:1::9"];
 
 fuzz_target!(|input: &[u8]| {
-    let [setup, made_up @ ..] = input else { return };
+    let [setup, forged @ ..] = input else { return };
     let field = if setup & 1 == 0 { ForwardedHeader::XForwardedFor } else { ForwardedHeader::Forwarded };
     let proxies = Proxies { trusted: trusted(), field };
-    let made_up: Vec<HeaderValue> =
-        made_up.split(|byte| *byte == b'\n').filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
+    let forged: Vec<HeaderValue> =
+        forged.split(|byte| *byte == b'\n').filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
 
-    // What is written to us directly.
-    let near = Origin::Ip("10.0.0.1".parse().expect("an address"));
-    let far = Origin::Ip("192.0.2.9".parse().expect("an address"));
-    let headers = fields(field, &made_up);
-    assert_eq!(proxies.client(far, &headers), None, "who is not trusted is the client");
-    let found = proxies.client(near, &headers);
+    // Requests that come directly from one peer.
+    let trusted_peer = Origin::Ip("10.0.0.1".parse().expect("an address"));
+    let untrusted_peer = Origin::Ip("192.0.2.9".parse().expect("an address"));
+    let headers = fields(field, &forged);
+    assert_eq!(proxies.client(untrusted_peer, &headers), None, "an untrusted peer is itself the client");
+    let found = proxies.client(trusted_peer, &headers);
     if let Some(found) = found {
-        assert!(made_up.iter().any(|value| names(value, found)), "{found} is in none of {made_up:?}");
+        assert!(forged.iter().any(|value| names(value, found)), "{found} is in none of {forged:?}");
     }
     if field == ForwardedHeader::XForwardedFor {
-        assert_eq!(found, rightmost(&made_up), "{made_up:?}");
+        assert_eq!(found, rightmost(&forged), "{forged:?}");
     }
 
-    // What comes through proxies that are trusted.
+    // Requests through a chain of trusted proxies.
     let client = CLIENT[usize::from(setup >> 1 & 3)];
-    let truth = address(client).expect("the client has an address");
+    let expected = address(client).expect("the client has an address");
     let hops = usize::from(setup >> 3 & 15) % (BETWEEN.len() + 1);
     let mut chain: Vec<Vec<u8>> =
         [client].iter().chain(&BETWEEN[..hops]).map(|hop| written(field, hop).into_bytes()).collect();
-    if let (ForwardedHeader::Forwarded, true, Some(host)) = (field, setup & 128 != 0, made_up.last()) {
-        // RFC 7239 section 5.3: the Host of the request, quoted (RFC 9110 section 5.6.4) since it may have a colon.
+    if let (ForwardedHeader::Forwarded, true, Some(host)) = (field, setup & 128 != 0, forged.last()) {
+        // RFC 7239 section 5.3: the Host of the request, quoted (RFC 9110 section 5.6.4) because it may have a colon.
         chain[0].extend(b";host=\"");
         for byte in host.as_bytes() {
             if matches!(byte, b'"' | b'\\') {
@@ -59,13 +60,21 @@ fuzz_target!(|input: &[u8]| {
     }
     let chain = chain.join(&b", "[..]);
     let chain = HeaderValue::from_bytes(&chain).expect("a chain has no control characters");
-    let apart: Vec<_> = made_up.iter().cloned().chain([chain.clone()]).collect();
-    assert_eq!(proxies.client(near, &fields(field, &apart)), Some(truth), "a field of its own: {apart:?}");
-    if let Some((last, before)) = made_up.split_last() {
+    let separate: Vec<_> = forged.iter().cloned().chain([chain.clone()]).collect();
+    assert_eq!(
+        proxies.client(trusted_peer, &fields(field, &separate)),
+        Some(expected),
+        "as a separate value: {separate:?}"
+    );
+    if let Some((last, before)) = forged.split_last() {
         let joined = [last.as_bytes(), b", ", chain.as_bytes()].concat();
         let joined = HeaderValue::from_bytes(&joined).expect("two values make one");
         let values: Vec<_> = before.iter().cloned().chain([joined]).collect();
-        assert_eq!(proxies.client(near, &fields(field, &values)), Some(truth), "in one field: {values:?}");
+        assert_eq!(
+            proxies.client(trusted_peer, &fields(field, &values)),
+            Some(expected),
+            "appended to the last value: {values:?}"
+        );
     }
 });
 
@@ -94,7 +103,7 @@ fn fields(field: ForwardedHeader, values: &[HeaderValue]) -> HeaderMap {
     )
 }
 
-/// An address as a proxy writes it into the field.
+/// An address as a proxy writes it into the header.
 fn written(field: ForwardedHeader, hop: &str) -> String {
     match field {
         ForwardedHeader::XForwardedFor => hop.to_owned(),
@@ -106,17 +115,17 @@ fn written(field: ForwardedHeader, hop: &str) -> String {
     }
 }
 
-/// An address in any form, taken apart by hand.
+/// Parses an address in any notation.
 fn address(text: &str) -> Option<IpAddr> {
     let bare = match (text.strip_prefix('['), text.matches(':').count()) {
         (Some(rest), _) => {
             let (inside, after) = rest.split_once(']')?;
             let port = after.strip_prefix(':');
-            let is_fine = after.is_empty() || port.is_some_and(is_port);
+            let is_valid = after.is_empty() || port.is_some_and(is_port);
             return inside
                 .parse()
                 .ok()
-                .filter(|ip: &IpAddr| is_fine && ip.is_ipv6())
+                .filter(|ip: &IpAddr| is_valid && ip.is_ipv6())
                 .map(|ip| ip.to_canonical());
         }
         (None, 1) => {
@@ -132,7 +141,8 @@ fn is_port(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok()
 }
 
-/// The rightmost address of the list that is not trusted; where something unreadable is met first, the one right of that.
+/// The rightmost address of the list that is not trusted. If an unreadable element comes first, the address to its
+/// right.
 fn rightmost(values: &[HeaderValue]) -> Option<IpAddr> {
     let mut found = None;
     for value in values.iter().rev() {
@@ -148,7 +158,7 @@ fn rightmost(values: &[HeaderValue]) -> Option<IpAddr> {
     found
 }
 
-/// Whether the address is written somewhere in the value.
+/// Whether the value contains the address.
 fn names(value: &HeaderValue, ip: IpAddr) -> bool {
     let text = String::from_utf8_lossy(value.as_bytes());
     text.split([',', ';', '=', '"', ' ', '\t']).any(|word| address(word) == Some(ip))

@@ -1,8 +1,9 @@
-//! A PROXY header. An input is what a connection begins with; one whose first byte is 1 or 2 gets the start of that version
-//! instead of it, so that most inputs are nearly headers.
+//! The parser of PROXY headers. An input is the start of a connection. A first byte of 1 or 2 is replaced by the
+//! start of a header of that version, so that most inputs are nearly headers.
 //!
-//! What the parser says must be what the specification says, which is stated again here without the standard library's
-//! parsers; what is decided must stay so whatever follows, and nothing may be decided before the bytes that matter are there.
+//! The parser must agree with a second implementation of the specification, below, which uses none of the standard
+//! library's parsers. Further bytes must not change a result, and a prefix of the input must give the same result or
+//! none yet.
 
 #![no_main]
 
@@ -58,7 +59,7 @@ fn expected(input: &[u8]) -> Expected {
     }
 }
 
-/// Section 2.1.
+/// Version 1, section 2.1 of the specification.
 fn text(input: &[u8]) -> Expected {
     for (at, byte) in input.iter().enumerate() {
         match (byte, input.get(at + 1)) {
@@ -96,9 +97,9 @@ fn line(line: &[u8], length: usize) -> Expected {
 
 /// A decimal number without leading zeros.
 fn number(text: &[u8]) -> Option<u32> {
-    let is_written_so = matches!(text, [b'0'] | [b'1'..=b'9', ..]) && text.len() <= 5;
+    let is_canonical = matches!(text, [b'0'] | [b'1'..=b'9', ..]) && text.len() <= 5;
     let digits = text.iter().map(|byte| byte.is_ascii_digit().then(|| u32::from(byte - b'0')));
-    is_written_so
+    is_canonical
         .then(|| digits.collect::<Option<Vec<_>>>())?
         .map(|digits| digits.iter().fold(0, |sum, digit| sum * 10 + digit))
 }
@@ -113,8 +114,8 @@ fn v4(text: &[u8]) -> Option<[u8; 4]> {
     parts?.try_into().ok()
 }
 
-/// RFC 4291 section 2.2: groups of one to four digits, at most one `::` for one or more groups, and at the end an IPv4
-/// address for the last two.
+/// RFC 4291 section 2.2: groups of one to four digits, at most one `::` for one or more groups, and at the end an
+/// IPv4 address for the last two.
 fn v6(text: &[u8]) -> Option<[u8; 16]> {
     let at = text.windows(2).position(|pair| pair == b"::");
     let (head, tail) = match at {
@@ -122,7 +123,7 @@ fn v6(text: &[u8]) -> Option<[u8; 16]> {
         None => (groups(text, true)?, Vec::new()),
     };
     let missing = 16_usize.checked_sub(head.len() + tail.len())?;
-    // `::` stands for at least one group here, as the standard library has it.
+    // As in the standard library, `::` stands for at least one group.
     if (at.is_some() && missing == 0) || (at.is_none() && missing != 0) {
         return None;
     }
@@ -161,7 +162,7 @@ fn unmapped(ip: IpAddr) -> IpAddr {
     }
 }
 
-/// Section 2.2.
+/// Version 2, section 2.2 of the specification.
 fn binary(input: &[u8]) -> Expected {
     if input.len() < 16 {
         return Expected::More;
@@ -191,7 +192,9 @@ fn binary(input: &[u8]) -> Expected {
     let Some(address) = input[16..].get(..width) else { return Expected::More };
     let client = match <[u8; 4]>::try_from(address) {
         Ok(octets) => IpAddr::from(octets),
-        Err(_) => unmapped(IpAddr::from(<[u8; 16]>::try_from(address).expect("as wide as that"))),
+        Err(_) => {
+            unmapped(IpAddr::from(<[u8; 16]>::try_from(address).expect("an IPv6 address has 16 bytes")))
+        }
     };
     Expected::Header(Some(client), 16 + length)
 }

@@ -1,5 +1,5 @@
-//! A file of tokens, of any bytes. What is taken is written and read again as it was; what is refused is refused by its
-//! line, and no mistake repeats a token that stands there.
+//! A tokens file with arbitrary bytes. Accepted grants, written out and read again, are the same. Errors name the
+//! file, and the line if there is one, and no error repeats a token of the file.
 
 #![no_main]
 
@@ -15,36 +15,38 @@ use libfuzzer_sys::fuzz_target;
 static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
     let path = std::env::temp_dir().join(format!("key-service-fuzz-{}-tokens", std::process::id()));
     fs::write(&path, "").expect("a temporary file can be written");
-    fs::set_permissions(&path, Permissions::from_mode(0o600)).expect("it is ours");
+    fs::set_permissions(&path, Permissions::from_mode(0o600)).expect("this process owns the file");
     path
 });
 
-/// A piece of a token that is too much of it.
-const TELLING: usize = PREFIX.len() + 8;
+/// The shortest prefix of a token that an error must not repeat.
+const SECRET_PREFIX_LENGTH: usize = PREFIX.len() + 8;
 
 fuzz_target!(|input: &[u8]| {
     match read(input) {
         Ok(grants) => {
             let digests: HashSet<_> = grants.iter().map(|grant| grant.digest).collect();
-            assert_eq!(digests.len(), grants.len(), "a hash stands for one grant");
+            assert_eq!(digests.len(), grants.len(), "each grant has its own hash");
             let lines: String = grants.iter().map(|grant| format!("{grant}\n")).collect();
             assert!(std::str::from_utf8(input).is_ok_and(|text| text.lines().count() >= grants.len()));
             assert_eq!(read(lines.as_bytes()), Ok(grants), "{lines}");
         }
-        Err(mistakes) => {
-            assert!(!mistakes.is_empty(), "a refusal has a reason");
+        Err(errors) => {
+            assert!(!errors.is_empty(), "a rejected file has an error");
             let lines = input.split(|byte| *byte == b'\n').count();
-            for mistake in &mistakes {
-                let rest = mistake.strip_prefix(FILE.to_str().expect("its name is ASCII"));
-                let rest = rest.expect("a mistake names the file");
+            for error in &errors {
+                let rest = error.strip_prefix(FILE.to_str().expect("the path is ASCII"));
+                let rest = rest.expect("an error names the file");
                 if let Some(numbered) = rest.strip_prefix(", line ") {
                     let number = numbered.split(':').next().and_then(|number| number.parse::<usize>().ok());
-                    assert!(number.is_some_and(|number| (1..=lines).contains(&number)), "{mistake}");
+                    assert!(number.is_some_and(|number| (1..=lines).contains(&number)), "{error}");
                 }
-                let secrets = input.windows(TELLING).filter(|text| text.starts_with(PREFIX.as_bytes()));
+                let secrets =
+                    input.windows(SECRET_PREFIX_LENGTH).filter(|text| text.starts_with(PREFIX.as_bytes()));
                 for secret in secrets {
-                    let is_told = mistake.as_bytes().windows(TELLING).any(|text| text == secret);
-                    assert!(!is_told, "{mistake:?} repeats what may be a token");
+                    let is_repeated =
+                        error.as_bytes().windows(SECRET_PREFIX_LENGTH).any(|text| text == secret);
+                    assert!(!is_repeated, "{error:?} repeats a possible token");
                 }
             }
         }

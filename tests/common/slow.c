@@ -1,7 +1,8 @@
-/* Preloaded into the daemon by `just slow`: a kernel that is slow to take what is written to a TCP socket, or takes it in bits.
- * SLOW=delay: each write returns 30 ms after it was made, so that its reader is far ahead of the writer.
- * SLOW=short: writes take some of the bytes, or none (EAGAIN), at random from SLOW_SEED; but all of what ends in a short TLS
- * record: the alert that ends a connection is tried once, and has room in the kernel unless the client reads nothing. */
+/* `just slow` preloads this library into the daemon. It simulates a kernel whose writes to TCP sockets are slow or short.
+ * SLOW=delay: each write returns 30 ms after the kernel took the bytes, so that the reader is far ahead of the writer.
+ * SLOW=short: writes take some of the bytes, or none (EAGAIN), at random from SLOW_SEED. Writes that end in a short TLS record take
+ * all bytes: the daemon tries only once to write the alert that ends a connection, and the kernel has room for it unless the client
+ * reads nothing. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -14,18 +15,18 @@
 #include <unistd.h>
 static struct { int epoll; struct epoll_event event; } registered[32768];
 static __thread unsigned state;
-/* 'd', 's', or 0 for what is left alone: other programs, files, Unix sockets. */
+/* Returns 'd' or 's', or 0 for unaffected descriptors: those of other programs, files and Unix sockets. */
 static int mode(int fd) {
     int domain = 0;
     if (!getenv("SLOW") || strcmp(program_invocation_short_name, "key-service") || fd < 0 || fd >= 32768) return 0;
     if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &(socklen_t){sizeof domain}) || domain == AF_UNIX) return 0;
     return *getenv("SLOW");
 }
-static unsigned dice(unsigned sides) {
+static unsigned random_below(unsigned limit) {
     if (!state) state = ((unsigned)strtoul(getenv("SLOW_SEED"), NULL, 10) * 2654435761u ^ (unsigned)gettid()) | 1;
-    return (state = state * 1664525u + 1013904223u) / 65536 % sides;
+    return (state = state * 1664525u + 1013904223u) / 65536 % limit;
 }
-/* Registrations are kept: an EAGAIN that is made up has to be followed by an edge, or nobody would try again (epoll(7)). */
+/* Records registrations, because a simulated EAGAIN must be followed by an edge; otherwise the daemon would not retry (epoll(7)). */
 int epoll_ctl(int epoll, int op, int fd, struct epoll_event *event) {
     if (fd >= 0 && fd < 32768 && op != EPOLL_CTL_DEL) registered[fd].epoll = epoll, registered[fd].event = *event;
     return (int)syscall(SYS_epoll_ctl, epoll, op, fd, event);
@@ -35,11 +36,11 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
     struct iovec first = some.msg_iovlen ? *some.msg_iov : (struct iovec){0};
     if (mode(fd) == 's' && first.iov_len > 1
         && (*(unsigned char *)first.iov_base - 20u > 3 || some.msg_iov[some.msg_iovlen - 1].iov_len >= 64)) {
-        if (registered[fd].epoll && !dice(3)) {
+        if (registered[fd].epoll && !random_below(3)) {
             syscall(SYS_epoll_ctl, registered[fd].epoll, EPOLL_CTL_MOD, fd, &registered[fd].event);
             return errno = EAGAIN, -1;
         }
-        first.iov_len = 1 + dice(first.iov_len < 4096 ? (unsigned)first.iov_len : 4096);
+        first.iov_len = 1 + random_below(first.iov_len < 4096 ? (unsigned)first.iov_len : 4096);
         some.msg_iov = &first, some.msg_iovlen = 1;
     }
     ssize_t sent = syscall(SYS_sendmsg, fd, &some, flags);

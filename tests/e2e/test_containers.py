@@ -1,8 +1,8 @@
-"""packaging/quadlet and compose.yaml on a booted Debian 13 with its own Podman: what docs/containers.md says of them.
+"""Tests packaging/quadlet and compose.yaml, as documented in docs/containers.md, on a booted Debian 13 with Debian's Podman.
 
-The machine is that of test_system.py, with more packages and cgroup v2. Where the host's own cgroups are v1, it has no controllers:
-limits of memory and processes are then read from the container engine and from systemd, and not from the kernel. The tests run in the
-order of this file, and each leaves the machine as it found it.
+The machine is the one of test_system.py, with more packages and cgroup v2. If the host uses cgroup v1, the machine has no cgroup v2
+controllers; the tests then read the memory and process limits from the container engine and from systemd instead of the kernel. The tests
+run in the order of this file, and each one restores the machine's state.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from support.machine import as_root
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
-    pytest.mark.timeout(1800),  # the image is compiled, for two architectures, and once more elsewhere
+    pytest.mark.timeout(1800),  # the image is compiled for two architectures, and once more in another directory
     pytest.mark.xdist_group("image"),
     pytest.mark.tools("mmdebstrap", "systemd-nspawn", "podman", "openssl"),
 ]
@@ -41,14 +41,14 @@ USER = "op"
 
 
 class Machine(debian.Machine):
-    """A booted Debian 13 with Podman, and the source tree as far as the document uses it."""
+    """A booted Debian 13 with Podman and the parts of the source tree that docs/containers.md uses."""
 
     packages = debian.PACKAGES + (
         ",dbus,curl,iproute2,procps,podman,crun,runc,netavark,aardvark-dns,nftables,uidmap,dbus-user-session,libpam-systemd"
         ",docker-compose,python3-yaml,python3-dotenv"
     )
     kind = "-podman"
-    # crun attaches BPF programs that decide on devices, and keeps a keyring for each container.
+    # crun attaches BPF programs for device access, and creates a keyring for each container.
     options = ["--capability=all", "--system-call-filter=bpf keyctl add_key"]
     environment = {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
 
@@ -58,16 +58,16 @@ class Machine(debian.Machine):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
         if "pids" not in self.run("cat /sys/fs/cgroup/cgroup.controllers").stdout:
-            # Podman limits processes unless it is told not to, and crun fails without the controller.
+            # Podman sets a process limit by default, and crun fails to set it without the controller.
             self.write("/etc/containers/containers.conf.d/test.conf", "[containers]\npids_limit = 0\n")
-            peers.log("no cgroup controllers in the machine: limits of memory and processes are not enforced")
+            peers.log("no cgroup controllers in the machine: memory and process limits are not enforced")
         # Debian 13 has podman-compose 1.3, which runs the health check in a shell.
         self.install_file(importlib.util.find_spec("podman_compose").origin, "/usr/bin/podman-compose")
         self.run("chmod +x /usr/bin/podman-compose")
         self.run(f"podman load -q -i /root/key-service.tar && podman tag {BUILT} {IMAGE}")
 
     def script(self, commands, user=None):
-        """Runs commands in the source tree, until one fails."""
+        """Runs commands in the source tree and stops at the first that fails."""
         script = "set -e\n" + commands
         if user:
             identity = self.run(f"id -u {user}").stdout.strip()
@@ -77,7 +77,7 @@ class Machine(debian.Machine):
         return self.run(f"su {user} -c '{command}'" if user else command)
 
     def quadlet(self, *lines):
-        """Lines of a drop-in, until the next ones, and a service that runs with them."""
+        """Replaces the drop-in by these lines and restarts the service."""
         self.write(DROPIN, "\n".join(lines) + "\n")
         self.run("systemctl daemon-reload && systemctl restart key-service")
 
@@ -89,7 +89,7 @@ class Machine(debian.Machine):
         return json.loads(self.run(f"podman container inspect {name}").stdout)[0]
 
     def pid(self, name="key-service"):
-        """The daemon's process, as the machine numbers it; 0 while there is none."""
+        """The daemon's process id in the machine's PID namespace; 0 if the container is not running."""
         return int(self.run(f"podman container inspect -f '{{{{.State.Pid}}}}' {name}", ok=None).stdout or 0)
 
     def proc(self, pid, name):
@@ -98,11 +98,11 @@ class Machine(debian.Machine):
 
 @pytest.fixture(scope="module")
 def machine(image, tmp_path_factory):
-    """The machine with the image, on which the document's installation has been followed, up to its first request."""
-    folder = tmp_path_factory.mktemp("podman")
-    archive = folder / "key-service.tar"
+    """A machine with the image, after the installation steps of docs/containers.md, before the first request."""
+    directory = tmp_path_factory.mktemp("podman")
+    archive = directory / "key-service.tar"
     images.run("podman", "save", "--quiet", "--format=docker-archive", f"--output={archive}", image)
-    with Machine("trixie", folder, archive) as machine:
+    with Machine("trixie", directory, archive) as machine:
         machine.prepare()
         machine.run("rm -rf /etc/key-service")
         *commands, request = INSTALL.splitlines()
@@ -114,27 +114,27 @@ def machine(image, tmp_path_factory):
 # Quadlet.
 
 
-def test_installs(machine):
-    """the installation of docs/containers.md works as it stands: the first connection starts the container"""
+def test_installation_works_as_documented(machine):
+    """the installation commands of docs/containers.md work unchanged, and the first connection starts the container"""
     for unit in SOCKETS:
         expect((machine.show("ActiveState", unit), machine.show("UnitFileState", unit)), ("active", "enabled"), unit)
-    expect(machine.show("ActiveState"), "inactive", "the service before its first connection")
+    expect(machine.show("ActiveState"), "inactive", "the service before the first connection")
     assert re.fullmatch(r"[0-9a-f]{64}\n", machine.run(INSTALL.splitlines()[-1]).stdout)
     until("the service is active", lambda: machine.show("ActiveState") == "active")
     expect(machine.get("/metrics", 8000)[0], 200, "metrics")
     expect(
         machine.show("StatusText"),
         "Keys on [::]:1123; credentials on unix:/run/key-service/credential.sock; metrics on [::]:8000",
-        "the status",
+        "the status text",
     )
 
 
-def test_is_a_sound_unit(machine):
-    """systemd has no objection to the generated unit, and each time to stop is longer than the one before"""
+def test_generated_unit_is_valid(machine):
+    """systemd-analyze accepts the generated unit, and drain timeout < container stop timeout < unit stop timeout"""
     done = machine.run("systemd-analyze --generators=true verify key-service.service")
-    said = (done.stdout + done.stderr).splitlines()
-    complaints = [line for line in said if "key-service" in line and "Loading source" not in line]
-    expect(complaints, [], "complaints")
+    output = (done.stdout + done.stderr).splitlines()
+    warnings = [line for line in output if "key-service" in line and "Loading source" not in line]
+    expect(warnings, [], "warnings")
     generated = machine.run("systemctl cat key-service").stdout
     effective = machine.run(f"podman run --rm --network none {IMAGE} --check").stdout
     drain = int(re.search(r"^drain-timeout = (\d+)$", effective, re.M)[1])
@@ -155,7 +155,7 @@ def test_is_a_sound_unit(machine):
 
 
 def exposures(machine, name="key-service"):
-    """What the container has beyond what it needs, a word for each."""
+    """The privileges that the container has and does not need, one word each."""
     pid = machine.pid(name)
     found = set()
     interfaces = [line.split(":")[0].strip() for line in machine.proc(pid, "net/dev").splitlines()[2:]]
@@ -169,7 +169,7 @@ def exposures(machine, name="key-service"):
         found.add("privileges")
     if status["Uid"].split() + status["Gid"].split() != ["65532"] * 8 or status["Groups"].split() not in ([], ["65532"]):
         found.add("user")
-    # A filter of its own, beside those that the whole machine may have from nspawn.
+    # The container has its own filter, in addition to those that nspawn may set for the whole machine.
     monitor = re.search(r"^Seccomp_filters:\t(\d+)$", machine.proc(status["PPid"], "status"), re.M)[1]
     if int(status["Seccomp_filters"]) <= int(monitor):
         found.add("system calls")
@@ -188,7 +188,7 @@ def exposures(machine, name="key-service"):
 
 
 def test_is_confined(machine):
-    """no network but lo, read-only root, no capability or new privilege, user 65532; each weaker container is noticed"""
+    """no network but lo, read-only root, no capability or new privilege, user 65532; each weakened container is detected"""
     expect(exposures(machine), set(), "exposures")
     for line, expected in [
         ("Network=\nNetwork=host", "network"),
@@ -209,8 +209,8 @@ def test_is_confined(machine):
     assert machine.container()["Id"] not in health, health
 
 
-def test_logs(machine):
-    """the journal has the log with its fields and priorities, and the audit record has the client's own address"""
+def test_journal_has_fields_and_audit_records(machine):
+    """the journal has the log entries with fields and priorities, and the audit record has the client's real address"""
     machine.configure("audit = true\n")
     machine.get("/key/32")
     machine.run("journalctl --sync")
@@ -220,13 +220,13 @@ def test_logs(machine):
     machine.configure("")
     machine.run("journalctl --sync")
     entry = [entry for entry in machine.journal() if str(entry.get("MESSAGE", "")).startswith("Keys on ")][-1]
-    expect((entry["PRIORITY"], entry["SYSLOG_IDENTIFIER"], entry["_UID"]), ("5", "key-service", "65532"), "priority, name and user")
+    expect((entry["PRIORITY"], entry["SYSLOG_IDENTIFIER"], entry["_UID"]), ("5", "key-service", "65532"), "priority, identifier and user")
     assert re.fullmatch(r"\d+\.\d+\.\d+", entry.get("VERSION", "")), entry
-    assert machine.run("journalctl -u key-service REASON=SIGTERM -o cat").stdout.strip(), "no entry has the reason"
+    assert machine.run("journalctl -u key-service REASON=SIGTERM -o cat").stdout.strip(), "no entry with REASON=SIGTERM"
 
 
-def test_obeys(machine):
-    """reload keeps the process, stop ends it with 0, and the next connection starts it again"""
+def test_reload_and_stop_work(machine):
+    """a reload keeps the process, a stop ends it with status 0, and the next connection starts it again"""
     pid = machine.pid()
     expect(machine.get("/key/2000")[0], 413, "above max-size")
     machine.write("/etc/key-service/config.toml", "max-size = 2000\n")
@@ -234,88 +234,89 @@ def test_obeys(machine):
     until("the reload", lambda: machine.get("/key/2000")[0] == 200)
     machine.write("/etc/key-service/config.toml", "max-size = 0\n")
     machine.run("systemctl reload key-service")
-    until("the refusal", lambda: "reload 2 was refused: " in machine.show("StatusText"))
-    expect((machine.get("/key/2000")[0], machine.pid()), (200, pid), "answer and process after a reload that was refused")
+    until("the rejected reload", lambda: "reload 2 was refused: " in machine.show("StatusText"))
+    expect((machine.get("/key/2000")[0], machine.pid()), (200, pid), "status and process after a rejected reload")
     machine.write("/etc/key-service/config.toml", "")
     machine.run("systemctl stop key-service")
     expect((machine.show("ActiveState"), machine.show("ExecMainStatus")), ("inactive", "0"), "state and exit status")
-    expect(machine.run("podman ps -aq").stdout, "", "what is left of the container")
+    expect(machine.run("podman ps -aq").stdout, "", "remaining containers")
     expect(machine.get("/key/32")[0], 200, "the next connection")
 
 
-def test_restarts_lose_nothing(machine, figures):
-    """20 restarts under 500 requests a second refuse and fail none"""
+def test_restarts_lose_no_request(machine, figures):
+    """no request is refused or fails during 20 restarts under 500 requests per second"""
     with machine.load() as seen:
         for _ in range(20):
             machine.run("systemctl restart key-service")
     expect((seen["failed"], seen["failures"]), (0, []), "failures")
     assert seen["served"] > 100 * seen["seconds"], seen
-    figures(f"{seen['served']} requests in {seen['seconds']} s, the slowest {seen['slowest']} s")
+    figures(f"{seen['served']} requests in {seen['seconds']} s, slowest {seen['slowest']} s")
 
 
-# A client that reads nothing is in the drain until its end, after Podman's and Docker's default of 10 s to stop.
+# A client that reads nothing uses the whole drain timeout, which is longer than the 10 s stop timeout of Podman and Docker.
 STALLS = {"KEYSERVICE_MAX_SIZE": 1 << 30, "KEYSERVICE_DRAIN_TIMEOUT": 12, "KEYSERVICE_WRITE_TIMEOUT": 60}
 
 
 def stalled(machine):
-    """A connection to the machine's port 1123, by a thread in its network namespace, that reads no more of a long key."""
-    made = []
+    """A connection to the machine's port 1123 that requests a streamed key and stops reading it.
 
-    def make():
+    A thread opens it, because the socket belongs to the network namespace of the thread."""
+    created = []
 
+    def create():
         with open(f"/proc/{machine.leader}/ns/net") as namespace:
             if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000) != 0:  # CLONE_NEWNET
                 raise OSError(ctypes.get_errno(), "setns")
-        made.append(socket.create_connection(("127.0.0.1", 1123), TIMEOUT))
+        created.append(socket.create_connection(("127.0.0.1", 1123), TIMEOUT))
 
-    thread = threading.Thread(target=make)  # a thread's namespace is its own
+    thread = threading.Thread(target=create)  # setns(2) changes the namespace of this thread only
     thread.start()
     thread.join()
-    made[0].sendall(f"GET /key/{1 << 30} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-    assert made[0].recv(12) == b"HTTP/1.1 200"
-    return made[0]
+    created[0].sendall(f"GET /key/{1 << 30} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    assert created[0].recv(12) == b"HTTP/1.1 200"
+    return created[0]
 
 
-def test_a_stop_keeps_the_drain(machine):
-    """a client that never reads holds a stop for the drain, longer than Podman's default of 10 s, and the exit is clean"""
+def test_stop_waits_for_the_drain(machine):
+    """a client that never reads delays a stop until the drain timeout, beyond Podman's default of 10 s, and the exit is clean"""
     machine.quadlet("[Container]", *(f"Environment={name}={value}" for name, value in STALLS.items()))
     with contextlib.closing(stalled(machine)):
         machine.run("systemctl stop key-service")
     expect((machine.show("Result"), machine.show("ExecMainStatus")), ("success", "0"), "result and exit status")
     machine.run("journalctl --sync")
-    said = [entry.get("MESSAGE") for entry in machine.journal() if entry.get("SYSLOG_IDENTIFIER") == "key-service"]
-    assert any("stopped with connections still open" in str(line) for line in said[-5:]), said[-5:]
+    messages = [entry.get("MESSAGE") for entry in machine.journal() if entry.get("SYSLOG_IDENTIFIER") == "key-service"]
+    assert any("stopped with connections still open" in str(message) for message in messages[-5:]), messages[-5:]
     machine.quadlet()
 
 
-def test_survives_kills(machine, figures):
-    """killed again and again, the container or its monitor, it comes back and the sockets stay"""
+def test_killed_container_is_restarted(machine, figures):
+    """after each kill of the daemon or of its monitor, the service restarts and the sockets stay active"""
     begin = time.monotonic()
     for number in range(11):
         before = machine.pid()
         machine.run(f"kill -9 {before if number < 8 else machine.show('MainPID')}")
-        until("another process", lambda old=before: machine.show("ActiveState") == "active" and machine.pid() not in (0, old))
+        until("a new process", lambda old=before: machine.show("ActiveState") == "active" and machine.pid() not in (0, old))
         expect(machine.get("/key/32")[0], 200, "status")
     for unit in SOCKETS:
         expect(machine.show("ActiveState", unit), "active", unit)
     figures(f"11 kills in {time.monotonic() - begin:.0f} s, {machine.show('NRestarts')} restarts")
 
 
-def test_a_frozen_process_is_replaced(machine, figures):
-    """the watchdog reaches into the container: a healthy process stays, a frozen one is replaced without StopTimeout="""
+def test_watchdog_replaces_a_frozen_process(machine, figures):
+    """the watchdog works through the container: a healthy process keeps running, a frozen one is replaced without StopTimeout="""
     pid = machine.pid()
     time.sleep(11)  # longer than WatchdogSec=
-    expect(machine.pid(), pid, "the healthy process")
+    expect(machine.pid(), pid, "process id of the healthy daemon")
     machine.run(f"kill -STOP {pid}")
     since = time.monotonic()
-    expect(machine.get("/key/32")[0], 200, "after")
+    expect(machine.get("/key/32")[0], 200, "status after the freeze")
     seconds = time.monotonic() - since
     assert seconds < 25, f"{seconds:.0f} s"
     figures(f"after {seconds:.0f} s")
 
 
-def test_tells_its_sockets_apart(machine, figures):
-    """with crun and with runc sockets have their names, whatever their order"""
+def test_sockets_keep_their_names_with_crun_and_runc(machine, figures):
+    """with crun and with runc, each socket has its name, in any order"""
     orders = set()
     for runtime in ["crun", "runc"]:
         machine.quadlet("[Container]", f"GlobalArgs=--runtime={runtime}")
@@ -331,8 +332,8 @@ def test_tells_its_sockets_apart(machine, figures):
     figures(f"{len(orders)} orders")
 
 
-def test_gives_units_their_keys(machine):
-    """the credential socket gives each unit and start a key of its own, and starts the container"""
+def test_credential_socket_issues_a_key_for_each_unit(machine):
+    """the credential socket starts the container and issues a new key for each start of a unit"""
     machine.write(
         "/run/systemd/system/demo.service",
         "[Service]\nType=oneshot\nDynamicUser=yes\nPrivateNetwork=yes\n"
@@ -342,22 +343,22 @@ def test_gives_units_their_keys(machine):
     machine.run("systemctl daemon-reload && systemctl stop key-service && systemctl start demo && systemctl start demo")
     keys = (machine.root / "root/keys").read_bytes()
     assert len(keys) == 64 and keys[:32] != keys[32:], keys
-    expect(machine.metric('credentials_total{outcome="served"}'), 2, "the count")
+    expect(machine.metric('credentials_total{outcome="served"}'), 2, "credentials served")
     machine.run("rm /run/systemd/system/demo.service /root/keys && systemctl daemon-reload")
 
 
-def test_ends_when_idle(machine):
-    """with exit-idle it ends, stays ended, and the next connection starts it again"""
+def test_idle_container_exits(machine):
+    """with exit-idle the daemon exits, is not restarted, and the next connection starts it again"""
     machine.configure("exit-idle = 2\n")
-    until("the end", lambda: machine.show("ActiveState") == "inactive")
-    time.sleep(2)  # longer than RestartSec: it is not restarted but waited for
-    expect(machine.show("ActiveState"), "inactive", "the service")
+    until("the idle exit", lambda: machine.show("ActiveState") == "inactive")
+    time.sleep(2)  # longer than RestartSec=: systemd does not restart it
+    expect(machine.show("ActiveState"), "inactive", "state of the service")
     expect(machine.get("/key/32")[0], 200, "the next connection")
     machine.configure("")
 
 
-def test_a_broken_configuration_recovers(machine):
-    """an invalid configuration fails with 78 and its line, and a client that waits is served after the fix"""
+def test_invalid_configuration_recovers(machine):
+    """an invalid configuration exits with 78 and logs the error, and a waiting client is served after the fix"""
     machine.run("systemctl stop key-service")
     machine.write("/etc/key-service/config.toml", 'max-size = "1k"\n')
     waiting = subprocess.Popen(
@@ -366,17 +367,17 @@ def test_a_broken_configuration_recovers(machine):
         text=True,
     )
     with peers.killed_after(waiting, "curl"):
-        until("25 starts", lambda: int(machine.show("NRestarts")) >= 25)  # beyond the default limits of units and sockets
-        said = machine.run("journalctl -u key-service -n 40 -o cat --no-pager").stdout
-        assert 'max-size: expected a whole number from 1 to 1073741824, found "1k"' in said, said
-        assert "status=78/CONFIG" in said, said
+        until("25 starts", lambda: int(machine.show("NRestarts")) >= 25)  # more than the default start limits of units and sockets
+        log = machine.run("journalctl -u key-service -n 40 -o cat --no-pager").stdout
+        assert 'max-size: expected a whole number from 1 to 1073741824, found "1k"' in log, log
+        assert "status=78/CONFIG" in log, log
         expect(machine.show("ActiveState", "key-service.socket"), "active", "the socket")
         machine.write("/etc/key-service/config.toml", "")
-        expect(waiting.communicate(timeout=TIMEOUT)[0], "200", "the client that waited")
+        expect(waiting.communicate(timeout=TIMEOUT)[0], "200", "status of the waiting client")
 
 
-def test_takes_tls_and_tokens(machine):
-    """the examples of docs/containers.md for TLS and tokens work, and a removed token is refused without a restart"""
+def test_tls_and_token_examples_work(machine):
+    """the TLS and token examples of docs/containers.md work, and a removed token is rejected without a restart"""
     source = machine.root / SOURCE.lstrip("/")
     certificates.self_signed(source / "privkey.pem", source / "fullchain.pem", names="IP:127.0.0.1")
     machine.script(as_root(pages.commands("docs/containers.md", "sudo podman secret ")))
@@ -392,14 +393,14 @@ def test_takes_tls_and_tokens(machine):
     expect([entry.split()[:2] for entry in secrets.splitlines()], [["400", "65532"]] * 2, "modes and owners")
     expect(exposures(machine), set(), "exposures")
     machine.write("/etc/key-service/tokens", "")
-    until("the end of the token", lambda: machine.run(f"{curl} -H @/srv/token.header").stdout == "401")
-    expect(machine.pid(), pid, "the process")
+    until("the token to be rejected", lambda: machine.run(f"{curl} -H @/srv/token.header").stdout == "401")
+    expect(machine.pid(), pid, "process id")
     machine.run("rm /etc/containers/systemd/key-service.container.d/tls.conf /etc/key-service/tokens && systemctl daemon-reload")
     machine.configure("")
 
 
-def test_updates_lose_nothing(machine, figures):
-    """podman auto-update under load takes the new image and loses nothing, and goes back from one that does not start"""
+def test_auto_update_loses_no_request(machine, figures):
+    """podman auto-update under load loses no request, and rolls back an image that does not start"""
 
     def build(line):
         machine.write(f"{SOURCE}/Dockerfile", f"FROM {BUILT}\n{line}\n")
@@ -413,22 +414,22 @@ def test_updates_lose_nothing(machine, figures):
         machine.run(UPDATE)
         expect(machine.container()["Image"], new, "the image after the update")
         broken = build("ENV KEYSERVICE_MAX_SIZE=broken")
-        said = machine.run(UPDATE, ok=None)
-        assert "rolled back" in said.stdout, said
+        update = machine.run(UPDATE, ok=None)
+        assert "rolled back" in update.stdout, update
         until("the old image", lambda: machine.show("ActiveState") == "active")
         found = machine.container()["Image"]
         assert found == new != broken, "the image after the rollback"
     expect((seen["failed"], seen["failures"]), (0, []), "failures")
     machine.run(f"podman tag {BUILT} {IMAGE} && systemctl restart key-service")
-    figures(f"{seen['served']} requests, the slowest {seen['slowest']} s")
+    figures(f"{seen['served']} requests, slowest {seen['slowest']} s")
 
 
-def test_works_without_root(machine, figures):
-    """a user installs the same file as docs/containers.md says: started by a connection, confined, restarted without loss"""
+def test_user_installation_works(machine, figures):
+    """an unprivileged user installs the same unit: a connection starts it, it is confined, and restarts lose no request"""
     machine.run("systemctl stop 'key-service*.socket' key-service")
     machine.run(f"useradd -m {USER} && loginctl enable-linger {USER}")
     identity = machine.run(f"id -u {USER}").stdout.strip()
-    until("the user's manager", lambda: machine.run(f"systemctl is-active user@{identity}", ok=None).stdout.strip() == "active")
+    until("the user's service manager", lambda: machine.run(f"systemctl is-active user@{identity}", ok=None).stdout.strip() == "active")
 
     def as_user(command):
         return machine.run(f"su {USER} -c 'export XDG_RUNTIME_DIR=/run/user/{identity}; cd; {command}'").stdout
@@ -444,7 +445,7 @@ def test_works_without_root(machine, figures):
     expect(rights, (first + 65531, 0, "1"), "user, capabilities and new privileges")
     expect(machine.get("/metrics", 8000)[0], 200, "metrics")
     as_user("echo max-size = 2000 >.config/key-service/config.toml && systemctl --user reload key-service")
-    until("the reload of the user's own file", lambda: machine.get("/key/2000")[0] == 200)
+    until("the reload of the user's configuration", lambda: machine.get("/key/2000")[0] == 200)
     with machine.load() as seen:
         for _ in range(5):
             as_user("systemctl --user restart key-service")
@@ -457,13 +458,13 @@ def test_works_without_root(machine, figures):
 
 
 def compose(machine, tool, *arguments, file="compose.yaml", ok=0):
-    # Podman's socket builds as Docker did before BuildKit.
+    # The build API of Podman's socket is the one that Docker had before BuildKit.
     environment = "" if tool == "podman-compose" else "DOCKER_HOST=unix:///run/podman/podman.sock DOCKER_BUILDKIT=0 "
     return machine.run(f"cd {SOURCE} && {environment}{tool} -f {file} {' '.join(arguments)}", ok=ok)
 
 
 def write_compose(machine, **environment):
-    """The file with variables, and without the limits that no controller of this machine could enforce."""
+    """Writes compose.yaml with these variables, and without limits for which the machine has no cgroup controller."""
     text = (REPOSITORY / "compose.yaml").read_text()
     if "pids" not in machine.run("cat /sys/fs/cgroup/cgroup.controllers").stdout:
         text = re.sub(r"^    (mem_limit|memswap_limit|pids_limit): .*\n", "", text, flags=re.M)
@@ -471,8 +472,8 @@ def write_compose(machine, **environment):
     machine.write(f"{SOURCE}/test.yaml", text.replace("    ports:\n", f"    environment:\n{variables}    ports:\n"))
 
 
-def test_compose_is_valid(machine):
-    """docker-compose finds compose.yaml, and its examples in comments, valid by the schema; a typo is refused"""
+def test_compose_file_is_valid(machine):
+    """compose.yaml and the examples in its comments are valid by docker-compose's schema, which rejects typos"""
     compose(machine, "docker-compose", "config", "--quiet")
     text = (REPOSITORY / "compose.yaml").read_text()
     examples = re.sub(r"^    # (?=(environment|command|volumes):|  \S)", "    ", text, flags=re.M)
@@ -492,8 +493,8 @@ def test_compose_is_valid(machine):
         assert done.returncode != 0, f"{wrong} must not pass"
 
 
-def test_compose_builds(machine):
-    """docker-compose and podman-compose build the image if there is none, and ask no registry for it"""
+def test_compose_builds_a_missing_image(machine):
+    """docker-compose and podman-compose build a missing image instead of pulling it from a registry"""
     machine.run("systemctl stop key-service; systemctl start podman.socket")
     machine.write(f"{SOURCE}/Dockerfile", f"FROM {BUILT}\nLABEL test=built\n")
     for tool in ["docker-compose", "podman-compose"]:
@@ -505,21 +506,21 @@ def test_compose_builds(machine):
     machine.run(f"podman tag {BUILT} {IMAGE}")
 
 
-def test_compose_runs_confined(machine):
-    """docker-compose and podman-compose start compose.yaml: curl gets a key, it is healthy, confined, limited, and drains"""
+def test_compose_containers_are_confined(machine):
+    """docker-compose and podman-compose run a container that serves keys, is healthy, confined and limited, and drains"""
     machine.run("systemctl stop 'key-service*.socket' key-service; systemctl start podman.socket")
     for tool, name in [("docker-compose", "key-service-key-service-1"), ("podman-compose", "key-service_key-service_1")]:
         compose(machine, tool, "up", "--no-start")
         host = machine.container(name)["HostConfig"]
         limits = host["Memory"], host["PidsLimit"], *([host["MemorySwap"]] if tool == "docker-compose" else [])
-        # podman-compose passes no memswap_limit on.
+        # podman-compose ignores memswap_limit.
         expect(limits, (512 << 20, 300, 512 << 20)[: len(limits)], f"limits of {tool}")
         compose(machine, tool, "down")
         write_compose(machine, **STALLS)
         compose(machine, tool, "up", "--detach", file="test.yaml")
         until("a key", lambda: machine.run("curl -fsS http://127.0.0.1:1123/key/32 | wc -c", ok=None).stdout.strip() == "32")
         expect(machine.get("/metrics", 8000)[0], 200, "metrics")
-        # A network is what it has here, and Podman has writable file systems in memory where Docker has none.
+        # This container has a network, and Podman mounts writable file systems in memory that Docker does not.
         expect(exposures(machine, name) - {"mounts"}, {"network"}, f"exposures of {tool}")
         machine.run(f"podman healthcheck run {name}")
         found = machine.container(name)

@@ -1,7 +1,7 @@
-"""Checks what the other tests rely on: a peer that hangs hides no result, and a port for a peer stays free.
+"""Tests what the other tests rely on: a hung peer hides no result, and a held port stays free for its server.
 
-Those about ports have a network of their own, with eight ephemeral ports, where a race for one is lost at once. It takes root or
-unprivileged user namespaces. No daemon is built: its part is played by scripts that hang.
+The tests about ports run in their own network namespace with eight ephemeral ports, so that a race for a port shows up at once. They need
+root or unprivileged user namespaces. No daemon is built: scripts that hang take its place.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from support.daemon import REPOSITORY, Daemon
 EPHEMERAL_PORTS = "40000 40007"
 
 
-# Exits at the SIGTERM of that number (0: at none), or as many seconds later as the second argument has; the status is the
-# number of signals that came after it.
+# Exits at the SIGTERM with the number in the first argument (0: never), after a delay of as many seconds as the second argument. The exit
+# status is the number of signals that came during the delay.
 STUBBORN = """
 import signal, sys, time
 limit, count = int(sys.argv[1]), 0
@@ -45,7 +45,7 @@ while True:
     signal.pause()
 """
 
-# Is ready as the daemon is, and ignores SIGTERM.
+# Reports READY as the daemon does, and ignores SIGTERM.
 HUNG_DAEMON = """
 import os, signal, socket
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -55,8 +55,8 @@ while True:
     signal.pause()
 """
 
-# A key server on 127.0.0.1 that counts its requests as callgrind would: 100 instructions each, and 5,000 for the start.
-# Where HANGS names a file that is not there yet, it creates the file and then ignores SIGTERM. DELAY: seconds before it binds.
+# A key server on 127.0.0.1 that writes counts like callgrind: 100 instructions for each request, and 5,000 for the start. If HANGS names
+# a file that does not exist, the server creates the file and ignores SIGTERM. DELAY is the number of seconds before it binds.
 SERVER = """
 import os, signal, socket, sys, time
 counts = next((each.partition("=")[2] for each in sys.argv if each.startswith("--callgrind-out-file=")), None)
@@ -92,48 +92,48 @@ def stubborn(*arguments):
 
 @contextlib.contextmanager
 def logged():
-    """What is written to standard error while the block runs."""
+    """Captures standard error during the block."""
     with contextlib.redirect_stderr(io.StringIO()) as written:
         yield written.getvalue
 
 
-def test_a_hung_peer_is_killed_and_logged():
-    """a peer that ignores SIGTERM is killed by its process id, waited for, and logged in one line"""
+def test_hung_peer_is_killed_and_logged():
+    """a peer that ignores SIGTERM is killed by its process id, reaped, and logged in one line"""
     with stubborn(0) as process, logged() as log:
-        expect(peers.stop_peer(process, "nginx", timeout=0.3), False, "whether it exited by itself")
-        expect(process.returncode, -signal.SIGKILL, "how it ended")
+        expect(peers.stop_peer(process, "nginx", timeout=0.3), False, "whether the peer exited by itself")
+        expect(process.returncode, -signal.SIGKILL, "return code")
         expect(log(), f"nginx (process {process.pid}) did not exit within 0.3 s of SIGTERM and is killed\n", "the log")
 
 
-def test_a_peer_that_misses_a_signal_gets_another(monkeypatch):
-    """a peer that takes no notice of the first SIGTERM gets more of them, and nothing is logged"""
+def test_peer_that_misses_a_signal_gets_another(monkeypatch):
+    """a peer that ignores the first SIGTERM gets further ones, and nothing is logged"""
     monkeypatch.setattr(peers, "SIGNAL_INTERVAL", 0.1)
     with stubborn(3) as process, logged() as log:
-        expect(peers.stop_peer(process, "nginx"), True, "whether it exited by itself")
+        expect(peers.stop_peer(process, "nginx"), True, "whether the peer exited by itself")
         expect((process.returncode, log()), (0, ""), "exit status and log")
 
 
-def test_a_hung_daemon_is_a_failure():
-    """a daemon that ignores SIGTERM is killed, and a failure that says so; where the block has failed, its own error stays"""
+def test_hung_daemon_is_a_failure():
+    """a daemon that ignores SIGTERM is killed and raises Hung; if the block has failed, its error is kept"""
     with stubborn(0) as process, logged() as log:
         try:
             peers.stop_daemon(process, "key-service", timeout=0.3)
         except peers.Hung as hung:
             found = str(hung)
         expect(found, f"key-service (process {process.pid}) did not exit within 0.3 s of SIGTERM and is killed", "the error")
-        expect((process.returncode, log()), (-signal.SIGKILL, ""), "how it ended, and the log")
+        expect((process.returncode, log()), (-signal.SIGKILL, ""), "return code and log")
     with stubborn(0) as process, logged() as log:
         peers.stop_daemon(process, "key-service", ValueError("the block's"), timeout=0.3)
         expect(log().count("did not exit within 0.3 s"), 1, "lines in the log")
-        expect(process.returncode, -signal.SIGKILL, "how it ended")
+        expect(process.returncode, -signal.SIGKILL, "return code")
 
 
-def test_a_daemon_gets_one_signal(monkeypatch):
-    """a daemon that takes its time gets a single SIGTERM: the second one would end its drain"""
+def test_daemon_gets_one_signal(monkeypatch):
+    """a slow daemon gets a single SIGTERM, because a second one would end its drain"""
     monkeypatch.setattr(peers, "SIGNAL_INTERVAL", 0.1)
     with stubborn(1, 1) as process, logged() as log:
         peers.stop_daemon(process, "key-service")
-        expect((process.returncode, log()), (0, ""), "exit status, which counts the signals beyond the first, and log")
+        expect((process.returncode, log()), (0, ""), "exit status (the number of further signals) and log")
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_a_daemon_gets_one_signal(monkeypatch):
     [(ValueError("the block's"), "ValueError: the block's"), (None, "Hung: key-service (process")],
     ids=["block-failed", "block-passed"],
 )
-def test_a_runner_keeps_the_first_error(raised, expected, tmp_path, monkeypatch):
-    """support/daemon.py: a daemon that hangs does not replace the error that ended the block, and fails a block that passed"""
+def test_daemon_context_keeps_the_first_error(raised, expected, tmp_path, monkeypatch):
+    """support/daemon.py: a hung daemon does not replace the error that ended the block, and fails a block that passed"""
     program = tmp_path / "program"
     program.write_text(f"#!{sys.executable}\n{HUNG_DAEMON}")
     program.chmod(0o755)
@@ -156,45 +156,45 @@ def test_a_runner_keeps_the_first_error(raised, expected, tmp_path, monkeypatch)
     except (ValueError, peers.Hung) as error:
         found = f"{type(error).__name__}: {error}"
     assert found and found.startswith(expected), f"expected {expected!r}, found {found!r}"
-    expect(running.process.poll(), -signal.SIGKILL, "how it ended")
+    expect(running.process.poll(), -signal.SIGKILL, "return code")
 
 
 def compare(scratch):
-    """benches/compare/run as a module, with the server above in the place of nginx; and its Bench."""
+    """benches/compare/run as a module, with SERVER in place of nginx, and a minimal Bench."""
     path = str(REPOSITORY / "benches/compare/run")
     sys.path.append(str(REPOSITORY / "benches/compare"))
     loader = importlib.machinery.SourceFileLoader("compare", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("compare", loader))
-    sys.modules["compare"] = module  # its dataclasses look there
+    sys.modules["compare"] = module  # dataclasses look up their module there
     loader.exec_module(module)
     module.reserve_descriptors()
     module.SERVERS["nginx"] = lambda bench, port: [sys.executable, "-c", SERVER, str(port)]
     return module, types.SimpleNamespace(scratch=scratch, requests=200, nginx_constants="")
 
 
-def a_hung_peer_of_a_measurement():
+def measure_with_a_hung_peer():
     peers.PEER_TIMEOUT = 1
-    with tempfile.TemporaryDirectory(prefix="key-service-harness-") as folder:
-        folder = Path(folder)
-        (folder / "bin").mkdir()
-        valgrind = folder / "bin/valgrind"  # counts, as the server does, and is told where by an option
+    with tempfile.TemporaryDirectory(prefix="key-service-harness-") as directory:
+        directory = Path(directory)
+        (directory / "bin").mkdir()
+        valgrind = directory / "bin/valgrind"  # the same server; an option of callgrind tells it to write counts
         valgrind.write_text(f"#!{sys.executable}\n{SERVER}")
         valgrind.chmod(0o755)
-        os.environ["PATH"] = f"{folder}/bin:{os.environ['PATH']}"
-        module, bench = compare(folder)
-        for method in ("_total_instructions", "_counted"):
+        os.environ["PATH"] = f"{directory}/bin:{os.environ['PATH']}"
+        module, bench = compare(directory)
+        for method in ("_total_instructions", "_count_instructions"):
             setattr(bench, method, types.MethodType(getattr(module.Bench, method), bench))
         measure = module.Bench.instructions.__wrapped__
-        expect(measure(bench, "nginx"), 100, "instructions a request")
-        os.environ["HANGS"] = str(folder / "hangs")
+        expect(measure(bench, "nginx"), 100, "instructions per request")
+        os.environ["HANGS"] = str(directory / "hangs")
         with logged() as log:
-            expect(measure(bench, "nginx"), 100, "instructions a request, of a peer that hangs once")
-        assert (folder / "hangs").exists(), "no peer hung"
+            expect(measure(bench, "nginx"), 100, "instructions per request of a peer that hangs once")
+        assert (directory / "hangs").exists(), "no peer hung"
         expect(len(log().splitlines()), 1, f"lines in the log {log()!r}")
 
 
 def connects_to_itself(port, tries=200):
-    """Whether a client that polls gets a connection although no server listens."""
+    """Whether a client that polls a port without a server gets a connection, which is then to itself."""
     for _ in range(tries):
         with contextlib.suppress(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.1", 0)).close()
@@ -207,9 +207,9 @@ def closed_port():
         return listener.getsockname()[1]
 
 
-def a_held_port():
-    # A control: without it, the rest could not fail.
-    assert connects_to_itself(closed_port()), "a client does not connect to itself: the check proves nothing"
+def check_held_port():
+    # Control: the checks below prove something only if a client can connect to itself.
+    assert connects_to_itself(closed_port()), "expected a client to connect to itself on a closed port"
     refused, port = 0, closed_port()
     while refused < 200:
         try:
@@ -218,8 +218,8 @@ def a_held_port():
         except ConnectionRefusedError as error:
             refused += 1
             if "no server listens" in str(error):
-                break  # it had connected to itself
-    assert refused < 200, "no client connected to itself: the check proves nothing"
+                break  # peers.connect detected a connection to itself
+    assert refused < 200, "expected peers.connect to meet a connection to itself"
     with peers.HeldPort() as port:
         assert not connects_to_itself(port.number), "a client connected to itself"
         with contextlib.ExitStack() as others:
@@ -232,30 +232,30 @@ def a_held_port():
         try:
             with socket.socket() as another:
                 another.bind(port.address)
-            raise AssertionError("another process can bind it")
+            raise AssertionError("another socket could bind the held port")
         except OSError as error:
-            expect(error.errno, errno.EADDRINUSE, "the error of another process")
+            expect(error.errno, errno.EADDRINUSE, "the error of another bind")
         with socket.create_server(port.address) as listener, peers.connect(port.address, 10) as client:
-            expect(listener.accept()[1], client.getsockname(), "the client of the server that the port is held for")
+            expect(listener.accept()[1], client.getsockname(), "the client of the server for which the port is held")
 
 
-def a_server_that_binds_late():
-    with tempfile.TemporaryDirectory(prefix="key-service-harness-") as folder:
-        module, bench = compare(Path(folder))
+def connect_to_a_late_server():
+    with tempfile.TemporaryDirectory(prefix="key-service-harness-") as directory:
+        module, bench = compare(Path(directory))
         with module.Running(bench, "nginx", environment={"DELAY": "1"}) as server, server.connect() as client:
             client.ask()
 
 
-def few_ports():
-    """A loopback that is up, in a network of our own."""
+def set_up_network():
+    """Brings up the loopback interface of this network namespace and limits its ephemeral ports."""
     with socket.socket() as any_socket:
         flags = struct.pack("16sh22x", b"lo", 1)  # IFF_UP; netdevice(7)
         fcntl.ioctl(any_socket, 0x8914, flags)  # SIOCSIFFLAGS
     Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(EPHEMERAL_PORTS)
 
 
-def alone(function, *command):
-    """Runs one of the functions above in a process of its own, by `command`; what it leaves behind is killed."""
+def run_in_new_process(function, *command):
+    """Runs one of the functions above in a new process group through `command`, and kills what is left of the group."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [*command, sys.executable, __file__, function.__name__],
@@ -275,29 +275,29 @@ def alone(function, *command):
         assert status == 0, f"status {status}\n{output.read()}"
 
 
-def in_a_network_of_its_own(function):
-    alone(function, "unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--net")
+def run_in_new_network(function):
+    run_in_new_process(function, "unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--net")
 
 
 @pytest.mark.tools("taskset")
-def test_a_hung_peer_costs_no_measurement():
-    """benches/compare/run: a peer that has to be killed before callgrind's counts are written is measured again"""
-    alone(a_hung_peer_of_a_measurement)
+def test_hung_peer_is_measured_again():
+    """benches/compare/run: a peer that is killed before callgrind writes its counts is measured again"""
+    run_in_new_process(measure_with_a_hung_peer)
 
 
 @pytest.mark.tools("unshare")
-def test_a_held_port_is_given_to_nobody():
-    """no client gets a held port as its own, no other server is given it, and the server that it is held for binds it"""
-    in_a_network_of_its_own(a_held_port)
+def test_held_port_is_given_to_no_other_process():
+    """no client and no other server gets a held port, and the server for which it is held can bind it"""
+    run_in_new_network(check_held_port)
 
 
 @pytest.mark.tools("unshare", "taskset")
-def test_a_server_that_binds_late_is_waited_for():
-    """benches/compare/run: a client that polls until a peer has bound its port reaches that peer"""
-    in_a_network_of_its_own(a_server_that_binds_late)
+def test_client_waits_for_a_server_that_binds_late():
+    """benches/compare/run: a client that polls until a peer has bound its port connects to that peer"""
+    run_in_new_network(connect_to_a_late_server)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] != a_hung_peer_of_a_measurement.__name__:
-        few_ports()
+    if sys.argv[1] != measure_with_a_hung_peer.__name__:
+        set_up_network()
     globals()[sys.argv[1]]()

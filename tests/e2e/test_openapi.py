@@ -96,7 +96,7 @@ def schemathesis(daemon, seconds, document, *options):
         *("--workers", "1", "--no-color", "--generation-deterministic", *options),
     ]
     hooks = {"SCHEMATHESIS_HOOKS": "checks", "PYTHONPATH": str(HERE), "BATCH_MAX": str(batch_max())}
-    return attempt(command, daemon.folder, more=hooks, timeout=seconds + TIMEOUT)
+    return attempt(command, daemon.directory, more=hooks, timeout=seconds + TIMEOUT)
 
 
 def batch_max():

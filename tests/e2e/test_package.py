@@ -1,6 +1,6 @@
-"""The Debian packages themselves: lintian, contents, reproducibility, and the arm64 binary at work.
+"""Tests the Debian packages themselves: lintian, contents, reproducibility, and the arm64 binary under emulation.
 
-What a booted Debian does with the package is in test_system.py.
+test_system.py tests the installed package on a booted Debian.
 """
 
 import os
@@ -28,7 +28,7 @@ def output(*command, **options):
 
 @pytest.fixture(scope="module")
 def trees(packages, tmp_path_factory):
-    """What each architecture's package installs."""
+    """For each architecture, the directory with the unpacked package."""
     trees = {architecture: tmp_path_factory.mktemp(architecture) for architecture in packages}
     for architecture, package in packages.items():
         output("dpkg-deb", "-x", package, trees[architecture])
@@ -38,26 +38,26 @@ def trees(packages, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.tools("git")
 @pytest.mark.timeout(3600)
-def test_the_same_source_gives_the_same_bytes(packages, tmp_path, figures):
-    """two builds in different folders, one of them new, are the same byte for byte"""
-    # One architecture is enough: both are made by one script, of the same files and with the same dates and flags. What differs is
-    # the compiler of C and the linker, which could let a path in: test_the_binary_is_static_and_stripped sees that in both binaries.
+def test_package_is_reproducible(packages, tmp_path, figures):
+    """a build in a new clone in another directory gives the same package, byte for byte"""
+    # One architecture is enough: the same script builds both, with the same files, dates and flags. Only the C compiler and the linker
+    # differ. They could put a path into a binary, which test_binary_is_static_and_stripped detects for both architectures.
     changed = output("git", "status", "--porcelain", cwd=REPOSITORY)
-    assert not changed, f"expected every change to be committed, since a clone is built beside this tree; found\n{changed}"
-    clone = tmp_path / "a-folder-of-another-name" / "clone"
+    assert not changed, f"expected no uncommitted changes, because the test builds a clone of this repository; found\n{changed}"
+    clone = tmp_path / "a-directory-with-another-name" / "clone"
     output("git", "clone", "--quiet", "--shared", REPOSITORY, clone)
     output("packaging/build-deb", "amd64", cwd=clone)
     [theirs] = (clone / "target/debian").glob("key-service_*_amd64.deb")
     ours = packages["amd64"]
     differ = subprocess.run(["cmp", ours, theirs], capture_output=True, text=True)
-    assert differ.returncode == 0, f"{differ.stdout}if {ours} is not of the last commit: just deb"
+    assert differ.returncode == 0, f"{differ.stdout}if {ours} is older than the last commit, rebuild it: just deb"
     figures(f"{ours.stat().st_size} bytes")
 
 
 @pytest.mark.tools("lintian")
 @every_architecture
-def test_lintian_is_content(architecture, packages, figures):
-    """lintian finds nothing, and both packages are as small as promised"""
+def test_package_passes_lintian(architecture, packages, figures):
+    """lintian reports nothing, and the package is within its size limit"""
     package = packages[architecture]
     found = output("lintian", "--allow-root", "--pedantic", "--fail-on", "error,warning,info,pedantic", package)
     assert not found.strip(), found
@@ -68,21 +68,21 @@ def test_lintian_is_content(architecture, packages, figures):
 
 @pytest.mark.tools("readelf")
 @every_architecture
-def test_the_binary_is_static_and_stripped(architecture, trees, figures):
-    """the binary needs no library, carries no symbols, and is as small as promised"""
+def test_binary_is_static_and_stripped(architecture, trees, figures):
+    """the binary needs no library, has no symbols, and is within its size limit"""
     binary = trees[architecture] / "usr/bin/key-service"
     assert "NEEDED" not in output("readelf", "--dynamic", "--wide", binary)
     sections = output("readelf", "--sections", "--wide", binary)
     assert ".symtab" not in sections and ".debug_info" not in sections, sections
-    assert str(REPOSITORY).encode() not in binary.read_bytes(), "the path of the build is in the binary"
+    assert str(REPOSITORY).encode() not in binary.read_bytes(), "the binary contains the path of the build directory"
     size = binary.stat().st_size
     assert size <= BINARY_MAX, size
     figures(f"{size} bytes")
 
 
 @pytest.mark.tools("mandoc")
-def test_the_manuals_read(trees):
-    """the manual pages have no mistakes of form"""
+def test_manual_pages_pass_mandoc(trees):
+    """mandoc reports no errors in the manual pages"""
     pages = sorted((trees["amd64"] / "usr/share/man").glob("man*/*.gz"))
     assert len(pages) == len([*(REPOSITORY / "packaging/man").iterdir()]), f"expected every page of packaging/man, found {pages}"
     for page in pages:
@@ -90,8 +90,8 @@ def test_the_manuals_read(trees):
 
 
 @pytest.mark.tools("qemu-aarch64-static", "curl", "readelf", "setpriv")
-def test_arm64_works(trees, tmp_path, figures):
-    """the arm64 binary says its version, reads its configuration and serves a key, under qemu"""
+def test_arm64_binary_works(trees, tmp_path, figures):
+    """under qemu, the arm64 binary prints its version, reads its configuration and serves a key"""
     binary = trees["arm64"] / "usr/bin/key-service"
     assert "AArch64" in output("readelf", "--file-header", binary)
     emulated = ["qemu-aarch64-static", binary]

@@ -1,12 +1,12 @@
-"""The quick start of README.md, on a Debian that has the packages named there and nothing else.
+"""Runs the quick start of README.md on a minimal Debian with only the packages that README.md names.
 
-Each system is made anew, and has no network but loopback, no user of that number, no HOME and no curl. The checkout is what git
-tracks, as it is in the working tree.
+Each system is newly created. It has no network but loopback, no passwd entry for the user, no HOME and no curl. The checkout has the
+files that git tracks, as they are in the working tree.
 
-Nearly all of the time is the compiler's, and how well it optimises proves nothing here. The commands are README.md's, but a
-configuration of cargo's leaves out optimisation and debugging information, and each system builds one of the two profiles: Debian
-12 that of `cargo run --release`, Debian 13 that of `cargo test`, with which the daemon is built, too. With --full both run both
-commands, and compile as they do for the reader of README.md.
+Nearly all of the time is spent in the compiler, and the optimisation level does not matter here. So the commands are those of README.md,
+but a configuration file of cargo turns off optimisation and debugging information. Each system builds one of the two profiles: Debian 12
+the one of `cargo run --release`, Debian 13 the one of `cargo test`, which also builds the daemon. With --full, both systems run both
+commands, without that configuration file.
 """
 
 import os
@@ -31,15 +31,15 @@ pytestmark = [
 ]
 
 MIRROR = "http://deb.debian.org"
-# Where apt looks on a Debian as it is installed.
+# The package sources of an installed Debian.
 SOURCES = {
     suite: [f"deb {MIRROR}/debian {suite} main", f"deb {MIRROR}/debian-security {suite}-security main"] for suite in ("bookworm", "trixie")
 }
 USER = "12345"
 COMMAND_TIMEOUT = 3600  # seconds; a build with link-time optimisation takes minutes
 
-# In cargo's own configuration, which a user's machine may have: what is compiled takes the least time. Link-time optimisation
-# stays: it takes a standard library with its bitcode, and its cost is made up for by crates of which no code is generated.
+# A configuration of cargo for short compile times. Link-time optimisation stays on: it needs the bitcode of the standard library, and it
+# saves as much time as it costs, because no code is generated for some crates.
 PROFILES = """
 [profile.dev]
 debug = 0
@@ -50,7 +50,7 @@ opt-level = 0
 codegen-units = 16
 """
 
-# A first process whose end is the end of all others, in a network of its own.
+# Runs a command in new namespaces. All processes in them end with the first one.
 UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL", "sh", "-ec"]
 ENTER = f"""
 ip link set lo up
@@ -59,7 +59,7 @@ mount --rbind /dev "$1/dev"
 exec chroot "$1" setpriv --reuid {USER} --regid {USER} --clear-groups \\
     env -i PATH=/usr/bin:/bin CARGO_HOME=/cargo CARGO_NET_OFFLINE=true sh -ec "$2"
 """
-# The daemon's own client stands for the reader's other terminal.
+# `key-service health` takes the place of curl in a second terminal.
 SERVES = """
 cd /checkout
 {command} >/tmp/output 2>&1 &
@@ -97,15 +97,15 @@ def is_full(config):
 
 @pytest.fixture(scope="module")
 def system(request):
-    """The root of a Debian that has those packages, the crates and the checkout."""
+    """The root directory of a Debian with those packages, the crates and the checkout."""
     subprocess.run(["cargo", "fetch", "--quiet", "--locked"], cwd=REPOSITORY, check=True)
     registry = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo")) / "registry"
-    with tempfile.TemporaryDirectory(prefix="key-service-quick-start-") as folder:
-        root = Path(folder) / request.param
+    with tempfile.TemporaryDirectory(prefix="key-service-quick-start-") as directory:
+        root = Path(directory) / request.param
         root.mkdir()
         include = f"--include={','.join(PACKAGES)}"
         subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", include, request.param, root, *SOURCES[request.param]], check=True)
-        # As cargo downloads them; it unpacks them there.
+        # The crates in the form in which cargo downloads them; cargo unpacks them in the system.
         for part in ("cache", "index"):
             shutil.copytree(registry / part, root / "cargo/registry" / part)
         checkout = root / "checkout"
@@ -117,19 +117,19 @@ def system(request):
             shutil.copy2(REPOSITORY / file, target)
         if not is_full(request.config):
             (root / "cargo/config.toml").write_text(
-                PROFILES + "".join(f"[profile.release.package.{name}]\nopt-level = 0\n" for name in optimised())
+                PROFILES + "".join(f"[profile.release.package.{name}]\nopt-level = 0\n" for name in optimised_crates())
             )
         subprocess.run(["chown", "-R", f"{USER}:{USER}", root / "cargo", checkout], check=True)
         yield root
 
 
-def optimised():
-    """The crates that have an opt-level of their own."""
+def optimised_crates():
+    """The crates with their own opt-level in Cargo.toml."""
     return tomllib.loads((REPOSITORY / "Cargo.toml").read_text())["profile"]["release"]["package"]
 
 
-def inside(root, script):
-    """What a command prints in a system, and what it took."""
+def run_inside(root, script):
+    """Runs a script in a system, and returns its output and the time that it took."""
     begin, used = time.monotonic(), processor_time()
     ran = subprocess.run(
         [*UNSHARE, ENTER, "sh", root, script],
@@ -150,16 +150,18 @@ def processor_time():
 
 
 def test_quick_start(system, command, figures):
-    """The command builds and does what README.md says: all tests pass, keys and metrics are served over IPv4 and IPv6."""
-    version, _ = inside(system, "rustc --version")
+    """the command builds, and as README.md says all tests pass, or keys and metrics are served over IPv4 and IPv6"""
+    version, _ = run_inside(system, "rustc --version")
     if command == TEST:
-        output, took = inside(system, f"cd /checkout && {TEST} --no-fail-fast")
+        output, took = run_inside(system, f"cd /checkout && {TEST} --no-fail-fast")
         passed = sum(map(int, re.findall(r"^test result: ok. (\d+) passed", output, re.M)))
         assert passed, f"expected tests, found none:\n{output}"
         figures(f"{version.strip()}: {passed} tests [{took}]")
         binary = command = "target/debug/key-service"
     else:
-        _, took = inside(system, f"cd /checkout && {RUN.replace(' run ', ' build ')}")  # what it does first, for its time
+        _, took = run_inside(
+            system, f"cd /checkout && {RUN.replace(' run ', ' build ')}"
+        )  # `cargo run` builds first; built separately to measure the time
         figures(f"{version.strip()}: built [{took}]")
         binary = "target/release/key-service"
-    inside(system, SERVES.format(command=command, client=binary))
+    run_inside(system, SERVES.format(command=command, client=binary))

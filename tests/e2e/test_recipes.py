@@ -340,7 +340,7 @@ def test_nginx_spools_no_streamed_key():
 
 def spooled(stage):
     """The bytes in files below proxy_temp: those that have a name, and those that nginx has deleted and still holds."""
-    directory = stage.folder / "proxy_temp"
+    directory = stage.directory / "proxy_temp"
     total = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     children = Path(f"/proc/{stage.process.pid}/task/{stage.process.pid}/children").read_text().split()
     assert children, "nginx has a worker"

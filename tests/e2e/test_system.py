@@ -1,7 +1,7 @@
-"""The Debian package on booted systems: installed by apt, run by systemd, tried by clients.
+"""Tests the Debian package on booted systems: apt installs it, systemd runs it, and clients use it.
 
-A system has systemd and what the package depends on, and nothing else: no procps, no D-Bus, no curl; clients are programs of the
-host. The tests of a system run in the order of this file, and each leaves it as it found it.
+A system has systemd and the package's dependencies, and nothing else: no procps, no D-Bus, no curl. Clients run on the host. The
+tests of a system run in the order of this file, and each one leaves the system as it found it.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ SOCKETS = ["key-service.socket", "key-service-metrics.socket", "key-service-cred
 
 @pytest.fixture(scope="module", params=[pytest.param(suite, marks=pytest.mark.xdist_group(suite)) for suite in ("bookworm", "trixie")])
 def machine(request, packages, tmp_path_factory):
-    """A booted Debian with the package installed, and its sockets not used yet."""
+    """A booted Debian system with the package installed. No client has connected yet."""
     with Machine(request.param, tmp_path_factory.mktemp(request.param), packages["amd64"]) as machine:
         for program in ("kill", "curl", "ip", "dbus-daemon"):
             assert machine.run(f"env which {program}", ok=None).returncode, (
-                f"{program} is installed: nothing would notice that it is needed"
+                f"{program} is installed: the tests would not notice that the package needs it"
             )
         machine.run("apt-get install -y --no-install-recommends /root/key-service.deb", timeout=120)
         yield machine
 
 
-def test_installs(machine):
-    """apt installs it beside its dependencies alone: its sockets listen, the service waits for its first connection"""
+def test_the_package_installs(machine):
+    """apt installs the package with only its dependencies: the sockets listen, and the service waits for its first connection"""
     for unit, state in [*((name, "active") for name in SOCKETS), ("key-service.service", "inactive")]:
         expect(machine.show("ActiveState", unit), state, unit)
     for unit in SOCKETS:
@@ -52,20 +52,20 @@ def test_installs(machine):
     expect(machine.run("stat -c '%a %U %F' /run/key-service/credential.sock").stdout.strip(), "600 root socket", "the credential socket")
 
 
-def test_activates(machine):
-    """the first connection starts the service and is answered"""
+def test_the_first_connection_starts_the_service(machine):
+    """the first connection starts the service and gets its response"""
     status, key = machine.get("/key/32")
     expect((status, len(key)), (200, 32), "status and length")
-    # The first key may be there before systemd has read that the service is ready.
-    until("the service is active", lambda: machine.show("ActiveState") == "active")
+    # The first key may arrive before systemd has read READY=1.
+    until("the service to be active", lambda: machine.show("ActiveState") == "active")
     expect(machine.get("/health"), (200, b"OK"), "health")
     text = machine.run("systemctl status key-service --no-pager").stdout
-    said = "Keys on [::]:1123; credentials on unix:/run/key-service/credential.sock; metrics on [::]:8000"
-    assert f'Status: "{said}"' in text, text
+    expected = "Keys on [::]:1123; credentials on unix:/run/key-service/credential.sock; metrics on [::]:8000"
+    assert f'Status: "{expected}"' in text, text
 
 
-def test_measures_itself(machine):
-    """start time, CPU and descriptors are right inside the sandbox"""
+def test_process_metrics_are_correct(machine):
+    """the process metrics (start time, CPU, descriptors) are correct inside the sandbox"""
     pid = machine.show("MainPID")
     assert abs(time.time() - machine.metric("process_start_time_seconds")) < 600
     ticks = machine.run(f"cut -d' ' -f22 /proc/{pid}/stat").stdout.strip()
@@ -81,14 +81,14 @@ def test_measures_itself(machine):
     assert machine.metric("process_resident_memory_bytes") > 500e3
 
 
-def test_logs(machine):
-    """the journal has structured fields and no key byte"""
+def test_journal_entries_have_fields_and_no_key(machine):
+    """journal entries have structured fields and no key byte"""
     machine.get("/key/32")
     machine.run("journalctl --sync")
     entries = machine.journal()
-    said = [entry for entry in entries if str(entry.get("MESSAGE", "")).startswith("Keys on ")]
-    assert said, entries
-    entry = said[-1]
+    starts = [entry for entry in entries if str(entry.get("MESSAGE", "")).startswith("Keys on ")]
+    assert starts, entries
+    entry = starts[-1]
     expect((entry.get("PRIORITY"), entry.get("SYSLOG_IDENTIFIER")), ("5", "key-service"), "priority and identifier")
     assert re.fullmatch(r"\d+\.\d+\.\d+", entry.get("VERSION", "")), entry
     machine.run("mkdir -p /run/systemd/system/key-service.service.d")
@@ -101,15 +101,15 @@ def test_logs(machine):
     machine.run("rm /run/systemd/system/key-service.service.d/debug.conf && systemctl daemon-reload && systemctl restart key-service")
 
 
-def test_is_confined(machine, figures):
-    """systemd itself rates the exposure at most 0.1, and notices a weaker unit"""
+def test_the_unit_is_sandboxed(machine, figures):
+    """systemd-analyze rates the exposure of the unit 0.1 at most, and rates a weakened unit higher"""
     found = exposure(machine, "key-service.service")
     assert found <= EXPOSURE_MAX, found
     unit = (machine.root / "usr/lib/systemd/system/key-service.service").read_text()
     weaker = unit.replace("PrivateNetwork=yes", "PrivateNetwork=no").replace("ProtectClock=yes\n", "")
     machine.write("/run/systemd/system/weaker.service", weaker)
     machine.run("systemctl daemon-reload")
-    assert exposure(machine, "weaker.service") > EXPOSURE_MAX, "a weakened unit must not pass"
+    assert exposure(machine, "weaker.service") > EXPOSURE_MAX, "the check passes a weakened unit"
     machine.run("rm /run/systemd/system/weaker.service && systemctl daemon-reload")
     figures(f"exposure {found}")
 
@@ -119,8 +119,8 @@ def exposure(machine, unit):
     return float(re.search(r"Overall exposure level for \S+ ([\d.]+)", text)[1])
 
 
-def test_obeys(machine):
-    """systemctl stop, start, restart and reload do what they say"""
+def test_systemctl_controls_the_service(machine):
+    """systemctl stop, start, restart and reload work, and a refused reload fails"""
     machine.run("systemctl stop key-service")
     expect(machine.show("ActiveState"), "inactive", "after stop")
     expect(machine.show("ExecMainStatus"), "0", "exit status")
@@ -140,19 +140,19 @@ def test_obeys(machine):
     refused = "reload 2 was refused: /etc/key-service/config.toml:1: max-size: expected a whole number from 1 to 1073741824, found 0"
     status = machine.run("systemctl status key-service --no-pager", ok=None).stdout
     assert refused in status, status
-    expect((machine.show("ActiveState"), machine.show("MainPID")), ("active", pid), "the service after a reload that was refused")
-    expect(machine.get("/key/2000")[0], 200, "after a reload that was refused")
+    expect((machine.show("ActiveState"), machine.show("MainPID")), ("active", pid), "the service after a refused reload")
+    expect(machine.get("/key/2000")[0], 200, "a key after a refused reload")
     machine.write("/etc/key-service/config.toml", "")
     machine.run("systemctl reload key-service")
-    expect(machine.get("/key/2000")[0], 413, "as soon as the reload has returned")
-    # A process that has no answer fails the reload, too.
+    expect(machine.get("/key/2000")[0], 413, "max-size as soon as the reload has returned")
+    # A reload also fails if the process does not respond.
     machine.run(f"kill -STOP {pid}")
     machine.run("systemctl reload key-service", ok=1)
-    until("another process", lambda: machine.show("MainPID") not in (pid, "0"))
+    until("a new process", lambda: machine.show("MainPID") not in (pid, "0"))
 
 
 def test_restarts_lose_nothing(machine, figures):
-    """100 restarts under 500 requests a second refuse and fail none"""
+    """during 100 restarts under 500 requests per second, no request is refused or fails"""
     slowest = 0
     with machine.load() as seen:
         for _ in range(100):
@@ -161,14 +161,14 @@ def test_restarts_lose_nothing(machine, figures):
             slowest = max(slowest, time.monotonic() - begin)
     expect((seen["failed"], seen["failures"]), (0, []), "failures")
     assert seen["served"] > 100 * seen["seconds"], seen
-    ended = [entry["MESSAGE"] for entry in machine.journal() if "timed out" in str(entry.get("MESSAGE"))]
-    expect(ended, [], f"starts and stops that systemd waited for in vain; the slowest restart took {slowest:.1f} s")
+    timeouts = [entry["MESSAGE"] for entry in machine.journal() if "timed out" in str(entry.get("MESSAGE"))]
+    expect(timeouts, [], f"starts and stops that timed out in systemd; the slowest restart took {slowest:.1f} s")
     load = f"{seen['served']} requests in {seen['seconds']} s, the slowest {seen['slowest']} s, {seen['late']} late"
     figures(f"{load}; the slowest restart {slowest:.1f} s")
 
 
 def test_upgrades_lose_nothing(machine, figures):
-    """an upgrade under load refuses and fails none, and runs the new version"""
+    """during an upgrade under load, no request is refused or fails, and the new version runs after it"""
     pid = machine.show("MainPID")
     with machine.load() as seen:
         upgrade(machine)
@@ -177,26 +177,26 @@ def test_upgrades_lose_nothing(machine, figures):
     figures(f"{seen['served']} requests, the slowest {seen['slowest']} s")
 
 
-def test_an_upgrade_with_mistakes_keeps_the_old_process(machine):
-    """an upgrade beside a configuration with mistakes says so and leaves the old process running"""
+def test_an_upgrade_with_errors_keeps_the_old_process(machine):
+    """an upgrade with an invalid configuration reports the errors and keeps the old process running"""
     pid = machine.show("MainPID")
     machine.write("/etc/key-service/config.toml", "max-sise = 1\n")
-    said = upgrade(machine)
-    assert "max-sise: not a setting" in said and "old version keeps running" in said, said
-    expect((machine.show("MainPID"), machine.get("/key/32")[0]), (pid, 200), "process and answer")
+    output = upgrade(machine)
+    assert "max-sise: not a setting" in output and "old version keeps running" in output, output
+    expect((machine.show("MainPID"), machine.get("/key/32")[0]), (pid, 200), "process and status")
     machine.write("/etc/key-service/config.toml", "")
     machine.run("systemctl restart key-service")
 
 
-def test_an_upgrade_checks_as_the_unit_runs(machine):
-    """an upgrade with tokens in a credential runs the new version; without the credential the old one keeps running"""
+def test_an_upgrade_checks_with_the_units_credentials(machine):
+    """an upgrade with tokens in a credential starts the new version; without the credential, the old one keeps running"""
 
     def statuses():
         return [machine.status_of(*header, "http://127.0.0.1:1123/key/32") for header in ([], ["-H", f"Authorization: Bearer {token}"])]
 
     dropin = "/etc/systemd/system/key-service.service.d/tokens.conf"
     token, line = machine.run("key-service token new --name ci").stdout.splitlines()
-    # In the directory that the unit sees, readable for root alone: only systemd can pass it on.
+    # The file is in a directory that the unit sees, but only root can read it: only systemd can pass it to the unit.
     machine.write("/etc/key-service/tokens", line + "\n")
     machine.run("chmod 600 /etc/key-service/tokens")
     machine.write("/etc/key-service/config.toml", 'tokens-file = "credential:tokens"\n')
@@ -204,11 +204,11 @@ def test_an_upgrade_checks_as_the_unit_runs(machine):
     machine.run("systemctl daemon-reload && systemctl restart key-service")
     expect(statuses(), ["401", "200"], "without and with a token")
     pid = machine.show("MainPID")
-    said = upgrade(machine)
-    assert machine.show("MainPID") != pid, f"the old process still runs\n{said}"
-    assert "would not start" not in said, said
+    output = upgrade(machine)
+    assert machine.show("MainPID") != pid, f"the old process still runs\n{output}"
+    assert "would not start" not in output, output
     expect(statuses(), ["401", "200"], "without and with a token after the upgrade")
-    # What systemd passes to the unit counts, and so does its environment.
+    # The check sees the unit's credentials and its environment.
     for text, expected in [
         ("[Service]\n", "tokens-file: expected the name of a credential"),
         ("[Service]\nLoadCredential=tokens:/etc/key-service/absent\n", "a credential of the unit can't be loaded"),
@@ -216,25 +216,25 @@ def test_an_upgrade_checks_as_the_unit_runs(machine):
     ]:
         pid = machine.show("MainPID")
         machine.write(dropin, text)
-        said = upgrade(machine)
-        assert expected in said and "The old version keeps running" in said, said
-        expect((machine.show("MainPID"), statuses()), (pid, ["401", "200"]), "the old process")
-    # A check that can't be run as the unit is not held against the configuration.
+        output = upgrade(machine)
+        assert expected in output and "The old version keeps running" in output, output
+        expect((machine.show("MainPID"), statuses()), (pid, ["401", "200"]), "process and statuses")
+    # If the check can't run as a unit, the upgrade does not count that as a configuration error.
     machine.write(dropin, "[Service]\nLoadCredential=tokens:/etc/key-service/tokens\n")
     machine.run("systemctl mask --runtime key-service-check.service")
-    said = upgrade(machine)
-    assert "credential:tokens is not checked" in said and machine.show("MainPID") != pid, said
-    expect(machine.run("ls /run/systemd/system /run | grep check", ok=None).stdout, "", "what the check leaves behind")
+    output = upgrade(machine)
+    assert "credential:tokens is not checked" in output and machine.show("MainPID") != pid, output
+    expect(machine.run("ls /run/systemd/system /run | grep check", ok=None).stdout, "", "files that the check leaves behind")
     machine.run(f"rm {dropin} /etc/key-service/tokens && systemctl daemon-reload")
     machine.write("/etc/key-service/config.toml", "")
     machine.run("systemctl restart key-service")
-    expect(machine.get("/key/32")[0], 200, "without tokens again")
+    expect(machine.get("/key/32")[0], 200, "a key without tokens again")
 
 
-def test_keeps_its_protection(machine):
-    """in the sandbox a changed file is reloaded by itself, and a configuration file that is gone changes nothing, named or not"""
+def test_a_missing_file_keeps_the_protection(machine):
+    """in the sandbox, the daemon reloads a changed file by itself, and a missing configuration file changes nothing, named or not"""
     machine.write("/etc/key-service/config.toml", "max-size = 2000\n")
-    until("the larger key", lambda: machine.get("/key/2000")[0] == 200)
+    until("the new max-size", lambda: machine.get("/key/2000")[0] == 200)
     machine.write("/etc/key-service/tokens", "")
     protected = 'tokens-file = "/etc/key-service/tokens"\nrate-requests = 1000\naudit = true\n'
     dropin = "/run/systemd/system/key-service.service.d/default.conf"
@@ -242,25 +242,25 @@ def test_keeps_its_protection(machine):
         machine.write("/etc/key-service/config.toml", protected)
         machine.write(dropin, unit)
         machine.run("systemctl daemon-reload && systemctl restart key-service")
-        expect(machine.get("/key/32")[0], 401, "with tokens")
+        expect(machine.get("/key/32")[0], 401, "a key without a token")
         machine.run("mv /etc/key-service/config.toml /etc/key-service/away")
         machine.run("systemctl reload key-service", ok=1)
         assert "was refused: /etc/key-service/config.toml: the file is gone" in machine.show("StatusText")
-        expect((machine.get("/key/32")[0], machine.metric("config_last_reload_successful")), (401, 0), "without the file")
+        expect((machine.get("/key/32")[0], machine.metric("config_last_reload_successful")), (401, 0), "status and metric without the file")
         machine.run("mv /etc/key-service/away /etc/key-service/config.toml")
         until("the reload", lambda: machine.metric("config_last_reload_successful") == 1)
     machine.run(f"rm {dropin} && systemctl daemon-reload")
-    # Without the file the shipped unit does not start, and says what to do.
+    # Without the file, the shipped unit does not start, and its status tells what to do.
     machine.run("rm /etc/key-service/config.toml /etc/key-service/tokens && systemctl restart key-service", ok=1)
     status = machine.run("systemctl status key-service --no-pager", ok=None).stdout
     assert "config.toml: there is no such file; an empty file leaves every setting at its default" in status, status
     machine.write("/etc/key-service/config.toml", "")
     machine.run("systemctl restart key-service")
-    expect(machine.get("/key/32")[0], 200, "with an empty file")
+    expect(machine.get("/key/32")[0], 200, "a key with an empty file")
 
 
-def test_survives_kills(machine, figures):
-    """killed 50 times in 10 seconds, the socket still answers"""
+def test_the_socket_survives_kills(machine, figures):
+    """after 50 kills in 10 seconds, the sockets are active and a key is served"""
     killed, begin = 0, time.monotonic()
     while killed < 50:
         time.sleep(max(0, begin + killed * 0.2 - time.monotonic()))
@@ -273,18 +273,18 @@ def test_survives_kills(machine, figures):
 
 
 def test_a_frozen_process_is_replaced(machine, figures):
-    """a process that is stopped is replaced by the watchdog"""
-    expect(machine.get("/key/32")[0], 200, "before")
+    """the watchdog replaces a process that SIGSTOP has frozen"""
+    expect(machine.get("/key/32")[0], 200, "a key before that")
     pid = machine.show("MainPID")
     machine.run(f"kill -STOP {pid}")
     since = time.monotonic()
-    until("another process", lambda: machine.show("MainPID") not in (pid, "0"))
-    expect(machine.get("/key/32")[0], 200, "after")
+    until("a new process", lambda: machine.show("MainPID") not in (pid, "0"))
+    expect(machine.get("/key/32")[0], 200, "a key after that")
     figures(f"after {time.monotonic() - since:.0f} s")
 
 
 def test_the_sandbox_denies(machine):
-    """from inside, the sandbox denies connections, writing, reading, running and tracing"""
+    """the sandbox keeps the process from connecting, writing, reading, executing, tracing and more"""
     probe = machine.folder / "probe"
     subprocess.run(["gcc", "-static", "-O1", "-Wall", "-o", probe, SUPPORT / "probe.c"], check=True)
     machine.run("systemctl stop key-service.socket key-service-metrics.socket key-service.service")
@@ -316,26 +316,26 @@ def test_the_sandbox_denies(machine):
     machine.run(
         "systemctl daemon-reload; systemctl reset-failed key-service; systemctl start key-service.socket key-service-metrics.socket"
     )
-    expect(machine.get("/key/32")[0], 200, "the daemon again")
+    expect(machine.get("/key/32")[0], 200, "a key from the daemon again")
 
 
 RESTART = "systemctl restart key-service.target"
 
 
-def test_changes_by_drop_in(machine):
-    """a drop-in moves the port, and the command of docs/debian.md does so each time while clients ask without a pause"""
+def test_a_drop_in_changes_the_port(machine):
+    """a drop-in changes the port; the commands of docs/debian.md apply it each time, even under load"""
     sequence = as_root(commands("docs/debian.md", "sudo systemctl restart key-service.target"))
     machine.write("/etc/key-service/config.toml", "max-size = 4096\n")
     machine.run("systemctl restart key-service")
     for _ in range(6):
         with machine.load(mode=["while-refused"]) as seen, machine.load(port=2123, mode=["while-refused"]):
-            expect(machine.get("/key/32")[0], 200, "before")
+            expect(machine.get("/key/32")[0], 200, "a key before that")
             machine.write("/etc/systemd/system/key-service.socket.d/port.conf", "[Socket]\nListenStream=\nListenStream=127.0.0.1:2123\n")
             machine.run(f"set -e; systemctl daemon-reload\n{sequence}")
             expect((machine.get("/key/4096", 2123)[0], machine.get("/key/4097", 2123)[0]), (200, 413), "port and size")
             machine.curl("http://127.0.0.1:1123/", ok=7)
             machine.run(f"set -e; rm -r /etc/systemd/system/key-service.socket.d; systemctl daemon-reload\n{sequence}")
-            expect(machine.get("/key/32")[0], 200, "back again")
+            expect(machine.get("/key/32")[0], 200, "a key on the old port again")
         assert seen["served"], seen
     for unit in SOCKETS:
         expect(machine.show("ActiveState", unit), "active", unit)
@@ -344,7 +344,7 @@ def test_changes_by_drop_in(machine):
 
 
 def listening(machine):
-    """Which of its sockets there are, in the kernel's eyes."""
+    """Returns the socket units whose sockets are open, according to the kernel."""
 
     def is_port(port):
         lines = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/{machine.leader}/net/{table}").read_text().splitlines()]
@@ -359,8 +359,8 @@ def listening(machine):
     list(zip(SOCKETS, ["No keys over HTTP; credentials on", "no metrics", "Keys on [::]:1123; metrics"], strict=True)),
     ids=SOCKETS,
 )
-def test_a_disabled_socket_stays_so(machine, off, expected):
-    """a socket that is disabled stays so: no start of the service, upgrade or boot brings it back, and the documented commands do"""
+def test_a_disabled_socket_stays_disabled(machine, off, expected):
+    """a disabled socket stays disabled after starts of the service, an upgrade and a boot; the documented commands enable it again"""
     unit_with_credential = "[Service]\nType=oneshot\nLoadCredential=key:/run/key-service/credential.sock\nExecStart=test -s %d/key\n"
     switch_off = as_root(commands("docs/debian.md", "sudo systemctl disable --now key-service-metrics.socket"))
     switch_on = as_root(commands("docs/debian.md", "sudo systemctl enable key-service-metrics.socket"))
@@ -370,7 +370,7 @@ def test_a_disabled_socket_stays_so(machine, off, expected):
     machine.run("systemctl daemon-reload")
 
     def starts(when):
-        """The service is started by the others, one after the other, and by itself."""
+        """Starts the service by each of the other sockets in turn, and by systemctl."""
         for start in [*others, "key-service.service"]:
             machine.run("systemctl stop key-service")
             if start == "key-service.socket":
@@ -385,7 +385,7 @@ def test_a_disabled_socket_stays_so(machine, off, expected):
             expect(listening(machine), others, f"{when}, without {off}: sockets, service started by {start}")
             expect(machine.show("ActiveState", off), "inactive", off)
 
-    starts("at once")
+    starts("before an upgrade")
     status = machine.show("StatusText")
     assert expected in status, status
     upgrade(machine)
@@ -398,27 +398,27 @@ def test_a_disabled_socket_stays_so(machine, off, expected):
     starts("after a boot")
     machine.run("rm /run/systemd/system/loads.service")
     machine.run(f"set -e\n{switch_on}".replace("key-service-metrics.socket", off))
-    expect(listening(machine), SOCKETS, "all again")
-    expect(machine.get("/key/32")[0], 200, "keys again")
+    expect(listening(machine), SOCKETS, "sockets after they are all enabled again")
+    expect(machine.get("/key/32")[0], 200, "a key after that")
 
 
-def test_without_sockets_it_names_the_unit_to_look_at(machine):
-    """with no socket it does not start and says which unit to look at; enabling and disabling the service leaves them alone"""
+def test_a_start_without_sockets_names_the_unit(machine):
+    """without any socket, the service does not start and names the socket unit; enabling or disabling the service changes no socket"""
     machine.run("systemctl stop 'key-service*.socket' key-service")
-    expect((listening(machine), machine.show("ActiveState")), ([], "inactive"), "after all were stopped")
+    expect((listening(machine), machine.show("ActiveState")), ([], "inactive"), "sockets and service after all were stopped")
     machine.run("systemctl start key-service", ok=1)
     status = machine.run("systemctl status key-service --no-pager", ok=None).stdout
     assert "systemctl start key-service.socket" in status, status
     machine.run("systemctl stop key-service && systemctl start key-service.target")
     machine.run("systemctl enable --now key-service && systemctl disable --now key-service")
-    expect(listening(machine), SOCKETS, "after the service alone was disabled")
+    expect(listening(machine), SOCKETS, "sockets after only the service was disabled")
     for unit in SOCKETS:
         expect(machine.run(f"systemctl is-enabled {unit}").stdout.strip(), "enabled", unit)
-    expect(machine.get("/key/32")[0], 200, "keys all the same")
+    expect(machine.get("/key/32")[0], 200, "a key after that")
 
 
-def test_serves_both_families(machine):
-    """where net.ipv6.bindv6only is 1, the ports are those of IPv4 and IPv6 all the same"""
+def test_both_address_families_are_served(machine):
+    """with net.ipv6.bindv6only=1, the ports still serve both IPv4 and IPv6"""
 
     def set_to(number):
         subprocess.run(machine.outside("sh", "-c", f"echo {number} >/proc/sys/net/ipv6/bindv6only"), check=True)
@@ -436,28 +436,28 @@ def test_serves_both_families(machine):
     set_to(0)
 
 
-def test_sees_what_is_linked_and_renamed(machine):
-    """a link that leads nowhere in the sandbox refuses the start, and a directory that it can't see refuses the reload"""
+def test_broken_links_and_renames_are_refused(machine):
+    """a start fails if a link leads nowhere inside the sandbox, and a reload fails if the sandbox can't see the directory"""
 
     def is_protected():
-        expect(machine.get("/key/32")[0], 401, "without a token")
+        expect(machine.get("/key/32")[0], 401, "a key without a token")
 
     protected = 'tokens-file = "/etc/key-service/tokens"\n'
     machine.run("mkdir /opt/conf")
     machine.write("/opt/conf/key-service.toml", protected)
     machine.write("/etc/key-service/tokens", "")
-    # Configuration management may link a file from elsewhere: key-service --check on the host is content with it.
+    # Configuration management may link to a file elsewhere: key-service --check on the host accepts that.
     machine.run("ln -sf /opt/conf/key-service.toml /etc/key-service/config.toml && key-service --check")
     machine.run("systemctl restart key-service", ok=1)
     status = machine.run("systemctl status key-service --no-pager", ok=None).stdout
     assert "config.toml: a symbolic link to /opt/conf/key-service.toml: No such file" in status, status
     done = machine.run("key-service-check", ok=1)
     assert "a symbolic link to /opt/conf/key-service.toml" in done.stderr, done
-    # A link within the directory, and a link to the directory, are as good as the file.
+    # A link within the directory works like the file itself, and so does a link to the directory.
     machine.run("mv /opt/conf/key-service.toml /etc/key-service/real.toml && ln -sf real.toml /etc/key-service/config.toml")
     machine.run("systemctl restart key-service")
     is_protected()
-    # A directory that is renamed into place is not seen; a reload says so, and a restart sees it.
+    # The sandbox does not see a directory that is renamed into place. A reload reports that; a restart uses the new directory.
     machine.run("cp -a /etc/key-service /etc/key-service.new && echo 'max-size = 2000' >>/etc/key-service.new/real.toml")
     for _ in range(2):
         machine.run("mv /etc/key-service /etc/key-service.old && mv /etc/key-service.new /etc/key-service")
@@ -473,10 +473,10 @@ def test_sees_what_is_linked_and_renamed(machine):
     is_protected()
     machine.run("ln -sfn /opt/conf/b /etc/key-service")
     machine.run("systemctl reload key-service", ok=1)
-    # Without the name of the file, a directory that is made later is no less of a mistake.
+    # A directory that is created later also fails the reload if no configuration file is named.
     machine.write("/run/systemd/system/key-service.service.d/default.conf", "[Service]\nExecStart=\nExecStart=/usr/bin/key-service\n")
     machine.run("rm /etc/key-service && systemctl daemon-reload && systemctl restart key-service")
-    expect(machine.get("/key/32")[0], 200, "with defaults")
+    expect(machine.get("/key/32")[0], 200, "a key with the defaults")
     machine.run("mv /opt/conf/b /etc/key-service")
     machine.run("systemctl reload key-service", ok=1)
     machine.run("rm -r /opt/conf /etc/key-service.new /run/systemd/system/key-service.service.d && systemctl daemon-reload")
@@ -486,51 +486,51 @@ def test_sees_what_is_linked_and_renamed(machine):
 
 
 def test_an_upgrade_moves_the_sockets(machine):
-    """an upgrade or a drop-in that changes where a socket listens leaves neither a socket that is closed nor a service that is down"""
+    """after an upgrade or a drop-in changes the address of a socket, every socket listens and the service serves keys"""
 
     def moved(text):
         return text.replace("ListenStream=1123", "ListenStream=2123")
 
     def statuses():
-        ask = [
+        requests = [
             machine.outside("curl", "-s", "-o", "/dev/null", "--max-time", 5, f"http://127.0.0.1:{port}/key/32") for port in (1123, 2123)
         ]
-        return [subprocess.run(command, stdin=subprocess.DEVNULL).returncode for command in ask]
+        return [subprocess.run(command, stdin=subprocess.DEVNULL).returncode for command in requests]
 
     unit = "usr/lib/systemd/system/key-service.socket"
     dropin = "/etc/systemd/system/key-service.socket.d/port.conf"
     for command in ("start", "stop"):
         machine.run(f"systemctl {command} key-service")
-        said = upgrade(machine, {unit: moved})
-        expect(statuses(), [7, 0], f"the package's new address; {said}")
-        said = upgrade(machine)
-        expect(statuses(), [0, 7], f"and its old one; {said}")
+        output = upgrade(machine, {unit: moved})
+        expect(statuses(), [7, 0], f"curl's statuses for the package's new address; {output}")
+        output = upgrade(machine)
+        expect(statuses(), [0, 7], f"curl's statuses for the old address; {output}")
         expect(listening(machine), SOCKETS, "all sockets")
-    # An administrator's drop-in that systemd reads only now, or has read long ago.
+    # An administrator's drop-in that systemd has not read before the upgrade, or has read already.
     for number, reload in enumerate(("true", "systemctl daemon-reload")):
         machine.run("systemctl start key-service")
         pid = machine.show("MainPID")
         machine.write(dropin, "[Socket]\nListenStream=\nListenStream=2123\n")
         machine.run(reload)
-        # Where the new version would not start, all stays as it was, and it is said.
+        # If the new version would not start, nothing changes, and the output says so.
         machine.write("/etc/key-service/config.toml", "max-sise = 1\n")
-        said = upgrade(machine)
-        expect((machine.show("MainPID"), statuses()), (pid, [0, 7]), said)
-        assert "The old version keeps running" in said and "Until then it listens where it did" in said, said
-        command = re.search(r"Fix the errors, then: (systemctl .*)$", said, re.M)[1]
+        output = upgrade(machine)
+        expect((machine.show("MainPID"), statuses()), (pid, [0, 7]), output)
+        assert "The old version keeps running" in output and "Until then it listens where it did" in output, output
+        command = re.search(r"Fix the errors, then: (systemctl .*)$", output, re.M)[1]
         machine.write("/etc/key-service/config.toml", "")
         if number:
             machine.run(command)
         else:
-            said = upgrade(machine)
-            assert "restarting with the new address of key-service.socket" in said, said
-        expect(statuses(), [7, 0], "after the mend")
+            output = upgrade(machine)
+            assert "restarting with the new address of key-service.socket" in output, output
+        expect(statuses(), [7, 0], "curl's statuses after the fix")
         machine.run(f"rm -r /etc/systemd/system/key-service.socket.d && systemctl daemon-reload && {RESTART}")
-        expect(statuses(), [0, 7], "back again")
+        expect(statuses(), [0, 7], "curl's statuses without the drop-in")
 
 
-def test_counts_every_audit_record(machine, figures):
-    """of 150,000 records in a burst each is in the journal or counted as dropped; also those of a journal that is started anew"""
+def test_every_audit_record_is_counted(machine, figures):
+    """each of 150,000 audit records in a burst is in the journal or counted as dropped, and so are records around a journal restart"""
     machine.write("/etc/systemd/journald.conf.d/room.conf", "[Journal]\nStorage=persistent\nSystemMaxUse=2G\n")
     machine.run("systemctl restart systemd-journald")
     machine.write("/etc/key-service/config.toml", "audit = true\nmax-connections-per-client = 0\n")
@@ -542,46 +542,46 @@ def test_counts_every_audit_record(machine, figures):
             f"journalctl -u key-service _PID={machine.show('MainPID')} MESSAGE='key issued' -o cat --output-fields=REQUEST_ID --no-pager",
             timeout=5 * TIMEOUT,
         ).stdout.splitlines()
-        expect(len(lines), len(set(lines)), "records that are there once")
+        expect(len(lines), len(set(lines)), "records without duplicates")
         return len(lines), int(machine.metric("audit_records_dropped_total"))
 
-    def ask(count):
+    def request_keys(count):
         command = machine.outside(sys.executable, SUPPORT / "burst.py", "1123", str(count))
         subprocess.run(command, check=True, timeout=5 * TIMEOUT)
 
     def settled():
-        """What was recorded and dropped, once it is all or no longer changes."""
+        """Returns the records written and dropped, once they add up to the total or no longer change."""
         before, found = None, recorded()
         while sum(found) != total and found != before:
-            time.sleep(5)  # twice the same: nothing is written any more
+            time.sleep(5)  # two equal results: the writing has ended
             before, found = found, recorded()
         return found
 
     total, counts = 0, []
     sockets = "systemd-journald.socket systemd-journald-dev-log.socket systemd-journald.service"
-    # The journal is stopped while nothing is written: what it had taken and not read would be lost where nobody can count it.
+    # The journal is stopped while nothing is written. Otherwise, entries that it had received but not read would be lost uncounted.
     for stage, count, before, during in [
         ("in a burst", 150_000, "true", "true"),
-        ("with a journal that was restarted", 30_000, f"systemctl stop {sockets} && systemctl start {sockets}", "true"),
-        ("without a journal at first", 30_000, f"systemctl stop {sockets}", f"sleep 1 && systemctl start {sockets}"),
+        ("after a restart of the journal", 30_000, f"systemctl stop {sockets} && systemctl start {sockets}", "true"),
+        ("with a journal that starts late", 30_000, f"systemctl stop {sockets}", f"sleep 1 && systemctl start {sockets}"),
     ]:
         machine.run(before)
         meanwhile = subprocess.Popen(machine.inside(during))
         with peers.killed_after(meanwhile, during):
-            ask(count)
+            request_keys(count)
             expect(meanwhile.wait(TIMEOUT), 0, during)
         total += count
         kept, dropped = settled()
         expect(kept + dropped, total, f"{stage}: {kept} recorded and {dropped} dropped")
         counts.append(f"{stage} {kept} + {dropped}")
-    assert machine.metric("log_write_errors_total") > 0, "no write failed while there was no journal"
+    assert machine.metric("log_write_errors_total") > 0, "no write failed without a journal"
     machine.write("/etc/key-service/config.toml", "")
     machine.run("systemctl restart key-service")
     figures("; ".join(counts))
 
 
-def test_needs_no_journal(machine):
-    """it starts and serves where there is no journal at all"""
+def test_the_service_needs_no_journal(machine):
+    """the service starts and serves keys without a journal"""
     sockets = "systemd-journald.socket systemd-journald-dev-log.socket systemd-journald.service"
     machine.run(f"systemctl stop key-service {sockets}; rm -r /run/systemd/journal")
     try:
@@ -594,9 +594,9 @@ def test_needs_no_journal(machine):
     machine.get("/key/32")
 
 
-def test_starts_with_fewer_tasks_than_workers(machine):
-    """where fewer threads may be made than there are workers, it starts with fewer, and says so"""
-    # As TasksMax= does, for which a machine may have no controller: it is tested in test_adversity.py.
+def test_a_task_limit_reduces_the_workers(machine):
+    """where the task limit allows fewer threads than workers, the service starts with fewer and logs a warning"""
+    # LimitNPROC= stands in for TasksMax=, for which a machine may lack the cgroup controller. test_adversity.py tests more limits.
     machine.write("/run/systemd/system/key-service.service.d/tasks.conf", "[Service]\nLimitNPROC=12\nEnvironment=KEYSERVICE_WORKERS=64\n")
     machine.run("systemctl daemon-reload && systemctl restart key-service")
     expect(machine.get("/key/32")[0], 200, "status")
@@ -605,20 +605,21 @@ def test_starts_with_fewer_tasks_than_workers(machine):
     machine.run("rm -r /run/systemd/system/key-service.service.d && systemctl daemon-reload && systemctl restart key-service")
 
 
-def test_ends_when_idle(machine):
-    """with exit-idle it ends, stays ended, and the next connection starts it again"""
+def test_an_idle_service_exits_until_the_next_connection(machine):
+    """with exit-idle, the service exits and stays down, and the next connection starts it again"""
     machine.write("/etc/key-service/config.toml", "exit-idle = 2\n")
     machine.run("systemctl restart key-service")
-    until("the end", lambda: machine.show("ActiveState") == "inactive")
-    time.sleep(2)  # longer than RestartSec: it is not restarted but waited for
-    expect(machine.show("ActiveState"), "inactive", "the service")
-    expect(machine.get("/key/32")[0], 200, "the next connection")
+    until("the exit", lambda: machine.show("ActiveState") == "inactive")
+    time.sleep(2)  # longer than RestartSec: systemd does not restart it
+    expect(machine.show("ActiveState"), "inactive", "the service after RestartSec")
+    expect(machine.get("/key/32")[0], 200, "a key on the next connection")
     machine.write("/etc/key-service/config.toml", "")
     machine.run("systemctl restart key-service")
 
 
-def test_a_broken_configuration_fails_loudly_and_recovers(machine, figures):
-    """a broken configuration fails with one clear line and 78, spins nowhere, and waiting clients are served after the mend"""
+def test_an_invalid_configuration_fails_and_recovers(machine, figures):
+    """an invalid configuration fails with one clear line and exit status 78, without a busy restart loop; clients that wait are served
+    after the fix"""
     machine.run("systemctl stop key-service")
     machine.write("/etc/key-service/config.toml", 'max-size = "1k"\n')
     done = machine.run("systemctl start key-service", ok=None)
@@ -632,10 +633,10 @@ def test_a_broken_configuration_fails_loudly_and_recovers(machine, figures):
         text=True,
     )
     with peers.killed_after(waiting, "curl"):
-        restarts, cpu, since = int(machine.show("NRestarts")), busy(machine), time.monotonic()
+        restarts, cpu, since = int(machine.show("NRestarts")), cpu_seconds(machine), time.monotonic()
         time.sleep(5)
         seconds = time.monotonic() - since
-        rate, share = (int(machine.show("NRestarts")) - restarts) / seconds, (busy(machine) - cpu) / seconds
+        rate, share = (int(machine.show("NRestarts")) - restarts) / seconds, (cpu_seconds(machine) - cpu) / seconds
         assert 0 < rate <= 2.5, f"{rate} restarts a second"
         assert share < 0.25, f"{share:.0%} of a CPU"
         expect(machine.show("ActiveState", "key-service.socket"), "active", "the socket")
@@ -644,14 +645,14 @@ def test_a_broken_configuration_fails_loudly_and_recovers(machine, figures):
     figures(f"{rate:.1f} restarts a second, {share:.1%} of a CPU")
 
 
-def busy(machine):
-    """CPU seconds of the machine's first process and all it has waited for: what the restarts cost."""
+def cpu_seconds(machine):
+    """CPU seconds of the machine's first process and its reaped children: the cost of the restarts."""
     fields = Path(f"/proc/{machine.leader}/stat").read_text().rsplit(") ")[1].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_speaks_tls(machine, figures):
-    """with the drop-in of docs/tls.md it speaks TLS in its sandbox, and a renewal takes a restart"""
+def test_the_tls_drop_in_works(machine, figures):
+    """with the drop-in of docs/tls.md, the service speaks TLS in its sandbox, and a restart loads a renewed certificate"""
 
     def make(serial):
         certificates.self_signed(
@@ -677,21 +678,21 @@ def test_speaks_tls(machine, figures):
     expect(get("/key/32"), 32, "length with the new certificate")
     found = exposure(machine, "key-service.service")
     assert found <= EXPOSURE_MAX, found
-    # A shell knows nothing of the drop-in; what the unit would run is checked all the same.
+    # A shell does not know the unit's drop-in, but key-service-check checks what the unit would run.
     done = machine.run("key-service health", ok=1)
     assert "speaks TLS" in done.stderr and done.stderr.isprintable() is False and done.stderr.strip().isprintable(), done
-    said = machine.run("key-service-check").stdout
-    assert 'tls-cert = "credential:tls.crt"' in said, said
+    output = machine.run("key-service-check").stdout
+    assert 'tls-cert = "credential:tls.crt"' in output, output
     pid = machine.show("MainPID")
     machine.run("echo nonsense >/etc/key-service/tls/key.pem")
     done = machine.run("key-service-check", ok=1)
     assert "tls-key" in done.stderr, done
-    expect(machine.show("MainPID"), pid, "the process that was running")
+    expect(machine.show("MainPID"), pid, "the running process")
     machine.run("rm /etc/key-service/tls/key.pem")
     done = machine.run("key-service-check", ok=1)
     assert "a credential of the unit can't be loaded" in done.stderr, done
     machine.run("cd /root && sh -e example.sh")
-    # As in containers of LXC: the documented name of the drop-in is read after theirs.
+    # LXC images have such a drop-in. docs/tls.md names the file zzzz-tls.conf for them, which is read after theirs.
     machine.write("/run/systemd/system/service.d/zzz-lxc-service.conf", "[Service]\nLoadCredential=\n")
     machine.run("systemctl daemon-reload")
     done = machine.run("key-service-check", ok=1)
@@ -700,18 +701,18 @@ def test_speaks_tls(machine, figures):
     machine.run("rm -r /run/systemd/system/service.d")
     machine.run("rm -r /etc/systemd/system/key-service.service.d /etc/key-service/tls && systemctl daemon-reload")
     machine.run("systemctl restart key-service")
-    expect(machine.get("/key/32")[0], 200, "plain again")
+    expect(machine.get("/key/32")[0], 200, "a key over plain HTTP again")
     figures(f"exposure {found}")
 
 
-def test_gives_units_their_keys(machine, figures):
-    """the example of docs/credentials.md works, each unit and start gets a key of its own, and nobody else gets one"""
+def test_each_unit_gets_its_own_key(machine, figures):
+    """the example of docs/credentials.md works; each start of each unit gets its own key, and nobody else gets one"""
     machine.write("/root/example.sh", commands("docs/credentials.md", "cat "))
     lines = machine.run("sh -e /root/example.sh && journalctl --sync && journalctl -u web -o cat").stdout.split()
-    # A setting that is appended later is one of the service, not of a table.
+    # A setting that is appended to the file later belongs to the service, not to a table of the example.
     machine.run("echo 'max-size = 2000' >>/etc/key-service/config.toml && systemctl reload key-service")
     assert "89" in lines and any(re.fullmatch(r"[2-9A-HJ-NP-Za-km-z]{24}", word) for word in lines), lines
-    # Without a line about it in the configuration: 32 bytes, as raw as they are. The unit is as confined as units get.
+    # A credential without an entry in the configuration is 32 raw bytes. The unit is sandboxed as strictly as possible.
     machine.write("/etc/key-service/config.toml", "audit = true\n")
     machine.run("systemctl reload key-service")
     machine.write(
@@ -735,16 +736,17 @@ def test_gives_units_their_keys(machine, figures):
     text = machine.run("journalctl -o export --no-pager --all", timeout=120).stdout
     assert "demo@3.service" in str(units), units
     assert not any(key.hex()[:16] in text for key in keys)
-    # The service is stopped: its socket starts it, and the unit waits.
+    # With the service stopped, its socket starts it while the unit waits.
     machine.run("systemctl stop key-service && systemctl start demo@0")
     expect(len((machine.root / "root/key-0").read_bytes()), 32, "length after activation")
-    # Nobody but root may connect, and who has no name of a unit gets nothing.
-    ask = """perl -MIO::Socket::UNIX -e '$socket = IO::Socket::UNIX->new("/run/key-service/credential.sock") or exit 7; print <$socket>'"""
-    expect(machine.run(f"setpriv --reuid 65534 --regid 65534 --clear-groups {ask}", ok=None).returncode, 7, "as nobody")
-    expect(machine.run(ask).stdout, "", "root without a name of a unit")
-    until("the count", lambda: machine.metric('credentials_total{outcome="malformed"}') == 1)
-    until("the one served since it was started", lambda: machine.metric('credentials_total{outcome="served"}') == 1)
-    # What a unit is sent when no key can be made has to fail its start, on this systemd too; an end alone does not.
+    # Only root may connect, and a client whose address names no unit gets nothing.
+    get = """perl -MIO::Socket::UNIX -e '$socket = IO::Socket::UNIX->new("/run/key-service/credential.sock") or exit 7; print <$socket>'"""
+    expect(machine.run(f"setpriv --reuid 65534 --regid 65534 --clear-groups {get}", ok=None).returncode, 7, "as nobody")
+    expect(machine.run(get).stdout, "", "root without a unit's name")
+    until("the malformed request to be counted", lambda: machine.metric('credentials_total{outcome="malformed"}') == 1)
+    until("the key served since the start to be counted", lambda: machine.metric('credentials_total{outcome="served"}') == 1)
+    # When no key can be generated, the daemon's response has to fail the start of the unit, on this systemd version, too. Closing the
+    # connection without a byte does not.
     outcomes = {}
     for name, size in [("empty", 0), ("refusal", (1 << 20) + 8192)]:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -760,7 +762,7 @@ def test_gives_units_their_keys(machine, figures):
                     connection.sendall(bytes(size))
                 starting.wait(TIMEOUT)
             outcomes[name] = machine.show("ExecMainStatus", f"{name}.service"), machine.show("Result", f"{name}.service")
-    expect(outcomes["refusal"][0], "243", "a unit that no key can be made for")
+    expect(outcomes["refusal"][0], "243", "exit status of a unit that gets no key")
     machine.run(
         "systemctl reset-failed; rm -r /run/systemd/system/demo@.service /run/systemd/system/empty.service "
         "/run/systemd/system/refusal.service /etc/systemd/system/web.service /root/key-* /root/example.sh "
@@ -768,11 +770,11 @@ def test_gives_units_their_keys(machine, figures):
     )
     machine.write("/etc/key-service/config.toml", "")
     machine.run("systemctl restart key-service")
-    figures(f"an end without a byte: {outcomes['empty']}; more than it takes: {outcomes['refusal']}")
+    figures(f"closed without a byte: {outcomes['empty']}; more bytes than systemd accepts: {outcomes['refusal']}")
 
 
-def test_removes_everything(machine):
-    """purge leaves no file, user or unit"""
+def test_purge_removes_everything(machine):
+    """apt-get purge leaves no file, user or unit"""
     machine.run("systemctl enable --now key-service && apt-get purge -y key-service", timeout=120)
     machine.run("rm -f /root/key-service*.deb")
     left = machine.run(
@@ -780,8 +782,8 @@ def test_removes_everything(machine):
     ).stdout.split()
     left = [path for path in left if not path.startswith(("/sys/", "/proc/", "/run/systemd/transient"))]
     expect(left, [], "files")
-    # systemd forgets a unit a moment after its file and the last one that names it are gone.
-    until("no unit", lambda: not machine.run("systemctl list-units --all --plain --no-legend 'key-service*'").stdout.strip())
+    # systemd forgets a unit shortly after the unit's file and the last unit that names it are removed.
+    until("no more units", lambda: not machine.run("systemctl list-units --all --plain --no-legend 'key-service*'").stdout.strip())
     expect(machine.run("systemctl list-unit-files --no-legend 'key-service*'", ok=None).stdout.strip(), "", "unit files")
     machine.run("getent passwd key-service", ok=2)
     machine.curl("http://127.0.0.1:1123/", ok=7)

@@ -1,4 +1,4 @@
-"""Headless Chromium (Debian's package), driven over --remote-debugging-pipe, so that no port is open; a page's timers are the test's."""
+"""Headless Chromium (Debian's package), driven over --remote-debugging-pipe: no port is open, and tests control the timers of a page."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import subprocess
 from support import peers
 from support.conditions import TIMEOUT
 
-# Timers of the page that the test lets pass, so that a minute is over at once.
+# Replaces the timers of the page by a clock that the test advances, so that a minute takes no time.
 CLOCK = """(() => {
   const timers = new Map();
   let now = 0, next = 1;
@@ -31,13 +31,13 @@ CLOCK = """(() => {
 
 
 class Browser:
-    """Headless Chromium, spoken to over its descriptors 3 and 4: JSON, each message ended by a zero byte."""
+    """Headless Chromium, driven over its descriptors 3 and 4 by JSON messages that each end with a zero byte."""
 
-    def __init__(self, folder):
+    def __init__(self, directory):
         self.number, self.rest, self.events = 0, b"", []
-        theirs_in, self.out = os.pipe()
-        self.into, theirs_out = os.pipe()
-        # Descriptors 3 and 4 are the browser's ends. As root it has no sandbox of its own. It ends with this process.
+        browser_input, self.commands = os.pipe()
+        self.messages, browser_output = os.pipe()
+        # The browser's ends are its descriptors 3 and 4. Run as root, it can't use its own sandbox. It ends with this process.
         options = [
             "--headless=new",
             "--no-sandbox",
@@ -47,23 +47,23 @@ class Browser:
             "--no-first-run",
             "--disable-background-networking",
             "--disable-component-update",
-            f"--user-data-dir={folder}",
+            f"--user-data-dir={directory}",
         ]
-        script = f'exec setpriv --pdeathsig KILL -- chromium "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        script = f'exec setpriv --pdeathsig KILL -- chromium "$@" 3<&{browser_input} 4>&{browser_output}'
         self.process = subprocess.Popen(
             ["bash", "-c", script, "bash", *options, "about:blank"],
-            pass_fds=(theirs_in, theirs_out),
+            pass_fds=(browser_input, browser_output),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        os.close(browser_input)
+        os.close(browser_output)
 
     def send(self, method, session=None, **parameters):
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters} | ({"sessionId": session} if session else {})
-        os.write(self.out, json.dumps(message).encode() + b"\0")
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
         while True:
             message = self.receive()
             if message.get("id") == self.number:
@@ -73,10 +73,10 @@ class Browser:
 
     def receive(self):
         while b"\0" not in self.rest:
-            ready, _, _ = select.select([self.into], [], [], TIMEOUT)
-            assert ready, "the browser does not answer"
-            read = os.read(self.into, 1 << 16)
-            assert read, "the browser has ended"
+            ready, _, _ = select.select([self.messages], [], [], TIMEOUT)
+            assert ready, "the browser does not respond"
+            read = os.read(self.messages, 1 << 16)
+            assert read, "the browser has exited"
             self.rest += read
         message, self.rest = self.rest.split(b"\0", 1)
         return json.loads(message)
@@ -110,8 +110,8 @@ class Browser:
 
     def __exit__(self, *_):
         peers.stop_peer(self.process, "chromium")
-        os.close(self.out)
-        os.close(self.into)
+        os.close(self.commands)
+        os.close(self.messages)
 
 
 class Page:
@@ -127,12 +127,12 @@ class Page:
         return result["result"].get("value")
 
     def until(self, condition):
-        """Waits, in the page, for what another event brings about."""
+        """Waits, inside the page, until a condition is true."""
         script = (
             "new Promise((resolve) => { let left = 2000; const look = () => "
             f"(({condition}) ? resolve(true) : left-- ? reallyWait(look, 5) : resolve(false)); look(); }})"
         )
-        assert self(script), f"waited in vain for {condition}; the note is {self('''document.getElementById('note').textContent''')!r}"
+        assert self(script), f"timed out waiting for {condition}; the note is {self('''document.getElementById('note').textContent''')!r}"
 
     def key(self, name, text=""):
         code = {"Tab": 9, "Enter": 13}[name]
@@ -147,7 +147,7 @@ class Page:
         )
 
     def problems(self):
-        self("1")  # whatever was logged before has arrived then
+        self("1")  # everything that was logged earlier has arrived after this
         events = [event for event in self.browser.events if event.get("sessionId") == self.session]
         logged = [event["params"]["entry"]["text"] for event in events if event["method"] == "Log.entryAdded"]
         thrown = [json.dumps(event["params"]) for event in events if event["method"] == "Runtime.exceptionThrown"]

@@ -1,10 +1,10 @@
-"""Certificates for the runners that are written in Python. None is kept: each run makes its own."""
+"""Certificates for the tests. Each run creates its own, and none is kept."""
 
 import subprocess
 
 
 def self_signed(key, certificate, subject="/CN=keys", names=None, *options):
-    """Makes a key that only its owner can read, and a certificate of its own that is valid for a day, by openssl-req(1).
+    """Creates a private key that only its owner can read, and a self-signed certificate that is valid for a day, by openssl-req(1).
     `names` is its subjectAltName."""
     alternative = ["-addext", f"subjectAltName={names}"] if names else []
     subprocess.run(

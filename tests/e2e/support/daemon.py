@@ -1,4 +1,4 @@
-"""A daemon on loopback, as a child of the test."""
+"""A daemon on loopback, run as a child process of the test."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ from support.answers import Answers
 from support.conditions import TIMEOUT
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-# As systemd hands over sockets (sd_listen_fds(3)), less LISTEN_PID: they are the standard input and output of this shell.
+# Passes sockets as systemd does (sd_listen_fds(3)), without LISTEN_PID. They are the standard input and output of this shell.
 INHERITS = ["sh", "-c", 'exec 3<&0 4<&1 && exec "$@"', "sh"]
 
 
 def binary():
-    """$KEY_SERVICE_BIN, else what is built in target/, else what is built now."""
+    """The path of the binary: $KEY_SERVICE_BIN, else a build in target/, else a new debug build."""
     if "KEY_SERVICE_BIN" in os.environ:
         return os.path.abspath(os.environ["KEY_SERVICE_BIN"])
     for profile in ("debug", "release"):
@@ -30,14 +30,14 @@ def binary():
 
 
 def built(profile):
-    """What is built now, as `debug` or `release`."""
+    """Builds the binary with the profile `debug` or `release`, and returns its path."""
     options = ["--release"] if profile == "release" else []
     subprocess.run(["cargo", "build", "--quiet", "--locked", *options], cwd=REPOSITORY, check=True)
     return str(Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target")) / profile / "key-service")
 
 
 def environment():
-    """This one, without what would reach the daemon."""
+    """The environment of the test, without the variables that the daemon reads."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -46,22 +46,23 @@ def environment():
 
 
 class Daemon:
-    """Runs while it is entered, on free ports or a held one: through a notify socket of the test's it says READY, and where it
-    is. What it logs is appended to the file `log`, by default one in its folder.
+    """A context in which the daemon runs, on free ports or a held one. The daemon reports READY and its addresses over a notify socket of
+    the test. Its log is appended to the file `log`, which by default is in its directory.
 
-    folder: where its files are; without one it has its own, which goes with it
-    config: the text of its configuration file; `settings` are variables of its environment, and stand above it
-    watchdog: seconds within which it has to report to its service manager
-    wrapper: a command that becomes the daemon
-    before, after: called in the child before exec(2), and here after that
-    ready: whether it is ready once it is entered; else nothing is known of it yet
-    inherit, names: the sockets that it is passed, at most two, and their names
-    environment: called with the daemon and its log, and gives further variables
-    stderr: what its log goes to instead, which is closed here"""
+    directory: the directory of its files; by default a temporary one that is deleted at the end
+    config: the text of its configuration file
+    settings: settings that are passed as environment variables, which take precedence over the configuration file
+    watchdog: the watchdog timeout in seconds
+    wrapper: a command that executes the daemon in its own process
+    before, after: functions that are called in the child before exec(2), and in this process after it
+    ready: whether to wait until the daemon is ready; otherwise its addresses are unknown
+    inherit, names: the sockets that are passed to it, at most two, and their names
+    environment: a function that gets the daemon and its log, and returns further environment variables
+    stderr: a file for its standard error in place of the log; it is closed here"""
 
     def __init__(
         self,
-        folder=None,
+        directory=None,
         config="",
         port=0,
         log=None,
@@ -77,7 +78,7 @@ class Daemon:
         environment=None,
         stderr=None,
     ):
-        self.folder, self.config, self.port, self.log = folder, config, port, log
+        self.directory, self.config, self.port, self.log = directory, config, port, log
         self.settings, self.watchdog, self.wrapper, self.before, self.after = settings or {}, watchdog, wrapper, before, after
         self.ready, self.inherit, self.names, self.environment, self.stderr = ready, inherit, names, environment, stderr
 
@@ -88,13 +89,13 @@ class Daemon:
         return self
 
     def start(self, stack):
-        self.folder = Path(self.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="key-service-")))
-        self.log = self.log or self.folder / "log"
-        notify = self.folder / "notify"
+        self.directory = Path(self.directory or stack.enter_context(tempfile.TemporaryDirectory(prefix="key-service-")))
+        self.log = self.log or self.directory / "log"
+        notify = self.directory / "notify"
         notify.unlink(missing_ok=True)
-        file = self.folder / "config.toml"
+        file = self.directory / "config.toml"
         file.write_text(self.config)
-        file.chmod(0o644)  # whatever the umask is: a file that others may write to is refused
+        file.chmod(0o644)  # independent of the umask, because the daemon rejects a file that others may write to
         self.notifications = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         self.notifications.bind(str(notify))
         settings = {"host": "127.0.0.1", "srv-port": self.port, "metrics-port": 0, **self.settings}
@@ -111,7 +112,7 @@ class Daemon:
         if self.watchdog:
             variables["WATCHDOG_USEC"] = str(int(self.watchdog * 1e6))
         command = [*self.wrapper, *command]
-        if not self.before:  # which is about what the first program meets
+        if not self.before:  # which concerns the first program that is executed
             command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
         with open(self.log, "ab") as own, self.stderr or own as log:
             self.process = subprocess.Popen(
@@ -122,7 +123,7 @@ class Daemon:
                     **variables,
                     **(self.environment(self, log) if self.environment else {}),
                 },
-                cwd=self.folder,
+                cwd=self.directory,
                 stdin=stdin,
                 stdout=stdout,
                 stderr=log,
@@ -154,11 +155,11 @@ class Daemon:
         return self.log.read_text(errors="replace")
 
     def lines(self, text):
-        """The lines of the log that have `text`."""
+        """The lines of the log that contain `text`."""
         return [line for line in self.logged().splitlines() if text in line]
 
     def heard(self, wanted):
-        """The next message to the service manager that has `wanted`."""
+        """Waits for the next message to the service manager that contains `wanted`, and returns it."""
         self.notifications.settimeout(0.05)
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline:
@@ -167,29 +168,29 @@ class Daemon:
                 if wanted in message:
                     return message
                 continue
-            assert self.process.poll() is None, f"it ended with {self.process.returncode} before {wanted}\n{self.logged()}"
-        raise AssertionError(f"{wanted} did not come within {TIMEOUT} s\n{self.logged()}")
+            assert self.process.poll() is None, f"the daemon exited with status {self.process.returncode} before {wanted}\n{self.logged()}"
+        raise AssertionError(f"no {wanted} within {TIMEOUT} s\n{self.logged()}")
 
     def pings(self, seconds):
-        """How often the watchdog is told in `seconds`, what was said before left out."""
+        """The number of watchdog pings within `seconds`. Earlier messages are discarded."""
         self.notifications.setblocking(False)
-        count, begun, deadline = 0, False, 0.0
-        while not begun or time.monotonic() < deadline:
+        count, started, deadline = 0, False, 0.0
+        while not started or time.monotonic() < deadline:
             with contextlib.suppress(BlockingIOError):
                 count += b"WATCHDOG=1" in self.notifications.recv(4096)
                 continue
-            if not begun:
-                begun, count, deadline = True, 0, time.monotonic() + seconds
+            if not started:
+                started, count, deadline = True, 0, time.monotonic() + seconds
             time.sleep(0.005)
         return count
 
     def connect(self, source="127.0.0.1", to=None):
-        """A connection to its port for keys, or to an authority."""
+        """Connects to the port for keys, or to another HOST:PORT."""
         host, port = (to or self.authority).split(":")
         return peers.connect((host, int(port)), TIMEOUT, source)
 
     def get(self, path, to=None):
-        """Status, fields and body of an answer on a new connection."""
+        """Status, headers and body of a response on a new connection."""
         with self.connect(None, to) as client:
             client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             return Answers(client).next()
@@ -204,7 +205,7 @@ class Daemon:
         return float(re.search(rf"^{re.escape(name)} (\S+)$", self.metrics_text(), re.M)[1])
 
     def resident(self, field="VmHWM"):
-        """Bytes of resident memory: the most there ever were, or VmRSS."""
+        """Bytes of resident memory: the peak (VmHWM), or the current value with VmRSS."""
         return int(re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())[1]) * 1024
 
     def signal(self, number):

@@ -1,7 +1,7 @@
-"""The container image, built by the Dockerfile, and its containers.
+"""The container image, built from the Dockerfile, and its containers.
 
-No image is pulled: the Dockerfile's base is made here, of Debian, this machine's Rust and the crates of Cargo.lock, and builds see
-no crate registry. Containers have no network but a loopback of their own.
+No image is pulled: the base image of the Dockerfile is built here from Debian packages, this machine's Rust toolchain and the crates of
+Cargo.lock. Builds have no access to a crate registry. Containers have no network but their own loopback interface.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ from support.conditions import TIMEOUT, until
 from support.daemon import REPOSITORY
 from support.machine import SUPPORT
 
-# Kept between runs, apart from other images of this machine.
+# Kept between runs, and separate from other images of this machine.
 CACHE = Path(os.environ.get("KEY_SERVICE_IMAGES", "/var/cache/key-service-image"))
 IMAGES = {"amd64": "localhost/key-service:test-amd64", "arm64": "localhost/key-service:test-arm64"}
 TARGETS = {"amd64": "x86_64-unknown-linux-gnu", "arm64": "aarch64-unknown-linux-gnu"}
 EPOCH = 1_700_000_000
 LABELS = {"SOURCE": "https://example.org/source", "DOCUMENTATION": "https://example.org/docs", "REVISION": "f" * 40}
-# What an operator is told to use, without the network that this machine can't give.
+# The options of docs/containers.md, but without a network, which this machine can't provide.
 CONFINED = ["--network=none", "--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--security-opt=no-new-privileges"]
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
-NUMBERS = itertools.count()
+CONTAINER_NUMBERS = itertools.count()
 
 
 def run(*command, ok=0, timeout=TIMEOUT, **rest):
@@ -50,7 +50,7 @@ def run(*command, ok=0, timeout=TIMEOUT, **rest):
 
 
 def remove(*command):
-    """Cleans up; a tool that hangs is logged and hides no error."""
+    """Cleans up. A hung command is only logged, so that it does not hide an earlier error."""
     try:
         run(*command, ok=None)
     except subprocess.TimeoutExpired as hung:
@@ -58,7 +58,7 @@ def remove(*command):
 
 
 def base():
-    """Makes the image that the Dockerfile builds in, under the name that it has there, unless it is made already."""
+    """Builds the base image of the Dockerfile, under the name that the Dockerfile has for it, unless it exists already."""
     name = re.search(r"^ARG RUST_IMAGE=(\S+)$", DOCKERFILE, re.M)[1]
     version, suite = re.fullmatch(r"docker\.io/library/rust:([\d.]+)-slim-(\w+)", name).groups()
     auditable = re.search(r"cargo install cargo-auditable --locked --version (\S+)", DOCKERFILE)[1]
@@ -69,8 +69,8 @@ def base():
         if not Path(run("rustc", "--print", "target-libdir", "--target", target).stdout.strip()).is_dir():
             raise AssertionError(f"the standard library of {target} is missing: rustup target add {target}")
 
-    made_of = [inspect.getsource(base), name, auditable, (REPOSITORY / "Cargo.lock").read_text()]
-    key = hashlib.sha256(repr(made_of).encode()).hexdigest()
+    inputs = [inspect.getsource(base), name, auditable, (REPOSITORY / "Cargo.lock").read_text()]
+    key = hashlib.sha256(repr(inputs).encode()).hexdigest()
     if run("podman", "image", "inspect", "--format", '{{index .Labels "key"}}', name, ok=None).stdout.strip() == key:
         return
     root = CACHE / f"{suite}.tar"
@@ -113,31 +113,31 @@ def base():
         remove("buildah", "rm", container)
 
 
-def build(folder, architecture, tag, *options):
-    """The image of the Dockerfile in `folder`; its id. It is compiled with the profile for tests."""
+def build(directory, architecture, tag, *options):
+    """Builds the image of the Dockerfile in `directory`, with the profile for tests, and returns its id."""
     environment = {**os.environ, **LABELS, "SOURCE_DATE_EPOCH": str(EPOCH)}
     settings = ["--isolation=chroot", "--pull-never", "--quiet", "--build-arg=PROFILE=quick", "--tag", tag]
-    run(Path(folder) / "packaging/build-image", architecture, *settings, *options, timeout=900, env=environment)
-    return inspected(tag)["Id"]
+    run(Path(directory) / "packaging/build-image", architecture, *settings, *options, timeout=900, env=environment)
+    return inspect_image(tag)["Id"]
 
 
-def inspected(tag):
+def inspect_image(tag):
     return json.loads(run("podman", "image", "inspect", tag).stdout)[0]
 
 
-def copy_of_the_tree(folder):
-    """The files of this working tree that a commit would have, in another place and of another age."""
+def copy_source_tree(directory):
+    """Copies the tracked and unignored files of the working tree to another directory, with new modification times."""
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=REPOSITORY).stdout.splitlines()
     for name in listed:
         if (REPOSITORY / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, folder / name)
-    return folder
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, directory / name)
+    return directory
 
 
-def files_of(tag, folder):
-    """Every entry of every layer, and the binary at `folder`/ARCHIVE."""
-    archive = folder / "image.tar"
+def extract_entries(tag, directory):
+    """Returns every entry of every layer, and extracts the binary to `directory`/key-service."""
+    archive = directory / "image.tar"
     archive.unlink(missing_ok=True)
     run("podman", "save", "--quiet", "--format", "docker-archive", "-o", archive, tag)
     entries = []
@@ -147,12 +147,12 @@ def files_of(tag, folder):
                 for entry in inner:
                     entries.append(entry)
                     if entry.name == "key-service":
-                        inner.extract(entry, folder)
+                        inner.extract(entry, directory)
     return entries
 
 
 def sections(binary):
-    """The machine and the sections of a 64-bit little-endian ELF file; elf(5)."""
+    """The machine type and the sections of a 64-bit little-endian ELF file; see elf(5)."""
     data = binary.read_bytes()
     machine = struct.unpack_from("<H", data, 18)[0]
     (table,) = struct.unpack_from("<Q", data, 40)
@@ -165,10 +165,10 @@ def sections(binary):
 
 
 class Container:
-    """A running container of the image, confined the way docs/containers.md says. Its network is a loopback of its own."""
+    """A running container of the image, confined as in docs/containers.md. Its only network is its own loopback interface."""
 
     def __init__(self, *arguments, options=(), variables=None, starts=True):
-        self.name = f"key-service-test-{os.getpid()}-{next(NUMBERS)}"
+        self.name = f"key-service-test-{os.getpid()}-{next(CONTAINER_NUMBERS)}"
         variables = [f"--env={name}={value}" for name, value in (variables or {}).items()]
         command = [
             "podman",
@@ -178,7 +178,7 @@ class Container:
             f"--name={self.name}",
             "--ulimit=nproc=4096:4096",
             *([] if any("nofile" in option for option in options) else ["--ulimit=nofile=4096:4096"]),
-            # There is no systemd here for podman's timer: the check is asked for by hand.
+            # podman's timer for health checks needs systemd, which is not here; health() runs the check.
             "--health-interval=disable",
             *CONFINED,
             *options,
@@ -188,7 +188,7 @@ class Container:
         ]
         run(*command)
         if starts:
-            until("the first answer", lambda: self.has_ended() or "Keys on" in self.log())
+            until("the daemon to start", lambda: self.has_ended() or "Keys on" in self.log())
             assert not self.has_ended(), self.log()
 
     def state(self):
@@ -209,7 +209,7 @@ class Container:
         return int(run("podman", "wait", self.name).stdout)
 
     def stop(self, grace=30):
-        """`docker stop`: SIGTERM, and SIGKILL after the grace; the exit status."""
+        """Stops like `docker stop`: SIGTERM, then SIGKILL after `grace` seconds. Returns the exit status."""
         run("podman", "stop", f"--time={grace}", self.name, timeout=grace + TIMEOUT)
         return self.exit_status()
 
@@ -217,23 +217,23 @@ class Container:
         run("podman", "kill", f"--signal={name}", self.name)
 
     def health(self):
-        """The status of the image's own health check, and what it says."""
+        """Runs the health check of the image and returns its exit status."""
         done = run("podman", "healthcheck", "run", self.name, ok=None)
         return done.returncode
 
     def connect(self, port=1123):
-        """A socket in the container's network: a socket stays in the namespace that it was made in."""
-        made = []
+        """A connection to a port in the container's network namespace. A socket stays in the namespace that it was created in."""
+        created = []
 
-        def make():
+        def create():
             with open(f"/proc/{self.pid}/ns/net") as namespace:
                 setns(namespace.fileno())
-            made.append(socket.socket(socket.AF_INET))
+            created.append(socket.socket(socket.AF_INET))
 
-        thread = threading.Thread(target=make)  # a thread's namespace is its own
+        thread = threading.Thread(target=create)  # setns(2) changes the namespace of this thread only
         thread.start()
         thread.join()
-        [client] = made
+        [client] = created
         client.settimeout(TIMEOUT)
         try:
             client.connect(("127.0.0.1", port))
@@ -243,24 +243,24 @@ class Container:
         return client
 
     def get(self, path, port=1123):
-        """Status and body."""
+        """The status and body of a response."""
         connection = http.client.HTTPConnection("localhost")
         connection.sock = self.connect(port)
         with contextlib.closing(connection):
             connection.request("GET", path)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
+            response = connection.getresponse()
+            return response.status, response.read()
 
     @contextlib.contextmanager
     def load(self, rate, *words):
-        """Clients at a steady rate while the block runs; what they saw is in the dictionary afterwards."""
+        """Runs clients at a steady rate during the block. Afterwards the dictionary has their results."""
         script = SUPPORT / "load.py"
         command = ["nsenter", "-t", str(self.pid), "-n", "--", sys.executable, script, "1123", str(rate), *words]
-        asking = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        clients = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         seen = {}
-        with peers.killed_after(asking, "load.py"):
+        with peers.killed_after(clients, "load.py"):
             yield seen
-            output = asking.communicate(timeout=TIMEOUT + 30)[0]
+            output = clients.communicate(timeout=TIMEOUT + 30)[0]
             seen.update(json.loads(output))
 
     def __enter__(self):
@@ -271,22 +271,22 @@ class Container:
 
 
 def setns(descriptor):
-    """setns(2); os.setns is of Python 3.12."""
+    """setns(2), because os.setns needs Python 3.12."""
     if ctypes.CDLL(None, use_errno=True).setns(descriptor, 0x40000000) != 0:  # CLONE_NEWNET
         raise OSError(ctypes.get_errno(), "setns")
 
 
-def ended(*arguments, **rest):
-    """The exit status and the log of a container that is expected to end by itself."""
+def run_to_exit(*arguments, **rest):
+    """The exit status and the log of a container that is expected to exit by itself."""
     with Container(*arguments, starts=False, **rest) as container:
-        until("an end or a start", lambda: container.has_ended() or "Keys on" in container.log())
-        assert container.has_ended(), f"it serves: {container.log()}"
+        until("an exit or a start", lambda: container.has_ended() or "Keys on" in container.log())
+        assert container.has_ended(), f"expected an exit, but the daemon started: {container.log()}"
         return container.exit_status(), container.log()
 
 
-def storage(folder):
-    """Lets podman and buildah keep what they make in CACHE, in this process and those that it starts."""
+def storage(directory):
+    """Makes podman and buildah store their images in CACHE, for this process and its children."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    file = folder / "storage.conf"
+    file = directory / "storage.conf"
     file.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{CACHE}/storage"\nrunroot = "/run/key-service-image"\n')
     os.environ["CONTAINERS_STORAGE_CONF"] = str(file)

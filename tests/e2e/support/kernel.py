@@ -1,4 +1,4 @@
-"""Stands in for the kernel of a daemon: system calls that fail or give other bytes, and threads that don't run."""
+"""Replaces parts of the kernel for a daemon: system calls that fail or return other bytes, and threads that are stopped."""
 
 import collections
 import contextlib
@@ -16,10 +16,10 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Getrandom:
-    """Answers getrandom(2) for a daemon, in the kernel's place: a filter hands each call over (seccomp_unotify(2)).
+    """Answers a daemon's getrandom(2) calls in place of the kernel: a filter passes each call to the test (seccomp_unotify(2)).
 
-    `answer` is asked with the length that the caller wants, and gives bytes to write there, a negative errno, or None to
-    let the kernel answer. `written` is everything that was written so, for each thread: several may ask at the same time."""
+    `answer` is called with the length that the caller requests. It returns the bytes to write, a negative errno, or None to let
+    the kernel answer. `written` holds all bytes that were written, by thread, because threads may call at the same time."""
 
     ARCHITECTURES = {"x86_64": (0xC000003E, 318, 317), "aarch64": (0xC00000B7, 278, 277)}  # audit, getrandom, seccomp
 
@@ -27,20 +27,20 @@ class Getrandom:
         self.answer, self.written = answer, collections.defaultdict(bytearray)
         self.ours, self.theirs = socket.socketpair()
         audit, self.getrandom, self.seccomp = self.ARCHITECTURES[platform.machine()]
-        load, equal, give = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+        load, equal, ret = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
         filters = [
             (load, 0, 0, 4),
             (equal, 0, 3, audit),
             (load, 0, 0, 0),
             (equal, 0, 1, self.getrandom),
-            (give, 0, 0, 0x7FC00000),
-            (give, 0, 0, 0x7FFF0000),
+            (ret, 0, 0, 0x7FC00000),
+            (ret, 0, 0, 0x7FFF0000),
         ]  # USER_NOTIF, ALLOW
         self.code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in filters))
         self.program = ctypes.create_string_buffer(struct.pack("@HP", len(filters), ctypes.addressof(self.code)))
 
     def install(self):
-        """In the child, before exec."""
+        """Runs in the child, before exec."""
         if LIBC.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS
             raise OSError(ctypes.get_errno(), "prctl")
         listener = LIBC.syscall(self.seccomp, 1, 8, self.program)  # SET_MODE_FILTER, FLAG_NEW_LISTENER
@@ -56,11 +56,11 @@ class Getrandom:
     def serve(self, listener):
         poll = select.poll()
         poll.register(listener, select.POLLIN)
-        while not poll.poll()[0][1] & (select.POLLHUP | select.POLLERR):  # until no process has the filter any more
-            asked = bytearray(80)
-            with contextlib.suppress(OSError):  # a caller may be killed meanwhile
-                fcntl.ioctl(listener, 0xC0502100, asked)  # SECCOMP_IOCTL_NOTIF_RECV
-                number, thread, _, _, _, _, buffer, length = struct.unpack_from("=QIIiIQQQ", asked)
+        while not poll.poll()[0][1] & (select.POLLHUP | select.POLLERR):  # until no process uses the filter any more
+            call = bytearray(80)
+            with contextlib.suppress(OSError):  # the caller may be killed meanwhile
+                fcntl.ioctl(listener, 0xC0502100, call)  # SECCOMP_IOCTL_NOTIF_RECV
+                number, thread, _, _, _, _, buffer, length = struct.unpack_from("=QIIiIQQQ", call)
                 answer = self.answer(length)
                 value = code = flags = 0
                 if answer is None:
@@ -77,12 +77,12 @@ class Getrandom:
         os.close(listener)
 
     def hooks(self):
-        """What a daemon is started with, to be answered so."""
+        """The options of `Daemon` that install the filter and answer its calls."""
         return {"before": self.install, "after": self.start}
 
 
-class Without(Getrandom):
-    """socket(2) denies address families: IPv6 as a kernel that was started with ipv6.disable=1, IPv4 too as the unit's sandbox."""
+class DenySocket(Getrandom):
+    """Makes socket(2) fail for some address families: for IPv6 as with the kernel's ipv6.disable=1, for IPv4 as in the unit's sandbox."""
 
     ARCHITECTURES = {"x86_64": (0xC000003E, 41, 317), "aarch64": (0xC00000B7, 198, 277)}  # audit, socket, seccomp
 
@@ -90,9 +90,9 @@ class Without(Getrandom):
         self.families, self.code = families, code
 
     def install(self):
-        """In the child, before exec."""
+        """Runs in the child, before exec."""
         audit, call, seccomp = self.ARCHITECTURES[platform.machine()]
-        load, equal, give = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+        load, equal, ret = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
         deny, count = 0x00050000 | self.code, len(self.families)  # SECCOMP_RET_ERRNO
         filters = [
             (load, 0, 0, 4),
@@ -101,8 +101,8 @@ class Without(Getrandom):
             (equal, 0, 1 + count, call),
             (load, 0, 0, 16),
             *((equal, count - at, 0, family) for at, family in enumerate(self.families)),  # the first argument
-            (give, 0, 0, 0x7FFF0000),
-            (give, 0, 0, deny),
+            (ret, 0, 0, 0x7FFF0000),
+            (ret, 0, 0, deny),
         ]  # ALLOW
         code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in filters))
         program = ctypes.create_string_buffer(struct.pack("@HP", len(filters), ctypes.addressof(code)))
@@ -111,14 +111,14 @@ class Without(Getrandom):
 
 
 class Accept4(Getrandom):
-    """The same for accept4(2)."""
+    """Answers accept4(2) calls in place of the kernel."""
 
     ARCHITECTURES = {"x86_64": (0xC000003E, 288, 317), "aarch64": (0xC00000B7, 242, 277)}
 
 
 @contextlib.contextmanager
 def stopped(threads):
-    """Stops single threads of a process, which no signal can: ptrace(2) does."""
+    """Stops individual threads of a process. No signal can do that; ptrace(2) can."""
     LIBC.ptrace.argtypes, LIBC.ptrace.restype = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p], ctypes.c_long
     seize, interrupt, detach, wall = 0x4206, 0x4207, 17, 0x40000000
 

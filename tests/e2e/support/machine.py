@@ -14,15 +14,15 @@ from support import peers
 from support.conditions import TIMEOUT, until
 
 SUPPORT = Path(__file__).resolve().parent
-# Root file systems are made once and kept here; each machine boots a copy.
+# Root file systems are built once and kept here; each machine boots a copy.
 ROOTS = Path(os.environ.get("KEY_SERVICE_ROOTS", "/var/cache/key-service-roots"))
 PACKAGES = "systemd,systemd-sysv"
 
 
 class Machine:
-    """A booted Debian. Commands run inside by way of its first process's namespaces."""
+    """A booted Debian system. Commands run inside it through the namespaces of its first process."""
 
-    # What test_containers.py changes: packages of a root file system by another name, options and environment of nspawn.
+    # test_containers.py overrides these: packages and name of the root file system, options and environment of systemd-nspawn.
     packages, kind, options, environment = PACKAGES, "-minimal", [], {}
 
     def __init__(self, suite, folder, package):
@@ -35,7 +35,7 @@ class Machine:
         self.boot()
 
     def boot(self):
-        # Whatever ends this process ends the system as well.
+        # The system is killed when this process ends, for whatever reason.
         command = [
             "setpriv",
             "--pdeathsig",
@@ -57,7 +57,7 @@ class Machine:
             )
         try:
             self.leader = until("the first process", self.first_process)
-            self.root = Path(f"/proc/{self.leader}/root")  # as it is seen inside, with what is mounted there
+            self.root = Path(f"/proc/{self.leader}/root")  # the file system as seen inside, with its mounts
             until("the boot", self.is_up, 3 * TIMEOUT)
         except BaseException as error:
             peers.kill(self.nspawn, "systemd-nspawn")
@@ -80,7 +80,7 @@ class Machine:
     def first_process(self):
         assert self.nspawn.poll() is None, (self.folder / "console").read_text()
         children = Path(f"/proc/{self.nspawn.pid}/task/{self.nspawn.pid}/children").read_text().split()
-        return next(filter(is_first_process, children), None)  # nspawn has short-lived children before it
+        return next(filter(is_first_process, children), None)  # systemd-nspawn has short-lived children before that one
 
     def install_file(self, source, target):
         place = self.root / target.lstrip("/")
@@ -88,7 +88,7 @@ class Machine:
         shutil.copy(source, place)
 
     def write(self, path, text):
-        """Writes a file as an editor does: a new file takes the old one's place."""
+        """Writes a file as an editor does: a new file replaces the old one."""
         place = self.root / path.lstrip("/")
         place.parent.mkdir(parents=True, exist_ok=True)
         new = place.with_name(place.name + ".new")
@@ -96,11 +96,11 @@ class Machine:
         new.rename(place)
 
     def outside(self, *command):
-        """A command of the host, in this system's network."""
+        """Returns the command line that runs a program of the host in this system's network."""
         return ["nsenter", "-t", self.leader, "-n", "--", *map(str, command)]
 
     def curl(self, *arguments, ok=0):
-        """What curl prints."""
+        """Runs curl in this system's network, and returns its output."""
         done = subprocess.run(
             self.outside("curl", "-sS", "--max-time", TIMEOUT, *arguments),
             capture_output=True,
@@ -112,10 +112,11 @@ class Machine:
         return done.stdout
 
     def status_of(self, *arguments):
-        """The status that a URL is answered with."""
+        """Requests a URL, and returns the status code of the response."""
         return self.curl("-o", "/dev/null", "-w", "%{http_code}", *arguments)
 
     def inside(self, command):
+        """Returns the command line that runs a shell command inside this system."""
         return ["nsenter", "-t", self.leader, "-m", "-u", "-i", "-n", "-p", "--", "/bin/sh", "-c", command]
 
     def run(self, command, ok=0, timeout=TIMEOUT):
@@ -137,7 +138,7 @@ class Machine:
         return self.run(f"systemctl show -P {name} {unit}").stdout.strip()
 
     def get(self, path, port=1123):
-        """Status and body. curl waits for as long as the socket holds the connection."""
+        """Returns status and body. curl waits for as long as systemd's socket holds the connection."""
         url = f"http://127.0.0.1:{port}{path}"
         done = subprocess.run(
             self.outside("curl", "-sS", "--max-time", TIMEOUT, "-w", "%{http_code}", url), capture_output=True, timeout=TIMEOUT + 5
@@ -151,7 +152,7 @@ class Machine:
 
     @contextlib.contextmanager
     def load(self, rate=500, port=1123, mode=()):
-        """Clients at a steady rate while the block runs; what they saw is in the dictionary afterwards."""
+        """Runs load.py while the block runs; the dictionary holds its results afterwards."""
         command = self.outside(sys.executable, SUPPORT / "load.py", port, rate, *mode)
         asking = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         seen = {}
@@ -170,12 +171,12 @@ class Machine:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.nspawn.wait(20)
         if self.nspawn.poll() is None:
-            peers.log(f"the system of {self.suite} did not power off within 20 s and is killed")
+            peers.log(f"the {self.suite} system did not power off within 20 s; killing it")
             peers.kill(self.nspawn, "systemd-nspawn")
 
 
 def is_first_process(pid):
-    """Whether a process is number 1 of a namespace below this one; proc_pid_status(5), NSpid."""
+    """Returns whether a process has PID 1 in a child PID namespace; proc_pid_status(5), NSpid."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return bool(re.search(r"^NSpid:\t.*\t1$", Path(f"/proc/{pid}/status").read_text(), re.M))
     return False
@@ -184,7 +185,7 @@ def is_first_process(pid):
 def base(suite, kind, packages):
     root = ROOTS / f"{suite}{kind}"
     if not (root / "usr/bin/systemctl").exists():
-        print(f"making the root file system of {suite}{kind} in {root}", flush=True)
+        print(f"building the root file system for {suite}{kind} in {root}", flush=True)
         shutil.rmtree(root, ignore_errors=True)
         ROOTS.mkdir(parents=True, exist_ok=True)
         command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", suite, root]
@@ -193,7 +194,8 @@ def base(suite, kind, packages):
 
 
 def upgrade(machine, change=()):
-    """Installs the same package under a higher version, and returns what is said; `change` has functions of the text of files in it."""
+    """Installs the same package with a higher version, and returns the output; `change` maps files of the package to functions that
+    edit their text."""
     machine.upgrades += 1
     tree, target = machine.folder / f"package{machine.upgrades}", machine.root / "root/key-service-new.deb"
     subprocess.run(["dpkg-deb", "-R", machine.root / "root/key-service.deb", tree], check=True)
@@ -209,5 +211,5 @@ def upgrade(machine, change=()):
 
 
 def as_root(script):
-    """Commands of a page as they are for a machine whose user is root, and has no sudo."""
+    """Removes sudo from the commands of a page: a machine runs them as root, and has no sudo."""
     return script.replace("sudo ", "")

@@ -1,8 +1,8 @@
-"""Two networks, the daemon's and its clients', and the wire between them, which goes away with the daemon's process.
+"""A network for the daemon, one for its clients, and a wire between them that disappears with the daemon's process.
 
-That is how it is in a container and in a pod: what the kernel still had to send when the process exited is never sent. A
-network namespace alone does not show it, since a connection that still has something to send keeps its namespace. The wire is
-two TUN devices (the kernel's Documentation/networking/tuntap.rst): what is sent on one comes out of the other after DELAY.
+Containers and pods behave so: when the process exits, the kernel never sends what it had not sent yet. A network namespace alone
+does not reproduce that, because a connection with unsent data keeps its namespace alive. The wire is a pair of TUN devices (the
+kernel's Documentation/networking/tuntap.rst): a packet that is sent on one device arrives on the other after DELAY.
 """
 
 import concurrent.futures
@@ -24,10 +24,10 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Network:
-    """`daemon(daemon)` runs one in the one network, `clients(call)` calls a function in the other."""
+    """`daemon(daemon)` runs a daemon in its network; `clients(call)` calls a function in the clients' network."""
 
     def __init__(self):
-        self.loses = lambda packet: False  # of the packets of the daemon
+        self.loses = lambda packet: False  # whether the wire drops a packet from the daemon
         self.threads = [concurrent.futures.ThreadPoolExecutor(1) for _ in range(2)]
         self.devices = [
             thread.submit(device, *addresses).result()
@@ -60,13 +60,13 @@ class Network:
 
     def carry(self, process):
         client, server = self.devices
-        on_wire, is_up = [], True  # when a packet arrives, where, and the packet
+        on_wire, is_up = [], True  # for each packet: arrival time, target device, bytes
         while is_up or on_wire:
             timeout = max(0.0, on_wire[0][0] - time.monotonic()) if on_wire else None
             ready, _, _ = select.select([client, server, process] if is_up else [], [], [], timeout)
             is_up = is_up and process not in ready
             for source, target in [(server, client), (client, server)]:
-                # What the daemon's kernel had sent before the process exited is on the wire.
+                # Packets that the daemon's kernel sent before the process exited still arrive.
                 while is_up or source == server:
                     packet = received(source)
                     if packet is None:
@@ -78,7 +78,7 @@ class Network:
             while on_wire and on_wire[0][0] <= time.monotonic():
                 _, target, packet = on_wire.pop(0)
                 if is_up or target == client:
-                    with contextlib.suppress(OSError):  # an IPv6 packet of a device that has none
+                    with contextlib.suppress(OSError):  # an IPv6 packet, for a device without IPv6
                         os.write(target, packet)
         os.close(process)
 
@@ -91,7 +91,7 @@ def received(device):
 
 
 def device(own, other):
-    """A TUN device in a network namespace of the calling thread's own."""
+    """Moves the calling thread to a new network namespace, and makes a TUN device there."""
     if LIBC.unshare(0x40000000):  # CLONE_NEWNET
         raise OSError(ctypes.get_errno(), f"unshare: {errno.errorcode.get(ctypes.get_errno())}")
     opened = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
@@ -102,7 +102,7 @@ def device(own, other):
 
 
 def has_data(packet):
-    """Whether an IPv4 packet has a TCP segment with bytes in it."""
+    """Returns whether a packet is IPv4 and holds a TCP segment with a payload."""
     if packet[0] >> 4 != 4 or packet[9] != 6:
         return False
     header = (packet[0] & 15) * 4

@@ -1,4 +1,4 @@
-"""Packages of npm that tests use: pinned, and installed once beside the system."""
+"""The npm packages that tests use: pinned, and installed once in a directory outside the system's own."""
 
 import contextlib
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def installed(name, variable, packages):
-    """The directory `node_modules` with these packages. An environment variable says where they are kept, by default
+    """The directory `node_modules` with these packages. The environment variable `variable` sets where they are stored; the default is
     /var/cache/key-service-tools/NAME."""
     version = hashlib.sha256(" ".join(packages).encode()).hexdigest()[:12]
     directory = Path(os.environ.get(variable, f"/var/cache/key-service-tools/{name}")) / version

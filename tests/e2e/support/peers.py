@@ -1,8 +1,8 @@
-"""Processes and ports of the runners that are written in Python.
+"""Processes and ports of the tests and of benches/compare/run.
 
-A peer is a process that a runner needs beside the daemon: nginx, Prometheus, a browser, a load generator. The exit of a peer
-proves nothing, so a peer that hangs is killed and logged. The exit of the daemon is tested, so a daemon that hangs is a
-failure. Neither replaces the error that ended the block before.
+A peer is a process that a test needs in addition to the daemon: nginx, Prometheus, a browser, a load generator. The exit of a peer is
+not under test, so a hung peer is killed and logged. The exit of the daemon is under test, so a hung daemon is a failure. Neither
+replaces an error that ended the block earlier.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ import sys
 import time
 
 PEER_TIMEOUT = 30  # seconds
-DAEMON_TIMEOUT = 60  # seconds, longer than its drain
+DAEMON_TIMEOUT = 60  # seconds, longer than its drain timeout
 SIGNAL_INTERVAL = 1  # seconds
-KILL_TIMEOUT = 30  # seconds; only a process that the kernel itself holds needs them
+KILL_TIMEOUT = 30  # seconds; only a process that is blocked in the kernel takes long
 
 
 class Hung(AssertionError):
@@ -24,12 +24,12 @@ class Hung(AssertionError):
 
 
 class HeldPort:
-    """A port of 127.0.0.1 for a server that binds it by itself; no other process gets it while the block runs.
+    """A port of 127.0.0.1 that is reserved, during the block, for a server that binds it itself.
 
-    A port that was found by bind(2) with port 0 and then closed is free only for a moment: another process may take it, and
-    connect(2) to it may choose the same number as its source port, which connects a client to itself. This socket stays
-    bound, and never listens. The server binds the port all the same if it sets SO_REUSEADDR, as nginx and every server in Go
-    or Rust do; to others, which ask for any port, the kernel does not give it (socket(7), ip(7))."""
+    If the port were found by bind(2) with port 0 and then closed, another process could take it. Worse, connect(2) to it could choose
+    the same number as its source port, which connects a client to itself. So this socket stays bound, and never listens. The server can
+    still bind the port if it sets SO_REUSEADDR, as nginx and all servers in Go or Rust do. The kernel does not give the port to a process
+    that asks for any free port (socket(7), ip(7))."""
 
     def __init__(self):
         self.socket = socket.socket()
@@ -49,7 +49,7 @@ class HeldPort:
 
 
 def connect(address, timeout, source=None):
-    """A connection to a server that may have ended: one that a client got to itself counts as refused."""
+    """Connects to a server that may have exited. A connection of a client to itself counts as refused."""
     connection = socket.create_connection(address, timeout, source and (source, 0))
     if connection.getsockname() == connection.getpeername():
         connection.close()
@@ -58,10 +58,10 @@ def connect(address, timeout, source=None):
 
 
 def stop_peer(process, name, request=signal.SIGTERM, timeout=None):
-    """Ends a peer by `request`, else by SIGKILL after `timeout` (PEER_TIMEOUT). True if it exited by itself.
+    """Stops a peer by the signal `request`, or by SIGKILL after `timeout` (default PEER_TIMEOUT). Returns True if it exited by itself.
 
-    The request is repeated: nginx with one process looks at what its handler of SIGTERM has set, then calls epoll_wait(2)
-    without a timeout. A signal between the two is not seen before the next event, and a second signal is one."""
+    The signal is repeated, because nginx with one process checks the flag of its SIGTERM handler and then calls epoll_wait(2) without a
+    timeout. It would not notice a signal between the two before the next event; a second signal is such an event."""
     timeout = PEER_TIMEOUT if timeout is None else timeout
     deadline = time.monotonic() + timeout
     try:
@@ -72,14 +72,14 @@ def stop_peer(process, name, request=signal.SIGTERM, timeout=None):
         exits = process.poll() is not None
         if not exits:
             log(f"{name} (process {process.pid}) did not exit within {timeout:g} s of {request.name} and is killed")
-    finally:  # an interrupt of the runner leaves no peer behind
+    finally:  # leaves no peer behind if the test is interrupted
         kill(process, name)
     return exits
 
 
 def stop_daemon(process, name, error=None, timeout=None):
-    """Ends the daemon by one SIGTERM. Raises Hung if it does not exit within `timeout` (DAEMON_TIMEOUT), or only logs that
-    where `error` ended the block."""
+    """Stops the daemon by one SIGTERM. If it does not exit within `timeout` (default DAEMON_TIMEOUT), raises Hung; if `error` has ended
+    the block, only logs it."""
     timeout = DAEMON_TIMEOUT if timeout is None else timeout
     try:
         process.send_signal(signal.SIGTERM)
@@ -95,7 +95,7 @@ def stop_daemon(process, name, error=None, timeout=None):
 
 @contextlib.contextmanager
 def killed_after(process, name):
-    """Kills a process that still runs when the block ends, however it ends."""
+    """Kills a process that is still running at the end of the block, with or without an error."""
     try:
         yield process
     finally:
@@ -105,7 +105,7 @@ def killed_after(process, name):
 
 
 def kill(process, name):
-    """Kills a process by its id, unless it has ended, and waits for it. Never raises for a process that stays."""
+    """Kills a process by its id, unless it has exited, and waits for it. Logs a process that does not end, and never raises for it."""
     if process.poll() is not None:
         return
     process.kill()

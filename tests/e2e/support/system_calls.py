@@ -1,9 +1,9 @@
-"""Counts the calls of getrandom(2) behind each key, with the C libraries of Debian 12 and 13.
+"""Counts the getrandom(2) calls for each key, with the C libraries of Debian 12 and 13.
 
-From glibc 2.41 on, and on Linux 6.11 or newer, the C library's getrandom() answers from a pool in user space: a key that
-came from there would take no system call, and would have been in the process's memory before it was requested. A
-dynamically linked daemon runs under strace with the C library of either release. The libraries are extracted once and kept
-in KEY_SERVICE_ROOTS (default: /var/cache/key-service-roots).
+Since glibc 2.41, on Linux 6.11 or newer, the C library's getrandom() answers from a pool in user space. A key from that pool
+would need no system call, and would have been in the process's memory before it was requested. A dynamically linked daemon
+runs under strace with the C library of each release. The libraries are extracted once and kept in KEY_SERVICE_ROOTS (default:
+/var/cache/key-service-roots).
 """
 
 import re
@@ -15,7 +15,8 @@ from support.machine import ROOTS
 
 REPEATED = 20
 
-# (method, path, calls for one request). A stream takes at least one for each 32 KiB of its text, everything else exactly as many.
+# (method, path, calls for one request). EXACT requests make exactly that many calls; a stream makes at least one call for each
+# 32 KiB of its output.
 EXACT = [
     ("GET", "/key/1", 1),
     ("GET", "/key/32", 1),
@@ -23,7 +24,7 @@ EXACT = [
     ("GET", "/key/129", 1),
     ("GET", "/key/32768", 1),
     ("GET", "/key/32?format=hex", 1),
-    ("GET", "/key/32?format=jwk", 2),  # the kid is another
+    ("GET", "/key/32?format=jwk", 2),  # one more for the kid
     ("GET", "/key/32?format=json&count=50", 50),
     ("GET", "/key/32?format=jwk&count=50", 100),
     ("GET", "/password/20", 1),
@@ -32,15 +33,15 @@ EXACT = [
 ]
 STREAMS = [("GET", "/key/32769", 2), ("GET", "/key/1048576", 32), ("GET", "/key/1048576?format=base64", 43)]
 
-# The end of a line of strace, where the call was interrupted by another thread's too.
+# The end of a line of strace. It also matches a call that strace resumes after it printed another thread's call.
 CALL = re.compile(r", (\d+), (\w+)\) += (-?\d+|\?)")
 
 
 def counted(folder, command):
-    """How many calls were made, and what is wrong with them, of a daemon that `command` runs."""
+    """Runs a daemon by `command`, and returns the number of getrandom(2) calls and a list of what is wrong with them."""
     total, wrong = 0, []
     with Traced(folder, command) as daemon, daemon.connect() as connection, connection.makefile("rb") as answers:
-        for method, path, _ in EXACT + STREAMS:  # a thread may draw the seed of its hash maps at its first request
+        for method, path, _ in EXACT + STREAMS:  # warm up: the first request of a thread may seed its hash maps
             request(connection, answers, method, path)
         for method, path, wanted in EXACT + STREAMS:
             seen = daemon.trace.stat().st_size
@@ -48,27 +49,27 @@ def counted(folder, command):
                 request(connection, answers, method, path)
             lines = daemon.trace.read_text()[seen:].splitlines()
             calls = [match for line in lines if (match := CALL.search(line))]
-            is_whole = all(length == read and flags == "0" for length, flags, read in (call.groups() for call in calls))
+            are_complete = all(length == read and flags == "0" for length, flags, read in (call.groups() for call in calls))
             found, expected = len(calls), wanted * REPEATED
             total += found
             is_enough = found == expected if (method, path, wanted) in EXACT else found >= expected
-            if not (is_whole and is_enough):
-                wrong.append(f"{method} {path}, {REPEATED} times: expected {expected} whole calls, found {found}")
+            if not (are_complete and is_enough):
+                wrong.append(f"{method} {path}, {REPEATED} times: expected {expected} complete calls, found {found}")
     return total, wrong
 
 
 def request(connection, answers, method, path):
     connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-    status, *fields = iter(answers.readline, b"\r\n")
+    status, *headers = iter(answers.readline, b"\r\n")
     if not status.startswith(b"HTTP/1.1 200 "):
-        raise RuntimeError(f"{method} {path}: expected 200, found {status} {fields}")
-    [length] = [int(field.split(b":")[1]) for field in fields if field.startswith(b"content-length:")]
+        raise RuntimeError(f"{method} {path}: expected 200, found {status} {headers}")
+    [length] = [int(header.split(b":")[1]) for header in headers if header.startswith(b"content-length:")]
     if method != "HEAD" and len(answers.read(length)) != length:
-        raise RuntimeError(f"{method} {path}: the answer is cut")
+        raise RuntimeError(f"{method} {path}: the response is incomplete")
 
 
 def extracted(suite):
-    """The command that runs a program with the C library of a Debian release, and the version of that."""
+    """Returns the command that runs a program with the C library of a Debian release, and the version of that library."""
     tree = ROOTS / f"libc-{suite}"
     if not tree.exists():
         new = ROOTS / f"libc-{suite}.new"
@@ -83,7 +84,7 @@ def extracted(suite):
 
 
 class Traced(Daemon):
-    """A daemon under strace. The tracer is detached (-D), so the process that is started and stopped is the daemon."""
+    """A daemon under strace. The tracer runs as a detached process (-D), so the process that the test starts and stops is the daemon."""
 
     def __init__(self, folder, command):
         super().__init__(folder, "max-size = 1048576\n")

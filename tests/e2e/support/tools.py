@@ -1,6 +1,7 @@
-"""The programs that end-to-end tests run, and the Debian packages that have them; others come with pyproject.toml's group.
+"""The programs that the end-to-end tests run, and the Debian packages that contain them. Further programs come with the e2e group of
+pyproject.toml.
 
-python3 -m support.tools    prints the packages that are missing, for apt-get
+python3 -m support.tools    prints the missing packages, for apt-get
 """
 
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 DJANGO = "/usr/lib/python3/dist-packages/django"
 STREAM_MODULE = "/usr/lib/nginx/modules/ngx_stream_module.so"
 
-# command, or a path: package
+# command or path: package
 PACKAGES = {
     DJANGO: "python3-django",
     STREAM_MODULE: "libnginx-mod-stream",
@@ -64,12 +65,12 @@ PACKAGES = {
 
 
 def missing(commands=PACKAGES):
-    """The Debian packages of the commands that are not installed."""
+    """The Debian packages of those commands that are not installed."""
     return sorted({PACKAGES[command] for command in commands if command in PACKAGES and is_absent(command)})
 
 
 def missing_python(commands):
-    """The commands that are not installed and are in no Debian package, but in one of pyproject.toml."""
+    """The commands that are not installed and that come from pyproject.toml, not from a Debian package."""
     return [command for command in commands if command not in PACKAGES and is_absent(command)]
 
 

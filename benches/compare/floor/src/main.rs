@@ -1,6 +1,7 @@
-//! Bare hyper on one thread, the least that a server on hyper can cost: no routes, no metrics, no deadlines, no bounds.
+//! Bare hyper on one thread, the minimum cost of a server on hyper: no routes, no metrics, no timeouts, no limits.
 //!
-//! `/key/N` answers N zero bytes in pieces of 64 KiB, any other path 32 bytes. Listens on the socket it inherits as descriptor 3.
+//! `/key/N` returns N zero bytes in chunks of 64 KiB, and any other path returns 32 bytes. The server listens on the
+//! socket that it inherits as descriptor 3.
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -16,12 +17,12 @@ use hyper_util::rt::TokioIo;
 use listenfd::ListenFd;
 use tokio::net::TcpListener;
 
-static ANSWER: [u8; 32] = *b"0123456789abcdef0123456789abcdef";
+static CONSTANT: [u8; 32] = *b"0123456789abcdef0123456789abcdef";
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
-/// `remaining` bytes, made of one piece over and over.
+/// A body of `remaining` bytes that repeats one chunk.
 struct Repeated {
-    piece: Bytes,
+    chunk: Bytes,
     remaining: u64,
 }
 
@@ -36,9 +37,9 @@ impl Body for Repeated {
         if self.remaining == 0 {
             return Poll::Ready(None);
         }
-        let size = self.remaining.min(self.piece.len() as u64);
+        let size = self.remaining.min(self.chunk.len() as u64);
         self.remaining -= size;
-        Poll::Ready(Some(Ok(Frame::data(self.piece.slice(..size as usize)))))
+        Poll::Ready(Some(Ok(Frame::data(self.chunk.slice(..size as usize)))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -50,11 +51,11 @@ impl Body for Repeated {
     }
 }
 
-async fn answer(request: Request<Incoming>) -> Result<Response<Repeated>, Infallible> {
+async fn respond(request: Request<Incoming>) -> Result<Response<Repeated>, Infallible> {
     let zeros = request.uri().path().strip_prefix("/key/");
     let body = match zeros.and_then(|length| length.parse().ok()) {
-        Some(remaining) => Repeated { piece: Bytes::from_static(&ZEROS), remaining },
-        None => Repeated { piece: Bytes::from_static(&ANSWER), remaining: ANSWER.len() as u64 },
+        Some(remaining) => Repeated { chunk: Bytes::from_static(&ZEROS), remaining },
+        None => Repeated { chunk: Bytes::from_static(&CONSTANT), remaining: CONSTANT.len() as u64 },
     };
     Ok(Response::new(body))
 }
@@ -69,7 +70,7 @@ async fn serve() -> Result<(), Box<dyn Error>> {
         stream.set_nodelay(true)?;
         tokio::spawn(
             hyper::server::conn::http1::Builder::new()
-                .serve_connection(TokioIo::new(stream), service_fn(answer)),
+                .serve_connection(TokioIo::new(stream), service_fn(respond)),
         );
     }
 }

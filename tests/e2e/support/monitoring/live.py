@@ -220,7 +220,7 @@ class BrokenDaemon(Daemon):
             super().__exit__(*error)
 
     def configure(self, level):
-        (self.folder / "config.toml").write_text(config(level))
+        (self.directory / "config.toml").write_text(config(level))
 
     def breaks(self, prometheus):
         """One thing after the other, and for each an alert."""
@@ -257,7 +257,7 @@ class BrokenDaemon(Daemon):
         self.supervisor.answer = lambda length: -errno.EPERM
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unit:  # as systemd does for LoadCredential=
             unit.bind(f"\0{os.getpid():x}/unit/web.service/key")
-            unit.connect(str(self.folder / "credential"))
+            unit.connect(str(self.directory / "credential"))
             while unit.recv(1 << 16):
                 pass
         for alert in ("KeyServiceGeneratorFailed", "KeyServiceCredentialsFailed"):
