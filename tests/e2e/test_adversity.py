@@ -301,7 +301,7 @@ def test_fatal_signals_leave_no_core_dump(name, core_pattern, figures):
                 status = found if pid else None
             daemon.process.returncode = -os.WTERMSIG(status)
         expect((os.WTERMSIG(status), os.WCOREDUMP(status)), (getattr(signal, name), False), "signal and core dump")
-        expect(sorted(each.name for each in daemon.folder.iterdir()), ["config.toml", "log", "notify"], "files left behind")
+        expect(sorted(each.name for each in daemon.directory.iterdir()), ["config.toml", "log", "notify"], "files left behind")
         log = daemon.log.read_bytes()
         assert not any(key[:16] in log or key[:16].hex().encode() in log for key in keys), "a key is in the log"
     figures(f"core_pattern {core_pattern!r}: the control process dumps core, the daemon does not")

@@ -285,11 +285,11 @@ def test_a_frozen_process_is_replaced(machine, figures):
 
 def test_the_sandbox_denies(machine):
     """the sandbox keeps the process from connecting, writing, reading, executing, tracing and more"""
-    probe = machine.folder / "probe"
+    probe = machine.directory / "probe"
     subprocess.run(["gcc", "-static", "-O1", "-Wall", "-o", probe, SUPPORT / "probe.c"], check=True)
     machine.run("systemctl stop key-service.socket key-service-metrics.socket key-service.service")
     original = machine.root / "usr/bin/key-service"
-    shutil.move(original, machine.folder / "daemon")
+    shutil.move(original, machine.directory / "daemon")
     machine.install_file(probe, "/usr/bin/key-service")
     dropin = "/run/systemd/system/key-service.service.d/probe.conf"
     killed, denied = "killed by the system call filter", "denied"
@@ -312,7 +312,7 @@ def test_the_sandbox_denies(machine):
         log = machine.run("journalctl -u key-service -n 15 --no-pager -o cat").stdout
         assert found == expected, f"{attempt}: expected {expected}, found {found}\n{log}"
     machine.run(f"rm {dropin}")
-    shutil.move(machine.folder / "daemon", original)
+    shutil.move(machine.directory / "daemon", original)
     machine.run(
         "systemctl daemon-reload; systemctl reset-failed key-service; systemctl start key-service.socket key-service-metrics.socket"
     )

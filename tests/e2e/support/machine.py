@@ -25,9 +25,9 @@ class Machine:
     # test_containers.py overrides these: packages and name of the root file system, options and environment of systemd-nspawn.
     packages, kind, options, environment = PACKAGES, "-minimal", [], {}
 
-    def __init__(self, suite, folder, package):
-        self.suite, self.folder, self.upgrades = suite, Path(folder), 0
-        self.root = self.folder / "root"
+    def __init__(self, suite, directory, package):
+        self.suite, self.directory, self.upgrades = suite, Path(directory), 0
+        self.root = self.directory / "root"
         # Not shutil.copytree: it reads devices as if they were files, and /dev/full never ends.
         subprocess.run(["cp", "-a", "--reflink=auto", base(suite, self.kind, self.packages), self.root], check=True)
         (self.root / "etc/hostname").write_text("keys\n")
@@ -44,14 +44,14 @@ class Machine:
             "systemd-nspawn",
             "-q",
             "-D",
-            self.folder / "root",
+            self.directory / "root",
             "--boot",
             "--register=no",
             "--keep-unit",
             "--private-network",
             *self.options,
         ]
-        with open(self.folder / "console", "wb") as console:
+        with open(self.directory / "console", "wb") as console:
             self.nspawn = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, env={**os.environ, **self.environment}
             )
@@ -61,7 +61,7 @@ class Machine:
             until("the boot", self.is_up, 3 * TIMEOUT)
         except BaseException as error:
             peers.kill(self.nspawn, "systemd-nspawn")
-            error.add_note((self.folder / "console").read_text(errors="replace")[-2000:])
+            error.add_note((self.directory / "console").read_text(errors="replace")[-2000:])
             raise
 
     def __enter__(self):
@@ -78,7 +78,7 @@ class Machine:
         return self.run("systemctl is-system-running", ok=None).stdout.strip() in ("running", "degraded")
 
     def first_process(self):
-        assert self.nspawn.poll() is None, (self.folder / "console").read_text()
+        assert self.nspawn.poll() is None, (self.directory / "console").read_text()
         children = Path(f"/proc/{self.nspawn.pid}/task/{self.nspawn.pid}/children").read_text().split()
         return next(filter(is_first_process, children), None)  # systemd-nspawn has short-lived children before that one
 
@@ -197,7 +197,7 @@ def upgrade(machine, change=()):
     """Installs the same package with a higher version, and returns the output; `change` maps files of the package to functions that
     edit their text."""
     machine.upgrades += 1
-    tree, target = machine.folder / f"package{machine.upgrades}", machine.root / "root/key-service-new.deb"
+    tree, target = machine.directory / f"package{machine.upgrades}", machine.root / "root/key-service-new.deb"
     subprocess.run(["dpkg-deb", "-R", machine.root / "root/key-service.deb", tree], check=True)
     control = tree / "DEBIAN/control"
     control.write_text(re.sub(r"^Version: (.*)$", rf"Version: \g<1>+new{machine.upgrades}", control.read_text(), flags=re.M))

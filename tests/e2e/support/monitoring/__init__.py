@@ -1,1 +1,1 @@
-"""What the tests of monitoring are made of: cases for promtool, daemons that Prometheus watches, Grafana's schema, Debian's packages."""
+"""Support for test_monitoring.py: promtool's cases, daemons that Prometheus scrapes, Grafana's schema, Debian's packages."""

@@ -1,6 +1,7 @@
-"""Holds the dashboard to the schema that Grafana publishes as TypeScript, with the packages of npm that it takes.
+"""Checks the dashboard against the schema that Grafana publishes as TypeScript.
 
-They are installed once beside the system, pinned; KEY_SERVICE_GRAFANA_TOOLS says where (default: /var/cache/key-service-tools/grafana).
+The npm packages that this takes are pinned and installed once, outside the system directories: in KEY_SERVICE_GRAFANA_TOOLS
+(default: /var/cache/key-service-tools/grafana).
 """
 
 import copy
@@ -19,8 +20,8 @@ NPM = ["@grafana/schema@13.2.3", "@grafana/grafana-foundation-sdk@0.0.21", "type
 TSC_TIMEOUT = 300  # seconds
 WIDTH = 24  # columns of Grafana's grid
 
-# Where a dashboard is wrong, and what stands there; None is nothing. Were the types `any`, nobody would notice. Of the panels these
-# have one of each kind.
+# The path of an error in a dashboard, and the wrong value; None removes the field. They show that the types are not just `any`,
+# which accepts everything. A mutant has one panel of each kind.
 KINDS = ("row", "stat", "timeseries", "heatmap", "table")
 MUTANTS = [
     (("titel",), "key-service"),
@@ -47,14 +48,14 @@ def dashboard():
 
 
 def panels(found):
-    """All panels, and those in rows that are folded."""
+    """All panels, including those in collapsed rows."""
     for panel in found:
         yield panel
         yield from panels(panel.get("panels", []))
 
 
 def mutant(path, value):
-    """A dashboard that is wrong in one place."""
+    """A dashboard with a single error."""
     wrong = copy.deepcopy(dashboard())
     wrong["panels"] = [next(panel for panel in wrong["panels"] if panel["type"] == kind) for kind in KINDS]
     part = wrong
@@ -67,20 +68,20 @@ def mutant(path, value):
     return wrong
 
 
-def compiled(documents, folder):
-    """The errors of each dashboard, as the TypeScript compiler finds them; under "" those of what is no dashboard, and its output
-    where it has none."""
-    (folder / "node_modules").symlink_to(npm.installed("grafana", "KEY_SERVICE_GRAFANA_TOOLS", NPM))
-    shutil.copy(SCHEMA, folder)
+def compiled(documents, directory):
+    """The TypeScript compiler's errors for each dashboard. The key "" has its errors for other files, or its whole output if it
+    reported no error."""
+    (directory / "node_modules").symlink_to(npm.installed("grafana", "KEY_SERVICE_GRAFANA_TOOLS", NPM))
+    shutil.copy(SCHEMA, directory)
     for name, document in documents.items():
-        (folder / f"{name}.mts").write_text(
+        (directory / f"{name}.mts").write_text(
             f'import type {{ Dashboard }} from "./schema.mjs";\nexport const dashboard: Dashboard = {json.dumps(document, indent=1)};\n'
         )
-    # The declarations of the packages are not this check's: they may name what is not installed.
+    # --skipLibCheck: the packages' own declarations may refer to packages that are not installed.
     options = ["--strict", "--noEmit", "--skipLibCheck", "--target", "es2022", "--module", "nodenext"]
     ran = subprocess.run(
         ["node_modules/.bin/tsc", *options, *(f"{name}.mts" for name in documents)],
-        cwd=folder,
+        cwd=directory,
         capture_output=True,
         text=True,
         timeout=TSC_TIMEOUT,
@@ -92,7 +93,7 @@ def compiled(documents, folder):
 
 
 def misplaced(panels):
-    """Panels that have no id or no place of their own."""
+    """Errors for panels with a duplicate id, outside the grid, or on top of another panel."""
     found = [f"two panels have the id {panel['id']}" for panel in panels if sum(other["id"] == panel["id"] for other in panels) > 1]
     taken = {}
     for panel in panels:
@@ -101,13 +102,13 @@ def misplaced(panels):
             found.append(f"{panel['title']}: expected at most {WIDTH} columns, found {place}")
         for cell in ((x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])):
             if taken.setdefault(cell, panel) is not panel:
-                found.append(f"{panel['title']} lies on {taken[cell]['title']}")
+                found.append(f"{panel['title']} overlaps {taken[cell]['title']}")
                 break
     return found
 
 
 def unknown_variables(dashboard):
-    """Variables that are named and not there."""
+    """Errors for variables that are used but not defined."""
     variables = {variable["name"] for variable in dashboard["templating"]["list"]} | {"__rate_interval", "__all"}
     return [
         f"expected one of {sorted(variables)}, found ${name}"

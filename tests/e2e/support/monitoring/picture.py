@@ -1,5 +1,5 @@
-"""Draws the dashboard as SVG: each panel in its place, with its queries, units and thresholds. It is no Grafana: a kind of panel that
-Grafana has and this has not is an error, and so are units."""
+"""Draws the dashboard as SVG: each panel in its position, with its data, unit and thresholds. It supports only the kinds of panels
+and the units that the dashboard uses; any other is an error."""
 
 import re
 from html import escape
@@ -8,18 +8,18 @@ COLUMN, ROW, GAP = 50, 30, 8  # pixels
 SERIES = ("#3b7dd8", "#e0752d", "#4c9a4c", "#b04ab0", "#c4a000", "#2aa1a1", "#c0392b", "#7f6ab5", "#888888", "#8c6d46", "#d17fa8")
 STATES = {"green": "#2e8b3d", "orange": "#d9822b", "red": "#c0392b"}
 LETTER = 6.4  # pixels
-VALUES_MAX = 6  # of a stat
-POINTS = 60  # of a line
+VALUES_MAX = 6  # in a stat panel
+POINTS = 60  # per line
 
 
-def draw(dashboard, prometheus, begun, ended):
-    """The panels over a time, with what `prometheus(query, at)` and `prometheus(query, from, to, step)` find."""
+def draw(dashboard, prometheus, start, end):
+    """Draws the panels for a time range, with the data of `prometheus(query, at)` and `prometheus(query, from, to, step)`."""
     parts, height = [], 0
     for panel in dashboard["panels"]:
         place = panel["gridPos"]
         x, y, width, tall = place["x"] * COLUMN, place["y"] * ROW, place["w"] * COLUMN - GAP, place["h"] * ROW - GAP
         height = max(height, y + tall)
-        drawing = "".join(KINDS[panel["type"]](panel, width, tall, prometheus, begun, ended))
+        drawing = "".join(KINDS[panel["type"]](panel, width, tall, prometheus, start, end))
         frame = (
             ""
             if panel["type"] == "row"
@@ -40,8 +40,8 @@ def row(panel, *_):
     yield text(4, 16, panel["title"], 'font-size="14" font-weight="bold"')
 
 
-def stat(panel, width, tall, prometheus, _, ended):
-    values = [(name, value) for name, value, _ in found(panel, prometheus, ended)][:VALUES_MAX]
+def stat(panel, width, tall, prometheus, _, end):
+    values = [(name, value) for name, value, _ in found(panel, prometheus, end)][:VALUES_MAX]
     defaults = panel["fieldConfig"]["defaults"]
     for number, (name, value) in enumerate(values):
         shown, color = unit(value, defaults["unit"]), at_threshold(defaults, value)
@@ -54,16 +54,16 @@ def stat(panel, width, tall, prometheus, _, ended):
         yield text(width / 2, middle + size / 6 + 16, name, 'text-anchor="middle" fill="#777"')
 
 
-def timeseries(panel, width, tall, prometheus, begun, ended):
+def timeseries(panel, width, tall, prometheus, start, end):
     defaults = panel["fieldConfig"]["defaults"]
-    lines = found(panel, prometheus, begun, ended)
+    lines = found(panel, prometheus, start, end)
     if defaults["custom"]["stacking"]["mode"] == "normal":
         lines = stacked(lines)
     values = [value for _, _, points in lines for _, value in points]
     low, high = defaults.get("min", min(values, default=0)), defaults.get("max", max(values, default=0))
     high = high if high > low else low + 1
     left, right, top, bottom = 62, width - 10, 28, tall - 44
-    across = lambda at: left + (at - begun) / (ended - begun) * (right - left)  # noqa: E731
+    across = lambda at: left + (at - start) / (end - start) * (right - left)  # noqa: E731
     down = lambda value: bottom - (min(value, high) - low) / (high - low) * (bottom - top)  # noqa: E731
     for part in (0, 1) if defaults["unit"] == "bool_yes_no" else (0, 0.5, 1):
         value = low + (high - low) * part
@@ -81,14 +81,14 @@ def timeseries(panel, width, tall, prometheus, begun, ended):
     yield from legend([name for name, _, _ in lines], width, tall)
 
 
-def heatmap(panel, width, tall, prometheus, begun, ended):
-    """Buckets from the lowest up, each as dark as it is full; those that are always empty are left out."""
+def heatmap(panel, width, tall, prometheus, start, end):
+    """Draws buckets from the lowest up; a fuller bucket is darker. Buckets that are always empty are left out."""
     buckets = sorted(
-        ((float(name.replace("+Inf", "inf")), dict(points)) for name, _, points in found(panel, prometheus, begun, ended)),
+        ((float(name.replace("+Inf", "inf")), dict(points)) for name, _, points in found(panel, prometheus, start, end)),
         key=lambda bucket: bucket[0],
     )
     rows, below = [], {}
-    for bound, points in buckets:  # Prometheus' buckets hold those below them, too
+    for bound, points in buckets:  # Prometheus' buckets are cumulative
         rows.append((bound, {at: value - below.get(at, 0) for at, value in points.items()}))
         below = points
     rows = [(bound, points) for bound, points in rows if max(points.values(), default=0) > 1e-9]
@@ -100,16 +100,16 @@ def heatmap(panel, width, tall, prometheus, begun, ended):
         yield text(left - 5, y + tile / 2 + 4, unit(bound, panel["options"]["yAxis"]["unit"]), 'text-anchor="end" fill="#777"')
         for at, value in points.items():
             if value > 1e-9:
-                x, wide = left + (at - begun) / (ended - begun) * (right - left), (right - left) / POINTS
+                x, wide = left + (at - start) / (end - start) * (right - left), (right - left) / POINTS
                 place = f'x="{x:.0f}" y="{y:.0f}" width="{wide:.0f}" height="{tile - 1:.0f}"'
                 yield f'<rect {place} fill="#e0752d" opacity="{(value / most) ** 0.5:.2f}"/>'
 
 
-def table(panel, width, tall, prometheus, _, ended):
+def table(panel, width, tall, prometheus, _, end):
     hidden = panel["transformations"][0]["options"]["excludeByName"]
     samples = [
         {name: value for name, value in sample["metric"].items() if name not in hidden}
-        for sample in prometheus(panel["targets"][0]["expr"], ended)
+        for sample in prometheus(panel["targets"][0]["expr"], end)
     ]
     names = sorted({name for sample in samples for name in sample})
     for number, line in enumerate([dict(zip(names, names, strict=True)), *samples]):
@@ -121,7 +121,7 @@ KINDS = {"row": row, "stat": stat, "timeseries": timeseries, "heatmap": heatmap,
 
 
 def found(panel, prometheus, *when):
-    """Each series as its name, its last value, and its points."""
+    """The series of a panel, each as (name, last value, points)."""
     step = [max(1, (when[1] - when[0]) / POINTS)] if len(when) == 2 else []
     lines = []
     for target in panel["targets"]:
@@ -142,7 +142,7 @@ def stacked(lines):
 
 
 def legend(names, width, tall):
-    """Two lines, with as many names as there is room for."""
+    """Draws two lines with as many names as fit."""
     x, line = 8, 0
     for number, name in enumerate(names):
         name = name or "value"
@@ -164,7 +164,7 @@ def at_threshold(defaults, value):
 
 
 def unit(value, name):
-    """As people write it."""
+    """Formats a value with its unit."""
     if value != value:
         return "no data"
     match name:

@@ -1,4 +1,4 @@
-"""The alerts and recording rules, and their cases, by promtool."""
+"""Runs promtool on the alerts, the recording rules and their cases."""
 
 import functools
 import json
@@ -15,10 +15,10 @@ RULES = REPOSITORY / "helm-chart/files"
 CASES = sorted(Path(__file__).parent.glob("*.test.yml"))
 PROMTOOL_TIMEOUT = 300  # seconds
 
-# Go's collector of garbage takes a fifth of promtool's time by default; so it takes 210 MiB of memory instead of 110.
+# By default Go's garbage collector takes a fifth of promtool's time. This setting avoids that, for 210 MiB of memory instead of 110.
 ENVIRONMENT = {**os.environ, "GOGC": "400"}
 
-# Never to fire, and always to fire.
+# Expressions that make every alert never fire, and always fire.
 MUTANTS = {"never": "vector(1) == 0", "always": "vector(1)"}
 
 
@@ -28,7 +28,7 @@ def groups():
 
 
 def alerts():
-    """Each alert by its name, as its file has it."""
+    """Each alert by its name, as in alerts.yml."""
     return {rule["alert"]: rule for group in groups() for rule in group["rules"] if "alert" in rule}
 
 
@@ -37,7 +37,7 @@ def records():
 
 
 def promtool(*arguments, given=None):
-    """Status and output of a command of promtool's."""
+    """Runs promtool. Returns its exit status and its output."""
     ran = subprocess.run(
         ["promtool", *map(str, arguments)],
         input=given,
@@ -51,20 +51,20 @@ def promtool(*arguments, given=None):
 
 
 class Mutant:
-    """All alerts with a broken expression, and what the cases notice of it.
+    """All alerts with a broken expression, and the cases that detect it.
 
-    failed: (alert, (file, case), seconds, whether it was expected to fire then) of all that failed
+    failed: all failures, each as (alert, (file, case), seconds, whether the alert was expected to fire then)
 
-    Such an expression waits for nothing: these runs do with an evaluation an hour, which takes a sixth of the time."""
+    The broken expressions need no history, so one evaluation an hour is enough, which takes a sixth of the time."""
 
-    def __init__(self, expression, folder):
-        folder.mkdir()
-        # YAML holds JSON. Alerts that read nothing need no recording rules, which take most of the time.
-        (folder / "alerts.yml").write_text(json.dumps({"groups": [broken(group, expression) for group in groups()]}))
+    def __init__(self, expression, directory):
+        directory.mkdir()
+        # JSON is valid YAML. These alerts read no series, so the recording rules, which take most of the time, are left out.
+        (directory / "alerts.yml").write_text(json.dumps({"groups": [broken(group, expression) for group in groups()]}))
         for path in CASES:
             text = re.sub(r"^rule_files:\n(  - .*\n)+", "rule_files: [alerts.yml]\n", path.read_text(), flags=re.M)
-            (folder / path.name).write_text(re.sub(r"^evaluation_interval: .*$", "evaluation_interval: 1h", text, flags=re.M))
-        _, self.output = promtool("test", "rules", *(folder / path.name for path in CASES))
+            (directory / path.name).write_text(re.sub(r"^evaluation_interval: .*$", "evaluation_interval: 1h", text, flags=re.M))
+        _, self.output = promtool("test", "rules", *(directory / path.name for path in CASES))
         self.failed, file = [], ""
         for path, case, alert, at, expected in re.findall(
             r"^Unit Testing: +(\S+)$|^    name: (.*?),\n    alertname: ?(\w+), time: (\w+),\s+exp:\[(.*?)\],?\s", self.output, re.S | re.M
@@ -75,12 +75,12 @@ class Mutant:
 
 
 def broken(group, expression):
-    """A group with the same alerts, which have another expression."""
+    """A group with the same alerts, and another expression."""
     rules = [{"alert": rule["alert"], "expr": expression, "labels": rule["labels"]} for rule in group["rules"] if "alert" in rule]
     return {"name": group["name"], "rules": rules}
 
 
 def seconds(duration):
-    """Of a duration as Prometheus writes it: 1h2m."""
+    """Converts a duration in Prometheus' notation, such as 1h2m, to seconds."""
     units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([dhms])", duration))

@@ -1,5 +1,5 @@
-// What Grafana publishes of its dashboards and panels (@grafana/schema) and of a query of Prometheus (its foundation SDK), for JSON.
-// A literal that is assigned to Dashboard must have every field that is required, none that is unknown, and known values.
+// Grafana's published types of dashboards and panels (@grafana/schema) and of Prometheus queries (its foundation SDK), adapted to JSON.
+// A literal that is assigned to Dashboard must have all required fields, no unknown fields, and valid values.
 import type { AnnotationQuery as AnyAnnotationQuery, Dashboard as AnyDashboard, FieldConfig, FieldConfigSource, Panel as AnyPanel, RowPanel } from "@grafana/schema";
 import type * as heatmap from "@grafana/schema/dist/esm/raw/composable/heatmap/panelcfg/x/HeatmapPanelCfg_types.gen";
 import type * as stat from "@grafana/schema/dist/esm/raw/composable/stat/panelcfg/x/StatPanelCfg_types.gen";
@@ -7,7 +7,7 @@ import type * as table from "@grafana/schema/dist/esm/raw/composable/table/panel
 import type * as timeseries from "@grafana/schema/dist/esm/raw/composable/timeseries/panelcfg/x/TimeSeriesPanelCfg_types.gen";
 import type { Dataquery } from "@grafana/grafana-foundation-sdk/prometheus";
 
-// JSON has the values of an enumeration, not their names.
+// JSON contains the values of an enumeration, not their names.
 type Json<T> = unknown extends T ? T
   : T extends string ? `${T}`
   : T extends number ? `${T}` extends `${infer N extends number}` ? N : never
@@ -19,7 +19,7 @@ type Replace<T, Fields> = Omit<T, keyof Fields> & Fields;
 
 type Query = Required<Pick<Dataquery, "datasource" | "expr" | "refId">> & Omit<Dataquery, "_implementsDataqueryVariant">;
 
-// The schema of a panel leaves open what its kind adds.
+// The published type of a panel does not define the options of each kind.
 type Panel<Kind, Options, Custom = never> = Replace<AnyPanel, {
   type: Kind;
   id: number;
@@ -29,7 +29,7 @@ type Panel<Kind, Options, Custom = never> = Replace<AnyPanel, {
   fieldConfig: Replace<FieldConfigSource, { defaults: Replace<FieldConfig, { custom?: Custom }> }>;
 }>;
 
-// The data source reads the query and what is shown of it here; from Grafana 12 on it moves the first two to `target`.
+// The data source reads the query and its display formats from these fields; since Grafana 12 it moves the first two to `target`.
 type AnnotationQuery = AnyAnnotationQuery & { expr?: string; step?: string; titleFormat?: string; textFormat?: string };
 
 export type Dashboard = Json<Replace<AnyDashboard, {
