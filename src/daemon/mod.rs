@@ -23,13 +23,19 @@ use crate::config::{self, Config, Sources};
 use crate::http::health::Health;
 use crate::http::service::{AppState, ConnectionService, HttpService, Routes};
 use crate::keys::generator::{Generator, GeneratorError, Source};
-use crate::server::accept::{Accepted, ConnectionLimit, Drain, Heartbeat, Heartbeats, Phase, ServerContext};
+use crate::server::accept;
+use crate::server::accepted::Accepted;
 use crate::server::client_limit::ClientConnectionLimit;
+use crate::server::connection;
+use crate::server::connection_limit::{ConnectionLimit, OVER_LIMIT_CONNECTIONS};
+use crate::server::context::ServerContext;
+use crate::server::drain::{Drain, Phase};
+use crate::server::heartbeat::{Heartbeat, Heartbeats};
 use crate::server::listener::{ActivatedSockets, ListenError, Listener};
+use crate::server::memory;
 use crate::server::proxy_protocol::{self, ProxyProtocol};
 use crate::server::timeouts::Timeouts;
 use crate::server::tls::{self, LoadError, LoadedIdentity, ReloadError, Tls};
-use crate::server::{accept, memory};
 use crate::systemd::credentials::{self, CredentialServer};
 use crate::systemd::notify::{self, Notifier};
 use crate::systemd::reload;
@@ -425,7 +431,7 @@ impl ConnectionLimits {
     fn fit(descriptors: Option<u64>, keys: usize, workers: usize) -> Self {
         let wanted = Self {
             keys,
-            over_limit: accept::OVER_LIMIT_CONNECTIONS,
+            over_limit: OVER_LIMIT_CONNECTIONS,
             metrics: METRICS_CONNECTIONS,
             credentials: credentials::CONNECTIONS,
         };
@@ -459,7 +465,7 @@ fn share(listeners: &[Listener], heartbeats: &mut Heartbeats) -> io::Result<Vec<
 
 /// The routes over HTTP, for each connection by the seat that it got.
 fn seated(site: HttpService) -> impl Fn(Accepted) + Clone + Send + 'static {
-    accept::http(move |seat, peer| -> ConnectionService { site.clone().serve(seat, peer) })
+    connection::http(move |seat, peer| -> ConnectionService { site.clone().serve(seat, peer) })
 }
 
 fn runtime() -> Result<Runtime, RunError> {

@@ -35,7 +35,7 @@ use crate::keys::encoding::{BATCH_MAX, BatchError, COUNT_MAX, EncodedStream, For
 use crate::keys::generator::{Generator, GeneratorError};
 use crate::keys::key::{KeyLength, LengthError};
 use crate::keys::password::Alphabet;
-use crate::server::accept::ConnectionClass;
+use crate::server::connection_limit::ConnectionClass;
 use crate::server::fast_path::{self, FastOutcome, FastPath, FastRequest, ResponseBuffer};
 use crate::telemetry::log::DropCounters;
 use crate::telemetry::metrics::{Endpoint, KeyFailure, Metrics, Rejection};

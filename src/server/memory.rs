@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 use crate::keys::key;
-use crate::server::accept::ConnectionLimit;
+use crate::server::connection_limit::ConnectionLimit;
 use crate::server::fast_path;
 
 /// Usable sizes of the chunks that a thread keeps, in bytes: from the first to the last in steps of 16.

@@ -20,7 +20,7 @@ use tracing::warn;
 use zeroize::Zeroizing;
 
 use crate::access::forwarded::Proxies;
-use crate::server::accept::Accepted;
+use crate::server::accepted::Accepted;
 use crate::server::listener::Stream;
 use crate::telemetry::metrics::{ProxyProtocolError, ProxyProtocolMetrics};
 

@@ -13,7 +13,7 @@ use crate::access::credential_request::{CredentialRequest, is_credential, is_uni
 use crate::http::service::AppState;
 use crate::keys::encoding::{Format, KeySpec, Kind};
 use crate::keys::key::KeyLength;
-use crate::server::accept::Accepted;
+use crate::server::accepted::Accepted;
 use crate::telemetry::metrics::CredentialOutcome as Outcome;
 
 /// The largest credential in bytes, or characters of a password. In every format the kernel takes it in one piece, so
