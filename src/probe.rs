@@ -17,6 +17,7 @@ use crate::config::LocalEndpoint;
 use crate::server::listener::Host;
 use crate::server::proxy_protocol;
 use crate::server::tls;
+use crate::telemetry::endpoint::HEALTH_PATH;
 
 /// How long each step may take: connecting, the request, the answer.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -76,7 +77,7 @@ impl Target {
             Host::Ip(ip) => std::net::SocketAddr::new(*ip, port).to_string(),
         };
         let proxies = endpoint.proxies.clone().filter(|_| reason.is_none());
-        Ok(Self { authority, path: "/health".into(), certificate, proxies, reason })
+        Ok(Self { authority, path: HEALTH_PATH.into(), certificate, proxies, reason })
     }
 
     /// `http://host:port/path`, or `https://` for a service with the certificate of `endpoint`; without a path,
@@ -95,13 +96,16 @@ impl Target {
                 }
                 (None, None) => return Err(expected()),
             };
-        let (authority, path) = rest.split_once('/').unwrap_or((rest, "health"));
+        let (authority, path) = match rest.find('/') {
+            Some(end) => rest.split_at(end),
+            None => (rest, HEALTH_PATH),
+        };
         let (host, port) = authority.rsplit_once(':').unwrap_or((authority, default_port));
         let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_graphic());
         if host.is_empty() || port.parse::<u16>().is_err() || !is_plain(rest) {
             return Err(expected());
         }
-        let (authority, path) = (format!("{host}:{port}"), format!("/{path}"));
+        let (authority, path) = (format!("{host}:{port}"), path.to_owned());
         Ok(Self { authority, path, certificate, proxies: None, reason: None })
     }
 

@@ -13,7 +13,8 @@ use crate::access::audit::AuditRecord;
 use crate::access::stream_permits::StreamPermit;
 use crate::keys::encoding::{Chunk, EncodedStream};
 use crate::keys::generator::GeneratorError;
-use crate::telemetry::metrics::{Endpoint, KeyFailure, Metrics};
+use crate::telemetry::endpoint::Endpoint;
+use crate::telemetry::metrics::{KeyFailure, Metrics};
 
 /// The body of an answer.
 #[derive(Debug)]

@@ -5,6 +5,9 @@ use serde_json::{Map, Value, json};
 use crate::http::query;
 use crate::keys::encoding::{BATCH_MAX, COUNT_MAX, Format, Kind};
 use crate::keys::password::Alphabet;
+use crate::telemetry::endpoint::{
+    HEALTH_PATH, KEY_PATH, LIVEZ_PATH, OPENAPI_PATH, PAGE_PATH, PASSWORD_PATH, READYZ_PATH,
+};
 
 /// What the document depends on and the code does not fix.
 #[derive(Debug, Clone, Copy)]
@@ -39,12 +42,12 @@ pub fn document(terms: DocumentOptions) -> String {
             { "name": "state", "description": "How the service is" },
         ],
         "paths": {
-            "/key/{length}": key,
-            "/password/{length}": password,
-            "/health": state("health", "Whether the generator makes a block now"),
-            "/livez": state("livez", "Whether every worker makes progress"),
-            "/readyz": state("readyz", "Whether a key that is asked for now will be served"),
-            "/openapi.json": both("description", &json!({
+            KEY_PATH: key,
+            PASSWORD_PATH: password,
+            HEALTH_PATH: state("health", "Whether the generator makes a block now"),
+            LIVEZ_PATH: state("livez", "Whether every worker makes progress"),
+            READYZ_PATH: state("readyz", "Whether a key that is asked for now will be served"),
+            OPENAPI_PATH: both("description", &json!({
                 "tags": ["state"],
                 "summary": "This document, with the limits of now",
                 "responses": responses(json!({
@@ -59,7 +62,7 @@ pub fn document(terms: DocumentOptions) -> String {
     });
     if has_page {
         let text = json!({ "schema": { "type": "string" } });
-        document["paths"]["/"] = both(
+        document["paths"][PAGE_PATH] = both(
             "index",
             &json!({
                 "tags": ["state"],

@@ -10,9 +10,10 @@ use base64ct::{Base64, Encoding};
 use sha2::{Digest, Sha256};
 
 use crate::http::problem::Problem;
-use crate::http::query;
+use crate::http::query::{self, ALPHABET, COUNT, FORMAT};
 use crate::keys::encoding::{Format, Kind};
 use crate::keys::password::Alphabet;
+use crate::telemetry::endpoint::{HEALTH_PATH, KEY_PREFIX, OPENAPI_PATH, PASSWORD_PREFIX};
 
 /// Styles, script and all: it loads nothing else.
 const PAGE: &str = include_str!("page.html");
@@ -70,21 +71,21 @@ fn hash(element: &str) -> String {
 fn index() -> String {
     let formats =
         |kind: Kind| kind.formats().iter().map(|format| format.name()).collect::<Vec<_>>().join(", ");
-    format!(
-        "key-service {version}: cryptographically secure random keys\n\
-        \n\
-        /key/32                              32 random bytes\n\
-        /key/32?format={hex}                   written otherwise: {key}\n\
-        /key/32?format={hex}&count=10          ten of them\n\
-        /password/24                         24 random characters: {password}\n\
-        /password/24?alphabet={unambiguous}    of an alphabet: {alphabets}\n\
-        /health                              how the service is\n\
-        /openapi.json                        all of it, for tools\n",
-        version = env!("CARGO_PKG_VERSION"),
-        hex = Format::Hex.name(),
-        key = formats(Kind::Key),
-        password = formats(Kind::Password(Alphabet::default())),
-        unambiguous = Alphabet::Unambiguous.name(),
-        alphabets = Alphabet::ALL.map(Alphabet::name).join(", "),
-    )
+    let line = |path: String, what: &str| format!("{path:<36} {what}\n");
+    let hex = Format::Hex.name();
+    let kinds = (Kind::Key, Kind::Password(Alphabet::default()));
+    [
+        format!("key-service {}: cryptographically secure random keys\n\n", env!("CARGO_PKG_VERSION")),
+        line(format!("{KEY_PREFIX}32"), "32 random bytes"),
+        line(format!("{KEY_PREFIX}32?{FORMAT}={hex}"), &format!("written otherwise: {}", formats(kinds.0))),
+        line(format!("{KEY_PREFIX}32?{FORMAT}={hex}&{COUNT}=10"), "ten of them"),
+        line(format!("{PASSWORD_PREFIX}24"), &format!("24 random characters: {}", formats(kinds.1))),
+        line(
+            format!("{PASSWORD_PREFIX}24?{ALPHABET}={}", Alphabet::Unambiguous.name()),
+            &format!("of an alphabet: {}", Alphabet::ALL.map(Alphabet::name).join(", ")),
+        ),
+        line(HEALTH_PATH.into(), "how the service is"),
+        line(OPENAPI_PATH.into(), "all of it, for tools"),
+    ]
+    .concat()
 }

@@ -37,14 +37,12 @@ use crate::keys::key::{KeyLength, LengthError};
 use crate::keys::password::Alphabet;
 use crate::server::connection_limit::ConnectionClass;
 use crate::server::fast_path::{self, FastOutcome, FastPath, FastRequest, ResponseBuffer};
+use crate::telemetry::endpoint::{
+    Endpoint, HEALTH_PATH, KEY_PREFIX, LIVEZ_PATH, METRICS_PATH, OPENAPI_PATH, PAGE_PATH, PASSWORD_PREFIX,
+    READYZ_PATH,
+};
 use crate::telemetry::log::DropCounters;
-use crate::telemetry::metrics::{Endpoint, KeyFailure, Metrics, Rejection};
-
-/// The path of a key, up to its length.
-const KEY: &str = "/key/";
-
-/// The path of a password, up to its length.
-const PASSWORD: &str = "/password/";
+use crate::telemetry::metrics::{KeyFailure, Metrics, Rejection};
 
 /// What the routes need: values, shared by every connection.
 #[derive(Debug)]
@@ -96,17 +94,17 @@ impl HttpService {
     /// The service that answers `routes` out of `api`.
     pub fn new(routes: Routes, api: Arc<AppState>) -> Self {
         let mut router = Router::new()
-            .route("/health", get(serve_health))
-            .route("/livez", get(serve_livez))
-            .route("/readyz", get(serve_readyz));
+            .route(HEALTH_PATH, get(serve_health))
+            .route(LIVEZ_PATH, get(serve_livez))
+            .route(READYZ_PATH, get(serve_readyz));
         if routes != Routes::Operator {
-            router = router.route("/openapi.json", get(serve_openapi));
+            router = router.route(OPENAPI_PATH, get(serve_openapi));
             if api.has_page {
-                router = router.route("/", get(serve_page));
+                router = router.route(PAGE_PATH, get(serve_page));
             }
         }
         if routes != Routes::Client {
-            router = router.route("/metrics", get(serve_metrics));
+            router = router.route(METRICS_PATH, get(serve_metrics));
         }
         let router = router
             .fallback(async || told(&Problem::not_found()))
@@ -131,7 +129,7 @@ impl ConnectionService {
         let endpoint = match asked {
             Some((Kind::Key, _)) => Endpoint::Key,
             Some((Kind::Password(_), _)) => Endpoint::Password,
-            None => Endpoint::of(path),
+            None => Endpoint::from_fixed_path(path),
         };
         let answer = InFlightRequest::start(Arc::clone(metrics), endpoint);
         let is_head = request.method() == Method::HEAD;
@@ -166,9 +164,9 @@ impl ConnectionService {
 
 /// What a path asks for, and the text of its length; `None` where it asks for nothing that is drawn.
 fn asked(path: &str) -> Option<(Kind, &str)> {
-    let (kind, length) = match path.strip_prefix(KEY) {
+    let (kind, length) = match path.strip_prefix(KEY_PREFIX) {
         Some(length) => (Kind::Key, length),
-        None => (Kind::Password(Alphabet::default()), path.strip_prefix(PASSWORD)?),
+        None => (Kind::Password(Alphabet::default()), path.strip_prefix(PASSWORD_PREFIX)?),
     };
     (!length.contains('/')).then_some((kind, length))
 }

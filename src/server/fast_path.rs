@@ -21,7 +21,8 @@ use crate::keys::key::{KeyLength, keep_lower};
 use crate::server::buffers::{BufferAccount, BufferPermit};
 use crate::server::idle::Activity;
 use crate::server::timeouts::{Sending, Transport};
-use crate::telemetry::metrics::{Endpoint, Metrics, Rejection};
+use crate::telemetry::endpoint::{Endpoint, KEY_PREFIX};
+use crate::telemetry::metrics::{Metrics, Rejection};
 
 /// The most headers of a request; hyper reads as many, and answers more with 431.
 const FIELDS_MAX: usize = 100;
@@ -53,6 +54,16 @@ const UNUSED_GRACE: Duration = Duration::from_millis(250);
 /// The longest key that goes this way, in bytes.
 pub const KEY_MAX: u64 = 4096;
 
+/// How a request for a key begins: its method, and its path up to the length.
+const START: [u8; METHOD.len() + KEY_PREFIX.len()] = {
+    let mut start = [0; METHOD.len() + KEY_PREFIX.len()];
+    let (method, path) = start.split_at_mut(METHOD.len());
+    method.copy_from_slice(METHOD);
+    path.copy_from_slice(KEY_PREFIX.as_bytes());
+    start
+};
+const METHOD: &[u8] = b"GET ";
+
 /// A request for a raw key, every part of which is understood here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FastRequest<'a> {
@@ -75,7 +86,6 @@ enum Head<'a> {
 
 impl<'a> Head<'a> {
     fn read(bytes: &'a [u8]) -> Self {
-        const START: &[u8] = b"GET /key/";
         let start = &bytes[..bytes.len().min(START.len())];
         if start != &START[..start.len()] {
             return Self::Other;
@@ -88,7 +98,7 @@ impl<'a> Head<'a> {
             _ => return Self::Other,
         };
         let path = request.path.unwrap_or_default();
-        let length = path.get(START.len() - "GET ".len()..).unwrap_or_default();
+        let length = path.get(KEY_PREFIX.len()..).unwrap_or_default();
         match closes(request.headers) {
             Some(closes) if request.version == Some(1) => Self::Plain(FastRequest { length, closes }, size),
             _ => Self::Other,

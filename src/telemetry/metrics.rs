@@ -10,53 +10,13 @@ use prometheus::{
 use strum::{IntoStaticStr, VariantArray};
 
 use crate::keys::encoding::Format;
+use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::log::DropCounters;
 use crate::telemetry::process::Process;
 use crate::telemetry::register::{counters, histogram, int_gauge, register, series};
 
 /// The statuses that are answered here; anything else would be counted as `other`.
 const STATUSES: [u16; 10] = [200, 400, 401, 404, 405, 406, 413, 429, 431, 503];
-
-/// The route of a request: never its raw path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantArray)]
-pub enum Endpoint {
-    /// `/key/{length}`
-    #[strum(serialize = "/key/{length}")]
-    Key,
-    /// `/password/{length}`
-    #[strum(serialize = "/password/{length}")]
-    Password,
-    /// `/health`
-    #[strum(serialize = "/health")]
-    Health,
-    /// `/livez`
-    #[strum(serialize = "/livez")]
-    Livez,
-    /// `/readyz`
-    #[strum(serialize = "/readyz")]
-    Readyz,
-    /// `/metrics`
-    #[strum(serialize = "/metrics")]
-    Metrics,
-    /// `/`
-    #[strum(serialize = "/")]
-    Page,
-    /// `/openapi.json`
-    #[strum(serialize = "/openapi.json")]
-    OpenApi,
-    /// A path that is none of these.
-    #[strum(serialize = "other")]
-    Other,
-}
-
-impl Endpoint {
-    /// The route of `path`, which is not that of a key or a password.
-    pub fn of(path: &str) -> Self {
-        let mut fixed =
-            Self::VARIANTS.iter().filter(|endpoint| !matches!(endpoint, Self::Key | Self::Password));
-        fixed.find(|endpoint| <&str>::from(**endpoint) == path).copied().unwrap_or(Self::Other)
-    }
-}
 
 /// Why a request or a connection was turned away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantArray)]
@@ -582,14 +542,6 @@ mod tests {
             "build_info{version=",
         ] {
             assert!(text.contains(series), "{series} is missing:\n{text}");
-        }
-    }
-
-    #[test]
-    fn a_path_without_a_length_is_its_own_route() {
-        assert_eq!(Endpoint::of("/health"), Endpoint::Health);
-        for path in ["/key/{length}", "/key/{length}/x", "/password/{length}", "/key/32"] {
-            assert_eq!(Endpoint::of(path), Endpoint::Other, "{path}");
         }
     }
 }
