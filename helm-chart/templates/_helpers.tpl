@@ -1,8 +1,8 @@
-{{/* Names, labels and what several templates share; what contradicts itself is in _validate.tpl. */}}
+{{/* Names, labels and other helpers shared by several templates. Contradictory values are rejected in _validate.tpl. */}}
 
 {{/*
-Sets every missing value to its default. Every template begins with this line. A value is missing if it is newer than the installed
-chart, in an upgrade with --reuse-values: Helm then reads that chart's values.yaml instead of this one's. Templates can't read
+Sets every missing value to its default. Every template begins by including it. In an upgrade with --reuse-values, Helm reads the
+values.yaml of the installed chart instead of this one, so values that were added since then are missing. Templates cannot read
 values.yaml, so files/values.yaml is a copy of it.
 */}}
 {{- define "key-service.defaults" -}}
@@ -10,8 +10,9 @@ values.yaml, so files/values.yaml is a copy of it.
 {{- end }}
 
 {{/*
-Sets what is missing or null in a map. A list: the map, its defaults. Kubernetes' own structures are taken as they are: null removes
-a field from them. Likewise, null means "no target" for the autoscaler's target.
+Sets missing or null values of a map to their defaults. Argument: a list of the map and its defaults. Structures that Kubernetes
+defines are not changed, because null removes a field from them. The CPU target of the autoscaler is not changed either, because null
+means "no target".
 */}}
 {{- define "key-service.setDefaults" -}}
 {{- $values := index . 0 }}
@@ -31,8 +32,8 @@ a field from them. Likewise, null means "no target" for the autoscaler's target.
 {{- end }}
 
 {{/*
-A Service's name is a DNS label that begins with a letter (RFC 1035), and "-metrics" is appended to it: 55 characters at most. A
-release's name may begin with a digit, and then comes last.
+The name of a Service is a DNS label that begins with a letter (RFC 1035). Since "-metrics" is appended, it has at most 55 characters.
+If the release's name begins with a digit, it comes after the chart's name.
 */}}
 {{- define "key-service.fullname" -}}
 {{- $name := include "key-service.name" . }}
@@ -64,7 +65,7 @@ release's name may begin with a digit, and then comes last.
 {{- end }}
 {{- end }}
 
-{{/* Whom Services, budgets and policies select. It can't change between releases. */}}
+{{/* Selector of Services, disruption budgets and network policies. It must not change between releases. */}}
 {{- define "key-service.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "key-service.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
@@ -72,11 +73,11 @@ app.kubernetes.io/component: server
 {{- end }}
 
 {{/*
-All labels of a resource. A dictionary:
-  root: the chart's scope
-  component: what the resource is for
-  labels: the resource's own
-  isPod: whether it is the template of pods, which a new chart alone must not replace
+All labels of a resource. Argument: a dictionary.
+  root: the root context of the chart
+  component: the value of app.kubernetes.io/component; server by default
+  labels: labels of this resource only
+  isPod: true for a pod template; omits the chart's version, so that a new chart version alone does not replace the pods
 */}}
 {{- define "key-service.labels" -}}
 {{- $root := .root }}
@@ -94,7 +95,7 @@ All labels of a resource. A dictionary:
 {{- toYaml (merge $labels (default dict .labels) $root.Values.commonLabels) }}
 {{- end }}
 
-{{/* The metadata of a resource. A dictionary: root, component and labels as above, suffix of the name, annotations. */}}
+{{/* The metadata of a resource. Argument: a dictionary of root, component and labels as above, name or its suffix, annotations. */}}
 {{- define "key-service.metadata" -}}
 name: {{ default (printf "%s%s" (include "key-service.fullname" .root) (default "" .suffix)) .name | quote }}
 namespace: {{ .root.Release.Namespace | quote }}
@@ -107,7 +108,7 @@ annotations:
 {{- end }}
 
 {{/*
-PreferSameZone is the name that PreferClose has since Kubernetes 1.34, where PreferSameNode is new; before 1.30 there is neither.
+Kubernetes 1.34 renamed PreferClose to PreferSameZone and added PreferSameNode. Versions before 1.30 do not have the field.
 */}}
 {{- define "key-service.trafficDistribution" -}}
 {{- $version := .Capabilities.KubeVersion.Version }}
@@ -124,7 +125,7 @@ PreferSameZone is the name that PreferClose has since Kubernetes 1.34, where Pre
 {{- default .Values.server.port .Values.service.port | int64 }}
 {{- end }}
 
-{{/* Time to be killed only if the daemon's own deadlines are not kept. */}}
+{{/* Longer than the daemon's own drain, so that the kubelet kills only a daemon that does not stop in time. */}}
 {{- define "key-service.gracePeriod" -}}
 {{- if kindIs "invalid" .Values.terminationGracePeriodSeconds }}
 {{- add .Values.server.drainDelay .Values.server.drainTimeout 5 }}
@@ -177,7 +178,7 @@ proxy-protocol = {{ .Values.proxyProtocol }}
 {{- end }}
 {{- end }}
 
-{{/* The names that the Service has inside of the cluster. */}}
+{{/* DNS names of the Service inside the cluster. */}}
 {{- define "key-service.dnsNames" -}}
 {{- $name := include "key-service.fullname" . -}}
 - {{ $name | quote }}
@@ -195,14 +196,14 @@ proxy-protocol = {{ .Values.proxyProtocol }}
 {{- end }}
 
 {{/*
-The port that answers `helm test`, which has neither a client certificate nor a PROXY header. The metrics port asks for neither, and its
-/health is the same.
+The port that `helm test` uses. The test has no client certificate and sends no PROXY header. The metrics port requires neither and
+serves the same /health.
 */}}
 {{- define "key-service.healthPort" -}}
 {{- if or (include "key-service.hasClientCA" .) .Values.proxyProtocol }}metrics{{ else }}http{{ end }}
 {{- end }}
 
-{{/* The pod of `helm test`, for a policy of the port that it asks. A list: the chart's scope, the port. */}}
+{{/* A NetworkPolicy peer for the pod of `helm test`, if it uses this port. Argument: a list of the root context and the port. */}}
 {{- define "key-service.testPeer" -}}
 {{- $root := index . 0 }}
 {{- if eq (index . 1) (include "key-service.healthPort" $root) -}}
@@ -215,7 +216,7 @@ The port that answers `helm test`, which has neither a client certificate nor a 
 {{- end }}
 {{- end }}
 
-{{/* The URL that `helm test` asks. */}}
+{{/* The URL that `helm test` checks. */}}
 {{- define "key-service.testURL" -}}
 {{- $name := include "key-service.fullname" . }}
 {{- if eq (include "key-service.healthPort" .) "metrics" }}
@@ -226,8 +227,8 @@ The port that answers `helm test`, which has neither a client certificate nor a 
 {{- end }}
 
 {{/*
-Volumes of the Secrets that values name. Mode 0440, which is 288: the daemon refuses a key that others may read, and reads it by fsGroup.
-Each is a volume of its own, so that one which can't be renewed holds up no other.
+Volumes for the Secrets that the values name. The mode is 0440 (288 in decimal): the daemon rejects a private key that others can
+read, and reads it through fsGroup. Each Secret has its own volume, so that a Secret that cannot be updated does not block the others.
 */}}
 {{- define "key-service.secretVolumes" -}}
 {{- with include "key-service.tlsSecret" . }}
@@ -269,8 +270,9 @@ Each is a volume of its own, so that one which can't be renewed holds up no othe
 {{- end }}
 
 {{/*
-A probe. A list: the path, and the probe's values. The metrics port has slots, limits per client and a thread of its own: a flood of the
-key port from the node's address, which is also the kubelet's, neither restarts a pod nor takes it out of the Service.
+A probe. Argument: a list of the path and the probe's values. Probes use the metrics port, which has its own connection limits and its
+own thread. A flood of the key port from the node's address, which the kubelet also uses, therefore neither restarts a pod nor removes
+it from the Service.
 */}}
 {{- define "key-service.probe" -}}
 httpGet:

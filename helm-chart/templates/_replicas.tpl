@@ -1,11 +1,12 @@
 {{/*
-spec.replicas of the Deployment, so that no switch of autoscaling removes a pod; empty leaves the field out. Kubernetes sets a field
-that Helm drops from a manifest to its default, 1. With autoscaling the field is left out only where that changes nothing:
-  - no live Deployment is found: a new release, or a manifest that is rendered without a cluster;
-  - the annotation key-service/replicas of the live Deployment shows that the last manifest left the field out;
-  - Helm applies server-side and is not the only owner of the field. Helm 3 does not, and leaves an Update entry that makes Helm 4 go on
-    as Helm 3 did.
-Elsewhere the manifest keeps the live number. When autoscaling is switched off, the live Deployment still has the annotation.
+spec.replicas of the Deployment, chosen so that switching autoscaling never removes a pod; an empty result omits the field. If Helm
+drops the field from a manifest, Kubernetes resets it to its default, 1. With autoscaling, the field is therefore omitted only if that
+changes nothing:
+  - There is no live Deployment: a new release, or a manifest that is rendered without a cluster.
+  - The annotation key-service/replicas of the live Deployment shows that the last manifest omitted the field.
+  - Helm uses server-side apply and is not the only owner of the field. Helm 3 does not use it, and leaves an Update entry that makes
+    Helm 4 continue as Helm 3 did.
+Otherwise the manifest keeps the live number. Just after autoscaling is switched off, the live Deployment still has the annotation.
 */}}
 {{- define "key-service.replicas" -}}
 {{- $live := lookup "apps/v1" "Deployment" .Release.Namespace (include "key-service.fullname" .) }}
@@ -29,7 +30,7 @@ Elsewhere the manifest keeps the live number. When autoscaling is switched off, 
 {{- end }}
 {{- end }}
 
-{{/* How many pods go on where that is more than replicaCount; for NOTES.txt. */}}
+{{/* The number of pods that keep running, if it is greater than replicaCount; for NOTES.txt. */}}
 {{- define "key-service.keptReplicas" -}}
 {{- $replicas := include "key-service.replicas" . }}
 {{- if and (not .Values.autoscaling.enabled) (ne $replicas (.Values.replicaCount | int64 | toString)) }}

@@ -1,9 +1,9 @@
-{{/* What values.schema.json can't say: values that contradict each other. Every sentence begins with the field's name. */}}
+{{/* Rejects contradictory values, which values.schema.json cannot express. Every message begins with the name of the field. */}}
 
 {{- define "key-service.validate" -}}
 {{- $server := .Values.server }}
 {{- if eq (int64 $server.port) (int64 .Values.metrics.port) }}
-{{- fail (printf "metrics.port: expected another port than server.port, found %d for both" (int64 $server.port)) }}
+{{- fail (printf "metrics.port: expected a port other than server.port, found %d for both" (int64 $server.port)) }}
 {{- end }}
 
 {{- $drain := add $server.drainDelay $server.drainTimeout }}
@@ -13,12 +13,12 @@
 
 {{- $none := list "0" "0%" }}
 {{- if and (has (toString .Values.rollingUpdate.maxSurge) $none) (has (toString .Values.rollingUpdate.maxUnavailable) $none) }}
-{{- fail "rollingUpdate.maxSurge: expected more than 0 where rollingUpdate.maxUnavailable is 0, else no update can begin" }}
+{{- fail "rollingUpdate.maxSurge: expected more than 0 if rollingUpdate.maxUnavailable is 0, because otherwise no update can start" }}
 {{- end }}
 
 {{- $budget := .Values.podDisruptionBudget }}
 {{- if not (or (kindIs "invalid" $budget.minAvailable) (kindIs "invalid" $budget.maxUnavailable)) }}
-{{- fail "podDisruptionBudget.maxUnavailable: expected null where podDisruptionBudget.minAvailable is set" }}
+{{- fail "podDisruptionBudget.maxUnavailable: expected null if podDisruptionBudget.minAvailable is set" }}
 {{- end }}
 
 {{- with .Values.autoscaling }}
@@ -31,10 +31,10 @@
 {{- end }}
 {{- $requests := default dict $.Values.resources.requests }}
 {{- if and .targetCPUUtilizationPercentage (not $requests.cpu) }}
-{{- fail "resources.requests.cpu: expected a quantity where autoscaling.targetCPUUtilizationPercentage is set" }}
+{{- fail "resources.requests.cpu: expected a quantity if autoscaling.targetCPUUtilizationPercentage is set" }}
 {{- end }}
 {{- if and .targetMemoryUtilizationPercentage (not $requests.memory) }}
-{{- fail "resources.requests.memory: expected a quantity where autoscaling.targetMemoryUtilizationPercentage is set" }}
+{{- fail "resources.requests.memory: expected a quantity if autoscaling.targetMemoryUtilizationPercentage is set" }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -43,16 +43,16 @@
 {{- if eq .type "ClusterIP" }}
 {{- range list "nodePort" "externalTrafficPolicy" }}
 {{- if get $.Values.service . }}
-{{- fail (printf "service.%s: expected nothing where service.type is ClusterIP" .) }}
+{{- fail (printf "service.%s: expected no value if service.type is ClusterIP" .) }}
 {{- end }}
 {{- end }}
 {{- else if eq .clusterIP "None" }}
-{{- fail (printf "service.clusterIP: expected an address or nothing where service.type is %s, found None" .type) }}
+{{- fail (printf "service.clusterIP: expected an address or no value if service.type is %s, found None" .type) }}
 {{- end }}
 {{- if ne .type "LoadBalancer" }}
 {{- range list "loadBalancerClass" "loadBalancerSourceRanges" }}
 {{- if get $.Values.service . }}
-{{- fail (printf "service.%s: expected nothing where service.type is %s" . $.Values.service.type) }}
+{{- fail (printf "service.%s: expected no value if service.type is %s" . $.Values.service.type) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -62,14 +62,14 @@
 {{- fail (printf "ingress.className: expected the class of the annotation kubernetes.io/ingress.class, or no annotation, found %s" .Values.ingress.className) }}
 {{- end }}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}
-{{- fail "ingress.hosts: expected at least one host where ingress.enabled is true" }}
+{{- fail "ingress.hosts: expected at least one host if ingress.enabled is true" }}
 {{- end }}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) }}
-{{- fail "httpRoute.parentRefs: expected at least one Gateway where httpRoute.enabled is true" }}
+{{- fail "httpRoute.parentRefs: expected at least one Gateway if httpRoute.enabled is true" }}
 {{- end }}
 {{- with .Values.metrics.prometheusRule }}
 {{- if and .enabled .alerts (not .recording) }}
-{{- fail "metrics.prometheusRule.recording: expected true where metrics.prometheusRule.alerts is true, as alerts are made of recorded series" }}
+{{- fail "metrics.prometheusRule.recording: expected true if metrics.prometheusRule.alerts is true, because the alerts use recorded series" }}
 {{- end }}
 {{- if and .enabled (not (or .alerts .recording .extraGroups)) }}
 {{- fail "metrics.prometheusRule.enabled: expected rules to load: recording, alerts or extraGroups" }}
@@ -79,30 +79,30 @@
 {{- with .Values.tls }}
 {{- $isOn := include "key-service.tlsSecret" $ }}
 {{- if and .existingSecret .certificate.enabled }}
-{{- fail "tls.existingSecret: expected nothing where tls.certificate.enabled is true" }}
+{{- fail "tls.existingSecret: expected no value if tls.certificate.enabled is true" }}
 {{- end }}
 {{- if and .certificate.enabled (not .certificate.issuerRef.name) }}
-{{- fail "tls.certificate.issuerRef.name: expected an issuer where tls.certificate.enabled is true" }}
+{{- fail "tls.certificate.issuerRef.name: expected an issuer if tls.certificate.enabled is true" }}
 {{- end }}
 {{- if and .clientCA.existingSecret .clientCA.existingConfigMap }}
-{{- fail "tls.clientCA.existingConfigMap: expected nothing where tls.clientCA.existingSecret is set" }}
+{{- fail "tls.clientCA.existingConfigMap: expected no value if tls.clientCA.existingSecret is set" }}
 {{- end }}
 {{- if and (include "key-service.hasClientCA" $) (not $isOn) }}
-{{- fail "tls.clientCA: expected nothing without TLS: set tls.existingSecret or tls.certificate.enabled" }}
+{{- fail "tls.clientCA: expected no value without TLS; set tls.existingSecret or tls.certificate.enabled" }}
 {{- end }}
 {{- $backend := $.Values.httpRoute.backendTLS }}
 {{- if and $isOn $.Values.httpRoute.enabled (not (or $backend.caCertificateRefs $backend.wellKnownCACertificates)) }}
-{{- fail "httpRoute.backendTLS.caCertificateRefs: expected the CA of the pods' certificate, or httpRoute.backendTLS.wellKnownCACertificates, where httpRoute.enabled is true and the pods serve TLS" }}
+{{- fail "httpRoute.backendTLS.caCertificateRefs: expected the CA of the pods' certificate, or httpRoute.backendTLS.wellKnownCACertificates, if httpRoute.enabled is true and the pods serve TLS" }}
 {{- end }}
 {{- if and $backend.caCertificateRefs $backend.wellKnownCACertificates }}
-{{- fail "httpRoute.backendTLS.wellKnownCACertificates: expected nothing where httpRoute.backendTLS.caCertificateRefs is set" }}
+{{- fail "httpRoute.backendTLS.wellKnownCACertificates: expected no value if httpRoute.backendTLS.caCertificateRefs is set" }}
 {{- end }}
 {{- end }}
 {{- if and .Values.proxyProtocol (not .Values.trustedProxies) }}
-{{- fail "trustedProxies: expected the load balancer's addresses where proxyProtocol is true" }}
+{{- fail "trustedProxies: expected the load balancer's addresses if proxyProtocol is true" }}
 {{- end }}
 
-{{/* Ports, probes, Services and the grace period are made from these values; an override would part them. */}}
+{{/* Ports, probes, Services and the grace period are derived from these values; overriding the setting would contradict them. */}}
 {{- $owned := dict "host" "server.host" "srv-port" "server.port" "metrics-port" "metrics.port" "metrics-host" "server.host" "drain-delay" "server.drainDelay" "drain-timeout" "server.drainTimeout" "tls-cert" "tls.existingSecret" "tls-key" "tls.existingSecret" "tls-client-ca" "tls.clientCA" "proxy-protocol" "proxyProtocol" }}
 {{- range $name, $value := $owned }}
 {{- $variable := printf "KEYSERVICE_%s" ($name | upper | replace "-" "_") }}
@@ -126,7 +126,7 @@
 {{- define "key-service.validate.names" -}}
 {{- $fullname := include "key-service.fullname" . }}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $fullname) }}
-{{- fail (printf "fullnameOverride: expected a name for all resources, since the release's name makes %s, and a Service's name has no dot" $fullname) }}
+{{- fail (printf "fullnameOverride: expected a name for all resources, because the release's name gives %s, and the name of a Service cannot contain a dot" $fullname) }}
 {{- end }}
 {{- range $path := list "commonAnnotations" "podAnnotations" "service.annotations" "serviceAccount.annotations" "ingress.annotations" "httpRoute.annotations"
   "metrics.serviceAnnotations" "metrics.serviceMonitor.annotations" "metrics.prometheusRule.annotations" "metrics.dashboard.annotations" }}
@@ -134,7 +134,7 @@
 {{- range splitList "." $path }}
 {{- $annotations = index $annotations . }}
 {{- end }}
-{{- /* The API server takes 256 KiB, of which Helm and controllers need some. */}}
+{{- /* The API server allows 256 KiB in all; Helm and controllers need a part of that. */}}
 {{- $size := toJson $annotations | len }}
 {{- if gt $size 200000 }}
 {{- fail (printf "%s: expected at most 200000 bytes, found %d" $path $size) }}
@@ -142,23 +142,23 @@
 {{- end }}
 {{- end }}
 
-{{/* Parts of the pods: each name, port, path and variable once, none of them the daemon's own. */}}
+{{/* Parts of the pods: names, ports, paths and variables must be unique and must not collide with the daemon's own. */}}
 {{- define "key-service.validate.pods" -}}
-{{- /* The chart's own volumes, which the values can't replace. */}}
+{{- /* The chart's own volumes, which values cannot replace. */}}
 {{- $volumes := list "config" "key-service-tls" "key-service-client-ca" "key-service-tokens" }}
 {{- range .Values.extraVolumes }}
 {{- if has .name $volumes }}
-{{- fail (printf "extraVolumes: expected each name once, found %s twice" .name) }}
+{{- fail (printf "extraVolumes: expected unique names, found %s twice" .name) }}
 {{- end }}
 {{- $volumes = append $volumes .name }}
 {{- end }}
 
 {{- range .Values.extraVolumeMounts }}
 {{- $place := clean .mountPath }}
-{{- /* The container runtime can't create a mount point in a read-only volume. A mount above it would hide other files. */}}
+{{- /* The container runtime cannot create a mount point in a read-only volume. A mount above it would hide other files. */}}
 {{- range $own := list "/etc/key-service" "/run/key-service" }}
 {{- if or (hasPrefix (printf "%s/" $own) (printf "%s/" $place)) (has $place (list "/" (dir $own))) }}
-{{- fail (printf "extraVolumeMounts: expected a mountPath apart from %s, where the chart mounts its own files read-only, such as /run/key-service-secrets, found %s" $own $place) }}
+{{- fail (printf "extraVolumeMounts: expected a mountPath separate from %s, where the chart mounts its own files read-only, for example /run/key-service-secrets, found %s" $own $place) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -171,7 +171,7 @@
 {{- range $containers }}
 {{- $container := . }}
 {{- if has .name $names }}
-{{- fail (printf "%s: expected each name once, found %s twice" $field .name) }}
+{{- fail (printf "%s: expected unique names, found %s twice" $field .name) }}
 {{- end }}
 {{- $names = append $names .name }}
 {{- /* Containers that run at the same time share the pod's ports. */}}
@@ -180,7 +180,7 @@
 {{- $number := printf "%d/%s" (int64 .containerPort) (default "TCP" .protocol) }}
 {{- range list .name $number | compact }}
 {{- if has . $ports }}
-{{- fail (printf "%s: expected each port's name and number once in a pod, found %s twice" $field .) }}
+{{- fail (printf "%s: expected unique port names and numbers in a pod, found %s twice" $field .) }}
 {{- end }}
 {{- $ports = append $ports . }}
 {{- end }}
@@ -193,14 +193,14 @@
 {{- end }}
 {{- $place := clean .mountPath }}
 {{- if has $place $places }}
-{{- fail (printf "%s: expected each mountPath once, found %s twice" (default "extraVolumeMounts" $field) $place) }}
+{{- fail (printf "%s: expected unique mountPaths, found %s twice" (default "extraVolumeMounts" $field) $place) }}
 {{- end }}
 {{- $places = append $places $place }}
 {{- end }}
 {{- $variables := list }}
 {{- range .env }}
 {{- if has .name $variables }}
-{{- fail (printf "%s: expected each variable once, found %s twice" (default "extraEnv" $field) .name) }}
+{{- fail (printf "%s: expected unique variables, found %s twice" (default "extraEnv" $field) .name) }}
 {{- end }}
 {{- $variables = append $variables .name }}
 {{- end }}
@@ -211,28 +211,28 @@
 {{- range .Values.topologySpreadConstraints }}
 {{- $spread := printf "%s+%s" .topologyKey .whenUnsatisfiable }}
 {{- if has $spread $spreads }}
-{{- fail (printf "topologySpreadConstraints: expected each topologyKey once with each whenUnsatisfiable, found %s twice" $spread) }}
+{{- fail (printf "topologySpreadConstraints: expected unique pairs of topologyKey and whenUnsatisfiable, found %s twice" $spread) }}
 {{- end }}
 {{- $spreads = append $spreads $spread }}
 {{- if and .minDomains (ne .whenUnsatisfiable "DoNotSchedule") }}
-{{- fail (printf "topologySpreadConstraints: expected minDomains with DoNotSchedule only, found it with %s" .whenUnsatisfiable) }}
+{{- fail (printf "topologySpreadConstraints: expected minDomains only with DoNotSchedule, found it with %s" .whenUnsatisfiable) }}
 {{- end }}
 {{- end }}
 {{- range .Values.tolerations }}
 {{- if and .value (eq (toString .operator) "Exists") }}
-{{- fail (printf "tolerations: expected no value where the operator is Exists, found %s" .value) }}
+{{- fail (printf "tolerations: expected no value if the operator is Exists, found %s" .value) }}
 {{- end }}
 {{- if and (not .key) (ne (toString .operator) "Exists") }}
-{{- fail "tolerations: expected the operator Exists where there is no key" }}
+{{- fail "tolerations: expected the operator Exists if there is no key" }}
 {{- end }}
 {{- if and (hasKey . "tolerationSeconds") (ne (toString .effect) "NoExecute") }}
-{{- fail "tolerations: expected tolerationSeconds with the effect NoExecute only" }}
+{{- fail "tolerations: expected tolerationSeconds only with the effect NoExecute" }}
 {{- end }}
 {{- end }}
 
 {{- $context := mergeOverwrite (dict) (pick .Values.podSecurityContext "runAsNonRoot" "runAsUser") .Values.securityContext }}
 {{- if and $context.runAsNonRoot (eq (toString $context.runAsUser) "0") }}
-{{- fail "securityContext.runAsUser: expected another user than 0 where runAsNonRoot is true" }}
+{{- fail "securityContext.runAsUser: expected a user other than 0 if runAsNonRoot is true" }}
 {{- end }}
 {{- if eq (toString $context.allowPrivilegeEscalation) "false" }}
 {{- if or $context.privileged (has "CAP_SYS_ADMIN" (dig "capabilities" "add" list $context)) }}
@@ -241,7 +241,7 @@
 {{- end }}
 {{- end }}
 
-{{/* Requests of every container: at most the limits, and present where the autoscaler measures usage against them. */}}
+{{/* Requests of every container must not exceed the limits, and must be set if the autoscaler measures utilization against them. */}}
 {{- define "key-service.validate.resources" -}}
 {{- range $field, $containers := dict "resources" (list .Values) "extraContainers" .Values.extraContainers "extraInitContainers" .Values.extraInitContainers }}
 {{- range $containers }}
@@ -262,7 +262,7 @@
 {{- if and (eq $field "extraContainers") $.Values.autoscaling.enabled }}
 {{- range $resource, $target := dict "cpu" $.Values.autoscaling.targetCPUUtilizationPercentage "memory" $.Values.autoscaling.targetMemoryUtilizationPercentage }}
 {{- if and $target (not (or (dig "requests" $resource "" $resources) (index $limits $resource))) }}
-{{- fail (printf "%s.%s: expected a quantity, since the autoscaler measures it against the requests of all containers" $path $resource) }}
+{{- fail (printf "%s.%s: expected a quantity, because the autoscaler measures utilization against the requests of all containers" $path $resource) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -270,7 +270,7 @@
 {{- end }}
 {{- end }}
 
-{{/* A quantity of Kubernetes' as a number: 500m is 0.5, 1Ki is 1024, 1e3 is 1000. */}}
+{{/* A Kubernetes quantity as a number: 500m is 0.5, 1Ki is 1024, 1e3 is 1000. */}}
 {{- define "key-service.quantity" -}}
 {{- $factors := dict "" 1.0 "n" 1e-9 "u" 1e-6 "m" 1e-3 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18
   "Ki" 0x1p10 "Mi" 0x1p20 "Gi" 0x1p30 "Ti" 0x1p40 "Pi" 0x1p50 "Ei" 0x1p60 }}
@@ -278,7 +278,7 @@
 {{- mulf (toString . | trimSuffix $suffix | float64) (index $factors $suffix) }}
 {{- end }}
 
-{{/* A budget that allows no disruption blocks every drain of a node. Kubernetes rounds percentages up. */}}
+{{/* A disruption budget that allows no disruption would block every node drain. Kubernetes rounds percentages up. */}}
 {{- define "key-service.validate.disruption" -}}
 {{- with .Values.podDisruptionBudget }}
 {{- $autoscaled := $.Values.autoscaling.enabled }}
@@ -289,7 +289,7 @@
 {{- $stay = div (add (mul (trimSuffix "%" $stay | int64) $pods) 99) 100 }}
 {{- end }}
 {{- if and (not (kindIs "invalid" .minAvailable)) (ge (int64 $stay) $pods) }}
-{{- fail (printf "podDisruptionBudget.minAvailable: expected less than all %d pods of %s, so that nodes can be drained, found %v" $pods ($autoscaled | ternary "autoscaling.minReplicas" "replicaCount") .minAvailable) }}
+{{- fail (printf "podDisruptionBudget.minAvailable: expected fewer than all %d pods of %s, so that nodes can be drained, found %v" $pods ($autoscaled | ternary "autoscaling.minReplicas" "replicaCount") .minAvailable) }}
 {{- end }}
 {{- if regexMatch "^0+%?$" (toString .maxUnavailable) }}
 {{- fail (printf "podDisruptionBudget.maxUnavailable: expected more than 0, so that nodes can be drained, found %v" .maxUnavailable) }}
@@ -332,7 +332,7 @@
 {{- $outer := include "key-service.networkBits" $block.cidr }}
 {{- $inner := include "key-service.networkBits" . }}
 {{- if or (eq $inner $outer) (not (hasPrefix $outer $inner)) }}
-{{- fail (printf "%s: expected an except that is a part of %s, found %s" $block.field $block.cidr .) }}
+{{- fail (printf "%s: expected an except within %s, found %s" $block.field $block.cidr .) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -349,10 +349,10 @@
 {{- end }}
 {{- end }}
 {{- if and (eq .clusterIP "None") .port (ne (int64 .port) (int64 $.Values.server.port)) }}
-{{- fail (printf "service.port: expected server.port = %d or null for a headless Service, whose clients reach the pods' own port, found %d" (int64 $.Values.server.port) (int64 .port)) }}
+{{- fail (printf "service.port: expected server.port = %d or null for a headless Service, because its clients connect to the pods' own port, found %d" (int64 $.Values.server.port) (int64 .port)) }}
 {{- end }}
 {{- if and (eq .ipFamilyPolicy "SingleStack") (gt (len $families) 1) }}
-{{- fail "service.ipFamilies: expected one family where service.ipFamilyPolicy is SingleStack, found two" }}
+{{- fail "service.ipFamilies: expected one family if service.ipFamilyPolicy is SingleStack, found two" }}
 {{- end }}
 {{- if and (eq $.Values.server.host "0.0.0.0") (or (has "IPv6" $families) (has .ipFamilyPolicy (list "PreferDualStack" "RequireDualStack"))) }}
 {{- fail "server.host: expected * or :: for a Service with IPv6, found 0.0.0.0" }}
@@ -361,8 +361,8 @@
 {{- end }}
 
 {{/*
-The leading bits of a network in CIDR notation, with a 4 or a 6 before them, so that a part of it begins with the same. Nothing if it
-is no network, or has bits after the leading ones: Kubernetes 1.36 refuses 10.0.0.1/8.
+The prefix bits of a network in CIDR notation, preceded by 4 or 6 for the IP version, so that the result for a subnet begins with the
+result for its network. Empty if it is not a network, or if bits after the prefix are set: Kubernetes 1.36 rejects 10.0.0.1/8.
 */}}
 {{- define "key-service.networkBits" -}}
 {{- $octet := "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])" }}
@@ -393,7 +393,7 @@ is no network, or has bits after the leading ones: Kubernetes 1.36 refuses 10.0.
 {{- end }}
 {{- end }}
 
-{{/* What the Prometheus operator refuses. */}}
+{{/* Values that the Prometheus operator would reject. */}}
 {{- define "key-service.validate.monitoring" -}}
 {{- with .Values.metrics.serviceMonitor }}
 {{- if and .interval .scrapeTimeout (gt (include "key-service.milliseconds" .scrapeTimeout | int64) (include "key-service.milliseconds" .interval | int64)) }}
@@ -410,14 +410,14 @@ is no network, or has bits after the leading ones: Kubernetes 1.36 refuses 10.0.
 {{- $names := list }}
 {{- range concat $groups .extraGroups }}
 {{- if has .name $names }}
-{{- fail (printf "metrics.prometheusRule.extraGroups: expected each name once, found %s twice" .name) }}
+{{- fail (printf "metrics.prometheusRule.extraGroups: expected unique names, found %s twice" .name) }}
 {{- end }}
 {{- $names = append $names .name }}
 {{- end }}
 {{- end }}
 {{- end }}
 
-{{/* A duration of Prometheus' in milliseconds. */}}
+{{/* A Prometheus duration in milliseconds. */}}
 {{- define "key-service.milliseconds" -}}
 {{- $units := dict "y" 31536000000 "w" 604800000 "d" 86400000 "h" 3600000 "m" 60000 "s" 1000 "ms" 1 }}
 {{- $total := 0 }}

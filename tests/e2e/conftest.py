@@ -1,4 +1,4 @@
-"""Fixtures of the end-to-end tests. Each is made once for those that share it, and what it started is stopped by process id."""
+"""Fixtures of the end-to-end tests. Each is created once for the tests that share it, and stops its processes by process id."""
 
 import os
 import sys
@@ -9,16 +9,16 @@ from support import images, tools
 from support.browser import Browser
 from support.daemon import REPOSITORY, Daemon
 
-# What pyproject.toml's group installs is beside the Python that runs this, whether its environment is active or not.
+# The programs that pyproject.toml's group installs are beside this Python, even if its virtual environment is not active.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="run what takes hours, too")
-    parser.addoption("--plot", action="store_true", help="draw docs/dashboard.svg, from a run that is longer for it")
+    parser.addoption("--full", action="store_true", help="also run tests that take hours")
+    parser.addoption("--plot", action="store_true", help="draw docs/dashboard.svg, which makes its test run longer")
 
 
-# Of these a test or a group takes minutes. They begin first, so that with -n no process is left with one of them at the end.
+# A test or a group of these files takes minutes. They run first, so that with -n no process has to run one of them at the end.
 SLOWEST = [f"test_{name}.py" for name in ("quick_start", "image", "containers", "package", "system", "operations")]
 
 
@@ -32,13 +32,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def figures(record_property):
-    """Keeps a sentence with what a test measured, for the summary and the JUnit report."""
+    """Records a sentence with the measurements of a test, for the summary and the JUnit report."""
     return lambda sentence: record_property("figures", sentence)
 
 
 @pytest.fixture(scope="session")
 def packages():
-    """The Debian package of each architecture, as packaging/build-deb made it."""
+    """The Debian package for each architecture, as built by packaging/build-deb."""
     found = {path.stem.rsplit("_", 1)[1]: path for path in (REPOSITORY / "target/debian").glob("key-service_*.deb")}
     assert found.keys() >= {"amd64", "arm64"}, f"expected packages for amd64 and arm64 in target/debian, found {found}: just deb"
     return found
@@ -46,7 +46,7 @@ def packages():
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory):
-    """The name of the container image for amd64, which is built here."""
+    """Builds the container image for amd64; the fixture is its name."""
     images.storage(tmp_path_factory.mktemp("storage"))
     images.base()
     images.build(REPOSITORY, "amd64", images.IMAGES["amd64"], "--layers")
@@ -56,28 +56,28 @@ def image(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def image_arm64(image):
-    """The name of the container image for arm64, which is built here."""
+    """Builds the container image for arm64; the fixture is its name."""
     images.build(REPOSITORY, "arm64", images.IMAGES["arm64"])
     return images.IMAGES["arm64"]
 
 
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory):
-    """A daemon with nothing configured, for tests that leave it as it is."""
+    """A daemon with the default configuration, for tests that do not change its state."""
     with Daemon(tmp_path_factory.mktemp("daemon")) as daemon:
         yield daemon
 
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    """Headless Chromium; each test opens pages of its own."""
+    """Headless Chromium; each test opens its own pages."""
     with Browser(tmp_path_factory.mktemp("browser")) as browser:
         yield browser
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """What a machine logged last belongs to the report of a test that failed on it."""
+    """Adds the last log lines of a test's machine to the report if the test fails."""
     report = yield
     if report.failed and (machine := getattr(item, "funcargs", {}).get("machine")):
         report.sections.append(("journal", machine.run("journalctl -n 40 --no-pager", ok=None).stdout))
@@ -85,21 +85,24 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_runtest_setup(item):
-    """A test that can't run here fails, and says what it needs: a skipped suite would pass."""
+    """A test that cannot run on this machine fails and names what it needs; if it were skipped, the suite would pass."""
     if item.get_closest_marker("root") and os.geteuid() != 0:
-        pytest.fail("expected to be root: run it by sudo", pytrace=False)
-    # With -n, one process runs a group's tests, which xdist knows by their ids; with a pytest that it does not fit, it loses them silently.
+        pytest.fail("expected to run as root: use sudo", pytrace=False)
+    # With -n, one process runs all tests of a group. xdist marks groups in the test ids; an incompatible pytest silently drops the marks.
     if item.get_closest_marker("xdist_group") and item.config.getoption("loadgroup", False) and "@" not in item.nodeid:
-        pytest.fail("expected the group in the test's id, which pytest and pytest-xdist of pyproject.toml have: just setup", pytrace=False)
+        pytest.fail(
+            "expected the group in the test's id, as with the versions of pytest and pytest-xdist in pyproject.toml: just setup",
+            pytrace=False,
+        )
     commands = [command for marker in item.iter_markers("tools") for command in marker.args]
     if packages := tools.missing(commands):
         pytest.fail(f"expected programs that are not installed: apt-get install {' '.join(packages)}", pytrace=False)
     if programs := tools.missing_python(commands):
-        pytest.fail(f"expected programs of pyproject.toml that are not installed, {', '.join(programs)}: just setup", pytrace=False)
+        pytest.fail(f"expected programs of pyproject.toml, which are not installed: {', '.join(programs)}; run just setup", pytrace=False)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The figures, each beside its test."""
+    """Prints the figures, each with its test."""
     lines = [
         f"{report.nodeid}: {sentence} [{report.duration:.1f} s]"
         for report in terminalreporter.stats.get("passed", [])

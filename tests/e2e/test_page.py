@@ -1,4 +1,4 @@
-"""The page at / in a real browser, by keyboard, against a real daemon."""
+"""The web page at /, in a real browser, operated by keyboard, with a real daemon."""
 
 import json
 import re
@@ -14,19 +14,19 @@ from support.daemon import Daemon, binary, environment
 pytestmark = [pytest.mark.tools("chromium", "curl"), pytest.mark.xdist_group("page")]
 
 
-def test_the_service_is_said_to_be_well(daemon, browser):
+def test_page_shows_that_the_service_is_healthy(daemon, browser):
     page = browser.open(daemon.address)
     page.until("document.getElementById('state').textContent === 'The service is well'")
     page.until("!document.getElementById('get').disabled")
-    expect(page.problems(), [], "what the browser complains of")
-    expect(page.requests() - {"/", "/health", "/openapi.json"}, set(), "what was loaded")
+    expect(page.problems(), [], "errors in the browser")
+    expect(page.requests() - {"/", "/health", "/openapi.json"}, set(), "URLs that the page requested, apart from its own")
 
 
-def test_a_key_is_had_by_keyboard_alone(daemon, browser):
+def test_keyboard_alone_is_enough_to_get_a_key(daemon, browser):
     page = browser.ready(daemon.address)
     for _ in range(3):  # kind, length, format
         page.key("Tab")
-    expect(page("document.activeElement.id"), "format", "where three tabs lead")
+    expect(page("document.activeElement.id"), "format", "the element after three tabs")
     page("document.getElementById('length').focus()")
     page.key("Enter", "\r")
     page.until("!document.getElementById('result').hidden")
@@ -34,16 +34,16 @@ def test_a_key_is_had_by_keyboard_alone(daemon, browser):
     assert re.fullmatch("[0-9a-f]{64}", key), key
     page("document.getElementById('get').focus()")
     page.key("Tab")
-    expect(page("document.activeElement.id"), "keys", "what can be reached after the button")
+    expect(page("document.activeElement.id"), "keys", "the element after the button")
     page.key("Tab")
-    expect(page("document.activeElement.id"), "copy", "what comes next")
+    expect(page("document.activeElement.id"), "copy", "the element after the keys")
     page("document.getElementById('length').focus()")
     page.key("Enter", "\r")
     page.until(f"!['', '{key}'].includes(document.getElementById('keys').textContent)")
-    expect(page.problems(), [], "what the browser complains of")
+    expect(page.problems(), [], "errors in the browser")
 
 
-def test_what_is_chosen_is_what_comes_and_what_the_shell_line_says(daemon, browser, tmp_path):
+def test_keys_and_shell_command_match_the_form(daemon, browser, tmp_path):
     page = browser.ready(daemon.address)
     document = json.loads(fetch(f"{daemon.address}/openapi.json"))
     for kind in ("key", "password"):
@@ -52,7 +52,7 @@ def test_what_is_chosen_is_what_comes_and_what_the_shell_line_says(daemon, brows
         expect(
             page("[...document.getElementById('format').options].map((option) => option.value)"), parameters["format"]["enum"], "formats"
         )
-        expect(page("document.getElementById('alphabet-field').hidden"), kind == "key", "whether there is no alphabet")
+        expect(page("document.getElementById('alphabet-field').hidden"), kind == "key", "whether the alphabet field is hidden")
         for form in parameters["format"]["enum"]:
             if form == "raw":
                 continue
@@ -67,40 +67,44 @@ def test_what_is_chosen_is_what_comes_and_what_the_shell_line_says(daemon, brows
             ran = subprocess.run(["sh", "-ec", line], capture_output=True, text=True, timeout=TIMEOUT, check=True)
             others = keys_of(form, ran.stdout)
             expect([len(key) for key in others], [len(key) for key in keys], f"{kind} {form}: lengths by {line}")
-            assert not set(keys) & set(others), "keys are drawn anew"
+            assert not set(keys) & set(others), "expected new keys from the shell command"
             page("document.getElementById('remove').click()")
     page("document.querySelector('[value=key]').click()")
     page.choose("format", "raw")
-    expect(page("document.getElementById('get').disabled"), True, "raw keys are for files")
+    expect(page("document.getElementById('get').disabled"), True, "whether the button is disabled for raw keys, which need a file")
     line = page("document.getElementById('curl').textContent")
     subprocess.run(["sh", "-ec", line], cwd=tmp_path, timeout=TIMEOUT, check=True)
     file = tmp_path / "key"
-    expect((file.stat().st_size, stat.S_IMODE(file.stat().st_mode)), (16, 0o600), "bytes of the file, and its mode")
+    expect((file.stat().st_size, stat.S_IMODE(file.stat().st_mode)), (16, 0o600), "size and mode of the file")
     file.unlink()
     ran = subprocess.run(["sh", "-ec", line.replace("/key/16", "/key/0")], cwd=tmp_path, capture_output=True, timeout=TIMEOUT, check=False)
-    expect((ran.returncode, file.exists()), (22, False), "status of curl where there is an error, and whether it is stored")
+    expect((ran.returncode, file.exists()), (22, False), "exit status of curl for an error response, and whether a file was written")
     page.choose("length", 0)
-    expect(page("document.getElementById('get').disabled"), True, "no length of 0")
-    expect(page.problems(), [], "what the browser complains of")
+    expect(page("document.getElementById('get').disabled"), True, "whether the button is disabled for length 0")
+    expect(page.problems(), [], "errors in the browser")
 
 
-def test_a_key_is_gone_after_a_minute_or_when_it_is_told_to(daemon, browser):
+def test_page_removes_keys_after_a_minute_or_on_request(daemon, browser):
     page = browser.ready(daemon.address)
-    whole = "document.documentElement.outerHTML + [...document.querySelectorAll('input')].map((input) => input.value)"
-    for leave in ("letPass(11_000)", "document.getElementById('remove').click()"):
+    contents = "document.documentElement.outerHTML + [...document.querySelectorAll('input')].map((input) => input.value)"
+    for remove in ("letPass(11_000)", "document.getElementById('remove').click()"):
         page("document.getElementById('get').click()")
         page.until("!document.getElementById('result').hidden")
         key = page("document.getElementById('keys').textContent")
-        assert key and key in page(whole), "it is in the page"
+        assert key and key in page(contents), "expected the key in the page"
         page("letPass(50_000)")
-        assert key in page(whole), "it stays for a while"
-        page(leave)
-        assert key not in page(whole), "it is gone"
-        expect(page("document.getElementById('result').hidden"), True, "and the result with it")
-    expect(page("[localStorage.length, sessionStorage.length, document.cookie]"), [0, 0, ""], "what else the page kept")
+        assert key in page(contents), "expected the key in the page after 50 s"
+        page(remove)
+        assert key not in page(contents), "expected the key to be removed"
+        expect(page("document.getElementById('result').hidden"), True, "whether the result is hidden")
+    expect(
+        page("[localStorage.length, sessionStorage.length, document.cookie]"),
+        [0, 0, ""],
+        "entries in local and session storage, and cookies",
+    )
 
 
-def test_it_is_copied_without_a_clipboard_of_the_page_s(daemon, browser):
+def test_keys_are_copied_without_the_clipboard_api(daemon, browser):
     page = browser.ready(daemon.address)
     page("document.getElementById('get').click()")
     page.until("!document.getElementById('result').hidden")
@@ -110,34 +114,34 @@ def test_it_is_copied_without_a_clipboard_of_the_page_s(daemon, browser):
     )
     page.key("Enter", "\r")
     page.until("document.getElementById('note').textContent.startsWith('Copied')")
-    expect(page("globalThis.copied"), page("document.getElementById('keys').textContent"), "what was copied")
+    expect(page("globalThis.copied"), page("document.getElementById('keys').textContent"), "the copied text")
 
 
-def test_a_script_of_somebody_else_s_does_not_run(daemon, browser):
+def test_injected_scripts_do_not_run(daemon, browser):
     page = browser.ready(daemon.address)
     page(
         "const script = document.createElement('script'); script.textContent = 'globalThis.ran = true'; document.head.append(script)",
         fails=True,
     )
-    expect(page("globalThis.ran === undefined"), True, "an injected script does nothing")
+    expect(page("globalThis.ran === undefined"), True, "whether an injected script did not run")
     page("fetch('http://127.0.0.1:9/').catch(() => { globalThis.refused = true })")
     page.until("globalThis.refused")
-    assert any("Content Security Policy" in problem for problem in page.problems()), "the policy is what stopped them"
+    assert any("Content Security Policy" in problem for problem in page.problems()), "expected an error of the Content Security Policy"
 
 
-def test_it_is_dark_where_the_system_is(daemon, browser):
+def test_page_follows_the_system_color_scheme(daemon, browser):
     page = browser.ready(daemon.address)
     for scheme in ("light", "dark"):
         page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         colors = page("getComputedStyle(document.body).color")
         light = sum(int(number) for number in re.findall(r"\d+", colors)[:3]) > 3 * 128
-        expect(light, scheme == "dark", f"whether text is light where the system is {scheme} ({colors})")
+        expect(light, scheme == "dark", f"whether the text is light with the color scheme {scheme} ({colors})")
 
 
-def test_a_field_for_a_token_is_there_where_one_is_asked_for(daemon, browser, tmp_path):
+def test_token_field_appears_if_tokens_are_required(daemon, browser, tmp_path):
     page = browser.ready(daemon.address)
-    expect(page("document.getElementById('token-field').hidden"), True, "without tokens there is no field")
-    expect(page("document.getElementById('header').hidden"), True, "nor a file for one")
+    expect(page("document.getElementById('token-field').hidden"), True, "whether the token field is hidden without tokens")
+    expect(page("document.getElementById('header').hidden"), True, "whether the explanation of the token file is hidden without tokens")
     made = subprocess.run([binary(), "token", "new", "--name", "people"], env=environment(), capture_output=True, text=True, check=True)
     token, line = made.stdout.split("\n", 1)
     path = tmp_path / "tokens"
@@ -145,25 +149,25 @@ def test_a_field_for_a_token_is_there_where_one_is_asked_for(daemon, browser, tm
     path.chmod(0o600)
     with Daemon(tmp_path, f'tokens-file = "{path}"\n') as guarded:
         page = browser.ready(guarded.address)
-        expect(page("document.getElementById('token-field').hidden"), False, "with tokens there is")
+        expect(page("document.getElementById('token-field').hidden"), False, "whether the token field is hidden with tokens")
         page("document.getElementById('get').click()")
         page.until("document.getElementById('note').textContent === 'A bearer token is needed'")
         page.choose("token", token)
         line = page("document.getElementById('curl').textContent")
         assert "-H @token.header" in line and token not in line and "Authorization" not in line, line
-        expect(page("document.getElementById('header').hidden"), False, "whether the file is not explained")
+        expect(page("document.getElementById('header').hidden"), False, "whether the explanation of the token file is hidden")
         header = tmp_path / "token.header"
         header.write_text(f"Authorization: Bearer {token}\n")
         ran = subprocess.run(["sh", "-ec", line], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=True)
-        assert re.fullmatch("[0-9a-f]{64}\n", ran.stdout), "curl takes the token from the file"
+        assert re.fullmatch("[0-9a-f]{64}\n", ran.stdout), "expected curl to send the token from the file"
         page("document.getElementById('get').click()")
         page.until("!document.getElementById('result').hidden")
 
 
-def test_a_service_that_is_gone_is_said_to_be(browser, tmp_path):
-    with peers.HeldPort() as port:  # nothing else may answer there afterwards
-        with Daemon(tmp_path, port=port.number) as leaving:
-            page = browser.ready(leaving.address)
+def test_page_reports_a_stopped_service(browser, tmp_path):
+    with peers.HeldPort() as port:  # holds the port, so that no other process can listen on it
+        with Daemon(tmp_path, port=port.number) as stopping:
+            page = browser.ready(stopping.address)
         page("letPass(11_000)")
         page.until("document.getElementById('state').textContent === 'No answer from the service'")
         page("document.getElementById('get').click()")

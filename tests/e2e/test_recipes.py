@@ -1,6 +1,6 @@
-"""What docs/recipes.md and docs/proxies.md say, run as it stands there, against real daemons; curl over TLS.
+"""Runs docs/recipes.md and docs/proxies.md verbatim against real daemons, and curl over TLS.
 
-A block whose first line is a comment with a file's name is that file; others are commands. A live daemon takes the place of
+A block whose first line is a comment with a file name is the content of that file; other blocks are commands. A live daemon replaces
 localhost:1123.
 """
 
@@ -26,41 +26,41 @@ from support.tools import DJANGO, STREAM_MODULE
 
 SECTIONS = dict(pages.sections(REPOSITORY / "docs/recipes.md"))
 SPOOFED = "203.0.113.9"
-# Recipes that another file tries, and what of them has to stand in it.
-ELSEWHERE = {
+# Recipes that another file tests, and a text that this file must contain.
+TESTED_ELSEWHERE = {
     "systemd credentials": ("tests/e2e/test_system.py", "/run/key-service/credential.sock"),
     "Generated clients": ("tests/e2e/test_openapi.py", "Generated clients"),
 }
-tried = set()
+tested = set()
 
 
 def recipe(title):
-    """The test has what the commands of that recipe printed; it was followed in its tmp_path."""
-    tried.add(title)
+    """Runs a recipe in the test's tmp_path before the test; `printed` is the output of its commands."""
+    tested.add(title)
     return pytest.mark.parametrize("printed", [title], indirect=True)
 
 
 @pytest.fixture
 def printed(request, daemon, tmp_path):
-    """Does what the blocks of a recipe say, in their order."""
-    texts = []
+    """Writes the files and runs the commands of a recipe, in order; returns their output."""
+    outputs = []
     for language, text in SECTIONS[request.param]:
         text = text.replace("localhost:1123", daemon.authority)
         if name := pages.file_name(text):
             (tmp_path / name).write_text(text)
         elif language == "sh":
-            texts.append(run(["sh", "-e"], tmp_path, given=text))
-    return "".join(texts)
+            outputs.append(run(["sh", "-e"], tmp_path, given=text))
+    return "".join(outputs)
 
 
-def test_every_recipe_is_tried():
-    expect(set(SECTIONS), tried | set(ELSEWHERE), "recipes")
+def test_every_recipe_has_a_test():
+    expect(set(SECTIONS), tested | set(TESTED_ELSEWHERE), "recipes")
 
 
-@pytest.mark.parametrize("title", ELSEWHERE)
-def test_a_recipe_is_tried_elsewhere(title):
-    file, mark = ELSEWHERE[title]
-    assert mark in (REPOSITORY / file).read_text(), f"{title}: {file} does not try it"
+@pytest.mark.parametrize("title", TESTED_ELSEWHERE)
+def test_other_suites_test_their_recipes(title):
+    file, mark = TESTED_ELSEWHERE[title]
+    assert mark in (REPOSITORY / file).read_text(), f"{title}: expected {mark!r} in {file}"
 
 
 @pytest.mark.tools("curl")
@@ -80,7 +80,7 @@ def test_shell_scripts(tmp_path, printed):
 def test_ansible(tmp_path, printed):
     assert "changed=1" in printed, printed
     key = (tmp_path / "session.key").read_text()
-    expect((len(base64.b64decode(key)), mode(tmp_path / "session.key")), (32, 0o600), "the key and its mode")
+    expect((len(base64.b64decode(key)), mode(tmp_path / "session.key")), (32, 0o600), "size and mode of the key")
     second = run(["ansible-playbook", "-i", "localhost,", "playbook.yml"], tmp_path)
     assert "changed=0" in second and "failed=0" in second, second
     expect((tmp_path / "session.key").read_text(), key, "the key after a second run")
@@ -92,7 +92,7 @@ def test_init_container(tmp_path, daemon, printed):
     run(["kubernetes-validate", "--strict", "pod.yaml"], tmp_path)
     pod = list(yaml.safe_load_all((tmp_path / "pod.yaml").read_text()))[0]
     container = pod["spec"]["initContainers"][0]
-    expect(container["command"][-1], "/keys/session.key", "where the key goes")
+    expect(container["command"][-1], "/keys/session.key", "the file for the key")
     command = container["command"][:-1] + ["session.key"] + [url.replace("key-service:1123", daemon.authority) for url in container["args"]]
     run(command, tmp_path)
     expect((tmp_path / "session.key").stat().st_size, 32, "bytes")
@@ -115,9 +115,13 @@ def test_external_secrets(tmp_path, daemon, printed):
 @recipe("WireGuard: pre-shared keys")
 def test_wireguard(tmp_path, printed):
     key = (tmp_path / "peer.psk").read_text()
-    # It takes what `wg genpsk` prints and nothing else: 32 bytes in base64.
+    # wg accepts only what `wg genpsk` prints: 32 bytes in base64.
     assert run(["wg", "pubkey"], tmp_path, given=key).strip()
-    expect(subprocess.run(["wg", "pubkey"], input=key[1:], capture_output=True, text=True, check=False).returncode, 1, "a shorter one")
+    expect(
+        subprocess.run(["wg", "pubkey"], input=key[1:], capture_output=True, text=True, check=False).returncode,
+        1,
+        "exit status of wg for a shorter key",
+    )
     expect(mode(tmp_path / "peer.psk"), 0o600, "mode")
 
 
@@ -127,7 +131,7 @@ def test_luks(tmp_path, printed):
     expect(mode(tmp_path / "disk.key"), 0o600, "mode")
     (tmp_path / "other.key").write_bytes(b"\0" * 64)
     command = ["cryptsetup", "open", "--test-passphrase", "--key-file", "other.key", "disk.img"]
-    expect(subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode, 2, "status with another key")
+    expect(subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode, 2, "exit status with another key")
 
 
 @pytest.mark.tools("curl", "ruby", DJANGO)
@@ -140,14 +144,14 @@ def test_frameworks(tmp_path, printed):
         "print(len(settings.SECRET_KEY))"
     )
     found = run(["/usr/bin/python3", "-c", script], tmp_path, {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(tmp_path)})
-    expect(found.strip(), "64", "characters of the SECRET_KEY that Django has")
+    expect(found.strip(), "64", "characters of the SECRET_KEY that Django reads")
     assert re.fullmatch("[0-9a-f]{128}\n", (tmp_path / "secret_key_base").read_text())
     run(["ruby", "-c", "production.rb"], tmp_path)
 
 
 @pytest.mark.tools("curl", "openssl")
 def test_curl_over_tls(tmp_path):
-    """curl gets a key over TLS by each version of HTTP that it offers, none from an untrusted service, and none over plain HTTP."""
+    """curl gets a key over TLS with each HTTP version that it offers, but not from an untrusted service and not over plain HTTP."""
 
     def make(name):
         certificates.self_signed(tmp_path / f"{name}.key", tmp_path / f"{name}.pem", names="IP:127.0.0.1")
@@ -162,20 +166,20 @@ def test_curl_over_tls(tmp_path):
         url = f"https://{daemon.authority}/key/32"
         for version in ("--http1.0", "--http1.1", "--http2"):
             done = curl("-f", version, "--cacert", "server.pem", url)
-            expect((done.returncode, len(done.stdout)), (0, 32), f"status and bytes of curl {version}")
+            expect((done.returncode, len(done.stdout)), (0, 32), f"exit status and number of bytes of curl {version}")
         done = curl("--cacert", "other.pem", url)
-        expect((done.returncode, done.stdout), (60, b""), "status of curl with another CA: certificate not verified")
+        expect((done.returncode, done.stdout), (60, b""), "exit status and output of curl with another CA")
         plain = curl(url.replace("https", "http"))
-        expect(json.loads(plain.stdout)["detail"], "This port speaks TLS: use https://", "the answer to plain HTTP")
+        expect(json.loads(plain.stdout)["detail"], "This port speaks TLS: use https://", "the response to plain HTTP")
 
 
 def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def run(command, folder, more=None, given=None):
+def run(command, directory, more=None, given=None):
     environment = {**os.environ, "ANSIBLE_LOCALHOST_WARNING": "false", "PYTHONDONTWRITEBYTECODE": "1", **(more or {})}
-    ran = subprocess.run(command, cwd=folder, env=environment, input=given, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    ran = subprocess.run(command, cwd=directory, env=environment, input=given, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert ran.returncode == 0, f"{command} ended with {ran.returncode}:\n{ran.stdout}{ran.stderr}"
     return ran.stdout
 
@@ -187,57 +191,57 @@ needs_proxies = pytest.mark.tools("nginx", "haproxy", "caddy", "apache2", "opens
 
 @needs_proxies
 @proxy
-def test_a_proxy_serves(name):
-    """A proxy of docs/proxies.md serves keys for its clients by HTTP, and no request meets a daemon that stops."""
+def test_proxy_serves_keys(name):
+    """Each proxy of docs/proxies.md serves keys over HTTP and sends no request to a daemon that is stopping."""
     with Stage(name, config="drain-delay = 60\n") as stage:
         stage.until("a key", lambda: stage.get("/key/32")[0] == 200)
-        serves(stage)
-        leaves_a_daemon_out(stage, has_checks=name != "nginx")
+        check_serving(stage)
+        check_failover(stage, has_checks=name != "nginx")
 
 
 @needs_proxies
 @proxy
-def test_a_proxy_serves_over_tls(name):
-    """So it does with TLS to the daemons, over connections that it keeps."""
+def test_proxy_serves_keys_over_tls(name):
+    """Each proxy does the same with TLS to the daemons, over connections that it reuses."""
     with Stage(name, upstream_tls=True, config="drain-delay = 60\n") as stage:
         stage.until("a key", lambda: stage.get("/key/32")[0] == 200)
         before, started = sum(node.metric("tls_handshakes_total") for node in stage.nodes), time.monotonic()
-        serves(stage)
+        check_serving(stage)
         handshakes = sum(node.metric("tls_handshakes_total") for node in stage.nodes) - before
-        checked = 2 + time.monotonic() - started  # a health check of each daemon takes one in two seconds
-        assert handshakes < 17 + checked, f"{handshakes:.0f} TLS handshakes for 34 requests"
+        by_checks = 2 + time.monotonic() - started  # health checks make one handshake per daemon every two seconds
+        assert handshakes < 17 + by_checks, f"{handshakes:.0f} TLS handshakes for 34 requests"
         if name != "nginx":
-            leaves_a_daemon_out(stage, has_checks=True)
+            check_failover(stage, has_checks=True)
 
 
 @needs_proxies
 @proxy
-def test_a_proxy_verifies_its_daemons(name):
-    """A proxy that trusts another CA has no key for its clients."""
+def test_proxy_verifies_its_daemons(name):
+    """A proxy that trusts another CA serves no keys."""
     with Stage(name, upstream_tls=True, trusted="other") as stage:
         found = {stage.first, *(stage.get("/key/32")[0] for _ in range(5))}
-        assert found <= {500, 502, 503}, f"a proxy that trusts another CA answers {found}"
+        assert found <= {500, 502, 503}, f"expected only errors from a proxy that trusts another CA, found {found}"
 
 
 @needs_proxies
 @pytest.mark.tools(STREAM_MODULE)
 @pytest.mark.parametrize("name", ["nginx", "haproxy"])
-def test_a_tcp_load_balancer_serves(name):
-    """A load balancer of docs/proxies.md that forwards TCP names its clients in PROXY headers."""
+def test_tcp_load_balancer_serves_keys(name):
+    """Each TCP load balancer of docs/proxies.md reports its clients in PROXY headers."""
     with Stage(name, is_tcp=True, config="proxy-protocol = true\ndrain-delay = 60\n") as stage:
         stage.until("a key", lambda: stage.get("/key/32")[0] == 200)
-        serves(stage)
+        check_serving(stage)
         if name != "nginx":
-            leaves_a_daemon_out(stage, has_checks=True)
+            check_failover(stage, has_checks=True)
 
 
-def serves(stage):
-    """A key comes through; its record names the client, whatever the client says; connections to the daemons are reused."""
+def check_serving(stage):
+    """Keys are served; audit records name the client even if it spoofs headers; connections to the daemons are reused."""
     for headers in ({}, {"X-Forwarded-For": SPOOFED}, {"X-Forwarded-For": f"{SPOOFED}, {PROXY}"}, {"Forwarded": f"for={SPOOFED}"}):
-        status, answer, key = stage.get("/key/32", headers)
+        status, response, key = stage.get("/key/32", headers)
         assert (status, len(key)) == (200, 32), (status, key)
-        record = stage.record(answer)
-        # A PROXY header makes the connection the client's own; the record has no proxy then.
+        record = stage.record(response)
+        # With a PROXY header the connection counts as the client's own, so the record names no proxy.
         assert (record["address"], record.get("proxy")) == (CLIENT, None if stage.is_tcp else PROXY), f"{headers}: {record}"
     if stage.is_tcp:
         return
@@ -248,29 +252,29 @@ def serves(stage):
         assert (status, len(key)) == (200, 32), (status, key)
         kept += bool(before & stage.connections())
     assert kept > 15, f"{kept} of 30 requests left a connection to the daemons open"
-    # Each of these clients had a connection of its own. Health checks may have one each now.
+    # Each of these clients used its own connection to the proxy. Health checks may have one connection each now.
     idle = sum(node.metric("http_connections") for node in stage.nodes)
     assert 1 <= idle <= 8, f"after 34 requests {idle:.0f} connections are open"
 
 
-def leaves_a_daemon_out(stage, has_checks):
-    """A daemon that stops gets no requests, and loses none; it gets some again when it is back."""
+def check_failover(stage, has_checks):
+    """A stopping daemon gets no requests and no request fails; after a restart it gets requests again."""
     a, b = stage.nodes
     stage.until("both daemons to serve", lambda: serve_some(stage, b))
-    b.process.send_signal(signal.SIGTERM)  # drain-delay: it is unready, and still serves
+    b.process.send_signal(signal.SIGTERM)  # during drain-delay it is unready and still serves
     if has_checks:
         stage.until("no requests to a daemon that is not ready", lambda: not serve_some(stage, b))
-        assert b.process.poll() is None, "it still runs, so it is out by its health alone"
-    b.process.send_signal(signal.SIGINT)  # a second signal ends it, and is not taken for the first as another SIGTERM might be
+        assert b.process.poll() is None, "expected the daemon to run still, so that only its health removed it"
+    b.process.send_signal(signal.SIGINT)  # a second signal ends the drain; SIGINT, because a second SIGTERM could merge with the first
     while b.process.poll() is None:
         serve_some(stage, a)
-    assert serve_some(stage, a) == 10, "all of them"
+    assert serve_some(stage, a) == 10, "expected the other daemon to serve all requests"
     stage.start(1)
-    stage.until("requests to the daemon that is back", lambda: serve_some(stage, stage.nodes[1]))
+    stage.until("requests to the restarted daemon", lambda: serve_some(stage, stage.nodes[1]))
 
 
 def serve_some(stage, node):
-    """Ten requests in a row, each of which is served; how many of them by `node`."""
+    """Sends ten requests, which must all succeed; returns how many of them `node` served."""
     before = node.metric("key_length_bytes_count")
     for _ in range(10):
         status, _, key = stage.get("/key/32")
@@ -283,27 +287,27 @@ APPENDED = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
 
 @needs_proxies
 @pytest.mark.parametrize(
-    ("old", "new", "noticed"),
+    ("old", "new", "error"),
     [
         pytest.param(APPENDED, "", "'address': '127.0.0.1'", id="the client's address is missing"),
         pytest.param(
-            APPENDED, APPENDED.replace("proxy_add_x", "http_x"), "'address': '127.0.0.1'", id="the client's own word is passed on"
+            APPENDED, APPENDED.replace("proxy_add_x", "http_x"), "'address': '127.0.0.1'", id="the client's own header is passed on"
         ),
         pytest.param("keepalive 32;", "", "0 of 30 requests left a connection", id="no connection is reused"),
         pytest.param('proxy_set_header Connection "";', "", "0 of 30 requests left a connection", id="a connection serves one request"),
     ],
 )
-def test_a_wrong_configuration_is_noticed(old, new, noticed):
+def test_wrong_proxy_configuration_is_detected(old, new, error):
     """Each of the checks above can fail."""
-    with Stage("nginx", edit=lambda text: replaced(text, old, new)) as stage, pytest.raises(AssertionError, match=noticed):
-        serves(stage)
+    with Stage("nginx", edit=lambda text: replaced(text, old, new)) as stage, pytest.raises(AssertionError, match=error):
+        check_serving(stage)
 
 
 @needs_proxies
-def test_a_proxy_that_verifies_nothing_is_noticed():
+def test_missing_verification_is_detected():
     """The check that a proxy verifies its daemons can fail."""
     with Stage("nginx", upstream_tls=True, trusted="other", edit=lambda text: replaced(text, "proxy_ssl_verify on;", "")) as stage:
-        expect(stage.first, 200, "status from nginx, which verifies nothing by default")
+        expect(stage.first, 200, "status from nginx, which does not verify by default")
 
 
 def replaced(text, old, new):
@@ -313,9 +317,9 @@ def replaced(text, old, new):
 
 @needs_proxies
 def test_nginx_spools_no_streamed_key():
-    """A large key passes through nginx's buffers, which are on, and none of it gets to its disk."""
+    """nginx with buffering on passes a streamed key through memory and writes none of it to disk."""
     ignored = "proxy_ignore_headers X-Accel-Buffering;"
-    # Where nginx does not look at the header it spools: this check can fail.
+    # If nginx ignores the header, it spools the key. This proves that the check can fail.
     with Stage("nginx", edit=lambda text: replaced(text, "proxy_pass ", f"{ignored}\nproxy_pass ")) as stage:
         started = time.monotonic()
         with contextlib.closing(stage.connection()) as connection:
@@ -328,33 +332,33 @@ def test_nginx_spools_no_streamed_key():
         connection.request("GET", f"/key/{STREAMED}")
         response = connection.getresponse()
         assert response.status == 200
-        # First a client that does not read for longer than spooling took, then one that reads slowly.
-        # That is less than write-timeout, after which the daemon resets the connection.
+        # The client first reads nothing, for longer than spooling took above, and then reads slowly. The pause is shorter than
+        # write-timeout, after which the daemon would reset the connection.
         deadline, left = time.monotonic() + min(2 * needed, 8), STREAMED
         while left:
             if time.monotonic() > deadline:
                 left -= len(response.read(min(left, STREAMED // 64)))
-            assert spooled(stage) == 0, f"{spooled(stage)} bytes are in files of nginx, {left} are unread"
+            assert spooled(stage) == 0, f"expected no spooled bytes, found {spooled(stage)}, with {left} bytes unread"
             time.sleep(0.01)
 
 
 def spooled(stage):
-    """The bytes in files below proxy_temp: those that have a name, and those that nginx has deleted and still holds."""
+    """The number of bytes in files below proxy_temp, including deleted files that nginx still has open."""
     directory = stage.directory / "proxy_temp"
     total = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     children = Path(f"/proc/{stage.process.pid}/task/{stage.process.pid}/children").read_text().split()
-    assert children, "nginx has a worker"
+    assert children, "expected nginx to have a worker"
     for number in children:
         for link in Path(f"/proc/{number}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # closed since
+            with contextlib.suppress(FileNotFoundError):  # closed in the meantime
                 if os.readlink(link).startswith(str(directory)):
                     total += os.stat(link).st_size
     return total
 
 
 @pytest.mark.tools("kubernetes-validate")
-def test_kubernetes(tmp_path):
-    """The Ingress is valid. No controller is run; tests/e2e/test_chart.py renders the values."""
+def test_kubernetes_ingress_is_valid(tmp_path):
+    """The Ingress in docs/proxies.md is valid. No controller runs here; tests/e2e/test_chart.py renders the values."""
     blocks = {pages.file_name(text): text for _, text in dict(pages.sections(proxies.PAGE))["Kubernetes"]}
     (tmp_path / "ingress.yaml").write_text(blocks["ingress.yaml"])
     run(["kubernetes-validate", "--strict", "ingress.yaml"], tmp_path)

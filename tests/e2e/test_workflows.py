@@ -1,4 +1,4 @@
-"""The workflows of .github: two linters find nothing in them, and find what is broken on purpose."""
+"""The workflows in .github: two linters find no errors in them, and do find errors that are made deliberately."""
 
 import re
 import shutil
@@ -14,11 +14,11 @@ pytestmark = pytest.mark.tools("shellcheck")
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 WORKFLOWS = [".github/workflows/ci.yml", ".github/workflows/release.yml"]
 LINTERS = {
-    # actionlint's checks, those of permissions and pins, and shellcheck's of each `run`.
+    # actionlint's checks, checks of permissions and pins, and shellcheck for each `run`.
     "jactionlint": [SCRIPTS / "jactionlint", *WORKFLOWS, ".github/dependabot.yml"],
     "zizmor": [SCRIPTS / "zizmor", "--offline", "--quiet", "--persona=pedantic", "--strict-collection", "."],
 }
-FOUND = {"jactionlint": [1], "zizmor": [11, 12, 13, 14]}  # exit statuses: the latter's by severity
+FOUND = {"jactionlint": [1], "zizmor": [11, 12, 13, 14]}  # exit statuses of a linter with findings; zizmor's depends on the severity
 BROKEN = {
     "key": ("jactionlint", "ci.yml", "runs-on: ", "runs-onn: "),
     "needed-job": ("jactionlint", "release.yml", "needs: build", "needs: biuld"),
@@ -41,15 +41,15 @@ def lint(linter, directory):
 
 
 @pytest.mark.parametrize("linter", LINTERS)
-def test_the_workflows_are_clean(linter):
-    """a linter has nothing to say about the workflows"""
+def test_linters_find_nothing(linter):
+    """each linter accepts the workflows"""
     done = lint(linter, REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("linter", "name", "old", "new"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_workflow_is_refused(tmp_path, linter, name, old, new):
-    """a copy with one fault is refused, by the linter that is there for it"""
+def test_broken_workflows_are_detected(tmp_path, linter, name, old, new):
+    """a copy with one error is rejected by the linter that is responsible for it"""
     shutil.copytree(REPOSITORY / ".github", tmp_path / ".github")
     file = tmp_path / ".github/workflows" / name
     text = file.read_text()
@@ -61,15 +61,15 @@ def test_a_broken_workflow_is_refused(tmp_path, linter, name, old, new):
 
 
 def test_actions_are_pinned_with_their_version():
-    """every action stands there by its commit, and by its version for the reader and Dependabot"""
+    """every action is pinned to a commit, with its version in a comment for readers and Dependabot"""
     uses = [line.strip() for name in WORKFLOWS for line in (REPOSITORY / name).read_text().splitlines() if "uses:" in line]
     assert uses
     for line in uses:
         assert re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
 
 
-def test_the_rust_of_the_workflows_is_that_of_the_image():
-    """workflows and Dockerfile name the same Rust, and the oldest one that is tested is the one of Cargo.toml"""
+def test_workflows_use_the_rust_of_the_image():
+    """workflows and Dockerfile use the same Rust version, and the oldest tested version is that of Cargo.toml"""
     image = re.search(r"^ARG RUST_IMAGE=\S+/rust:([\d.]+)-", (REPOSITORY / "Dockerfile").read_text(), re.M)[1]
     oldest = re.search(r'^rust-version = "([\d.]+)"', (REPOSITORY / "Cargo.toml").read_text(), re.M)[1]
     text = "".join((REPOSITORY / name).read_text() for name in WORKFLOWS)

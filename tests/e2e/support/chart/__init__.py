@@ -1,1 +1,1 @@
-"""What the tests of the Helm chart are made of: Helm itself, the values, and rules for what it renders."""
+"""Support for the tests of the Helm chart: Helm itself, the values, and rules for the rendered resources."""

@@ -1,6 +1,6 @@
-"""What the values' schema says of Kubernetes' own structures: Kubernetes' own definitions, so that a typo in one is refused.
+"""The Kubernetes definitions in the schema of the values, so that a typo in a Kubernetes structure is rejected.
 
-The API server refuses more than the definitions do: it takes a few words only where they say "string". NARROWED has those.
+The API server is stricter than the definitions: some fields that they define as strings accept only a few words. NARROWED has these.
 """
 
 import json
@@ -39,7 +39,7 @@ NARROWED = {
 
 
 def with_kubernetes(schema):
-    """The schema with those of Kubernetes' definitions that it refers to, without their descriptions."""
+    """The schema with all Kubernetes definitions that it references, without their descriptions."""
     version = kubernetes_validate.latest_version()
     known = kubernetes_validate.utils.schema_contents(f"kubernetes-json-schema/v{version}-local-strict/_definitions.json", version)["$defs"]
     made = {**schema, "definitions": {name: node for name, node in schema["definitions"].items() if not name.startswith("io.k8s.")}}
@@ -47,14 +47,14 @@ def with_kubernetes(schema):
         for name in sorted(names):
             node = plain(json.loads(re.sub(r'"(_definitions\.json)?#/\$defs/', '"#/definitions/', json.dumps(known[name]))))
             for field, narrower in NARROWED.get(name.removeprefix("io.k8s."), {}).items():
-                # A reference takes no other keywords beside it, and neither does a definition of text that has become a choice.
+                # Beside a $ref no other keyword is allowed. The definition of a string that becomes an enum is replaced as a whole.
                 node["properties"][field] = {**node["properties"][field], **narrower} if "minimum" in narrower else narrower
             made["definitions"][name] = schema["definitions"]["quantity"] if name.endswith(".Quantity") else node
     return made
 
 
 def text(schema):
-    """The schema as its file has it: what is ours spread out, and a definition of Kubernetes' on a line."""
+    """The text of the schema file: our own part is indented, and each Kubernetes definition is on one line."""
     lines = {name: json.dumps(node) for name, node in schema["definitions"].items() if name.startswith("io.k8s.")}
     spread = json.dumps(
         {**schema, "definitions": {**schema["definitions"], **{name: name for name in lines}}}, indent=2, ensure_ascii=False

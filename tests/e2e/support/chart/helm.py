@@ -1,4 +1,4 @@
-"""Helm, and what it renders."""
+"""Runs Helm and parses what it renders."""
 
 import functools
 import json
@@ -15,16 +15,16 @@ from support.daemon import REPOSITORY
 
 CHART = REPOSITORY / "helm-chart"
 NAME, NAMESPACE = "demo", "prod"
-# Helm's own version of Kubernetes differs between the Helms, and the chart's resources with it.
+# The default Kubernetes version differs between the versions of Helm, and some resources depend on it.
 KUBERNETES = "1.36.0"
 CASES = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART / "ci").glob("*-values.yaml"))}
 BOTH = (HELM, HELM_3)
-# A process of Helm lives for a tenth of a second, a quarter of which would go to collecting garbage.
+# A Helm process runs for a tenth of a second; without this it would spend a quarter of that on garbage collection.
 ENVIRONMENT = {**os.environ, "GOGC": "off"}
 
 
 def helm(*arguments, values=None, ok=True, binary=HELM):
-    """Runs Helm. `values` are given as a file, whether they are text or not yet."""
+    """Runs Helm. `values` are passed as a file; they may be YAML text, or a structure that is serialised."""
     command = [binary, *map(str, arguments)]
     if values is not None:
         command += ["--values", "-"]
@@ -36,7 +36,7 @@ def helm(*arguments, values=None, ok=True, binary=HELM):
 
 
 def parse(text, namespace=NAMESPACE):
-    """The resources of what `helm template` prints."""
+    """The resources in the output of `helm template`."""
     resources, extra = [], set()
     for document in re.split(r"^---$", text, flags=re.MULTILINE):
         resource = yaml.load(document, Loader=kube.StrictLoader)
@@ -48,18 +48,18 @@ def parse(text, namespace=NAMESPACE):
 
 
 def template_text(*arguments, name=NAME, chart=CHART, namespace=NAMESPACE, **options):
-    """What `helm template` prints; `options` are those of helm()."""
+    """The output of `helm template`; `options` are those of helm()."""
     return helm("template", name, chart, "--namespace", namespace, "--kube-version", KUBERNETES, *arguments, **options).stdout
 
 
 def template(*arguments, **options):
-    """The resources of what `helm template` prints."""
+    """The resources that `helm template` renders."""
     return parse(template_text(*arguments, **options))
 
 
 @functools.cache
 def text_of(case, binary=HELM):
-    """What is printed for a case: rendered once."""
+    """The output for a case; rendered only once."""
     return template_text("--values", CASES[case], binary=binary)
 
 
@@ -69,8 +69,8 @@ def rendered(case, binary=HELM):
 
 
 @functools.cache
-def sound():
-    """What the mutants are made of: a release with every kind of resource in it."""
+def baseline_release():
+    """The release from which the mutants are made: it has every kind of resource."""
     files = [
         argument for case in ("exposed", "monitoring", "autoscaling", "extras", "cert-manager") for argument in ("--values", CASES[case])
     ]
@@ -78,6 +78,7 @@ def sound():
 
 
 def only(release, kind, end=""):
+    """The only resource of a kind whose name ends with `end`."""
     found = [r for r in release.of(kind) if r["metadata"]["name"].endswith(end)]
     assert len(found) == 1, f"expected one {kind}, found {len(found)}"
     return found[0]

@@ -1,7 +1,7 @@
-"""What is wrong with a set of Kubernetes resources, as far as can be told without a cluster.
+"""Finds errors in a set of Kubernetes resources without a cluster.
 
-A rule is a function over all resources of a release; it yields sentences. The API server refuses some of what the rules
-find, most of it after the schemas were content; the rest it takes, and then it doesn't work. mutants.py proves each rule.
+A rule is a function over all resources of a release that yields a message for each error. The API server rejects some of these
+errors, most of which the schemas accept; it accepts the others, and the release then does not work. mutants.py proves each rule.
 """
 
 import ast
@@ -72,7 +72,7 @@ def rule(function):
 
 
 class Release(list):
-    """The resources of a release; `extra` are the names of those that come from extraManifests."""
+    """The resources of a release; `extra` holds the names of the resources that come from extraManifests."""
 
     def __init__(self, resources, namespace, extra=frozenset()):
         super().__init__(resources)
@@ -83,7 +83,7 @@ class Release(list):
         return [resource for resource in self if resource["kind"] in kinds]
 
     def pods(self):
-        """Every pod or template of pods: (resource, metadata, spec)."""
+        """Every pod or pod template: (resource, metadata, spec)."""
         for resource in self.of("Pod"):
             yield resource, resource["metadata"], resource["spec"]
         for resource in self.of("Deployment"):
@@ -99,20 +99,20 @@ class Release(list):
         return [pod for pod in self.pods() if matches(selector, pod[1].get("labels", {}))]
 
     def findings(self, only=None):
-        """(rule, line of the assertion, sentence) of everything that is wrong."""
+        """(rule, line of the yield, message) of every error."""
         for rule_name, function in RULES.items():
             if only not in (None, rule_name):
                 continue
             generator = function(self)
-            for sentence in generator:
+            for message in generator:
                 inner = generator
                 while inspect.isgenerator(inner.gi_yieldfrom):
                     inner = inner.gi_yieldfrom
-                yield rule_name, inner.gi_frame.f_lineno, sentence
+                yield rule_name, inner.gi_frame.f_lineno, message
 
 
 def assertions():
-    """The lines of this file that can report something: what the mutants must reach."""
+    """The lines of this file that can report a finding; the mutants must reach all of them."""
     inner_ones = ("findings", "pods", "containers", "maps", "unknown", "wrong")
     lines = {}
     for function in ast.walk(ast.parse(Path(__file__).read_text())):
@@ -128,18 +128,18 @@ def assertions():
     return lines
 
 
-class Duplicate(ValueError):
+class DuplicateKey(ValueError):
     pass
 
 
 class StrictLoader(yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader):
-    """YAML, with an error where a mapping has a key twice: the API server takes the last, silently."""
+    """A YAML loader that raises an error for a duplicate key, where the API server silently uses the last one."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        doubled = {key for key in keys if keys.count(key) > 1}
-        if doubled:
-            raise Duplicate(f"line {node.start_mark.line + 1}: expected each key once, found {', '.join(map(str, doubled))} twice")
+        duplicates = {key for key in keys if keys.count(key) > 1}
+        if duplicates:
+            raise DuplicateKey(f"line {node.start_mark.line + 1}: expected each key once, found {', '.join(map(str, duplicates))} twice")
         return super().construct_mapping(node, deep)
 
 
@@ -148,7 +148,7 @@ def name(resource):
 
 
 def configuration_maps(release, deployment):
-    """The ConfigMaps with the daemon's file: one, unless something is wrong."""
+    """The mounted ConfigMaps with the daemon's configuration file: exactly one in a valid release."""
     mounted = [
         volume["configMap"]["name"]
         for volume in deployment["spec"]["template"]["spec"]["volumes"]
@@ -158,7 +158,7 @@ def configuration_maps(release, deployment):
 
 
 def settings_of(release, deployment):
-    """The daemon's settings, where they can be read; what is wrong with the file is for the rule `configuration`."""
+    """The daemon's settings; empty if they cannot be read. Errors in the file are found by the rule `configuration`."""
     try:
         return tomllib.loads(configuration_maps(release, deployment)[0]["data"]["config.toml"])
     except (IndexError, KeyError, tomllib.TOMLDecodeError):
@@ -166,7 +166,7 @@ def settings_of(release, deployment):
 
 
 def services_to(release, port):
-    """The Services that lead to a named port of the pods."""
+    """The Services that target a named port of the pods."""
     return [service for service in release.of("Service") if service["spec"]["ports"][0].get("targetPort") == port]
 
 
@@ -175,7 +175,7 @@ def matches(selector, labels):
     for key, value in selector.get("matchLabels", {}).items():
         if labels.get(key) != value:
             return False
-    assert not selector.get("matchExpressions"), "matchExpressions: nothing in the chart makes them"
+    assert not selector.get("matchExpressions"), "matchExpressions are not supported here: the chart does not use them"
     return True
 
 
@@ -188,21 +188,21 @@ def quantity(text):
     return Decimal(match[1]) * factor
 
 
-def is_bound(value):
-    """Whether a value is an IntOrString that counts pods."""
+def is_pod_count(value):
+    """Whether a value is an IntOrString that counts pods: a number or a percentage."""
     return (isinstance(value, int) and value >= 0) or (isinstance(value, str) and bool(PERCENTAGE.fullmatch(value)))
 
 
-def is_none(value):
+def is_zero(value):
     return str(value) in ("0", "0%")
 
 
 @functools.cache
 def validator(version, kind, api_version):
     group = re.sub(r"^([^./]*)(?:\.[^/]*)?/", r"\1-", api_version)
-    folder = f"kubernetes-json-schema/v{version}-local-strict"
-    schema = kubernetes_validate.utils.schema_contents(f"{folder}/{kind.lower()}-{group}.json", version)
-    definitions = kubernetes_validate.utils.schema_contents(f"{folder}/_definitions.json", version)
+    directory = f"kubernetes-json-schema/v{version}-local-strict"
+    schema = kubernetes_validate.utils.schema_contents(f"{directory}/{kind.lower()}-{group}.json", version)
+    definitions = kubernetes_validate.utils.schema_contents(f"{directory}/_definitions.json", version)
     registry = referencing.Resource.from_contents(definitions) @ (referencing.Resource.from_contents(schema) @ referencing.Registry())
     return jsonschema.Draft202012Validator(schema, registry=registry)
 
@@ -215,11 +215,11 @@ def schema_findings(resources, version):
 
 @rule
 def schema(release):
-    """Strictly as Kubernetes' own schemas have it: types, required and unknown fields."""
+    """Types, required fields and unknown fields, by the strict Kubernetes schemas."""
     yield from schema_findings(release.of(*BUILT_IN_KINDS), kubernetes_validate.latest_version())
 
 
-# What the schemas call a string, and the API server takes a few words for.
+# Fields that are strings in the schemas, but for which the API server accepts only a few words.
 CHOICES = {
     "externalTrafficPolicy": {"Cluster", "Local"},
     "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
@@ -237,7 +237,7 @@ CHOICES = {
 
 @rule
 def choices(release):
-    """Fields that take a few words only have one of them."""
+    """Fields that accept only a few words contain one of them."""
 
     def wrong(value, key):
         if isinstance(value, dict):
@@ -256,7 +256,7 @@ def choices(release):
 
 @rule
 def kinds(release):
-    """No kind that nothing here looks at."""
+    """Every resource has a kind that this file checks."""
     for resource in release:
         if resource["kind"] not in BUILT_IN_KINDS + CUSTOM_KINDS:
             yield f"{name(resource)}: expected one of the kinds that are checked"
@@ -264,7 +264,7 @@ def kinds(release):
 
 @rule
 def custom_models(release):
-    """Values as the CRDs have them."""
+    """Custom resources are valid by the models of their CRDs."""
     found = release.of(*CUSTOM_KINDS)
     for resource, error in zip(found, MODELS.errors(found), strict=True):
         if error:
@@ -272,7 +272,7 @@ def custom_models(release):
 
 
 class Models:
-    """The models of the CRDs, in a process that lives for as long as it is entered."""
+    """The models of the CRDs, in a child process that runs while this context manager is entered."""
 
     def __enter__(self):
         command = ["setpriv", "--pdeathsig", "KILL", "--", "node", Path(__file__).with_name("models.mjs"), tools.PACKAGES]
@@ -284,7 +284,7 @@ class Models:
         return json.loads(self.process.stdout.readline())
 
     def __exit__(self, *_):
-        with self.process:  # closes both pipes, at which it ends
+        with self.process:  # closes both pipes, which makes the process exit
             peers.kill(self.process, "node")
 
 
@@ -351,7 +351,7 @@ CUSTOM_FIELDS = {
 
 @rule
 def custom_fields(release):
-    """No field that the CRDs don't have: the API server drops such fields, or refuses them."""
+    """Custom resources have no unknown fields: the API server drops or rejects such fields."""
 
     def unknown(value, fields, path):
         if isinstance(value, list):
@@ -377,14 +377,14 @@ def custom_fields(release):
 
 @rule
 def names(release):
-    """Names of resources, containers and volumes are of their kind's form, and none is there twice."""
+    """Names of resources, containers and volumes are legal and unique."""
     seen = set()
     for resource in release:
         form = SERVICE_NAME if resource["kind"] == "Service" else SUBDOMAIN
         if not form.fullmatch(str(resource["metadata"].get("name"))):
             yield f"{name(resource)}: expected a DNS name"
         if name(resource) in seen:
-            yield f"{name(resource)}: there are two of it"
+            yield f"{name(resource)}: expected a unique name"
         seen.add(name(resource))
     for resource, _, spec in release.pods():
         for what in ("containers", "volumes"):
@@ -393,12 +393,12 @@ def names(release):
                 if not LABEL.fullmatch(item):
                     yield f"{name(resource)}: {what}: expected a DNS label, found {item!r}"
                 if found.count(item) > 1:
-                    yield f"{name(resource)}: {what}: {item} is there twice"
+                    yield f"{name(resource)}: {what}: expected unique names, found {item} twice"
 
 
 @rule
 def namespaces(release):
-    """Everything is in the release's namespace."""
+    """All resources are in the release's namespace."""
     for resource in release:
         if resource["metadata"].get("namespace") != release.namespace:
             yield f"{name(resource)}: expected namespace {release.namespace}, found {resource['metadata'].get('namespace')}"
@@ -406,7 +406,7 @@ def namespaces(release):
 
 @rule
 def labels(release):
-    """Labels and annotations are of Kubernetes' form, also where they select."""
+    """Names and values of labels and annotations are legal, including in node selectors."""
 
     def maps():
         for resource in release:
@@ -421,14 +421,14 @@ def labels(release):
         for key, value in pairs.items():
             prefix, _, last = key.rpartition("/")
             if not LABEL_VALUE.fullmatch(last) or not last or (prefix and not SUBDOMAIN.fullmatch(prefix)) or (key.startswith("/")):
-                yield f"{name(resource)}: {what}: {key!r} is no name of one"
+                yield f"{name(resource)}: {what}: {key!r} is not a legal name"
             if not isinstance(value, str) or (what == "labels" and not LABEL_VALUE.fullmatch(value)):
-                yield f"{name(resource)}: {what}: {key}: {value!r} is no value of one"
+                yield f"{name(resource)}: {what}: {key}: {value!r} is not a legal value"
 
 
 @rule
 def recommended_labels(release):
-    """Every resource of the chart's own says what it belongs to; extra manifests say what they like."""
+    """Every resource has the recommended labels, except resources from extraManifests."""
     for resource in release:
         missing = [label for label in RECOMMENDED if label not in resource["metadata"].get("labels", {})]
         if missing and name(resource) not in release.extra:
@@ -437,7 +437,7 @@ def recommended_labels(release):
 
 @rule
 def ports(release):
-    """Ports of pods and Services have unique, legal names and numbers, and a Service's port leads to a pod's."""
+    """Ports of pods and Services have unique, legal names and numbers, and Services target ports of their pods."""
     for resource, _, spec in release.pods():
         found = [port for container in spec["containers"] for port in container.get("ports", [])]
         yield from named_ports(resource, found, "containerPort")
@@ -450,7 +450,7 @@ def ports(release):
             known = [value for port in container_ports(spec) for value in port]
             for port in service["spec"]["ports"]:
                 if port.get("targetPort", port["port"]) not in known:
-                    yield f"{name(service)}: expected a targetPort of the pods, found {port.get('targetPort')}"
+                    yield f"{name(service)}: expected a targetPort that the pods have, found {port.get('targetPort')}"
 
 
 def named_ports(resource, found, number):
@@ -473,7 +473,7 @@ def container_ports(spec):
 
 @rule
 def probes(release):
-    """Probes ask a port of their container, in periods that the API server takes."""
+    """Probes use a port of their container, and periods that the API server accepts."""
     least = {
         "periodSeconds": 1,
         "timeoutSeconds": 1,
@@ -488,24 +488,24 @@ def probes(release):
             probe = container.get(kind)
             if probe is None:
                 continue
-            place = f"{name(resource)}: {container['name']}.{kind}"
+            prefix = f"{name(resource)}: {container['name']}.{kind}"
             handler = probe.get("httpGet", {})
             if handler.get("port") not in own:
-                yield f"{place}: expected a port of the container, found {handler.get('port')!r}"
+                yield f"{prefix}: expected a port of the container, found {handler.get('port')!r}"
             if not str(handler.get("path")).startswith("/"):
-                yield f"{place}: expected a path, found {handler.get('path')!r}"
+                yield f"{prefix}: expected a path, found {handler.get('path')!r}"
             for field, minimum in least.items():
                 if probe.get(field, minimum) < minimum:
-                    yield f"{place}: expected {field} of {minimum} or more, found {probe[field]}"
+                    yield f"{prefix}: expected {field} of {minimum} or more, found {probe[field]}"
             if kind != "readinessProbe" and probe.get("successThreshold", 1) != 1:
-                yield f"{place}: expected a successThreshold of 1"
+                yield f"{prefix}: expected a successThreshold of 1"
             if kind == "readinessProbe" and "terminationGracePeriodSeconds" in probe:
-                yield f"{place}: expected no terminationGracePeriodSeconds, since its failure ends nothing"
+                yield f"{prefix}: expected no terminationGracePeriodSeconds, because its failure does not stop the container"
 
 
 @rule
 def probed(release):
-    """The daemon's container is asked whether it lives and whether it is ready."""
+    """The daemon's container has a liveness and a readiness probe."""
     for deployment in release.of("Deployment"):
         container = deployment["spec"]["template"]["spec"]["containers"][0]
         for kind, path in (("livenessProbe", "/livez"), ("readinessProbe", "/readyz")):
@@ -515,7 +515,7 @@ def probed(release):
 
 @rule
 def mounted_secrets(release):
-    """Every file that the configuration names is mounted, from a whole volume, so that it follows its Secret; others can't read it."""
+    """Every file that the configuration names is mounted from a whole volume, so that it is updated; others cannot read it."""
     for deployment in release.of("Deployment"):
         spec = deployment["spec"]["template"]["spec"]
         settings = settings_of(release, deployment)
@@ -526,10 +526,10 @@ def mounted_secrets(release):
             if not file:
                 continue
             if len(mounts) != 1:
-                yield f"{name(deployment)}: {setting}: nothing is mounted at {directory}"
+                yield f"{name(deployment)}: {setting}: expected a mount at {directory}"
                 continue
             if "subPath" in mounts[0]:
-                yield f"{name(deployment)}: {setting}: expected a whole volume, since a subPath never changes"
+                yield f"{name(deployment)}: {setting}: expected a whole volume, because a subPath is never updated"
             volume = by_name.get(mounts[0]["name"], {})
             source = volume.get("secret") or volume.get("configMap") or {}
             if file not in [item["path"] for item in source.get("items", [])]:
@@ -537,24 +537,24 @@ def mounted_secrets(release):
             if source.get("defaultMode", 0o644) & 0o037:
                 yield f"{name(deployment)}: {setting}: expected the mode 0440, found {source.get('defaultMode', 0o644):04o}"
             if not spec.get("securityContext", {}).get("fsGroup"):
-                yield f"{name(deployment)}: {setting}: expected an fsGroup, which the daemon reads it by"
+                yield f"{name(deployment)}: {setting}: expected an fsGroup, through which the daemon reads it"
 
 
 @rule
 def transport(release):
-    """Whatever speaks to the key port speaks TLS where the pods do; whoever can't meet its terms asks the metrics port."""
+    """Clients of the key port use TLS if the pods do. Clients without a required certificate or PROXY header use the metrics port."""
     for deployment in release.of("Deployment"):
         template = deployment["spec"]["template"]
         settings = settings_of(release, deployment)
         tls = "tls-cert" in settings
-        terms = "tls-client-ca" in settings or settings.get("proxy-protocol", False)
+        restricted = "tls-client-ca" in settings or settings.get("proxy-protocol", False)
         if settings.get("proxy-protocol") and not settings.get("trusted-proxies"):
-            yield f"{name(deployment)}: expected trusted-proxies, which alone send PROXY headers"
+            yield f"{name(deployment)}: expected trusted-proxies, because only those may send PROXY headers"
         probes = [template["spec"]["containers"][0].get(kind) for kind in ("startupProbe", "livenessProbe", "readinessProbe")]
         for probe in [probe["httpGet"] for probe in probes if probe]:
             if probe["port"] != "metrics" or probe.get("scheme", "HTTP") != "HTTP":
-                reason = "floods, certificates and PROXY headers are the key port's"
-                yield f"{name(deployment)}: expected probes of the port metrics in plain HTTP: {reason}"
+                reason = "the key port can be flooded, and can require certificates or PROXY headers"
+                yield f"{name(deployment)}: expected probes of the port metrics over plain HTTP, because {reason}"
         keys = services_to(release, "http")
         for service in keys:
             expected = None if settings.get("proxy-protocol") else "https" if tls else "http"
@@ -566,21 +566,21 @@ def transport(release):
                 yield f"{name(ingress)}: expected the controllers' annotations for a backend with{'' if tls else 'out'} TLS, found {texts}"
         policies = release.of("BackendTLSPolicy")
         if len(policies) != (1 if tls and release.of("HTTPRoute") else 0):
-            yield f"{name(deployment)}: expected a BackendTLSPolicy where there are TLS and an HTTPRoute, found {len(policies)}"
+            yield f"{name(deployment)}: expected a BackendTLSPolicy exactly if there are TLS and an HTTPRoute, found {len(policies)}"
         for resource in policies:
             targets = [(target["kind"], target["name"], target.get("sectionName")) for target in resource["spec"]["targetRefs"]]
             if targets != [("Service", service["metadata"]["name"], "http") for service in keys]:
-                yield f"{name(resource)}: expected the Service of keys as target, found {targets}"
+                yield f"{name(resource)}: expected the Service for keys as the target, found {targets}"
             if ("caCertificateRefs" in resource["spec"]["validation"]) == ("wellKnownCACertificates" in resource["spec"]["validation"]):
                 yield f"{name(resource)}: expected one of caCertificateRefs and wellKnownCACertificates"
         for pod in release.of("Pod"):
             url = str(pod["spec"]["containers"][0].get("args", [None])[-1])
-            expected = "http://" if terms or not tls else "https://"
-            port = "metrics" if terms else "http"
+            expected = "http://" if restricted or not tls else "https://"
+            port = "metrics" if restricted else "http"
             if not url.startswith(expected):
                 yield f"{name(pod)}: expected {expected}, found {url}"
             if url.rpartition(":")[2] != str(services_to(release, port)[0]["spec"]["ports"][0]["port"]):
-                yield f"{name(pod)}: expected the Service of {port}, found {url}"
+                yield f"{name(pod)}: expected the Service for {port}, found {url}"
             for resource in release.of("NetworkPolicy"):
                 for entry in resource["spec"]["ingress"]:
                     if (
@@ -590,7 +590,7 @@ def transport(release):
                             matches(peer["podSelector"], pod["metadata"]["labels"]) for peer in entry["from"] if peer.get("podSelector")
                         )
                     ):
-                        yield f"{name(resource)}: expected to let the pod of `helm test` in to {port}"
+                        yield f"{name(resource)}: expected to allow the pod of `helm test` to connect to {port}"
 
 
 BACKEND_ANNOTATIONS = {
@@ -605,7 +605,7 @@ BACKEND_ANNOTATIONS = {
 
 @rule
 def certificates(release):
-    """cert-manager writes the Secret that is mounted, for the names of the Service of keys."""
+    """cert-manager writes the Secret that the pods mount, for the names of the Service for keys."""
     for certificate in release.of("Certificate"):
         mounted = [
             volume["secret"]["secretName"] for _, _, spec in release.pods() for volume in spec.get("volumes", []) if "secret" in volume
@@ -623,7 +623,7 @@ def certificates(release):
 
 @rule
 def mount_points(release):
-    """No mount is below a read-only one, in which the container runtime can't make its mount point."""
+    """No mount is below a read-only mount, where the container runtime cannot create the mount point."""
     for resource, _, container in release.containers():
         mounts = container.get("volumeMounts", [])
         for outer in mounts:
@@ -634,15 +634,15 @@ def mount_points(release):
 
 @rule
 def volumes(release):
-    """Every mount has its volume, at a place of its own; every volume has a mount and what it is made of."""
+    """Every mount has a volume and a unique path; every volume is mounted, and its source exists."""
     maps = {resource["metadata"]["name"] for resource in release.of("ConfigMap")}
     for resource, _, spec in release.pods():
         known = {volume["name"]: volume for volume in spec.get("volumes", [])}
         mounted = set()
         for container in spec.get("initContainers", []) + spec["containers"]:
-            places = [mount["mountPath"] for mount in container.get("volumeMounts", [])]
-            if len(set(places)) < len(places):
-                yield f"{name(resource)}: {container['name']}: expected each mountPath once, found {places}"
+            paths = [mount["mountPath"] for mount in container.get("volumeMounts", [])]
+            if len(set(paths)) < len(paths):
+                yield f"{name(resource)}: {container['name']}: expected unique mountPaths, found {paths}"
             for mount in container.get("volumeMounts", []):
                 mounted.add(mount["name"])
                 if mount["name"] not in known:
@@ -651,46 +651,46 @@ def volumes(release):
                     yield f"{name(resource)}: {container['name']}: expected an absolute mountPath, found {mount['mountPath']!r}"
         for volume in known.values():
             if volume["name"] not in mounted:
-                yield f"{name(resource)}: volume {volume['name']} is mounted nowhere"
-            source = volume.get("configMap") if volume["name"] != "key-service-client-ca" else None  # it is not the chart's
+                yield f"{name(resource)}: volume {volume['name']} is not mounted"
+            source = volume.get("configMap") if volume["name"] != "key-service-client-ca" else None  # the user's own ConfigMap
             if source and not source.get("optional") and source.get("name") not in maps:
                 yield f"{name(resource)}: volume {volume['name']}: there is no ConfigMap {source.get('name')}"
 
 
 @rule
 def variables(release):
-    """Environment variables have legal names, each once, and one source."""
+    """Environment variables have legal, unique names, and one source each."""
     for resource, _, container in release.containers():
         found = [variable["name"] for variable in container.get("env", [])]
         for variable in container.get("env", []):
             if not VARIABLE.fullmatch(variable["name"]):
-                yield f"{name(resource)}: {container['name']}: {variable['name']!r} is no variable's name"
+                yield f"{name(resource)}: {container['name']}: {variable['name']!r} is not a legal name of a variable"
             if "value" in variable and "valueFrom" in variable:
                 yield f"{name(resource)}: {container['name']}: {variable['name']}: expected value or valueFrom, found both"
         if len(set(found)) < len(found):
-            yield f"{name(resource)}: {container['name']}: expected each variable once, found {found}"
+            yield f"{name(resource)}: {container['name']}: expected unique variables, found {found}"
 
 
 @rule
 def resources(release):
-    """Every container requests and is limited in CPU and memory, by legal quantities, and requests no more than its limit."""
+    """Every container has legal requests and limits for CPU and memory, and no request exceeds its limit."""
     for resource, _, container in release.containers():
         found = container.get("resources", {})
         for what in ("cpu", "memory"):
-            place = f"{name(resource)}: {container['name']}: {what}"
+            prefix = f"{name(resource)}: {container['name']}: {what}"
             amounts = {}
             for bound in ("requests", "limits"):
                 text = found.get(bound, {}).get(what)
                 amounts[bound] = quantity(text)
                 if amounts[bound] is None:
-                    yield f"{place}: expected a quantity in {bound}, found {text!r}"
+                    yield f"{prefix}: expected a quantity in {bound}, found {text!r}"
             if None not in amounts.values() and amounts["requests"] > amounts["limits"]:
-                yield f"{place}: expected a request of at most the limit"
+                yield f"{prefix}: expected a request of at most the limit"
 
 
 @rule
 def further_limits(release):
-    """No request of another resource than CPU and memory is above its limit either."""
+    """No request for a resource other than CPU and memory exceeds its limit."""
     for resource, _, container in release.containers():
         found = container.get("resources", {})
         for what, text in found.get("requests", {}).items():
@@ -701,13 +701,13 @@ def further_limits(release):
 
 @rule
 def rollout(release):
-    """An update can begin, and takes no pod away before another is ready, unless the values say so."""
+    """A rolling update has legal bounds and can start."""
     for deployment in release.of("Deployment"):
         bounds = deployment["spec"].get("strategy", {}).get("rollingUpdate", {})
         for field in ("maxSurge", "maxUnavailable"):
-            if not is_bound(bounds.get(field)):
-                yield f"{name(deployment)}: expected a count or a percentage as {field}, found {bounds.get(field)!r}"
-        if is_none(bounds.get("maxSurge")) and is_none(bounds.get("maxUnavailable")):
+            if not is_pod_count(bounds.get(field)):
+                yield f"{name(deployment)}: expected a number or a percentage as {field}, found {bounds.get(field)!r}"
+        if is_zero(bounds.get("maxSurge")) and is_zero(bounds.get("maxUnavailable")):
             yield f"{name(deployment)}: expected maxSurge or maxUnavailable above 0"
 
 
@@ -719,24 +719,24 @@ def disruption(release):
         if len(found) != 1:
             yield f"{name(budget)}: expected minAvailable or maxUnavailable, found {found}"
         for field, value in found.items():
-            if not is_bound(value):
-                yield f"{name(budget)}: expected a count or a percentage as {field}, found {value!r}"
+            if not is_pod_count(value):
+                yield f"{name(budget)}: expected a number or a percentage as {field}, found {value!r}"
 
 
 @rule
 def evictions(release):
-    """A disruption budget lets a pod go, however few of them there are; percentages are rounded up."""
+    """A disruption budget allows at least one eviction, even with the minimum number of pods; percentages are rounded up."""
     for budget in release.of("PodDisruptionBudget"):
         counts = [scaler["spec"].get("minReplicas", 1) for scaler in release.of("HorizontalPodAutoscaler")]
         counts = counts or [deployment["spec"].get("replicas", 1) for deployment in release.of("Deployment")]
         for pods in counts:
             try:
-                away = rounded(budget["spec"].get("maxUnavailable", 1), pods)
-                stay = rounded(budget["spec"].get("minAvailable", pods - away), pods)
+                evicted = rounded(budget["spec"].get("maxUnavailable", 1), pods)
+                remaining = rounded(budget["spec"].get("minAvailable", pods - evicted), pods)
             except ValueError:
-                continue  # what `disruption` finds
-            if stay >= pods > 0:
-                yield f"{name(budget)}: expected to let one of {pods} pods go"
+                continue  # found by the rule `disruption`
+            if remaining >= pods > 0:
+                yield f"{name(budget)}: expected to allow the eviction of one of {pods} pods"
 
 
 def rounded(value, pods):
@@ -745,16 +745,16 @@ def rounded(value, pods):
 
 @rule
 def spreads(release):
-    """Each topology is spread over once by each means."""
+    """Topology spread constraints have unique pairs of topologyKey and whenUnsatisfiable."""
     for resource, _, spec in release.pods():
         found = [(c["topologyKey"], c["whenUnsatisfiable"]) for c in spec.get("topologySpreadConstraints", [])]
         if len(set(found)) < len(found):
-            yield f"{name(resource)}: topologySpreadConstraints: expected each topologyKey once, found {found}"
+            yield f"{name(resource)}: topologySpreadConstraints: expected unique pairs of topologyKey and whenUnsatisfiable, found {found}"
 
 
 @rule
 def networks(release):
-    """Networks are in CIDR notation, and exceptions are within them."""
+    """Networks are in CIDR notation, and contain their exceptions."""
 
     def network(text):
         try:
@@ -777,12 +777,12 @@ def networks(release):
                     elif text != block["cidr"] and (
                         outer is None or outer.version != inner.version or not inner.subnet_of(outer) or inner == outer
                     ):
-                        yield f"{name(resource)}: expected a part of {block['cidr']}, found {text}"
+                        yield f"{name(resource)}: expected an exception within {block['cidr']}, found {text}"
 
 
 @rule
 def autoscaler(release):
-    """An autoscaler's bounds, target and metrics make sense, and the target leaves the count to it."""
+    """An autoscaler has valid bounds, metrics and an existing target, and the target does not set the number of replicas."""
     for scaler in release.of("HorizontalPodAutoscaler"):
         spec = scaler["spec"]
         if not 1 <= spec.get("minReplicas", 1) <= spec["maxReplicas"]:
@@ -794,19 +794,19 @@ def autoscaler(release):
             yield f"{name(scaler)}: there is no {spec['scaleTargetRef']}"
         for target in targets:
             if "replicas" in target["spec"]:
-                yield f"{name(target)}: expected no replicas beside an autoscaler"
+                yield f"{name(target)}: expected no replicas together with an autoscaler"
             for metric in spec.get("metrics", []):
                 wanted = metric.get("resource", {})
                 if wanted.get("target", {}).get("averageUtilization", 1) < 1:
                     yield f"{name(scaler)}: expected a utilization above 0"
                 for container in target["spec"]["template"]["spec"]["containers"]:
                     if wanted and wanted["name"] not in container.get("resources", {}).get("requests", {}):
-                        yield f"{name(scaler)}: {container['name']} requests no {wanted['name']}, so it can't be measured against it"
+                        yield f"{name(scaler)}: {container['name']}: expected a request for {wanted['name']} to measure utilization"
 
 
 @rule
 def selectors(release):
-    """Whatever selects pods or Services selects what it is meant to, and no pod of `helm test`."""
+    """Every selector selects the pods of the Deployment, and not the pod of `helm test`."""
     for deployment in release.of("Deployment"):
         if not matches(deployment["spec"]["selector"], deployment["spec"]["template"]["metadata"].get("labels", {})):
             yield f"{name(deployment)}: its selector does not match its pods"
@@ -824,30 +824,30 @@ def selectors(release):
 
 @rule
 def monitors(release):
-    """A ServiceMonitor selects one Service, by a port that it has, and names the job as the rules do."""
+    """A ServiceMonitor selects one Service and an existing port of it, and sets the job that the rules select."""
     for monitor in release.of("ServiceMonitor"):
         found = [s for s in release.of("Service") if matches(monitor["spec"]["selector"], s["metadata"].get("labels", {}))]
         if len(found) != 1 or not monitor["spec"]["selector"].get("matchLabels"):
             yield f"{name(monitor)}: expected to select one Service, found {[name(service) for service in found]}"
         if monitor["spec"].get("namespaceSelector", {}).get("matchNames") != [release.namespace]:
-            yield f"{name(monitor)}: expected to look in {release.namespace}"
+            yield f"{name(monitor)}: expected the namespace {release.namespace}"
         for service in found:
             for endpoint in monitor["spec"]["endpoints"]:
                 if {"targetLabel": "job", "replacement": "key-service"} not in endpoint.get("relabelings", []):
                     yield f"{name(monitor)}: expected the job key-service"
                 if endpoint.get("honorLabels") is not True:
-                    yield f"{name(monitor)}: expected the route's label endpoint to win over the operator's of that name"
+                    yield f"{name(monitor)}: expected honorLabels, so that the daemon's label endpoint overrides the operator's"
                 if endpoint["port"] not in [port["name"] for port in service["spec"]["ports"]]:
                     yield f"{name(monitor)}: {name(service)} has no port {endpoint['port']}"
 
 
 @rule
 def prometheus_rules(release):
-    """Prometheus takes the rules (promtool), and no group is there twice."""
+    """Prometheus accepts the rules (checked by promtool), and groups have unique names."""
     for resource in release.of("PrometheusRule"):
         groups = [group["name"] for group in resource["spec"]["groups"]]
         if len(set(groups)) < len(groups):
-            yield f"{name(resource)}: expected each group once, found {groups}"
+            yield f"{name(resource)}: expected unique groups, found {groups}"
         error = promtool(json.dumps(resource["spec"]))
         if error:
             yield f"{name(resource)}: {error}"
@@ -855,14 +855,14 @@ def prometheus_rules(release):
 
 @functools.cache
 def promtool(rules):
-    """promtool's error for rules that it refuses."""
+    """promtool's error for rules that it rejects; 0 if it accepts them."""
     ran = subprocess.run(["promtool", "check", "rules", "/dev/stdin"], input=rules, text=True, capture_output=True)
     return ran.returncode and (ran.stdout + ran.stderr).strip()
 
 
 @rule
 def backends(release):
-    """Ingress and HTTPRoute lead to a port that a Service has."""
+    """The backends of Ingress and HTTPRoute are existing ports of Services; paths and host names are legal."""
 
     def has(service_name, key, value):
         return any(
@@ -891,26 +891,26 @@ def backends(release):
 
 @rule
 def policy(release):
-    """A network policy governs both ways, and lets in the pods' ports by name."""
+    """A network policy restricts ingress and egress, and allows ingress only to the named ports of the pods."""
     for resource in release.of("NetworkPolicy"):
         if sorted(resource["spec"].get("policyTypes", [])) != ["Egress", "Ingress"]:
             yield f"{name(resource)}: expected the policy types Ingress and Egress"
         known = {port for _, _, spec in release.selected(resource["spec"]["podSelector"]) for port, _ in container_ports(spec)}
-        admitted = {port["port"] for entry in resource["spec"].get("ingress", []) for port in entry.get("ports", [{"port": None}])}
-        if not admitted <= known or not {"http", "metrics"} <= admitted:
-            yield f"{name(resource)}: expected to let in http and metrics of {sorted(known)}, found {admitted}"
+        allowed = {port["port"] for entry in resource["spec"].get("ingress", []) for port in entry.get("ports", [{"port": None}])}
+        if not allowed <= known or not {"http", "metrics"} <= allowed:
+            yield f"{name(resource)}: expected to allow ingress to http and metrics of {sorted(known)}, found {allowed}"
         if any(not entry.get("ports") for entry in resource["spec"].get("egress", [])):
             yield f"{name(resource)}: expected egress to named ports only"
 
 
 @rule
 def configuration(release):
-    """The mounted file is TOML; ports and deadlines in it are the pod's; a change of it rolls the pods."""
+    """The mounted file is TOML; its ports and drain times match the pod; changing it replaces the pods."""
     for deployment in release.of("Deployment"):
         template = deployment["spec"]["template"]
         found = configuration_maps(release, deployment)
         if len(found) != 1:
-            yield f"{name(deployment)}: expected one ConfigMap with the daemon's file"
+            yield f"{name(deployment)}: expected one ConfigMap with the daemon's configuration file"
             continue
         try:
             settings = tomllib.loads(found[0]["data"]["config.toml"])
@@ -946,39 +946,39 @@ def accounts(release):
 
 @rule
 def restricted(release):
-    """The Pod Security Standard `restricted`, and a read-only root."""
+    """Pods meet the Pod Security Standard `restricted` and have a read-only root file system."""
     for resource, _, spec in release.pods():
-        place = name(resource)
+        prefix = name(resource)
         pod = spec.get("securityContext", {})
         for field in ("hostNetwork", "hostPID", "hostIPC"):
             if spec.get(field):
-                yield f"{place}: expected no {field}"
+                yield f"{prefix}: expected no {field}"
         if pod.get("sysctls"):
-            yield f"{place}: expected no sysctls"
+            yield f"{prefix}: expected no sysctls"
         for volume in spec.get("volumes", []):
             kinds = set(volume) - {"name"}
             if not kinds <= RESTRICTED_VOLUMES:
-                yield f"{place}: expected no volume of the kind {kinds}"
+                yield f"{prefix}: expected no volume of type {kinds}"
         for container in spec.get("initContainers", []) + spec.get("ephemeralContainers", []) + spec["containers"]:
             own = container.get("securityContext", {})
-            place = f"{name(resource)}: {container['name']}"
+            prefix = f"{name(resource)}: {container['name']}"
             either = {**pod, **own}
             if either.get("runAsNonRoot") is not True:
-                yield f"{place}: expected runAsNonRoot: true"
+                yield f"{prefix}: expected runAsNonRoot: true"
             if not either.get("runAsUser"):
-                yield f"{place}: expected a runAsUser that is not root"
+                yield f"{prefix}: expected a runAsUser that is not root"
             if either.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
-                yield f"{place}: expected the seccomp profile RuntimeDefault or Localhost"
+                yield f"{prefix}: expected the seccomp profile RuntimeDefault or Localhost"
             if own.get("allowPrivilegeEscalation") is not False:
-                yield f"{place}: expected allowPrivilegeEscalation: false"
+                yield f"{prefix}: expected allowPrivilegeEscalation: false"
             if own.get("privileged"):
-                yield f"{place}: expected no privileged container"
+                yield f"{prefix}: expected no privileged container"
             if own.get("capabilities", {}).get("drop") != ["ALL"] or set(own["capabilities"].get("add", [])) - {"NET_BIND_SERVICE"}:
-                yield f"{place}: expected to drop ALL capabilities and to add none but NET_BIND_SERVICE"
+                yield f"{prefix}: expected to drop ALL capabilities and to add none but NET_BIND_SERVICE"
             if own.get("procMount", "Default") != "Default":
-                yield f"{place}: expected the default procMount"
+                yield f"{prefix}: expected the default procMount"
             if own.get("readOnlyRootFilesystem") is not True:
-                yield f"{place}: expected a read-only root"
+                yield f"{prefix}: expected a read-only root file system"
             for context in (pod, own):
                 if context.get("seLinuxOptions", {}).get("type", "") not in (
                     "",
@@ -987,11 +987,11 @@ def restricted(release):
                     "container_kvm_t",
                     "container_engine_t",
                 ) or {"user", "role"} & set(context.get("seLinuxOptions", {})):
-                    yield f"{place}: expected no SELinux options"
+                    yield f"{prefix}: expected no SELinux options"
                 if context.get("appArmorProfile", {}).get("type", "RuntimeDefault") == "Unconfined":
-                    yield f"{place}: expected AppArmor to confine"
+                    yield f"{prefix}: expected an AppArmor profile other than Unconfined"
                 if context.get("windowsOptions", {}).get("hostProcess"):
-                    yield f"{place}: expected no host process"
+                    yield f"{prefix}: expected no host process"
 
 
 @rule
@@ -1006,7 +1006,7 @@ def images(release):
 
 @rule
 def services(release):
-    """Fields of a Service fit its type."""
+    """A Service has only fields that its type allows."""
     for service in release.of("Service"):
         spec = service["spec"]
         kind = spec.get("type", "ClusterIP")
@@ -1015,12 +1015,12 @@ def services(release):
         misplaced += [field for field in ("clusterIP",) if spec.get(field) == "None" and kind != "ClusterIP"]
         misplaced += ["nodePort" for port in spec["ports"] if "nodePort" in port and kind == "ClusterIP"]
         if misplaced:
-            yield f"{name(service)}: {', '.join(misplaced)} can't be had with type {kind}"
+            yield f"{name(service)}: expected no {', '.join(misplaced)} with type {kind}"
 
 
 @rule
 def families(release):
-    """A Service has as many families as its policy takes; a headless one has the pods' port; nothing in it is deprecated."""
+    """IP families fit the policy of a Service; a headless Service has the port of the pods; no deprecated value is used."""
     for service in release.of("Service"):
         spec = service["spec"]
         if spec.get("ipFamilyPolicy") == "SingleStack" and len(spec.get("ipFamilies", [])) > 1:
@@ -1028,14 +1028,14 @@ def families(release):
         for _, _, pod in release.selected({"matchLabels": spec.get("selector")}) if spec.get("clusterIP") == "None" else []:
             for port in spec["ports"]:
                 if port["port"] != dict(container_ports(pod)).get(port.get("targetPort"), port.get("targetPort")):
-                    yield f"{name(service)}: port {port['port']} leads nowhere, as a headless Service translates no ports"
+                    yield f"{name(service)}: port {port['port']} reaches no pod, because a headless Service does not translate ports"
         if spec.get("trafficDistribution") == "PreferClose":
             yield f"{name(service)}: PreferClose is deprecated"
 
 
 @rule
 def sizes(release):
-    """A ConfigMap is at most 1 MiB, and its JSON is JSON."""
+    """A ConfigMap is smaller than 1 MiB, and its JSON files are valid."""
     for resource in release.of("ConfigMap"):
         if sum(len(text.encode()) for text in resource.get("data", {}).values()) >= 1 << 20:
             yield f"{name(resource)}: expected less than 1 MiB"
@@ -1049,17 +1049,17 @@ def sizes(release):
 
 @rule
 def hooks(release):
-    """Helm deletes its hooks itself once they have ended, however they ended: `helm uninstall` leaves hooks where they are."""
+    """Helm deletes hooks after they succeed or fail, because `helm uninstall` does not delete hooks."""
     for resource in release:
         annotations = resource["metadata"].get("annotations", {})
         policies = set(annotations.get("helm.sh/hook-delete-policy", "").split(","))
         if "helm.sh/hook" in annotations and policies != {"before-hook-creation", "hook-succeeded", "hook-failed"}:
-            yield f"{name(resource)}: expected to be deleted before and after every test, found {policies}"
+            yield f"{name(resource)}: expected to be deleted before every test and after success or failure, found {policies}"
 
 
 @rule
 def tests(release):
-    """`helm test` has a pod that runs once, of the release's own image."""
+    """`helm test` has one pod, which runs once, with the release's own image."""
     own = {c["image"] for d in release.of("Deployment") for c in d["spec"]["template"]["spec"]["containers"][:1]}
     pods = release.of("Pod")
     if len(pods) != 1:
@@ -1075,4 +1075,4 @@ def tests(release):
             ]
             if container["image"] not in own or (command, flag) != ("health", "--url") or not known:
                 found = f"{container['image']} {container.get('args')}"
-                yield f"{name(pod)}: expected to ask a Service of the release with its own image, found {found}"
+                yield f"{name(pod)}: expected to check a Service of the release with the release's own image, found {found}"

@@ -1,5 +1,5 @@
-// Holds custom resources to the models of their CRDs. Reads JSON arrays of resources, each on a line; writes for each a JSON array of
-// errors, null where there is none. The argument is the directory that the packages are installed in.
+// Checks custom resources against the models of their CRDs. Reads lines with a JSON array of resources; writes for each line a JSON
+// array of errors, null for a valid resource. The argument is the directory in which the packages are installed.
 import { createInterface } from "node:readline";
 import { pathToFileURL } from "node:url";
 

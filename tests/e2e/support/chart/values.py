@@ -14,7 +14,7 @@ PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
 
 def leaves(values, path=()):
-    """(path, value) of everything in values that holds no more names of ours."""
+    """(path, value) of each leaf: a value whose schema defines no further names of ours."""
     for key, value in values.items():
         if isinstance(value, dict) and value and value_is_ours((*path, key)):
             yield from leaves(value, (*path, key))
@@ -30,7 +30,7 @@ def value_is_ours(path):
 
 
 def is_ours(node):
-    """Whether the schema itself says which keys a value may have; else it is a map, or Kubernetes' own structure."""
+    """Whether our schema defines which keys a value may have; otherwise it is a free map, or a structure that Kubernetes defines."""
     if node.get("$ref", "").startswith(definitions.PREFIX):
         return False
     return resolve(node).get("additionalProperties") is False and "patternProperties" not in resolve(node)
@@ -40,8 +40,8 @@ def resolve(node):
     return SCHEMA["definitions"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
 
 
-def holder(values, path):
-    """What has the last name of a path, and that name."""
+def parent_and_key(values, path):
+    """The map that contains the last key of a path, and that key."""
     parent, _, last = path.rpartition(".")
     return (at(values, parent) if parent else values), last
 
@@ -55,7 +55,7 @@ def at(values, path):
 
 
 def has_null(values, path):
-    parent, last = holder(values, path)
+    parent, last = parent_and_key(values, path)
     return isinstance(parent, dict) and last in parent and parent[last] is None
 
 

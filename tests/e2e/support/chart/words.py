@@ -1,4 +1,4 @@
-"""Words that some reading of YAML takes for something else than text, in every value that takes text."""
+"""Words that some version of YAML does not read as text, set in every value that accepts text."""
 
 import functools
 import re
@@ -13,8 +13,8 @@ from support.chart.values import SCHEMA, merged, resolve
 WORDS = ["123", "1e3", "0x1f", "0o7", "0b1", "1_000", "12:30:00", "2024-01-01", ".5", "on", "no", "true", "null", "y", "N", "~", "="]
 HARMLESS = "word"
 FIELDS = ("release and namespace", "values")
-# Plain scalars that are not text: by the types of YAML 1.1 (yaml.org/type) and by the core schema of YAML 1.2.2 (10.3.2), to which
-# Go's parsers add 1.1's numbers. "=" and "<<" are text to Go's parsers, which Helm and Kubernetes have.
+# Plain scalars that are not text, by the types of YAML 1.1 (yaml.org/type) and by the core schema of YAML 1.2.2 (10.3.2). Go's
+# parsers, which Helm and Kubernetes use, add the numbers of 1.1 to the core schema, and read "=" and "<<" as text.
 NOT_TEXT = {
     "YAML 1.1": r"~|null|Null|NULL|y|Y|yes|Yes|YES|n|N|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF"
     r"|[-+]?0b[01_]+|[-+]?0x[0-9a-fA-F_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])*(\.[0-9_]*)?|[-+]?([0-9][0-9_]*)?\.[0-9.]*([eE][-+][0-9]+)?"
@@ -22,7 +22,7 @@ NOT_TEXT = {
     "YAML 1.2": r"~|null|Null|NULL|true|True|TRUE|false|False|FALSE|[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
     r"|[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
-# All resources, with the least that each needs.
+# Values that enable every resource, with only what each requires.
 EVERYTHING = {
     "service": {"type": "LoadBalancer"},
     "autoscaling": {"enabled": True},
@@ -36,7 +36,7 @@ VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
 
 
 def not_text(rendered_text):
-    """How often each scalar that is not text stands there, keys included, by the reading that takes it so."""
+    """A Counter of (version of YAML, scalar) for each scalar, including keys, that is not text in that version."""
     found, nodes = Counter(), list(yaml.compose_all(rendered_text, Loader=yaml.CSafeLoader))
     while nodes:
         node = nodes.pop()
@@ -49,14 +49,14 @@ def not_text(rendered_text):
 
 
 def filled(node, word):
-    """A value with the word wherever the schema takes text; None if there is no such place in it."""
+    """A value with the word in every place where the schema accepts text; None if there is no such place."""
     if "$ref" in node:
         return filled_definition(node["$ref"], word)
 
-    def takes(value):
+    def accepts(value):
         return VALIDATOR.evolve(schema=node).is_valid(value)
 
-    if takes(word) and takes(HARMLESS):
+    if accepts(word) and accepts(HARMLESS):
         return word
     if "array" in node.get("type", []):
         item = filled(node.get("items", {}), word)
@@ -70,13 +70,13 @@ def filled(node, word):
     for key in sorted(required - set(value)):
         value[key] = needed(resolve(parts.get(key, {})), word)
     if (node.get("additionalProperties") is not False or "patternProperties" in node) and (
-        takes({word: word, **value}) and takes({HARMLESS: word, **value})
+        accepts({word: word, **value}) and accepts({HARMLESS: word, **value})
     ):
         value[word] = word
-    for key in reversed(list(value)):  # of what excludes each other, one stays
-        if not takes(value) and key not in required:
+    for key in reversed(list(value)):  # keep only one of mutually exclusive fields
+        if not accepts(value) and key not in required:
             del value[key]
-    return value if value and takes(value) else None
+    return value if value and accepts(value) else None
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def filled_definition(reference, word):
 
 
 def needed(node, word):
-    """Something where the schema takes no mere word, but has to have a value."""
+    """A valid value for a required field that does not accept the word itself."""
     if "enum" in node:
         return node["enum"][0]
     if "integer" in node.get("type", []):
@@ -99,14 +99,14 @@ def needed(node, word):
 
 @functools.cache
 def filled_values(word):
-    # Texts in extraManifests are YAML of the user's own.
+    # Text in extraManifests is the user's own YAML.
     node = {**SCHEMA, "properties": {key: child for key, child in SCHEMA["properties"].items() if key not in ("extraManifests", "global")}}
-    # No target that the containers had to have requests for: those are quantities.
+    # A CPU target would need requests of the containers, which are quantities.
     return merged(merged(EVERYTHING, filled(node, word)), {"autoscaling": {"targetCPUUtilizationPercentage": None}})
 
 
 def values_with(word, second):
-    """Every value that takes the word, but for those that exclude each other: the names of a pod's containers differ, and so on."""
+    """All values that accept the word. Mutually exclusive ones are split over two sets: `second` selects the set."""
     certificate = {"existingSecret": None, "certificate": {"enabled": True}, "clientCA": {"existingSecret": None}}
     values = merged(filled_values(word), {"tls": certificate if second else {"clientCA": {"existingConfigMap": None}}})
     renamed = "extraContainers" if second else "extraInitContainers"
@@ -115,7 +115,7 @@ def values_with(word, second):
 
 @functools.cache
 def count_with(word, field, binary, chart):
-    """What is not text where the word is the release's name, its namespace, or in every value that takes it."""
+    """The scalars that are not text if the word is the release's name and namespace, or is in every value that accepts it."""
     release, namespace, values = NAME, NAMESPACE, EVERYTHING
     if field == "release and namespace":
         release = namespace = word
@@ -125,7 +125,7 @@ def count_with(word, field, binary, chart):
 
 
 def words_that_are_not_text(chart=CHART, words=WORDS, binaries=BOTH):
-    """Sentences on words that did not stay text."""
+    """A message for each word that did not stay text."""
     for field in FIELDS:
         for word in words:
             if field == "release and namespace" and not re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", word):
@@ -133,4 +133,4 @@ def words_that_are_not_text(chart=CHART, words=WORDS, binaries=BOTH):
             for binary in binaries:
                 difference = count_with(word, field, binary, chart) - count_with(HARMLESS, field, binary, chart)
                 for (reading, scalar), count in difference.items():
-                    yield f"{field} {word!r}, {binary.name}: {scalar} is no text in {reading}, {count} times"
+                    yield f"{field} {word!r}, {binary.name}: {scalar} is not text in {reading}, {count} times"
