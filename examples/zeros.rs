@@ -22,13 +22,13 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use key_service::keys::generator::CHUNK;
 use key_service::server::accept::serve;
+use key_service::server::activation::ActivatedSockets;
 use key_service::server::connection::http;
 use key_service::server::connection_limit::ConnectionLimit;
 use key_service::server::context::ServerContext;
 use key_service::server::drain::Drain;
-use key_service::server::fast_path::SlowPathOnly;
+use key_service::server::fast_path::service::SlowPathOnly;
 use key_service::server::heartbeat::Heartbeats;
-use key_service::server::listener::ActivatedSockets;
 use key_service::server::timeouts::Timeouts;
 use key_service::telemetry::metrics::Metrics;
 

@@ -11,7 +11,7 @@ use key_service::config::{ConfigErrors, Sources, injected_variables};
 use key_service::daemon::{RunError, forbid_core_dumps, run};
 use key_service::keys::generator::{Generator, OsRandom};
 use key_service::probe::Target;
-use key_service::server::listener::ActivatedSockets;
+use key_service::server::activation::ActivatedSockets;
 use key_service::systemd::{notify, reload};
 use key_service::telemetry::log::Log;
 use zeroize::Zeroizing;

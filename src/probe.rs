@@ -14,9 +14,11 @@ use crate::access::file_source::FileSource;
 use crate::access::forwarded::{Proxies, Proxy};
 use crate::access::peer::Peer;
 use crate::config::LocalEndpoint;
-use crate::server::listener::Host;
+use crate::server::address::Host;
 use crate::server::proxy_protocol;
-use crate::server::tls;
+use crate::server::tls::pem;
+use crate::server::tls::pinned_client::pinned_client;
+use crate::server::tls::plain_http::PLAIN_HTTP_DETAIL;
 use crate::telemetry::endpoint::HEALTH_PATH;
 
 /// How long each step may take: connecting, the request, the answer.
@@ -120,7 +122,7 @@ impl Target {
             format!("{self}: {}{reason}", sentence(&error))
         })?;
         let text = String::from_utf8_lossy(&answer);
-        let names_tls = text.starts_with("HTTP/1.1 400 ") && text.contains(tls::PLAIN_HTTP_DETAIL);
+        let names_tls = text.starts_with("HTTP/1.1 400 ") && text.contains(PLAIN_HTTP_DETAIL);
         if self.certificate.is_none() && (is_tls(&answer) || names_tls) {
             return Err(format!(
                 "{self}: expected plain HTTP, found a port that speaks TLS: name the service's certificate (tls-cert, or \
@@ -166,7 +168,7 @@ impl Target {
                         let host = self.authority.rsplit_once(':').map_or("", |(host, _)| host);
                         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
                             .map_err(io::Error::other)?;
-                        let client = ClientConnection::new(tls::pinned_client(certificate.clone()), name)
+                        let client = ClientConnection::new(pinned_client(certificate.clone()), name)
                             .map_err(io::Error::other)?;
                         self.converse(StreamOwned::new(client, stream), &[], &self.authority)
                     }
@@ -226,7 +228,7 @@ fn sentence(error: &io::Error) -> String {
 /// The certificate that the service has to show.
 fn known_by(certificate: Option<&FileSource>) -> Result<CertificateDer<'static>, String> {
     let expected = || "expected tls-cert in the configuration to know the service by, found none".to_owned();
-    tls::leaf(certificate.ok_or_else(expected)?)
+    pem::leaf(certificate.ok_or_else(expected)?)
 }
 
 /// Tries every address of the name, as a name may have one of each kind.

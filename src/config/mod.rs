@@ -33,8 +33,9 @@ use crate::config::watch::WatchedFiles;
 use crate::keys::encoding::{KeySpec, Kind};
 use crate::keys::key::KeyLength;
 use crate::keys::password::Alphabet;
-use crate::server::listener::{Host, Mode};
-use crate::server::tls::{self, MinVersion, TlsFile};
+use crate::server::address::{Host, Mode};
+use crate::server::tls::identity::{self, TlsFile};
+use crate::server::tls::settings::{MinVersion, TlsSettings};
 use crate::systemd::credentials;
 use crate::telemetry::log::LogLevel;
 
@@ -93,7 +94,7 @@ pub struct Config {
     /// How long the service may be without a connection before it ends, where a socket unit starts it again.
     pub exit_idle: Option<Duration>,
     /// Who the service is, where keys are served over TLS.
-    pub tls: Option<tls::TlsSettings>,
+    pub tls: Option<TlsSettings>,
     /// The oldest version of TLS, also where TLS is off.
     pub tls_min_version: MinVersion,
     /// Where the hashes of tokens are, and what was found there; `None` where no token is asked for.
@@ -234,7 +235,7 @@ impl Config {
 
     /// The files that settings name.
     pub fn files(&self) -> impl Iterator<Item = PathBuf> {
-        let tls = self.tls.as_ref().map(tls::TlsSettings::files).into_iter().flatten();
+        let tls = self.tls.as_ref().map(TlsSettings::files).into_iter().flatten();
         tls.filter_map(|file| file.path().ok()).chain(self.tokens.as_ref().and_then(TokensFile::path))
     }
 
@@ -663,7 +664,7 @@ impl Loader<'_> {
     }
 
     /// `None` where something is wrong, `Some(None)` where TLS is off.
-    fn tls(&mut self, min_version: Option<MinVersion>) -> Option<Option<tls::TlsSettings>> {
+    fn tls(&mut self, min_version: Option<MinVersion>) -> Option<Option<TlsSettings>> {
         let certificate = self.location("tls-cert");
         let key = self.location("tls-key");
         let client_ca = self.location("tls-client-ca");
@@ -677,10 +678,10 @@ impl Loader<'_> {
             }
             (None, None) => return Some(None),
         };
-        let settings = tls::TlsSettings { certificate, key, client_ca, min_version };
+        let settings = TlsSettings { certificate, key, client_ca, min_version };
         if self.access != FileAccess::None {
             settings.files().filter_map(|file| file.path().ok()).for_each(|path| self.files.add(&path));
-            let faults = tls::load(&settings).err().unwrap_or_default();
+            let faults = identity::load(&settings).err().unwrap_or_default();
             for fault in faults {
                 let (name, location) = match fault.part {
                     TlsFile::Certificate => ("tls-cert", Some(&settings.certificate)),

@@ -25,17 +25,21 @@ use crate::http::service::{AppState, ConnectionService, HttpService, Routes};
 use crate::keys::generator::{Generator, GeneratorError, Source};
 use crate::server::accept;
 use crate::server::accepted::Accepted;
+use crate::server::activation::ActivatedSockets;
 use crate::server::client_limit::ClientConnectionLimit;
 use crate::server::connection;
 use crate::server::connection_limit::{ConnectionLimit, OVER_LIMIT_CONNECTIONS};
 use crate::server::context::ServerContext;
 use crate::server::drain::{Drain, Phase};
 use crate::server::heartbeat::{Heartbeat, Heartbeats};
-use crate::server::listener::{ActivatedSockets, ListenError, Listener};
+use crate::server::listener::{ListenError, Listener};
 use crate::server::memory;
 use crate::server::proxy_protocol::{self, ProxyProtocol};
 use crate::server::timeouts::Timeouts;
-use crate::server::tls::{self, LoadError, LoadedIdentity, ReloadError, Tls};
+use crate::server::tls::handshake::Tls;
+use crate::server::tls::identity::{LoadError, LoadedIdentity, TlsFile};
+use crate::server::tls::reload::ReloadError;
+use crate::server::tls::settings::TlsSettings;
 use crate::systemd::credentials::{self, CredentialServer};
 use crate::systemd::notify::{self, Notifier};
 use crate::systemd::reload;
@@ -643,7 +647,7 @@ impl Reload<'_> {
     /// refused: an error elsewhere must neither keep a revoked token valid nor let a certificate expire.
     fn reload_changed_files(&self, running: &mut Config, changed: &[&Path]) {
         let has_changed = |path: &PathBuf| changed.contains(&path.as_path());
-        let tls_changed = |tls: &tls::TlsSettings| {
+        let tls_changed = |tls: &TlsSettings| {
             tls.files().filter_map(|file| file.path().ok()).any(|path| has_changed(&path))
         };
         if let Some(tls) = self.tls.filter(|_| running.tls.as_ref().is_some_and(tls_changed)) {
@@ -678,7 +682,7 @@ fn keep_certificate(error: &ReloadError) {
         report(CERTIFICATE_CHANGED, loaded);
     }
     let (client_ca, certificate): (Vec<_>, Vec<_>) =
-        error.faults.iter().cloned().partition(|fault| fault.part == tls::TlsFile::ClientCa);
+        error.faults.iter().cloned().partition(|fault| fault.part == TlsFile::ClientCa);
     if !certificate.is_empty() {
         let faults = sentences(&certificate);
         tracing::error!(faults, "the certificate has changed and is refused; the one before stays");

@@ -36,7 +36,9 @@ use crate::keys::generator::{Generator, GeneratorError};
 use crate::keys::key::{KeyLength, LengthError};
 use crate::keys::password::Alphabet;
 use crate::server::connection_limit::ConnectionClass;
-use crate::server::fast_path::{self, FastOutcome, FastPath, FastRequest, ResponseBuffer};
+use crate::server::fast_path::request::{FastRequest, is_host};
+use crate::server::fast_path::response_buffer::{KEY_MAX, ResponseBuffer};
+use crate::server::fast_path::service::{FastOutcome, FastPath};
 use crate::telemetry::endpoint::{
     Endpoint, HEALTH_PATH, KEY_PREFIX, LIVEZ_PATH, METRICS_PATH, OPENAPI_PATH, PAGE_PATH, PASSWORD_PREFIX,
     READYZ_PATH,
@@ -200,7 +202,7 @@ impl FastPath for ConnectionService {
                 _ => return FastOutcome::NotHandled,
             }
         }
-        let limit = api.limit(visit.as_deref()).min(fast_path::KEY_MAX);
+        let limit = api.limit(visit.as_deref()).min(KEY_MAX);
         let Ok(length) = KeyLength::parse(request.length, limit) else {
             return FastOutcome::NotHandled;
         };
@@ -529,7 +531,7 @@ fn check_message<B>(request: &Request<B>) -> Result<bool, Problem> {
     for (name, value) in headers {
         if name == HOST {
             hosts += 1;
-            if !fast_path::is_host(value.as_bytes()) {
+            if !is_host(value.as_bytes()) {
                 return Err(Problem::malformed("The Host field is not a host"));
             }
         } else if name == ACCEPT {

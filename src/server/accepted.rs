@@ -14,8 +14,8 @@ use crate::server::connection_limit::{ConnectionClass, ConnectionLimit};
 use crate::server::context::{OVER_LIMIT_TIMEOUT, ServerContext};
 use crate::server::drain::{Phase, wait_for_phase};
 use crate::server::idle::Activity;
-use crate::server::listener::Stream;
-use crate::server::timeouts::TimeoutStream;
+use crate::server::stream::Stream;
+use crate::server::timeout_stream::TimeoutStream;
 use crate::telemetry::metrics::Rejection;
 
 /// A connection that was accepted, with all that it is held to. Dropping it gives back its slot.

@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::unconstrained;
 use tokio_rustls::server::TlsStream;
 
-use crate::server::timeouts::{Sending, Transport};
+use crate::server::transport::{Sending, Transport};
 
 /// How many bytes of records wait for the kernel to take them, beside those of a handshake.
 const NOTSENT_LOWAT: usize = 8 * 1024;

@@ -18,12 +18,15 @@ use crate::server::buffers::BufferAccount;
 use crate::server::connection_limit::ConnectionClass;
 use crate::server::context::OVER_LIMIT_TIMEOUT;
 use crate::server::drain::{Phase, poll_until_closing, wait_for_phase};
-use crate::server::fast_path::{self, Exit, FastPath};
+use crate::server::fast_path::connection as fast_path;
+use crate::server::fast_path::connection::Exit;
+use crate::server::fast_path::service::FastPath;
 use crate::server::idle::Activity;
-use crate::server::listener::Stream;
 use crate::server::slow_path::{SlowPathExit, serve_with_hyper};
-use crate::server::timeouts::{TimeoutStream, Transport};
-use crate::server::tls::Tls;
+use crate::server::stream::Stream;
+use crate::server::timeout_stream::TimeoutStream;
+use crate::server::tls::handshake::Tls;
+use crate::server::transport::Transport;
 use crate::telemetry::metrics::Metrics;
 
 /// HTTP on each connection. `service` makes the service of one.
@@ -156,7 +159,7 @@ mod tests {
 
     use crate::access::peer::Client;
     use crate::server::buffers::BufferLimit;
-    use crate::server::fast_path::SlowPathOnly;
+    use crate::server::fast_path::service::SlowPathOnly;
     use crate::server::idle::IdleConnections;
 
     #[tokio::test]

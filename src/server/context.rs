@@ -9,7 +9,7 @@ use crate::server::buffers::{BUFFERING_MAX, BufferLimit};
 use crate::server::client_limit::ClientConnectionLimit;
 use crate::server::connection_limit::{ConnectionClass, ConnectionLimit};
 use crate::server::timeouts::Timeouts;
-use crate::server::tls::Tls;
+use crate::server::tls::handshake::Tls;
 use crate::telemetry::metrics::Metrics;
 
 /// How long such a connection may take for its one request, and how long a head may take once the drain has begun.

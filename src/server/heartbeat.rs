@@ -77,12 +77,13 @@ mod tests {
 
     use crate::access::peer::Peer;
     use crate::server::accept::serve;
+    use crate::server::address::{Host, Mode};
     use crate::server::connection::http;
     use crate::server::connection_limit::{ConnectionClass, ConnectionLimit};
     use crate::server::context::{OVER_LIMIT_TIMEOUT, ServerContext};
     use crate::server::drain::Drain;
-    use crate::server::fast_path::SlowPathOnly;
-    use crate::server::listener::{Host, Listener, Mode};
+    use crate::server::fast_path::service::SlowPathOnly;
+    use crate::server::listener::Listener;
     use crate::server::timeouts::Timeouts;
     use crate::telemetry::metrics::Metrics;
 

@@ -15,7 +15,7 @@ use tokio::time::sleep;
 
 use crate::keys::key;
 use crate::server::connection_limit::ConnectionLimit;
-use crate::server::fast_path;
+use crate::server::fast_path::response_buffer;
 
 /// Usable sizes of the chunks that a thread keeps, in bytes: from the first to the last in steps of 16.
 const SIZES: RangeInclusive<usize> = 24..=1032;
@@ -58,7 +58,7 @@ thread_local! {
 /// connections.
 pub fn put_aside() {
     key::reserve();
-    fast_path::reserve();
+    response_buffer::reserve();
     ASIDE.set(Some(Chunks::allocate(COUNT)));
 }
 

@@ -4,6 +4,8 @@
 
 pub mod accept;
 pub mod accepted;
+pub mod activation;
+pub mod address;
 pub mod buffers;
 pub mod client_limit;
 pub mod close_notify;
@@ -18,6 +20,9 @@ pub mod listener;
 pub mod memory;
 pub mod proxy_protocol;
 pub(crate) mod slow_path;
+pub mod stream;
+pub mod timeout_stream;
 pub mod timeouts;
 pub mod tls;
+pub mod transport;
 pub mod unacknowledged;

@@ -21,7 +21,7 @@ use zeroize::Zeroizing;
 
 use crate::access::forwarded::Proxies;
 use crate::server::accepted::Accepted;
-use crate::server::listener::Stream;
+use crate::server::stream::Stream;
 use crate::telemetry::metrics::{ProxyProtocolError, ProxyProtocolMetrics};
 
 /// How a header of version 1 begins.

@@ -14,8 +14,10 @@ use tokio::sync::watch;
 use tracing::debug;
 
 use crate::server::drain::{Phase, poll_until_closing};
-use crate::server::fast_path::{self, Exchange, FastPath};
-use crate::server::timeouts::Transport;
+use crate::server::fast_path::connection as fast_path;
+use crate::server::fast_path::rewind::Exchange;
+use crate::server::fast_path::service::FastPath;
+use crate::server::transport::Transport;
 use crate::telemetry::metrics::{Metrics, Rejection};
 
 /// The largest request head, in bytes; hyper answers a larger one with 431.

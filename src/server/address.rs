@@ -1,0 +1,103 @@
+//! Where to listen: a TCP address or the path of a Unix socket, as the settings name it.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Where to listen: `*`, an IP address, or `unix:` and a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Host {
+    /// Every address of this host, IPv4 and IPv6: one dual-stack socket, or one of IPv4 where the host has no IPv6.
+    Any,
+    /// An IPv4 or IPv6 address; `::` takes both kinds, as Linux has it.
+    Ip(IpAddr),
+    /// A stream socket in the file system.
+    Unix(PathBuf),
+}
+
+impl FromStr for Host {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        if text == "*" {
+            return Ok(Self::Any);
+        }
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.starts_with('/') { Ok(Self::Unix(path.into())) } else { Err(()) };
+        }
+        text.parse().map(Self::Ip).map_err(|_| ())
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("*"),
+            Self::Ip(ip) => ip.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// Who may connect to a Unix socket, as bits of its file (unix(7): connecting takes the right to write).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mode(u32);
+
+impl Mode {
+    /// The mode bits of the socket file.
+    pub(crate) fn bits(self) -> u32 {
+        self.0
+    }
+}
+
+impl Default for Mode {
+    /// The user and the group of the service.
+    fn default() -> Self {
+        Self(0o660)
+    }
+}
+
+impl FromStr for Mode {
+    type Err = ();
+
+    /// Octal digits.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        u32::from_str_radix(text, 8)
+            .ok()
+            .filter(|mode| *mode <= 0o777 && !text.starts_with('+'))
+            .map(Self)
+            .ok_or(())
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04o}", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_an_address_or_a_path() {
+        for good in ["*", "0.0.0.0", "::", "127.0.0.1", "unix:/run/key.sock"] {
+            assert_eq!(good.parse::<Host>().unwrap().to_string(), good);
+        }
+        for bad in [
+            "",
+            "**",
+            "*:80",
+            "localhost",
+            "127.0.0.1:99999",
+            "unix:relative",
+            "unix:",
+            "/run/key.sock",
+            "[::1]",
+        ] {
+            assert!(bad.parse::<Host>().is_err(), "{bad}");
+        }
+    }
+}
