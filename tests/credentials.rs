@@ -14,7 +14,7 @@ use common::credential::{activated, connect, fetch, fetch_raw, start};
 use common::{Folder, PATIENCE, key_service, run_to_end};
 use key_service::access::authorization::{AccessRules as Admitted, Authorizer};
 use key_service::http::health::Health;
-use key_service::http::service::AppState;
+use key_service::http::state::AppState;
 use key_service::keys::generator::{Generator, OsRandom, Source};
 use key_service::server::accept::serve;
 use key_service::server::address::{Host, Mode};

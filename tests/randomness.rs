@@ -13,7 +13,9 @@ use common::Daemon;
 use key_service::access::authorization::{AccessRules, Authorizer};
 use key_service::access::peer::{Client, Peer};
 use key_service::http::health::Health;
-use key_service::http::service::{AppState, HttpService, Routes};
+use key_service::http::routes::Routes;
+use key_service::http::service::HttpService;
+use key_service::http::state::AppState;
 use key_service::keys::generator::{Generator, GeneratorError, OsRandom, Source};
 use key_service::server::buffers::{BufferAccount, BufferLimit};
 use key_service::server::connection::connection;
@@ -166,7 +168,7 @@ async fn a_source_that_breaks_is_answered_with_503_and_never_trusted_again() {
             );
             assert!(
                 answer.contains("\r\nretry-after: ")
-                    && answer.contains("No keys can be made: the random source")
+                    && answer.contains("No keys can be generated: the random source")
             );
             assert_eq!(service.status("/health").await, "503");
             assert_eq!(service.status("/readyz").await, "503");

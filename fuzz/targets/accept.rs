@@ -16,7 +16,7 @@ fuzz_target!(|input: &[u8]| {
     let query = (!query.is_empty()).then_some(query);
     let fields: Vec<HeaderValue> = lines.filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
     for kind in [Kind::Key, Kind::Password(Alphabet::default())] {
-        let found = KeyRequest::read(kind, query, &fields);
+        let found = KeyRequest::parse(kind, query, &fields);
         match query {
             // `expected` does not decode escapes, so only check that the result is in range.
             Some(query) if query.contains(['%', '+']) => {
@@ -39,27 +39,29 @@ fn expected(kind: Kind, query: &str, fields: &[HeaderValue]) -> Result<KeyReques
         let is_second = match name {
             "format" => {
                 let known = kind.formats().iter().find(|format| format.name() == value);
-                format.replace(*known.ok_or(ParamError::Format(value.into()))?).is_some()
+                format.replace(*known.ok_or(ParamError::UnknownFormat(value.into()))?).is_some()
             }
             "count" => {
                 let is_number = value.bytes().all(|byte| byte.is_ascii_digit()) && !value.starts_with('0');
                 let number = value.parse().ok().filter(|number| is_number && *number <= COUNT_MAX);
-                count.replace(number.ok_or(ParamError::Count(value.into()))?).is_some()
+                count.replace(number.ok_or(ParamError::InvalidCount(value.into()))?).is_some()
             }
             "alphabet" if kind != Kind::Key => {
                 let known = Alphabet::ALL.into_iter().find(|alphabet| alphabet.name() == value);
-                password.replace(Kind::Password(known.ok_or(ParamError::Alphabet(value.into()))?)).is_some()
+                password
+                    .replace(Kind::Password(known.ok_or(ParamError::UnknownAlphabet(value.into()))?))
+                    .is_some()
             }
-            _ => return Err(ParamError::Parameter(name.into())),
+            _ => return Err(ParamError::UnknownParameter(name.into())),
         };
         if is_second {
-            return Err(ParamError::Twice(name.into()));
+            return Err(ParamError::RepeatedParameter(name.into()));
         }
     }
     let is_batch = count.is_some();
     let format = match format {
         Some(format) => format,
-        None => negotiated(kind, fields, is_batch).ok_or(ParamError::Accept(is_batch))?,
+        None => negotiated(kind, fields, is_batch).ok_or(ParamError::NotAcceptable { is_batch })?,
     };
     Ok(KeyRequest { kind: password.unwrap_or(kind), format, count })
 }

@@ -1,15 +1,12 @@
-//! Whether the service is well: /health, /livez, /readyz, and the state behind them.
+//! The health of the service, which `/health`, `/livez` and `/readyz` report.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::http::problem::Problem;
-use crate::keys::generator::{Generator, GeneratorError};
+use crate::keys::generator::Generator;
 
-/// Seconds after which a client is told to come back.
-const RETRY_AFTER: u32 = 5;
-
-/// What the health routes answer from; shared by every listener.
+/// The state behind the health routes, shared by every listener.
 #[derive(Debug)]
 pub struct Health {
     generator: Arc<Generator>,
@@ -19,7 +16,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// Well, as long as `generator` is.
+    /// Healthy as long as `generator` works.
     pub fn new(generator: Arc<Generator>) -> Self {
         Self {
             generator,
@@ -29,22 +26,22 @@ impl Health {
         }
     }
 
-    /// Whether a worker makes no progress, on which the answer of /livez depends.
+    /// Sets whether a worker makes no progress; `/livez` returns 503 then.
     pub fn set_stalled(&self, stalled: bool) {
         self.stalled.store(stalled, Ordering::Relaxed);
     }
 
-    /// From now on /readyz says no, so that balancers look elsewhere.
+    /// From now on `/readyz` returns 503, so that load balancers choose other instances.
     pub fn start_draining(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }
 
-    /// From now on nothing is begun that may not be done in time.
+    /// From now on streamed responses, which may not end in time, are refused.
     pub fn start_stopping(&self) {
         self.stopping.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the drain has begun and streamed responses are refused.
+    /// Whether streamed responses are refused.
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
     }
@@ -60,42 +57,27 @@ impl Health {
     /// 503 with the reason.
     pub fn live(&self) -> Result<(), Problem> {
         if self.stalled.load(Ordering::Relaxed) {
-            return Err(Problem::unavailable("A worker makes no progress", RETRY_AFTER));
+            return Err(Problem::stalled());
         }
         Ok(())
     }
 
-    /// `/health`: the generator makes a block now.
+    /// `/health`: the generator generates a block now.
     ///
     /// # Errors
     /// 503 with the reason.
     pub fn check(&self) -> Result<(), Problem> {
-        self.generator.check().map_err(failed)
+        self.generator.check().map_err(Problem::generator_failed)
     }
 
-    /// `/readyz`: a key asked for now will be served.
+    /// `/readyz`: a key that is requested now will be served.
     ///
     /// # Errors
     /// 503 with the reason.
     pub fn ready(&self) -> Result<(), Problem> {
         if self.is_draining() {
-            return Err(draining());
+            return Err(Problem::draining());
         }
         self.check()
     }
-}
-
-/// What a client is told while the generator is out of service; the reason itself is for the log and /health.
-pub fn failed(failure: GeneratorError) -> Problem {
-    Problem::unavailable(format!("No keys can be made: {failure}"), RETRY_AFTER)
-}
-
-/// What a client is told when the service stops before its answer could be complete.
-pub fn draining() -> Problem {
-    Problem::unavailable("The service is stopping", RETRY_AFTER)
-}
-
-/// What a client is told when every connection is taken.
-pub fn full() -> Problem {
-    Problem::unavailable("Too many connections", RETRY_AFTER).closing()
 }

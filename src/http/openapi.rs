@@ -11,17 +11,17 @@ use crate::telemetry::endpoint::{
 
 /// What the document depends on and the code does not fix.
 #[derive(Debug, Clone, Copy)]
-pub struct DocumentOptions {
+pub(crate) struct DocumentOptions {
     /// The largest key, in bytes, now.
-    pub max_size: u64,
+    pub(crate) max_size: u64,
     /// Whether a key takes a token now.
-    pub needs_token: bool,
+    pub(crate) needs_token: bool,
     /// Whether there is a page for people.
-    pub has_page: bool,
+    pub(crate) has_page: bool,
 }
 
 /// The document, as JSON.
-pub fn document(terms: DocumentOptions) -> String {
+pub(crate) fn document(terms: DocumentOptions) -> String {
     let DocumentOptions { max_size, needs_token, has_page } = terms;
     let key = generated(Kind::Key, max_size, needs_token);
     let password = generated(Kind::Password(Alphabet::default()), max_size, needs_token);

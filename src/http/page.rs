@@ -9,8 +9,9 @@ use axum::response::{IntoResponse, Response};
 use base64ct::{Base64, Encoding};
 use sha2::{Digest, Sha256};
 
+use crate::http::negotiation::negotiate;
 use crate::http::problem::Problem;
-use crate::http::query::{self, ALPHABET, COUNT, FORMAT};
+use crate::http::query::{ALPHABET, COUNT, FORMAT};
 use crate::keys::encoding::{Format, Kind};
 use crate::keys::password::Alphabet;
 use crate::telemetry::endpoint::{HEALTH_PATH, KEY_PREFIX, OPENAPI_PATH, PASSWORD_PREFIX};
@@ -25,9 +26,9 @@ const MEDIA_TYPES: [&str; 2] = ["text/plain", "text/html"];
 ///
 /// # Errors
 /// 406 for who takes neither.
-pub fn serve(request: &HeaderMap) -> Result<Response, Problem> {
+pub(crate) fn serve(request: &HeaderMap) -> Result<Response, Problem> {
     let accept = request.get_all(ACCEPT);
-    let chosen = query::negotiate(&MEDIA_TYPES, |media_type| media_type, accept)
+    let chosen = negotiate(&MEDIA_TYPES, |media_type| media_type, accept)
         .ok_or_else(|| Problem::not_acceptable(&MEDIA_TYPES.join(", ")))?;
     let vary = (VARY, HeaderValue::from_static("Accept"));
     Ok(if chosen == "text/html" {

@@ -1,56 +1,56 @@
-//! The one error type of the API: what a client is told when it gets no key, as RFC 9457 problem details.
+//! Problem details (RFC 9457): the body of every error response.
 
-use axum::http::header::{
-    ALLOW, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE,
-};
+use axum::http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, Response, StatusCode};
+use axum::response::IntoResponse;
 use serde::Serialize;
 
 use crate::access::authorization::Unauthorized;
 use crate::access::rate_limit::RateLimitStatus;
+use crate::http::rate_limit_headers::rate_limit_headers;
+use crate::keys::generator::GeneratorError;
 
-/// The methods of every route here.
+/// The methods of every route.
 const METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD");
 
-/// An answer without a key. Holds only what the client may know.
+/// Seconds until a client may retry after a 503 that concerns the whole service.
+const RETRY_AFTER_UNAVAILABLE: u32 = 5;
+
+/// An error response. Holds only what the client may know.
 #[derive(Debug, Clone, Serialize)]
 pub struct Problem {
     title: &'static str,
-    #[serde(serialize_with = "code")]
+    #[serde(serialize_with = "serialize_status")]
     status: StatusCode,
     detail: String,
-    /// The smallest value that is allowed, where a lower bound was broken.
+    /// The smallest value that is allowed, if the request has a smaller one.
     #[serde(skip_serializing_if = "Option::is_none")]
     min: Option<u64>,
-    /// The largest value that is allowed, where an upper bound was broken.
+    /// The largest value that is allowed, if the request has a larger one.
     #[serde(skip_serializing_if = "Option::is_none")]
     max: Option<u64>,
     #[serde(skip)]
     retry_after: Option<u32>,
     #[serde(skip)]
-    closes: bool,
-    /// Fields that go with it.
+    closes_connection: bool,
+    /// Further headers of the response.
     #[serde(skip)]
-    fields: Vec<(HeaderName, HeaderValue)>,
+    headers: Vec<(HeaderName, HeaderValue)>,
 }
 
-/// draft-ietf-httpapi-ratelimit-headers-11.
-const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
-const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
-
 impl Problem {
-    /// 400: the request names something that can't be.
-    pub fn bad_request(detail: impl Into<String>) -> Self {
+    /// 400: the request has an invalid value.
+    pub(crate) fn bad_request(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, detail)
     }
 
-    /// 400 for a message that RFC 9112 does not allow; what follows on the connection can't be trusted.
-    pub fn malformed(detail: impl Into<String>) -> Self {
-        Self::bad_request(detail).closing()
+    /// 400 for a request that RFC 9112 forbids. Closes the connection, because what follows on it can't be trusted.
+    pub(crate) fn malformed(detail: impl Into<String>) -> Self {
+        Self::bad_request(detail).and_close()
     }
 
-    /// 401 with its challenge. RFC 6750 section 3.1 names an error only where there was a token.
-    pub fn unauthorized(reason: Unauthorized) -> Self {
+    /// 401 with its challenge. RFC 6750 section 3.1: the challenge names an error only if the request had a token.
+    pub(crate) fn unauthorized(reason: Unauthorized) -> Self {
         let challenge = match reason {
             Unauthorized::Missing => "Bearer realm=\"key-service\"",
             Unauthorized::Unknown | Unauthorized::Expired => {
@@ -58,90 +58,101 @@ impl Problem {
             }
         };
         let mut problem = Self::new(StatusCode::UNAUTHORIZED, reason.to_string());
-        problem.fields.push((WWW_AUTHENTICATE, HeaderValue::from_static(challenge)));
+        problem.headers.push((WWW_AUTHENTICATE, HeaderValue::from_static(challenge)));
         problem
     }
 
-    /// 429: where a client stands that asked too often or for too much.
-    pub fn too_many_requests(standing: &RateLimitStatus) -> Self {
+    /// 429 with the client's rate limits.
+    pub(crate) fn too_many_requests(status: &RateLimitStatus) -> Self {
         let mut problem =
-            Self::new(StatusCode::TOO_MANY_REQUESTS, "Too many requests or too many bytes for now");
-        problem.retry_after = standing.retry_after();
-        problem.fields.extend(rate_fields(standing));
+            Self::new(StatusCode::TOO_MANY_REQUESTS, "Rate limit of requests or bytes exceeded");
+        problem.retry_after = status.retry_after();
+        problem.headers.extend(rate_limit_headers(status));
         problem
     }
 
     /// 404.
-    pub fn not_found() -> Self {
+    pub(crate) fn not_found() -> Self {
         Self::new(StatusCode::NOT_FOUND, "Path not found")
     }
 
-    /// 405, with `Allow`.
-    pub fn method_not_allowed() -> Self {
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "This path answers GET and HEAD only")
+    /// 405 with `Allow`.
+    pub(crate) fn method_not_allowed() -> Self {
+        let mut problem = Self::new(StatusCode::METHOD_NOT_ALLOWED, "This path supports only GET and HEAD");
+        problem.headers.push((ALLOW, METHODS));
+        problem
     }
 
-    /// 406: `offered` lists what can be had.
-    pub fn not_acceptable(offered: &str) -> Self {
-        Self::new(
-            StatusCode::NOT_ACCEPTABLE,
-            format!("Nothing here satisfies the Accept field; to be had: {offered}"),
-        )
+    /// 406: `available` lists media types.
+    pub(crate) fn not_acceptable(available: &str) -> Self {
+        Self::new(StatusCode::NOT_ACCEPTABLE, format!("Not acceptable. Available types: {available}"))
     }
 
     /// 413.
-    pub fn too_large(detail: impl Into<String>) -> Self {
+    pub(crate) fn too_large(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
     }
 
-    /// 503: nothing can be had now; worth another try after `retry_after` seconds.
-    pub fn unavailable(detail: impl Into<String>, retry_after: u32) -> Self {
+    /// 503: the client may retry after `retry_after` seconds.
+    pub(crate) fn unavailable(detail: impl Into<String>, retry_after: u32) -> Self {
         let mut problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, detail);
         problem.retry_after = Some(retry_after);
         problem
     }
 
+    /// 503 while the generator is out of service.
+    pub(crate) fn generator_failed(failure: GeneratorError) -> Self {
+        Self::unavailable(format!("No keys can be generated: {failure}"), RETRY_AFTER_UNAVAILABLE)
+    }
+
+    /// 503 while a worker makes no progress.
+    pub(crate) fn stalled() -> Self {
+        Self::unavailable("A worker makes no progress", RETRY_AFTER_UNAVAILABLE)
+    }
+
+    /// 503 for a response that might not be complete before the service stops.
+    pub(crate) fn draining() -> Self {
+        Self::unavailable("The service is stopping", RETRY_AFTER_UNAVAILABLE)
+    }
+
+    /// 503 for an over-limit connection, which is closed.
+    pub(crate) fn too_many_connections() -> Self {
+        Self::unavailable("Too many connections", RETRY_AFTER_UNAVAILABLE).and_close()
+    }
+
     /// Names the smallest allowed value.
     #[must_use]
-    pub fn with_min(mut self, min: u64) -> Self {
+    pub(crate) fn with_min(mut self, min: u64) -> Self {
         self.min = Some(min);
         self
     }
 
     /// Names the largest allowed value.
     #[must_use]
-    pub fn with_max(mut self, max: u64) -> Self {
+    pub(crate) fn with_max(mut self, max: u64) -> Self {
         self.max = Some(max);
         self
     }
 
-    /// Ends the connection with this answer.
+    /// Closes the connection after this response.
     #[must_use]
-    pub fn closing(mut self) -> Self {
-        self.closes = true;
+    fn and_close(mut self) -> Self {
+        self.closes_connection = true;
         self
     }
 
-    /// The status.
-    pub fn status(&self) -> StatusCode {
-        self.status
-    }
-
-    /// The problem as a response (RFC 9457).
-    pub fn to_response<B: From<String>>(&self) -> Response<B> {
+    /// The response.
+    pub(crate) fn to_response<B: From<String>>(&self) -> Response<B> {
         let json = serde_json::to_string(self).expect("a problem has only strings and numbers");
         let mut response = Response::new(B::from(json));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        if self.status == StatusCode::METHOD_NOT_ALLOWED {
-            headers.insert(ALLOW, METHODS);
-        }
-        headers.extend(self.fields.iter().cloned());
+        headers.extend(self.headers.iter().cloned());
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if self.closes {
+        if self.closes_connection {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response
@@ -155,41 +166,20 @@ impl Problem {
             min: None,
             max: None,
             retry_after: None,
-            closes: false,
-            fields: Vec::new(),
+            closes_connection: false,
+            headers: Vec::new(),
         }
     }
 }
 
-/// Tells a client where it stands.
-pub fn tell_rates(headers: &mut HeaderMap, standing: &RateLimitStatus) {
-    headers.extend(rate_fields(standing));
+/// For routes that axum serves.
+impl IntoResponse for Problem {
+    fn into_response(self) -> axum::response::Response {
+        self.to_response()
+    }
 }
 
-/// The same, as lines of a head.
-pub fn rate_lines(standing: &RateLimitStatus) -> String {
-    let mut lines = String::with_capacity(256);
-    lines += RATE_LIMIT_POLICY.as_str();
-    lines += ": ";
-    standing.rates.append_policy(&mut lines);
-    lines += "\r\n";
-    lines += RATE_LIMIT.as_str();
-    lines += ": ";
-    standing.append_field(&mut lines);
-    lines += "\r\n";
-    lines
-}
-
-fn rate_fields(standing: &RateLimitStatus) -> [(HeaderName, HeaderValue); 2] {
-    let (mut policy, mut field) = (String::new(), String::new());
-    standing.rates.append_policy(&mut policy);
-    standing.append_field(&mut field);
-    let value =
-        |text: String| HeaderValue::try_from(text).expect("it has names, numbers and punctuation only");
-    [(RATE_LIMIT_POLICY, value(policy)), (RATE_LIMIT, value(field))]
-}
-
-fn code<S: serde::Serializer>(status: &StatusCode, serializer: S) -> Result<S::Ok, S::Error> {
+fn serialize_status<S: serde::Serializer>(status: &StatusCode, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_u16(status.as_u16())
 }
 
@@ -198,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_problem_is_written_as_rfc_9457_has_it() {
+    fn a_problem_has_the_form_of_rfc_9457() {
         let problem = Problem::too_large("Length exceeds maximum size of 8").with_max(8);
         let response = problem.to_response::<String>();
         assert_eq!(response.headers()[CONTENT_TYPE], "application/problem+json");

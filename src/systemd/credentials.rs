@@ -10,7 +10,7 @@ use tracing::{debug, warn};
 
 use crate::access::audit::{AuditRecord, AuditSubject};
 use crate::access::credential_request::{CredentialRequest, is_credential, is_unit};
-use crate::http::service::AppState;
+use crate::http::state::AppState;
 use crate::keys::encoding::{Format, KeySpec, Kind};
 use crate::keys::key::KeyLength;
 use crate::server::accepted::Accepted;

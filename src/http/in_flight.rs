@@ -1,0 +1,35 @@
+//! Requests in flight, for the metrics.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::telemetry::endpoint::Endpoint;
+use crate::telemetry::metrics::Metrics;
+
+/// A request from its head until its response ends. Dropping this records how long that took.
+#[derive(Debug)]
+pub(crate) struct InFlightRequest {
+    metrics: Arc<Metrics>,
+    endpoint: Endpoint,
+    started: Instant,
+}
+
+impl InFlightRequest {
+    /// Counts the request as in flight, and starts its clock.
+    pub(crate) fn start(metrics: Arc<Metrics>, endpoint: Endpoint) -> Self {
+        metrics.requests_in_flight.inc();
+        Self { metrics, endpoint, started: Instant::now() }
+    }
+
+    /// The metrics that count the request.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+}
+
+impl Drop for InFlightRequest {
+    fn drop(&mut self) {
+        self.metrics.requests_in_flight.dec();
+        self.metrics.finished(self.endpoint, self.started.elapsed());
+    }
+}

@@ -1,0 +1,83 @@
+//! The state that all routes share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tracing::error;
+
+use crate::access::authorization::{Authorized, Authorizer};
+use crate::http::health::Health;
+use crate::http::problem::Problem;
+use crate::keys::encoding::KeySpec;
+use crate::keys::generator::{Generator, GeneratorError};
+use crate::telemetry::log::DropCounters;
+use crate::telemetry::metrics::{KeyFailure, Metrics};
+
+/// What the routes need, shared by every connection.
+#[derive(Debug)]
+pub struct AppState {
+    /// The largest key, in bytes. A reload may change it.
+    pub max_size: AtomicU64,
+    /// The source of all keys.
+    pub generator: Arc<Generator>,
+    /// The health of the service.
+    pub health: Arc<Health>,
+    /// The metrics of the service.
+    pub metrics: Arc<Metrics>,
+    /// Decides which clients get keys, and how many.
+    pub authorizer: Authorizer,
+    /// How many log events were dropped so far.
+    pub dropped: Arc<DropCounters>,
+    /// Whether the web page is served.
+    pub has_page: bool,
+}
+
+impl AppState {
+    /// The largest key for a client, in bytes. `None` is a client that needed no authorization.
+    pub(crate) fn max_size_for(&self, authorized: Option<&Authorized>) -> u64 {
+        let max_size = self.max_size.load(Ordering::Relaxed);
+        authorized.map_or(max_size, |authorized| authorized.max_size(max_size))
+    }
+
+    /// Generates a response that is not streamed, and counts its keys.
+    ///
+    /// # Errors
+    /// The generator's failure; nothing is counted then.
+    pub fn generate(&self, spec: &KeySpec) -> Result<Bytes, GeneratorError> {
+        self.generate_with(spec, || spec.generate(&self.generator))
+    }
+
+    /// Calls `generate`, and counts its keys, which are those of `spec`.
+    ///
+    /// # Errors
+    /// That of `generate`; nothing is counted then.
+    pub(crate) fn generate_with<T>(
+        &self,
+        spec: &KeySpec,
+        generate: impl FnOnce() -> Result<T, GeneratorError>,
+    ) -> Result<T, GeneratorError> {
+        let started = Instant::now();
+        let generated = generate()?;
+        self.metrics.generated(started);
+        (0..spec.keys()).for_each(|_| self.metrics.key_served(spec.length().bytes()));
+        self.metrics.key_bytes_served(spec.format(), spec.key_bytes());
+        Ok(generated)
+    }
+
+    /// Reports and counts a request that gets a 503 because of `failure`, and returns that response's problem.
+    pub(crate) fn generator_problem(&self, failure: GeneratorError) -> Problem {
+        self.report_failure();
+        self.metrics.key_failed(KeyFailure::Generator);
+        Problem::generator_failed(failure)
+    }
+
+    /// Logs a failure of the generator and sets its metric, once for the life of the process.
+    pub fn report_failure(&self) {
+        if let Some(failure) = self.generator.take_report() {
+            self.metrics.generator_failed();
+            error!(%failure, "the random generator is out of service; no key is issued until a restart");
+        }
+    }
+}
