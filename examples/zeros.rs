@@ -37,7 +37,7 @@ static STREAM_CHUNK_SIZE: [u8; CHUNK] = [0; CHUNK];
 fn main() -> Result<(), Box<dyn Error>> {
     let inherited = ActivatedSockets::take()?;
     let mut heartbeats = Heartbeats::new();
-    let listeners = inherited.http.into_iter().map(|listener| (listener, heartbeats.join())).collect();
+    let listeners = inherited.http.into_iter().map(|listener| (listener, heartbeats.register())).collect();
     let timeouts = Timeouts::new(Duration::from_secs(10), Duration::from_secs(75), Duration::from_secs(15));
     let terms = ServerContext::new(ConnectionLimit::new(10_000, 256), timeouts, Arc::new(Metrics::new()));
     let drain = Drain::new();
@@ -46,7 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         listeners,
         http(|_, _| SlowPathOnly(service_fn(answer))),
         terms,
-        drain.watch(),
+        drain.subscribe(),
     ))?;
     Ok(())
 }

@@ -237,8 +237,8 @@ fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_k
     let listener = Listener::bind(&path, 0, Mode::default()).unwrap();
     let outlet = Arc::new(CredentialServer::new(Arc::new(api), CredentialRules::default()));
     let drain = Drain::new();
-    let phase = drain.watch();
-    let heartbeat = Heartbeats::new().join();
+    let phase = drain.subscribe();
+    let heartbeat = Heartbeats::new().register();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let terms = ServerContext::new(

@@ -208,7 +208,7 @@ fn a_reload_is_announced_in_one_datagram_and_takes_what_may_change() {
     }
     // At the new level a refused message leaves a line.
     let _ = common::exchange(daemon.keys(), "nonsense\r\n\r\n");
-    daemon.wait_for_log("a connection ended early");
+    daemon.wait_for_log("connection failed");
     daemon.wait_for_metric("config_last_reload_successful", 1.0);
 }
 

@@ -89,7 +89,7 @@ impl Service {
         let session = self.site.clone().serve(ConnectionClass::Normal, peer);
         let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
         let activity = IdleConnections::new().activity();
-        let serving = connection(server, session, drain.watch(), &self.metrics, buffers, activity);
+        let serving = connection(server, session, drain.subscribe(), &self.metrics, buffers, activity);
         let asking = async {
             let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
             client.write_all(request.as_bytes()).await.unwrap();

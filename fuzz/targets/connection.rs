@@ -176,7 +176,7 @@ async fn exchange(setup: &Setup, wire: &[u8], has_fast_path: bool) -> (Vec<Recor
     let (mut incoming, mut outgoing) = split(theirs);
     let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
     let activity = IdleConnections::new().activity();
-    let serving = connection(ours, recorder, drain.watch(), &METRICS, buffers, activity);
+    let serving = connection(ours, recorder, drain.subscribe(), &METRICS, buffers, activity);
     let sending = async {
         for chunk in wire.chunks(setup.chunk_size) {
             if outgoing.write_all(chunk).await.is_err() {

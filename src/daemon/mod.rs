@@ -171,7 +171,7 @@ pub fn run(
     let key_terms = context(limits.keys, limits.over_limit)
         .with_gauge(metrics.connections.clone())
         .with_client_limit(config.max_connections_per_client.and_then(client_limit))
-        .identifying(config.proxy_protocol)
+        .with_proxy_protocol(config.proxy_protocol)
         .with_tls(tls.clone());
     let operator_terms = context(limits.metrics, limits.metrics)
         .with_client_limit(client_limit(METRICS_CONNECTIONS_PER_CLIENT));
@@ -197,7 +197,7 @@ pub fn run(
             Err(error) if workers.is_empty() => return Err(RunError::Thread("worker", error)),
             Err(error) => {
                 let started = workers.len().saturating_sub(SPARE_TASKS).max(1);
-                heartbeats.withdraw(keys.len() * (workers.len() - started + 1));
+                heartbeats.unregister_last(keys.len() * (workers.len() - started + 1));
                 workers.truncate(started); // the others have not begun
                 warn!(
                     asked = workers_count,
@@ -214,13 +214,13 @@ pub fn run(
 
     let context = [&key_terms, &operator_terms, &credential_terms];
     let is_drained = control.block_on(async {
-        let listeners = operator.into_iter().map(|listener| (listener, heartbeats.join())).collect();
+        let listeners = operator.into_iter().map(|listener| (listener, heartbeats.register())).collect();
         let site = HttpService::new(Routes::Operator, Arc::clone(&api));
         let operators =
-            tokio::spawn(accept::serve(listeners, seated(site), operator_terms.clone(), drain.watch()));
-        let listeners = credentials.into_iter().map(|listener| (listener, heartbeats.join())).collect();
+            tokio::spawn(accept::serve(listeners, seated(site), operator_terms.clone(), drain.subscribe()));
+        let listeners = credentials.into_iter().map(|listener| (listener, heartbeats.register())).collect();
         let units =
-            tokio::spawn(accept::serve(listeners, credential_server.service(), credential_terms.clone(), drain.watch()));
+            tokio::spawn(accept::serve(listeners, credential_server.service(), credential_terms.clone(), drain.subscribe()));
 
         notifier.ready(&status);
         info!(version = env!("CARGO_PKG_VERSION"), "{status}");
@@ -238,7 +238,7 @@ pub fn run(
             // systemd would hide the failure from the operator by a restart.
             let _ = generator.check();
             api.report_failure();
-            let progress = heartbeats.all_answered().then_some(()).ok_or("a worker gave no sign of life");
+            let progress = heartbeats.next_round().then_some(()).ok_or("a worker gave no sign of life");
             health.set_stalled(progress.is_err());
             metrics.workers_healthy.set(i64::from(progress.is_ok()));
             progress
@@ -246,7 +246,7 @@ pub fn run(
         let idle = async {
             match config.exit_idle {
                 Some(period) if is_activated => {
-                    ConnectionLimit::idle_for(&[&key_terms.slots, &credential_terms.slots], period).await;
+                    ConnectionLimit::idle_for(&[&key_terms.connection_limit, &credential_terms.connection_limit], period).await;
                     if generator.failure().is_some() {
                         // The next connection would start a process that knows nothing of the failure.
                         warn!("exit-idle is ignored: the random generator has failed");
@@ -260,7 +260,7 @@ pub fn run(
         let mut reloads = 0;
         let reload = Reload { sources, api: &api, credential_server: &credential_server, tls: tls.as_deref(), log };
         let reason = {
-            let mut watchdog = std::pin::pin!(notify::watchdog(&notifier, || heartbeats.have_answered(), alive));
+            let mut watchdog = std::pin::pin!(notify::watchdog(&notifier, || heartbeats.all_answered(), alive));
             let mut idle = std::pin::pin!(idle);
             loop {
                 tokio::select! {
@@ -299,7 +299,7 @@ pub fn run(
                 // Each ends with its last connection; a panic there has been logged.
                 let _ = operators.await;
                 let _ = units.await;
-                drain.acknowledged(&context, &ports).await;
+                drain.wait_until_acknowledged(&context, &ports).await;
             };
             timeout(drain_timeout, all_gone).await.is_ok()
         };
@@ -466,7 +466,7 @@ fn worker_count(asked: usize, cpus: usize) -> usize {
 }
 
 fn share(listeners: &[Listener], heartbeats: &mut Heartbeats) -> io::Result<Vec<(Listener, Heartbeat)>> {
-    listeners.iter().map(|listener| Ok((listener.try_clone()?, heartbeats.join()))).collect()
+    listeners.iter().map(|listener| Ok((listener.try_clone()?, heartbeats.register()))).collect()
 }
 
 /// The routes over HTTP, for each connection by the seat that it got.
@@ -498,15 +498,15 @@ impl Worker {
         context: ServerContext,
         drain: &Drain,
     ) -> io::Result<Self> {
-        let phase: tokio::sync::watch::Receiver<Phase> = drain.watch();
+        let phase: tokio::sync::watch::Receiver<Phase> = drain.subscribe();
         let (go, may_begin) = oneshot::channel();
         let (done, is_done) = oneshot::channel();
         thread::Builder::new().name("worker".into()).spawn(move || {
             if may_begin.blocking_recv().is_err() {
                 return;
             }
-            let slots = Arc::clone(&context.slots);
-            runtime.spawn(async move { memory::give_back(&slots).await });
+            let slots = Arc::clone(&context.connection_limit);
+            runtime.spawn(async move { memory::trim_after_bursts(&slots).await });
             if let Err(error) = runtime.block_on(accept::serve(listeners, begin, context, phase)) {
                 tracing::error!(%error, "a worker can't listen");
             }

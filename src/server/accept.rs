@@ -1,4 +1,4 @@
-//! The accept loop: it accepts connections under the limits, and starts a task for each.
+//! The accept loop: accepts connections within the limits, and starts a task for each.
 
 use std::convert::Infallible;
 use std::io;
@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::{debug, error};
 
+use crate::access::peer::Peer;
 use crate::server::accepted::{Accepted, ConnectionGuard};
 use crate::server::client_limit::ClientConnectionLimit;
 use crate::server::context::ServerContext;
@@ -17,29 +18,32 @@ use crate::server::drain::{Phase, wait_for_phase};
 use crate::server::heartbeat::Heartbeat;
 use crate::server::listener::{Acceptor, Listener};
 use crate::server::memory;
-use crate::telemetry::metrics::{AcceptError, Rejection};
+use crate::server::stream::Stream;
+use crate::telemetry::metrics::{AcceptError, Metrics, Rejection};
 
-/// How long an accept loop may go on to empty its queue when the drain begins: a client that keeps coming must not hold it.
+/// How long an accept loop may go on to empty its queue when the drain begins: clients that keep connecting must not
+/// hold it.
 const ACCEPT_DRAIN: Duration = Duration::from_millis(20);
 
-/// With so many connections more may come, and their memory is to be given back.
-const FEW: usize = 16;
+/// Above so many open connections there may soon be many, whose memory has to be returned: see [`memory`].
+const FEW_CONNECTIONS: usize = 16;
 
-/// How long to wait after accept(2) has failed for a reason that is not the connection's.
+/// How long to wait after accept(2) has failed for a reason other than the connection.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// How many connections in a row may fail by themselves before that counts as a persistent failure.
+/// How many connections in a row may fail before that counts as a persistent failure.
 const ACCEPT_FAILURES_MAX: u32 = 100;
 
-/// How often that is logged.
+/// How often a persistent failure is logged.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Serves `listeners` until the drain is over, or aborted. `begin` starts a task for each connection, such as [`http`](crate::server::connection::http) makes.
+/// Serves `listeners` until the drain is over or aborted. `begin` starts a task for each connection, as
+/// [`http`](crate::server::connection::http) does.
 ///
 /// Runs on the calling thread's runtime; the connections it accepts stay there.
 ///
 /// # Errors
-/// When the runtime can't take a listener.
+/// If the runtime can't register a listener.
 pub async fn serve(
     listeners: Vec<(Listener, Heartbeat)>,
     begin: impl Fn(Accepted) + Clone + Send + 'static,
@@ -50,15 +54,16 @@ pub async fn serve(
     // Every accept loop and connection holds a sender; nothing is ever sent.
     let (alive, mut all_gone) = mpsc::channel::<Infallible>(1);
     for (listener, heartbeat) in listeners {
-        let acceptor = listener.into_acceptor()?;
-        tokio::spawn(accept(
-            acceptor,
-            heartbeat,
-            begin.clone(),
-            Arc::clone(&context),
-            phase.clone(),
-            alive.clone(),
-        ));
+        let accept_loop = AcceptLoop {
+            acceptor: listener.into_acceptor()?,
+            begin: begin.clone(),
+            context: Arc::clone(&context),
+            phase: phase.clone(),
+            alive: alive.clone(),
+            has_reserved: false,
+            failures: AcceptFailures::default(),
+        };
+        tokio::spawn(accept_loop.run(heartbeat));
     }
     drop(alive);
     tokio::select! {
@@ -68,92 +73,110 @@ pub async fn serve(
     Ok(())
 }
 
-async fn accept(
+struct AcceptLoop<F> {
     acceptor: Acceptor,
-    mut heartbeat: Heartbeat,
-    begin: impl Fn(Accepted) + Clone + Send + 'static,
+    begin: F,
     context: Arc<ServerContext>,
     phase: watch::Receiver<Phase>,
     alive: mpsc::Sender<Infallible>,
-) {
-    let mut last_logged: Option<Instant> = None;
-    let mut has_put_aside = false;
-    let mut failures = 0;
-    let mut sweeping: Option<Instant> = None;
-    let _accepting = context.slots.accepting.subscribe();
-    // Both wait in one place for the life of the loop, instead of joining and leaving it for each connection.
-    let mut stopping = phase.clone();
-    let draining = wait_for_phase(&mut stopping, Phase::Draining);
-    pin!(draining);
-    let beat = heartbeat.beat();
-    pin!(beat);
-    loop {
-        let next = async {
-            context.slots.ready(&context.metrics).await;
-            acceptor.accept().await
-        };
-        // Closing a socket that was bound here resets whoever is in its queue: they are taken first.
-        let accepted = if let Some(since) = sweeping {
-            if since.elapsed() > ACCEPT_DRAIN {
-                return;
-            }
-            let Some(accepted) = try_now(next).await else {
-                return;
-            };
-            accepted
-        } else {
-            tokio::select! {
+    /// Whether the thread has reserved its memory: see [`memory::reserve`].
+    has_reserved: bool,
+    failures: AcceptFailures,
+}
+
+impl<F: Fn(Accepted)> AcceptLoop<F> {
+    /// Accepts connections until the drain begins.
+    async fn run(mut self, mut heartbeat: Heartbeat) {
+        let _running = self.context.connection_limit.accept_loops.subscribe();
+        // Both wait in one place for the life of the loop, instead of joining and leaving it for each connection.
+        let mut phase = self.phase.clone();
+        let draining = wait_for_phase(&mut phase, Phase::Draining);
+        pin!(draining);
+        let heartbeat = heartbeat.run();
+        pin!(heartbeat);
+        loop {
+            let accepted = tokio::select! {
                 biased;
-                () = draining.as_mut() => {
-                    sweeping = Some(Instant::now());
-                    continue;
-                }
-                never = beat.as_mut() => match never {},
-                accepted = next => accepted,
-            }
-        };
+                () = draining.as_mut() => break,
+                never = heartbeat.as_mut() => match never {},
+                accepted = accept(&self.acceptor, &self.context) => accepted,
+            };
+            self.handle(accepted).await;
+        }
+        // Closing a socket that was bound here resets the connections in its queue: they are accepted first.
+        let since = Instant::now();
+        while since.elapsed() <= ACCEPT_DRAIN {
+            let Some(accepted) = try_now(accept(&self.acceptor, &self.context)).await else { return };
+            self.handle(accepted).await;
+        }
+    }
+
+    async fn handle(&mut self, accepted: io::Result<(Stream, Peer)>) {
         match accepted {
             Ok((stream, peer)) => {
-                failures = 0;
-                let Some(share) = ClientConnectionLimit::take(context.client_limit.as_ref(), peer.origin)
-                else {
-                    // Those who were told 503 are many already; dropped here, it holds nothing.
-                    context.metrics.rejected(Rejection::ClientConnections);
-                    continue;
-                };
-                let class = context.slots.acquire(share.is_excess(), !context.identifies);
-                if !has_put_aside && context.slots.open() > FEW {
-                    has_put_aside = true;
-                    memory::put_aside();
-                }
-                let guard = ConnectionGuard::new(Arc::clone(&context), class, alive.clone(), share);
-                begin(Accepted { stream, peer, phase: phase.clone(), guard });
+                self.failures.consecutive = 0;
+                self.begin(stream, peer);
             }
-            Err(error) => {
-                let kind = AcceptError::of(&error);
-                context.metrics.accept_failed(kind);
-                failures += 1;
-                if kind == AcceptError::Connection && failures <= ACCEPT_FAILURES_MAX {
-                    debug!(%error, "connection was closed before it was accepted");
-                    continue;
-                }
-                // The connection stays in the queue, or the listener itself is broken: waiting is all there is.
-                if last_logged.is_none_or(|last| last.elapsed() > LOG_INTERVAL) {
-                    last_logged = Some(Instant::now());
-                    error!(%error, "failed to accept connections: {}", kind.reason());
-                }
-                tokio::time::sleep(ACCEPT_BACKOFF).await;
-            }
+            Err(error) => self.failures.handle(&error, &self.context.metrics).await,
         }
+    }
+
+    /// Starts the task of a connection, unless its client has too many.
+    fn begin(&mut self, stream: Stream, peer: Peer) {
+        let context = &self.context;
+        let Some(permit) = ClientConnectionLimit::acquire(context.client_limit.as_ref(), peer.origin) else {
+            // The client has connections that get a 503 already; dropped here, this one holds nothing.
+            context.metrics.rejected(Rejection::ClientConnections);
+            return;
+        };
+        let class = context.connection_limit.acquire(permit.is_over_limit(), !context.uses_proxy_protocol);
+        if !self.has_reserved && context.connection_limit.open_connections() > FEW_CONNECTIONS {
+            self.has_reserved = true;
+            memory::reserve();
+        }
+        let guard = ConnectionGuard::new(Arc::clone(context), class, permit, self.alive.clone());
+        (self.begin)(Accepted { stream, peer, phase: self.phase.clone(), guard });
     }
 }
 
-/// What `next` gives without waiting, once the runtime has looked at its sockets again; `None` where it would wait.
+/// The next connection, once the limit has room for it.
+async fn accept(acceptor: &Acceptor, context: &ServerContext) -> io::Result<(Stream, Peer)> {
+    context.connection_limit.ready(&context.metrics).await;
+    acceptor.accept().await
+}
+
+/// Failures of accept(2) in a row.
+#[derive(Debug, Default)]
+struct AcceptFailures {
+    consecutive: u32,
+    last_logged: Option<Instant>,
+}
+
+impl AcceptFailures {
+    /// Counts `error`. Returns at once if only one connection has failed; logs and backs off if it is persistent.
+    async fn handle(&mut self, error: &io::Error, metrics: &Metrics) {
+        let kind = AcceptError::of(error);
+        metrics.accept_failed(kind);
+        self.consecutive += 1;
+        if kind == AcceptError::Connection && self.consecutive <= ACCEPT_FAILURES_MAX {
+            debug!(%error, "connection closed before it was accepted");
+            return;
+        }
+        // The connection stays in the queue, or the listener itself is broken: waiting is all that is left.
+        if self.last_logged.is_none_or(|last| last.elapsed() > LOG_INTERVAL) {
+            self.last_logged = Some(Instant::now());
+            error!(%error, "failed to accept connections: {}", kind.reason());
+        }
+        tokio::time::sleep(ACCEPT_BACKOFF).await;
+    }
+}
+
+/// The output of `next` if it is ready once the runtime has polled its sockets again; `None` if it would wait.
 async fn try_now<T>(next: impl Future<Output = T>) -> Option<T> {
     tokio::task::yield_now().await;
     tokio::select! {
         biased;
-        taken = next => Some(taken),
+        output = next => Some(output),
         () = std::future::ready(()) => None,
     }
 }

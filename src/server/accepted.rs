@@ -1,6 +1,7 @@
-//! A connection that was accepted, and its place under the limits.
+//! An accepted connection, with what it holds under the limits until it closes.
 
 use std::convert::Infallible;
+use std::mem;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -18,25 +19,25 @@ use crate::server::stream::Stream;
 use crate::server::timeout_stream::TimeoutStream;
 use crate::telemetry::metrics::Rejection;
 
-/// A connection that was accepted, with all that it is held to. Dropping it gives back its slot.
+/// A connection of which no byte was read. Dropping it closes it and releases its slot.
 #[derive(Debug)]
 pub struct Accepted {
-    /// Its bytes.
+    /// Its bytes, without timeouts.
     pub stream: Stream,
-    /// Who is at the other end.
+    /// Its client.
     pub peer: Peer,
     pub(crate) phase: watch::Receiver<Phase>,
     pub(crate) guard: ConnectionGuard,
 }
 
 impl Accepted {
-    /// Its bytes under the deadlines of its seat, who is at the other end, and what has to be kept until its end.
-    pub fn open(self) -> (TimeoutStream<Stream>, Peer, impl Send) {
+    /// Its bytes under the timeouts of its class, its client, and a guard to keep until it closes.
+    pub fn into_parts(self) -> (TimeoutStream<Stream>, Peer, impl Send) {
         let timeouts = Arc::clone(self.guard.context.timeouts(self.guard.class));
         (TimeoutStream::new(self.stream, timeouts), self.peer, self.guard)
     }
 
-    /// Runs `task` with it. A task of a connection without a slot is ended early when even those are too many.
+    /// Spawns `task` with the connection. That of an over-limit connection may be aborted when there are too many.
     pub fn spawn<F>(self, task: impl FnOnce(Self) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -45,7 +46,7 @@ impl Accepted {
         spawn(over_limit, task(self));
     }
 
-    /// What `read` gives, if that takes no longer than a request header may, and no longer than a second once idle
+    /// The output of `read`, unless it takes longer than request headers may take, or more than a second once idle
     /// connections close.
     pub async fn within_head_timeout<T>(&self, read: impl Future<Output = T>) -> Option<T> {
         let read = timeout(self.guard.context.timeouts(self.guard.class).head(), read);
@@ -58,89 +59,91 @@ impl Accepted {
         }
     }
 
-    /// Whether idle connections close by now.
+    /// Whether idle connections are being closed.
     pub fn is_closing(&self) -> bool {
         *self.phase.borrow() >= Phase::Closing
     }
 
-    /// Counts it from now on for `client`, whom a proxy named, or still for its own address. Returns whether the client may
-    /// have it: a connection over its limit gives back its slot, and is one that gets a 503; beyond those it must be closed.
-    pub fn identified(&mut self, client: Option<IpAddr>) -> bool {
+    /// Counts the connection for `client`, as named by a proxy; `None` leaves it to its own address. Returns `false` if
+    /// it must be closed, because the client has too many. One that is merely over its client's limit releases its slot.
+    pub fn set_client(&mut self, client: Option<IpAddr>) -> bool {
         if let Some(origin) = client.map(Origin::Ip) {
             let context = &self.guard.context;
-            let Some(share) = ClientConnectionLimit::take(context.client_limit.as_ref(), origin) else {
+            let Some(permit) = ClientConnectionLimit::acquire(context.client_limit.as_ref(), origin) else {
                 context.metrics.rejected(Rejection::ClientConnections);
                 return false;
             };
-            if share.is_excess() {
-                self.guard.give_up_slot();
+            if permit.is_over_limit() {
+                self.guard.release_slot();
             }
-            self.guard.share = share;
+            self.guard.client_permit = permit;
             self.peer.origin = origin;
         }
-        self.guard.ask_for_slot();
+        self.guard.acquire_slot();
         true
     }
 }
 
-/// Runs the task of a connection. Without a slot among those of `over_limit`, it ends early when even such are too many.
+/// Spawns the task of a connection. One that is over a limit is registered there, and may be aborted.
 pub(crate) fn spawn(
     over_limit: Option<Arc<ConnectionLimit>>,
     task: impl Future<Output = ()> + Send + 'static,
 ) {
     let task = tokio::spawn(task);
-    if let Some(slots) = over_limit {
-        slots.register(task.abort_handle());
+    if let Some(limit) = over_limit {
+        limit.register(task.abort_handle());
     }
 }
 
-/// An open connection: leaving gives back its slot.
+/// An open connection: it is counted, and may hold a slot, until this is dropped.
 #[derive(Debug)]
 pub(crate) struct ConnectionGuard {
     pub(crate) context: Arc<ServerContext>,
-    /// Whether it got a slot.
     pub(crate) class: ConnectionClass,
-    /// Whether it is idle.
     pub(crate) activity: Arc<Activity>,
+    pub(crate) client_permit: ClientPermit,
+    /// Keeps the server from returning.
     _alive: mpsc::Sender<Infallible>,
-    pub(crate) share: ClientPermit,
 }
 
 impl ConnectionGuard {
     pub(crate) fn new(
         context: Arc<ServerContext>,
         class: ConnectionClass,
+        client_permit: ClientPermit,
         alive: mpsc::Sender<Infallible>,
-        share: ClientPermit,
     ) -> Self {
         if let Some(gauge) = &context.gauge {
             gauge.inc();
         }
-        let activity = context.slots.idle.activity();
+        let idle = &context.connection_limit.idle;
+        let activity = idle.activity();
         if class == ConnectionClass::Normal {
-            context.slots.idle.add(&activity);
+            idle.add(&activity);
         }
-        Self { context, class, activity, _alive: alive, share }
+        Self { context, class, activity, client_permit, _alive: alive }
     }
 
-    /// The slots of which it has none; `None` if it has one.
+    /// The limit that this connection is over; `None` if it holds a slot.
     pub(crate) fn over_limit(&self) -> Option<Arc<ConnectionLimit>> {
-        (self.class != ConnectionClass::Normal).then(|| Arc::clone(&self.context.slots))
+        (self.class != ConnectionClass::Normal).then(|| Arc::clone(&self.context.connection_limit))
     }
 
     /// Takes the slot of an idle connection, if all were taken when this one was accepted.
-    fn ask_for_slot(&mut self) {
-        if self.class == ConnectionClass::OverLimit && self.context.slots.take_slot(true) {
+    fn acquire_slot(&mut self) {
+        let limit = &self.context.connection_limit;
+        if self.class == ConnectionClass::OverLimit && limit.acquire_slot(true) {
             self.class = ConnectionClass::Normal;
-            self.context.slots.idle.add(&self.activity);
+            limit.idle.add(&self.activity);
         }
     }
 
-    /// Gives back the slot of a connection that stays open without one.
-    fn give_up_slot(&mut self) {
-        if std::mem::replace(&mut self.class, ConnectionClass::OverClientLimit) == ConnectionClass::Normal {
-            self.context.slots.idle.remove(&self.activity);
-            self.context.slots.release_slot();
+    /// Goes on without a slot.
+    fn release_slot(&mut self) {
+        let limit = &self.context.connection_limit;
+        if mem::replace(&mut self.class, ConnectionClass::OverClientLimit) == ConnectionClass::Normal {
+            limit.idle.remove(&self.activity);
+            limit.release_slot();
         }
     }
 }
@@ -150,9 +153,10 @@ impl Drop for ConnectionGuard {
         if let Some(gauge) = &self.context.gauge {
             gauge.dec();
         }
+        let limit = &self.context.connection_limit;
         if self.class == ConnectionClass::Normal {
-            self.context.slots.idle.remove(&self.activity);
+            limit.idle.remove(&self.activity);
         }
-        self.context.slots.release(self.class);
+        limit.release(self.class);
     }
 }

@@ -1,5 +1,6 @@
-//! How many connections may hold buffers beyond those of an idle one: clients that do not read their responses, or do not
-//! finish their requests, can't make memory grow. At the limit the client that has most of them loses its oldest.
+//! The limit on connections that hold buffers beyond those of an idle one, so that clients which don't read their
+//! responses, or don't finish their requests, can't exhaust memory. At the limit, the client that holds the most loses
+//! its oldest.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
@@ -10,13 +11,13 @@ use std::time::Instant;
 
 use crate::access::peer::Client;
 
-/// Connections of a listener's role that may hold buffers at once, as long as some client has several. Each holds up to
-/// about 70 KiB: hyper's buffers, a request header, a chunk of a response, two TLS records, and what the kernel has not
-/// sent.
-pub const BUFFERING_MAX: usize = 128;
+/// How many connections of a listener's role may hold buffers at once, as long as one client has several of them. Each
+/// holds up to about 70 KiB: hyper's buffers, request headers, a chunk of a response, two TLS records, and what the
+/// kernel has not sent.
+pub(crate) const BUFFER_HOLDERS_MAX: usize = 128;
 
-/// Where no client has more than one, so many times as many may: each may be one that is far away.
-const SINGLES: usize = 8;
+/// If every client has only one, the limit is this many times higher: each client may simply be far away.
+const SINGLE_HOLDERS_FACTOR: usize = 8;
 
 /// The limit that the connections of a server share.
 #[derive(Debug)]
@@ -36,15 +37,15 @@ struct Holders {
 struct Holder {
     client: Client,
     since: Instant,
-    /// Wakes its task, to see that it was evicted.
+    /// Wakes its task to find that it was evicted.
     waker: Waker,
     is_evicted: AtomicBool,
 }
 
 impl BufferLimit {
-    /// At most `limit` connections, of which there must be at least one.
+    /// At most `limit` connections, and at least one.
     pub fn new(limit: usize) -> Self {
-        // With its room from the start, so that it never grows on the heap of a worker (`memory.rs`).
+        // With its full capacity from the start, so that it never grows on the heap of a worker (`memory.rs`).
         let by_client = HashMap::with_capacity(limit);
         Self { limit: limit.max(1), holders: Mutex::new(Holders { by_client, count: 0 }) }
     }
@@ -58,16 +59,16 @@ impl Holders {
     fn remove(&mut self, holder: &Arc<Holder>) {
         let Entry::Occupied(mut entry) = self.by_client.entry(holder.client) else { return };
         let holders = entry.get_mut();
-        let Some(at) = holders.iter().position(|other| Arc::ptr_eq(other, holder)) else { return };
-        holders.remove(at);
+        let Some(index) = holders.iter().position(|other| Arc::ptr_eq(other, holder)) else { return };
+        holders.remove(index);
         self.count -= 1;
         if holders.is_empty() {
             entry.remove();
         }
     }
 
-    /// Where there are more than `limit`, the oldest connection of the client that has most; between clients that have
-    /// as many, the oldest of all.
+    /// If there are more than `limit`, the oldest connection of the client that has the most; among clients that have
+    /// equally many, the oldest connection of all.
     fn victim(&self, limit: usize) -> Option<Arc<Holder>> {
         if self.count <= limit {
             return None;
@@ -77,14 +78,14 @@ impl Holders {
             .by_client
             .values()
             .max_by(|a, b| a.len().cmp(&b.len()).then_with(|| oldest(b).cmp(&oldest(a))))?;
-        if most.len() == 1 && self.count <= SINGLES * limit {
+        if most.len() == 1 && self.count <= SINGLE_HOLDERS_FACTOR * limit {
             return None;
         }
         most.front().cloned()
     }
 }
 
-/// Whose buffers a connection's are counted as.
+/// The limit and the client that the buffers of a connection count towards.
 #[derive(Debug, Clone)]
 pub struct BufferAccount {
     limit: Arc<BufferLimit>,
@@ -97,8 +98,8 @@ impl BufferAccount {
         Self { limit, client }
     }
 
-    /// Counts a connection, whose task `waker` wakes, until the permit is dropped. Where that is one too many, another
-    /// one is evicted, or this.
+    /// Counts a connection, whose task has `waker`, until the permit is dropped. Over the limit, this connection or
+    /// another one is evicted.
     pub fn hold(&self, waker: &Waker) -> BufferPermit {
         let holder = Arc::new(Holder {
             client: self.client,
@@ -122,7 +123,7 @@ impl BufferAccount {
     }
 }
 
-/// A connection that may hold buffers, until this is dropped or it is evicted.
+/// Lets a connection hold buffers until this is dropped or the connection is evicted.
 #[derive(Debug)]
 pub struct BufferPermit {
     limit: Arc<BufferLimit>,
@@ -130,7 +131,7 @@ pub struct BufferPermit {
 }
 
 impl BufferPermit {
-    /// Whether the connection must be reset, for another one to have its buffers.
+    /// Whether the connection must be reset to free its buffers for another one.
     pub fn is_evicted(&self) -> bool {
         self.holder.is_evicted.load(Ordering::Relaxed)
     }
@@ -157,25 +158,29 @@ mod tests {
         let more = hold(2);
         let evicted: Vec<_> =
             [&a[1], &a[2], &b, &more, &late].iter().map(|permit| permit.is_evicted()).collect();
-        assert_eq!(evicted, [true, false, false, false, false], "of as many, the oldest");
+        assert_eq!(
+            evicted,
+            [true, false, false, false, false],
+            "two clients have two each: the oldest of all"
+        );
         drop((a, b, late, more));
         assert!(limit.lock().by_client.is_empty() && limit.lock().count == 0, "nothing is left behind");
     }
 
     #[test]
-    fn clients_with_one_each_are_let_be_up_to_a_higher_limit() {
+    fn clients_with_one_buffer_each_have_a_higher_limit() {
         let limit = Arc::new(BufferLimit::new(4));
         let hold = |client| BufferAccount::new(Arc::clone(&limit), Client::V4(client)).hold(Waker::noop());
-        let held: Vec<_> = (0..32).map(hold).collect();
-        assert!(!held.iter().any(BufferPermit::is_evicted));
-        let again = hold(7);
-        assert!(held[7].is_evicted() && !again.is_evicted(), "the one with two loses its oldest");
+        let permits: Vec<_> = (0..32).map(hold).collect();
+        assert!(!permits.iter().any(BufferPermit::is_evicted));
+        let second = hold(7);
+        assert!(permits[7].is_evicted() && !second.is_evicted(), "the client with two loses its oldest");
         let one_more = hold(32);
-        assert!(held[0].is_evicted() && !one_more.is_evicted(), "else the oldest of all goes");
+        assert!(permits[0].is_evicted() && !one_more.is_evicted(), "otherwise the oldest of all");
     }
 
     #[test]
-    fn a_permit_that_is_given_back_makes_room() {
+    fn a_dropped_permit_is_free_again() {
         let limit = Arc::new(BufferLimit::new(2));
         let hold = |client| BufferAccount::new(Arc::clone(&limit), Client::V4(client)).hold(Waker::noop());
         let first = hold(1);

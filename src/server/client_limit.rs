@@ -1,57 +1,55 @@
-//! How many connections one client may have, so that it can't take all of them.
+//! The limit on the connections of one client, so that no client can take all slots.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Semaphore;
 
 use crate::access::forwarded::Proxies;
 use crate::access::peer::{Client, Origin};
 
-/// How many connections beyond its share a client may have to be told so; more are closed without a word.
+/// How many connections over its limit a client may have, each of which gets a 503; more are closed without a response.
 const OVER_LIMIT_PER_CLIENT: u32 = 8;
 
-/// How many TLS handshakes of a client are made at once while many are; its others wait for these. Those of 40 clients, who may
-/// have 10,000 connections, are fewer than half of all that are made at once.
-const HANDSHAKES: usize = 3;
+/// How many TLS handshakes of one client run at once while many run; its others wait for these. 40 clients, who may have
+/// 10,000 connections, then run fewer than half of all handshakes that run at once.
+const HANDSHAKES_PER_CLIENT: usize = 3;
 
-/// The connections of each client that has any. Takes no more memory than there are connections.
+/// The connections of each client that has any. Its memory is limited by the number of connections.
 #[derive(Debug)]
 pub struct ClientConnectionLimit {
-    open: Mutex<HashMap<Client, Count>>,
+    clients: Mutex<HashMap<Client, Connections>>,
     limit: u32,
-    /// They have connections for many clients, and no bound.
+    /// They connect for many clients, and have no limit.
     proxies: Proxies,
 }
 
-/// The connections of a client.
+/// The connections of one client.
 #[derive(Debug, Default)]
-struct Count {
-    /// Of its share.
-    own: u32,
-    /// Beyond it.
-    excess: u32,
-    /// Turns of its TLS handshakes, from the first one that is told to take one.
+struct Connections {
+    within_limit: u32,
+    over_limit: u32,
+    /// Limits its TLS handshakes; made for the first one that has to wait.
     handshakes: Option<Arc<Semaphore>>,
 }
 
-impl Count {
-    fn of(&mut self, is_excess: bool) -> &mut u32 {
-        if is_excess { &mut self.excess } else { &mut self.own }
+impl Connections {
+    fn count_mut(&mut self, is_over_limit: bool) -> &mut u32 {
+        if is_over_limit { &mut self.over_limit } else { &mut self.within_limit }
     }
 }
 
 impl ClientConnectionLimit {
-    /// At most `limit` connections for each client but `proxies`.
+    /// At most `limit` connections for each client that is not one of `proxies`.
     pub fn new(limit: u32, proxies: Proxies) -> Self {
-        // With room from the start for many clients, so that it does not grow on the heap of a worker (`memory.rs`).
-        Self { open: Mutex::new(HashMap::with_capacity(1024)), limit, proxies }
+        // With room for many clients from the start, so that it does not grow on the heap of a worker (`memory.rs`).
+        Self { clients: Mutex::new(HashMap::with_capacity(1024)), limit, proxies }
     }
 
-    /// Counts a connection from `origin`; `None` if there are so many that it must be closed. Where nothing is bounded,
-    /// as on a Unix socket, nothing is counted.
-    pub fn take(client_limit: Option<&Arc<Self>>, origin: Origin) -> Option<ClientPermit> {
+    /// Counts a connection from `origin`; `None` if there are so many that it must be closed. Without a limit, for a
+    /// proxy, and on a Unix socket, nothing is counted.
+    pub(crate) fn acquire(client_limit: Option<&Arc<Self>>, origin: Origin) -> Option<ClientPermit> {
         let (Some(client_limit), Origin::Ip(ip)) = (client_limit, origin) else {
             return Some(ClientPermit(None));
         };
@@ -59,49 +57,56 @@ impl ClientConnectionLimit {
             return Some(ClientPermit(None));
         }
         let client = Client::from(ip);
-        let mut open = client_limit.lock();
-        let count = open.entry(client).or_default();
-        // Those beyond the share take nothing of it: a client that asks again and again would never get it back.
-        let is_excess = count.own >= client_limit.limit;
-        if is_excess && count.excess >= OVER_LIMIT_PER_CLIENT {
+        let mut clients = client_limit.lock();
+        let connections = clients.entry(client).or_default();
+        // Connections over the limit are counted apart: a client that keeps connecting could never get below it again.
+        let is_over_limit = connections.within_limit >= client_limit.limit;
+        if is_over_limit && connections.over_limit >= OVER_LIMIT_PER_CLIENT {
             return None;
         }
-        *count.of(is_excess) += 1;
-        drop(open);
-        Some(ClientPermit(Some((Arc::clone(client_limit), client, is_excess))))
+        *connections.count_mut(is_over_limit) += 1;
+        drop(clients);
+        Some(ClientPermit(Some(Counted { limit: Arc::clone(client_limit), client, is_over_limit })))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Client, Count>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+    fn lock(&self) -> MutexGuard<'_, HashMap<Client, Connections>> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
     }
 }
 
-/// A connection that is counted until this is dropped.
+/// A connection, counted for its client until this is dropped.
 #[derive(Debug)]
-pub struct ClientPermit(Option<(Arc<ClientConnectionLimit>, Client, bool)>);
+pub struct ClientPermit(Option<Counted>);
+
+#[derive(Debug)]
+struct Counted {
+    limit: Arc<ClientConnectionLimit>,
+    client: Client,
+    is_over_limit: bool,
+}
 
 impl ClientPermit {
-    /// Whether it is more than the client may have.
-    pub fn is_excess(&self) -> bool {
-        self.0.as_ref().is_some_and(|(.., is_excess)| *is_excess)
+    /// Whether the client has more connections than it may have.
+    pub(crate) fn is_over_limit(&self) -> bool {
+        self.0.as_ref().is_some_and(|counted| counted.is_over_limit)
     }
 
-    /// The turns of its client's TLS handshakes; `None` where its connections are not counted.
-    pub fn handshakes(&self) -> Option<Arc<Semaphore>> {
-        let (client_limit, client, _) = self.0.as_ref()?;
-        let mut open = client_limit.lock();
-        let turns = &mut open.get_mut(client)?.handshakes;
-        Some(Arc::clone(turns.get_or_insert_with(|| Arc::new(Semaphore::new(HANDSHAKES)))))
+    /// Limits the TLS handshakes of the client; `None` where its connections are not counted.
+    pub(crate) fn handshakes(&self) -> Option<Arc<Semaphore>> {
+        let Counted { limit, client, .. } = self.0.as_ref()?;
+        let mut clients = limit.lock();
+        let handshakes = &mut clients.get_mut(client)?.handshakes;
+        Some(Arc::clone(handshakes.get_or_insert_with(|| Arc::new(Semaphore::new(HANDSHAKES_PER_CLIENT)))))
     }
 }
 
 impl Drop for ClientPermit {
     fn drop(&mut self) {
-        let Some((client_limit, client, is_excess)) = &self.0 else { return };
-        if let Entry::Occupied(mut entry) = client_limit.lock().entry(*client) {
-            let count = entry.get_mut();
-            *count.of(*is_excess) -= 1;
-            if count.own == 0 && count.excess == 0 {
+        let Some(Counted { limit, client, is_over_limit }) = &self.0 else { return };
+        if let Entry::Occupied(mut entry) = limit.lock().entry(*client) {
+            let connections = entry.get_mut();
+            *connections.count_mut(*is_over_limit) -= 1;
+            if connections.within_limit == 0 && connections.over_limit == 0 {
                 entry.remove();
             }
         }
@@ -113,33 +118,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_client_has_its_share_a_little_more_to_be_told_so_and_no_others() {
+    fn a_client_gets_its_limit_and_a_few_over_limit_connections() {
         let proxies = Proxies { trusted: vec!["10.0.0.0/8".parse().unwrap()], ..Proxies::default() };
         let client_limit = Arc::new(ClientConnectionLimit::new(2, proxies));
-        let take =
-            |ip: &str| ClientConnectionLimit::take(Some(&client_limit), Origin::Ip(ip.parse().unwrap()));
-        let mut held: Vec<_> = (0..10).map(|_| take("192.0.2.1").unwrap()).collect();
-        assert!(!held[1].is_excess() && held[2].is_excess() && held[9].is_excess());
-        assert!(take("192.0.2.1").is_none());
-        assert!(!take("192.0.2.2").unwrap().is_excess(), "others have their own");
-        let v6 = [take("2001:db8::1"), take("2001:db8::2"), take("2001:db8::3")];
-        assert!(v6[2].as_ref().unwrap().is_excess(), "a network of /64 is one client");
+        let acquire =
+            |ip: &str| ClientConnectionLimit::acquire(Some(&client_limit), Origin::Ip(ip.parse().unwrap()));
+        let mut permits: Vec<_> = (0..10).map(|_| acquire("192.0.2.1").unwrap()).collect();
         assert!(
-            (0..100).map(|_| take("10.1.2.3").unwrap()).all(|share| !share.is_excess()),
-            "a proxy is many"
+            !permits[1].is_over_limit() && permits[2].is_over_limit() && permits[9].is_over_limit(),
+            "two are within the limit"
         );
-        held.remove(0);
-        held.push(take("192.0.2.1").unwrap());
-        assert!(!held[9].is_excess(), "what is given back is there, whatever is beyond");
-        assert!(take("192.0.2.1").is_none());
-        let turns = held[0].handshakes().unwrap();
+        assert!(acquire("192.0.2.1").is_none(), "8 are over it, and no more");
+        assert!(!acquire("192.0.2.2").unwrap().is_over_limit(), "another client has its own limit");
+        let ipv6 = [acquire("2001:db8::1"), acquire("2001:db8::2"), acquire("2001:db8::3")];
+        assert!(ipv6[2].as_ref().unwrap().is_over_limit(), "a /64 network is one client");
         assert!(
-            Arc::ptr_eq(&turns, &held[9].handshakes().unwrap()),
-            "a client has one queue for its handshakes"
+            (0..100).map(|_| acquire("10.1.2.3").unwrap()).all(|permit| !permit.is_over_limit()),
+            "a proxy has no limit"
         );
-        assert!(!Arc::ptr_eq(&turns, &v6[0].as_ref().unwrap().handshakes().unwrap()), "and others theirs");
-        assert!(take("10.1.2.3").unwrap().handshakes().is_none(), "a proxy has none");
-        drop((held, v6));
-        assert!(client_limit.lock().is_empty(), "who has none is forgotten");
+        permits.remove(0);
+        permits.push(acquire("192.0.2.1").unwrap());
+        assert!(!permits[9].is_over_limit(), "a released permit is free, however many are over the limit");
+        assert!(acquire("192.0.2.1").is_none());
+        let handshakes = permits[0].handshakes().unwrap();
+        assert!(
+            Arc::ptr_eq(&handshakes, &permits[9].handshakes().unwrap()),
+            "all handshakes of a client share one limit"
+        );
+        let of_another = ipv6[0].as_ref().unwrap().handshakes().unwrap();
+        assert!(!Arc::ptr_eq(&handshakes, &of_another), "another client has its own");
+        assert!(acquire("10.1.2.3").unwrap().handshakes().is_none(), "a proxy has none");
+        drop((permits, ipv6));
+        assert!(client_limit.lock().is_empty(), "clients without connections are removed");
     }
 }

@@ -1,4 +1,4 @@
-//! One connection, to its end: TLS or not, then HTTP/1.1 by the fast path or the slow path.
+//! One connection, from its first byte to its last: TLS if configured, then HTTP/1.1 on the fast path or the slow path.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ use crate::server::tls::handshake::Tls;
 use crate::server::transport::Transport;
 use crate::telemetry::metrics::Metrics;
 
-/// HTTP on each connection. `service` makes the service of one.
+/// Serves HTTP on each connection. `service` makes the service of one.
 pub fn http<F, S, B>(service: F) -> impl Fn(Accepted) + Clone + Send + 'static
 where
     F: Fn(ConnectionClass, Peer) -> S + Clone + Send + 'static,
@@ -45,19 +45,19 @@ where
 {
     move |Accepted { stream, peer, phase, guard }| {
         let class = guard.class;
-        let buffers = BufferAccount::new(Arc::clone(&guard.context.buffers), peer.origin.into());
-        let timed = |stream| TimeoutStream::new(stream, Arc::clone(guard.context.timeouts(class)));
+        let buffers = BufferAccount::new(Arc::clone(&guard.context.buffer_limit), peer.origin.into());
+        let with_timeouts = |stream| TimeoutStream::new(stream, Arc::clone(guard.context.timeouts(class)));
         let over_limit = guard.over_limit();
         match (&guard.context.tls, stream) {
             (Some(tls), stream @ Stream::Tcp(_)) => {
-                let (tls, stream, service) = (Arc::clone(tls), timed(stream), service.clone());
+                let (tls, stream, service) = (Arc::clone(tls), with_timeouts(stream), service.clone());
                 spawn(over_limit, async move {
                     let service = move |identity| service(class, Peer { identity, ..peer });
-                    with_tls(stream, &tls, service, phase, &guard, buffers).await;
+                    serve_tls(stream, &tls, service, phase, &guard, buffers).await;
                 });
             }
             (_, stream) => {
-                let (stream, service) = (timed(stream), service(class, peer));
+                let (stream, service) = (with_timeouts(stream), service(class, peer));
                 // In a box, since the runtime moves a task's future several times.
                 let task = async move {
                     let activity = Arc::clone(&guard.activity);
@@ -69,8 +69,8 @@ where
     }
 }
 
-/// Serves one connection to its end: TLS, and HTTP/1.1 inside. The deadlines are below both, as stalls are.
-async fn with_tls<S, B>(
+/// Serves a TLS connection. The timeouts are below TLS, so that they hold for stalled records too.
+async fn serve_tls<S, B>(
     stream: TimeoutStream<Stream>,
     tls: &Tls,
     service: impl FnOnce(Option<Arc<str>>) -> S,
@@ -83,11 +83,11 @@ async fn with_tls<S, B>(
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let (head, serving) = (stream.timeouts().head(), phase.clone());
+    let (head_timeout, serving) = (stream.timeouts().head(), phase.clone());
     // In boxes, the handshake and what follows it: a task keeps the memory of its largest state for as long as its
-    // connection lives, and that of a handshake is thrice what an idle connection needs.
+    // connection lives, and a handshake takes three times as much as an idle connection.
     let mut handshake = Box::pin(async move {
-        let (stream, identity) = tls.handshake(stream, head, &guard.share).await?;
+        let (stream, identity) = tls.handshake(stream, head_timeout, &guard.client_permit).await?;
         let (metrics, activity) = (&guard.context.metrics, Arc::clone(&guard.activity));
         Some(Box::pin(connection(stream, service(identity), serving, metrics, buffers, activity)))
     });
@@ -102,8 +102,8 @@ async fn with_tls<S, B>(
     }
 }
 
-/// Serves one connection to its end: HTTP/1.1, as strictly as the service wants it. Plain requests go the short way;
-/// another one goes by hyper, which gives the connection back when it has answered.
+/// Serves HTTP/1.1 on one connection until it closes. Simple requests for keys take the fast path; any other goes to
+/// hyper, which hands the connection back once it has answered.
 pub fn connection<I, S, B>(
     io: I,
     service: S,
@@ -119,30 +119,32 @@ where
     B: Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    // Outside of the future, which would hold what it is made of, too: there is one for each connection.
-    let mut plain = fast_path::Connection::new(io, service, metrics, buffers, activity);
+    // Made outside of the future of each connection, which would otherwise hold these arguments as well.
+    let mut fast_path = fast_path::Connection::new(io, service, metrics, buffers, activity);
     async move {
         loop {
-            let poll = |cx: &mut Context<'_>, is_closing| match plain.poll_serve(cx) {
-                Poll::Pending if plain.is_evicted() => {
+            let poll = |cx: &mut Context<'_>, is_closing| match fast_path.poll_serve(cx) {
+                Poll::Pending if fast_path.is_evicted() => {
                     metrics.idle_connections_closed.inc();
                     Poll::Ready(Ok(Exit::Closed))
                 }
-                // A response that is in flight is sent first.
-                Poll::Pending if is_closing && plain.is_idle() => Poll::Ready(Ok(Exit::Handover)),
-                end => end,
+                // A response in flight is sent first.
+                Poll::Pending if is_closing && fast_path.is_idle() => Poll::Ready(Ok(Exit::Handover)),
+                poll => poll,
             };
             match poll_until_closing(&mut phase, poll).await {
                 Ok(Exit::Closed) => return,
-                // In a box, since most connections never need it.
-                Ok(Exit::Handover) => match Box::pin(serve_with_hyper(&mut plain, &mut phase, metrics)).await
-                {
-                    SlowPathExit::Closed => return,
-                    SlowPathExit::Reset => return plain.forget_unsent(),
-                    SlowPathExit::Handover(unread) => plain.resume(unread),
-                },
-                Err(problem) => {
-                    debug!(error = %problem, "a connection ended early");
+                Ok(Exit::Handover) => {
+                    // In a box, since most connections never need it.
+                    let slow_path = Box::pin(serve_with_hyper(&mut fast_path, &mut phase, metrics));
+                    match slow_path.await {
+                        SlowPathExit::Closed => return,
+                        SlowPathExit::Reset => return fast_path.forget_unsent(),
+                        SlowPathExit::Handover(unread) => fast_path.resume(unread),
+                    }
+                }
+                Err(error) => {
+                    debug!(%error, "connection failed");
                     return;
                 }
             }
@@ -156,6 +158,7 @@ mod tests {
     use std::future::ready;
 
     use hyper::service::service_fn;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use crate::access::peer::Client;
     use crate::server::buffers::BufferLimit;
@@ -163,30 +166,29 @@ mod tests {
     use crate::server::idle::IdleConnections;
 
     #[tokio::test]
-    async fn who_has_just_come_when_the_drain_closes_is_heard_and_who_was_answered_is_let_go() {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    async fn closing_waits_for_the_first_request_only() {
         let (phases, phase) = watch::channel(Phase::Serving);
         let metrics = Metrics::new();
         let serve = |io| {
-            let service = service_fn(|_: Request<Incoming>| ready(Ok(Response::new(String::from("heard")))));
+            let service = service_fn(|_: Request<Incoming>| ready(Ok(Response::new(String::from("served")))));
             let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
             let activity = IdleConnections::new().activity();
             connection(io, SlowPathOnly(service), phase.clone(), &metrics, buffers, activity)
         };
-        let ask = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
-        let (mut new, theirs) = tokio::io::duplex(1024);
-        let (mut old, others) = tokio::io::duplex(1024);
+        let request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+        let (mut new, server_of_new) = duplex(1024);
+        let (mut used, server_of_used) = duplex(1024);
         let clients = async {
-            old.write_all(ask).await.unwrap();
-            let mut answer = [0; 1024];
-            assert!(old.read(&mut answer).await.unwrap() > 0);
+            used.write_all(request).await.unwrap();
+            let mut response = [0; 1024];
+            assert!(used.read(&mut response).await.unwrap() > 0);
             phases.send_replace(Phase::Closing);
-            assert_eq!(old.read(&mut answer).await.unwrap(), 0, "it is let go");
-            new.write_all(ask).await.unwrap();
-            let length = new.read(&mut answer).await.unwrap();
-            assert!(answer[..length].ends_with(b"heard"));
+            assert_eq!(used.read(&mut response).await.unwrap(), 0, "the used connection is closed");
+            new.write_all(request).await.unwrap();
+            let length = new.read(&mut response).await.unwrap();
+            assert!(response[..length].ends_with(b"served"), "the new connection gets a response");
             drop(new);
         };
-        tokio::join!(clients, serve(theirs), serve(others));
+        tokio::join!(clients, serve(server_of_new), serve(server_of_used));
     }
 }

@@ -1,4 +1,4 @@
-//! The limit on connections, and how a connection counts towards it.
+//! The limit on open connections, and the class of a connection under it.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -12,25 +12,25 @@ use tokio::time::{Instant, timeout_at};
 use crate::server::idle::IdleConnections;
 use crate::telemetry::metrics::{KeyFailure, Metrics, Rejection};
 
-/// Connections above the limit that are still accepted, to be told 503 and to have their health answered.
+/// Connections above the limit that are still accepted, to return 503 and to answer health checks.
 pub const OVER_LIMIT_CONNECTIONS: usize = 256;
 
-/// How long it is left in peace when even the crowd is full and others wait to be accepted.
+/// How long an over-limit connection is kept when there are as many as are accepted and more clients wait.
 const EVICTION_GRACE: Duration = Duration::from_millis(250);
 
-/// Whether a connection got one of the slots.
+/// Whether a connection holds a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectionClass {
-    /// It did.
+    /// It holds a slot.
     Normal,
-    /// All were taken: it may ask for health and is told 503 for the rest.
+    /// All slots are taken: it gets responses to health checks, and 503 to the rest.
     OverLimit,
-    /// Its client has its share already: the same.
+    /// Its client has as many connections as it may have: it gets the same responses.
     OverClientLimit,
 }
 
 impl ConnectionClass {
-    /// Why what a connection asks for is refused; `None` if it is not.
+    /// Why requests for keys fail on such a connection; `None` if they don't.
     pub fn failure(self) -> Option<KeyFailure> {
         match self {
             Self::Normal => None,
@@ -43,59 +43,79 @@ impl ConnectionClass {
 /// The connection slots that the listeners of one role share.
 #[derive(Debug)]
 pub struct ConnectionLimit {
-    /// Those that have one.
-    seated: AtomicUsize,
-    /// All connections.
+    /// How many slots are taken.
+    slots_taken: AtomicUsize,
+    /// How many connections are open, with a slot or without.
     open: AtomicUsize,
-    /// How many connections there ever were.
-    taken: AtomicU64,
+    /// How many connections were ever accepted.
+    accepted: AtomicU64,
     limit: usize,
-    /// How many more are accepted.
+    /// How many connections without a slot are accepted.
     over_limit: usize,
-    freed: Notify,
-    /// Those that have one, of which an idle one closes for a new connection.
+    /// Notified when a connection ends while no more were accepted.
+    closed: Notify,
+    /// Connections with a slot, the longest idle of which closes for a new one.
     pub(crate) idle: IdleConnections,
-    /// The tasks of connections without a slot, and since when they are there; the oldest first.
-    crowd: Mutex<VecDeque<(Instant, AbortHandle)>>,
+    /// The tasks of connections without a slot and when they started, the oldest first.
+    over_limit_tasks: Mutex<VecDeque<(Instant, AbortHandle)>>,
     /// Every accept loop holds a receiver; nothing is ever sent.
-    pub(crate) accepting: watch::Sender<()>,
+    pub(crate) accept_loops: watch::Sender<()>,
 }
 
 impl ConnectionLimit {
-    /// Slots for `limit` connections, and `over_limit` more that get none.
+    /// Slots for `limit` connections; `over_limit` more are accepted without one.
     pub fn new(limit: usize, over_limit: usize) -> Self {
         Self {
-            seated: AtomicUsize::new(0),
+            slots_taken: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
-            taken: AtomicU64::new(0),
+            accepted: AtomicU64::new(0),
             limit,
             over_limit,
-            freed: Notify::new(),
+            closed: Notify::new(),
             idle: IdleConnections::new(),
-            crowd: Mutex::new(VecDeque::with_capacity(2 * over_limit)),
-            accepting: watch::Sender::new(()),
+            over_limit_tasks: Mutex::new(VecDeque::with_capacity(2 * over_limit)),
+            accept_loops: watch::Sender::new(()),
         }
     }
 
-    /// Returns when a connection may be accepted: at once, unless even the crowd is full. Then its oldest has to go, and is
-    /// counted in `metrics`: it was closed before its request was read.
+    /// How many connections are open.
+    pub fn open_connections(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Returns when no connection has been open under any of `limits` for `period`, give or take a second.
+    pub async fn idle_for(limits: &[&Self], period: Duration) {
+        let second = Duration::from_secs(1);
+        let mut idle = Duration::ZERO;
+        let mut accepted = 0;
+        while idle < period {
+            tokio::time::sleep(second).await;
+            let now: u64 = limits.iter().map(|limit| limit.accepted.load(Ordering::Relaxed)).sum();
+            let is_idle = limits.iter().all(|limit| limit.open_connections() == 0) && now == accepted;
+            idle = if is_idle { idle + second } else { Duration::ZERO };
+            accepted = now;
+        }
+    }
+
+    /// Returns when a connection may be accepted: at once, unless `over_limit` connections have no slot. Then the oldest
+    /// of those is closed, and counted in `metrics` as rejected: its request was not read.
     pub(crate) async fn ready(&self, metrics: &Metrics) {
         loop {
-            let freed = self.freed.notified();
-            if self.open.load(Ordering::Relaxed) < self.limit + self.over_limit {
+            let closed = self.closed.notified();
+            if self.open_connections() < self.limit + self.over_limit {
                 return;
             }
-            let _ = timeout_at(self.evict(metrics), freed).await;
+            let _ = timeout_at(self.evict_over_limit(metrics), closed).await;
         }
     }
 
-    /// Ends the oldest connection without a slot, if it had its time. Returns when to look again.
-    fn evict(&self, metrics: &Metrics) -> Instant {
-        let (mut crowd, now) = (self.crowd(), Instant::now());
-        while crowd.front().is_some_and(|(_, task)| task.is_finished()) {
-            crowd.pop_front();
+    /// Closes the oldest connection without a slot, if its grace is over. Returns when to try again.
+    fn evict_over_limit(&self, metrics: &Metrics) -> Instant {
+        let (mut tasks, now) = (self.over_limit_tasks(), Instant::now());
+        while tasks.front().is_some_and(|(_, task)| task.is_finished()) {
+            tasks.pop_front();
         }
-        match crowd.front() {
+        match tasks.front() {
             Some((since, _)) if *since + EVICTION_GRACE > now => return *since + EVICTION_GRACE,
             Some((_, oldest)) => {
                 oldest.abort();
@@ -103,98 +123,81 @@ impl ConnectionLimit {
             }
             None => {}
         }
-        crowd.pop_front();
+        tasks.pop_front();
         now + EVICTION_GRACE
     }
 
-    /// Keeps at hand how to end a connection without a slot.
+    /// Registers the task of a connection without a slot, to be aborted when there are too many.
     pub(crate) fn register(&self, task: AbortHandle) {
-        let mut crowd = self.crowd();
-        if crowd.len() == crowd.capacity() {
-            crowd.retain(|(_, task)| !task.is_finished());
+        let mut tasks = self.over_limit_tasks();
+        if tasks.len() == tasks.capacity() {
+            tasks.retain(|(_, task)| !task.is_finished());
         }
-        crowd.push_back((Instant::now(), task));
+        tasks.push_back((Instant::now(), task));
     }
 
-    fn crowd(&self) -> MutexGuard<'_, VecDeque<(Instant, AbortHandle)>> {
-        self.crowd.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+    fn over_limit_tasks(&self) -> MutexGuard<'_, VecDeque<(Instant, AbortHandle)>> {
+        self.over_limit_tasks.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
     }
 
-    /// Returns when there has been no connection in any of `slots` for `period`, give or take a second.
-    pub async fn idle_for(slots: &[&Self], period: Duration) {
-        let second = Duration::from_secs(1);
-        let mut quiet = Duration::ZERO;
-        let mut taken = 0;
-        while quiet < period {
-            tokio::time::sleep(second).await;
-            let now: u64 = slots.iter().map(|slots| slots.taken.load(Ordering::Relaxed)).sum();
-            let is_quiet = slots.iter().all(|slots| slots.are_empty()) && now == taken;
-            quiet = if is_quiet { quiet + second } else { Duration::ZERO };
-            taken = now;
-        }
-    }
-
-    pub(crate) fn are_empty(&self) -> bool {
-        self.open() == 0
-    }
-
-    /// How many connections there are.
-    pub fn open(&self) -> usize {
-        self.open.load(Ordering::Relaxed)
-    }
-
-    /// A seat for one more connection. If all slots are taken, it gets that of the connection that has been idle for longest,
-    /// which closes. Over-limit connections take no slot from others: if they keep coming, they would take each one that is
-    /// given back, and no client would get a key.
-    pub(crate) fn acquire(&self, is_excess: bool, evicts: bool) -> ConnectionClass {
-        self.taken.fetch_add(1, Ordering::Relaxed);
+    /// Counts a connection as open and returns its class; [`ConnectionLimit::release`] has to follow. With `evicts`, and
+    /// all slots taken, it gets the slot of the longest idle connection, which closes.
+    ///
+    /// Connections over their client's limit take no slot: a client that keeps connecting would take each one that is
+    /// released, and no other client would get a key.
+    pub(crate) fn acquire(&self, is_over_client_limit: bool, evicts: bool) -> ConnectionClass {
+        self.accepted.fetch_add(1, Ordering::Relaxed);
         self.open.fetch_add(1, Ordering::Relaxed);
-        match is_excess {
+        match is_over_client_limit {
             true => ConnectionClass::OverClientLimit,
-            false if self.take_slot(evicts) => ConnectionClass::Normal,
+            false if self.acquire_slot(evicts) => ConnectionClass::Normal,
             false => ConnectionClass::OverLimit,
         }
     }
 
-    pub(crate) fn take_slot(&self, evicts: bool) -> bool {
-        let is_taken =
-            self.seated.fetch_add(1, Ordering::Relaxed) < self.limit || (evicts && self.idle.evict());
-        if !is_taken {
-            self.seated.fetch_sub(1, Ordering::Relaxed);
+    /// Takes a slot for a connection that is open. Returns whether there was one.
+    pub(crate) fn acquire_slot(&self, evicts: bool) -> bool {
+        let is_free = self.slots_taken.fetch_add(1, Ordering::Relaxed) < self.limit;
+        let has_slot = is_free || (evicts && self.idle.evict());
+        if !has_slot {
+            self.release_slot();
         }
-        is_taken
+        has_slot
     }
 
+    /// Counts a connection of `class` as closed.
     pub(crate) fn release(&self, class: ConnectionClass) {
         if class == ConnectionClass::Normal {
             self.release_slot();
         }
         if self.open.fetch_sub(1, Ordering::Relaxed) >= self.limit + self.over_limit {
-            self.freed.notify_waiters();
+            self.closed.notify_waiters();
         }
     }
 
-    /// Gives back the slot of a connection that stays open without one.
+    /// Releases the slot of a connection that stays open without one.
     pub(crate) fn release_slot(&self) {
-        self.seated.fetch_sub(1, Ordering::Relaxed);
+        self.slots_taken.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::server::context::OVER_LIMIT_TIMEOUT;
     use std::sync::Arc;
+
     use tokio::time::timeout;
+
+    use crate::server::context::OVER_LIMIT_TIMEOUT;
 
     const OVER_LIMIT: usize = OVER_LIMIT_CONNECTIONS;
 
     #[test]
-    fn slots_seat_up_to_the_limit_and_the_rest_is_a_crowd_that_takes_none() {
-        let slots = ConnectionLimit::new(2, OVER_LIMIT);
-        let class = || slots.acquire(false, true);
+    fn over_limit_connections_take_no_slot() {
+        let limit = ConnectionLimit::new(2, OVER_LIMIT);
+        let acquire = || limit.acquire(false, true);
         assert_eq!(
-            [class(), class(), class(), class()],
+            [acquire(), acquire(), acquire(), acquire()],
             [
                 ConnectionClass::Normal,
                 ConnectionClass::Normal,
@@ -202,12 +205,12 @@ mod tests {
                 ConnectionClass::OverLimit
             ]
         );
-        assert_eq!(slots.acquire(true, true), ConnectionClass::OverClientLimit);
-        slots.release(ConnectionClass::Normal);
+        assert_eq!(limit.acquire(true, true), ConnectionClass::OverClientLimit);
+        limit.release(ConnectionClass::Normal);
         assert_eq!(
-            [class(), class()],
+            [acquire(), acquire()],
             [ConnectionClass::Normal, ConnectionClass::OverLimit],
-            "whatever the crowd is"
+            "a released slot is free, however many connections are over the limit"
         );
         for class in [
             ConnectionClass::OverLimit,
@@ -216,59 +219,59 @@ mod tests {
             ConnectionClass::OverClientLimit,
             ConnectionClass::Normal,
         ] {
-            slots.release(class);
+            limit.release(class);
         }
-        assert_eq!([class(), class()], [ConnectionClass::Normal, ConnectionClass::OverLimit]);
-        slots.release(ConnectionClass::Normal);
-        slots.release(ConnectionClass::OverLimit);
-        assert!(!slots.are_empty());
-        slots.release(ConnectionClass::Normal);
-        assert!(slots.are_empty());
+        assert_eq!([acquire(), acquire()], [ConnectionClass::Normal, ConnectionClass::OverLimit]);
+        limit.release(ConnectionClass::Normal);
+        limit.release(ConnectionClass::OverLimit);
+        assert_ne!(limit.open_connections(), 0);
+        limit.release(ConnectionClass::Normal);
+        assert_eq!(limit.open_connections(), 0);
     }
 
-    /// Gives back a seat when it is dropped.
-    struct Seated(Arc<ConnectionLimit>, ConnectionClass);
+    /// An open connection, released when it is dropped.
+    struct Open(Arc<ConnectionLimit>, ConnectionClass);
 
-    impl Drop for Seated {
+    impl Drop for Open {
         fn drop(&mut self) {
             self.0.release(self.1);
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_oldest_of_a_full_crowd_goes_for_who_comes_and_nobody_with_a_slot() {
-        let slots = Arc::new(ConnectionLimit::new(2, OVER_LIMIT));
-        let sit = || {
-            let seated = Seated(Arc::clone(&slots), slots.acquire(false, true));
-            let is_regular = seated.1 == ConnectionClass::Normal;
+    async fn the_oldest_over_limit_connection_is_evicted_for_a_new_one() {
+        let limit = Arc::new(ConnectionLimit::new(2, OVER_LIMIT));
+        let connect = || {
+            let open = Open(Arc::clone(&limit), limit.acquire(false, true));
+            let is_normal = open.1 == ConnectionClass::Normal;
             let task = tokio::spawn(async move {
-                let _seated = seated;
+                let _open = open;
                 std::future::pending::<()>().await;
             });
-            if !is_regular {
-                slots.register(task.abort_handle());
+            if !is_normal {
+                limit.register(task.abort_handle());
             }
             task
         };
         let metrics = Metrics::new();
-        let ready = || timeout(OVER_LIMIT_TIMEOUT, slots.ready(&metrics));
-        let tasks: Vec<_> = (0..2 + OVER_LIMIT).map(|_| sit()).collect();
+        let ready = || timeout(OVER_LIMIT_TIMEOUT, limit.ready(&metrics));
+        let tasks: Vec<_> = (0..2 + OVER_LIMIT).map(|_| connect()).collect();
         let start = Instant::now();
-        ready().await.expect("room");
-        assert_eq!(start.elapsed(), EVICTION_GRACE, "it has a little time to say what it wants");
-        let gone = || tasks.iter().map(tokio::task::JoinHandle::is_finished).collect::<Vec<_>>();
-        assert_eq!(gone()[..4], [false, false, true, false]);
-        // The others had as much.
+        ready().await.expect("an eviction");
+        assert_eq!(start.elapsed(), EVICTION_GRACE, "the client had time to send its request");
+        let finished = || tasks.iter().map(tokio::task::JoinHandle::is_finished).collect::<Vec<_>>();
+        assert_eq!(finished()[..4], [false, false, true, false], "connections with a slot stay");
+        // The other clients had as much time.
         for count in 1..=3 * OVER_LIMIT {
-            sit();
-            ready().await.expect("room");
+            connect();
+            ready().await.expect("an eviction");
             assert_eq!(
                 start.elapsed(),
                 EVICTION_GRACE * u32::try_from(1 + count / OVER_LIMIT).unwrap(),
                 "{count}"
             );
         }
-        assert_eq!(gone().iter().filter(|is_gone| !**is_gone).count(), 2);
-        assert!(slots.crowd().len() < 4 * OVER_LIMIT, "those that are gone are not kept");
+        assert_eq!(finished().iter().filter(|is_finished| !**is_finished).count(), 2);
+        assert!(limit.over_limit_tasks().len() < 4 * OVER_LIMIT, "finished tasks are removed");
     }
 }

@@ -1,4 +1,4 @@
-//! Whether the accept loops make progress.
+//! Heartbeats of the accept loops: a worker whose thread is blocked sends none.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -6,42 +6,43 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::watch;
 
-/// Asks accept loops for a sign of life and sees who gave one: a worker whose thread is blocked gives none.
+/// Requests heartbeats in numbered rounds, and finds out which accept loops sent theirs.
 #[derive(Debug)]
 pub struct Heartbeats {
-    ask: watch::Sender<u64>,
-    answers: Vec<Arc<AtomicU64>>,
+    round: watch::Sender<u64>,
+    /// The last round that each accept loop has answered.
+    answered: Vec<Arc<AtomicU64>>,
 }
 
 impl Heartbeats {
-    /// Nobody to ask yet.
+    /// No accept loops yet.
     #[expect(clippy::new_without_default, reason = "it is made once, by name")]
     pub fn new() -> Self {
-        Self { ask: watch::Sender::new(0), answers: Vec::new() }
+        Self { round: watch::Sender::new(0), answered: Vec::new() }
     }
 
-    /// The side of one accept loop.
-    pub fn join(&mut self) -> Heartbeat {
-        let answer = Arc::new(AtomicU64::new(*self.ask.borrow()));
-        self.answers.push(Arc::clone(&answer));
-        Heartbeat { asked: self.ask.subscribe(), answer }
+    /// Adds an accept loop, and returns its side.
+    pub fn register(&mut self) -> Heartbeat {
+        let answered = Arc::new(AtomicU64::new(*self.round.borrow()));
+        self.answered.push(Arc::clone(&answered));
+        Heartbeat { round: self.round.subscribe(), answered }
     }
 
-    /// Forgets the last `count` that joined: their accept loops were never started.
-    pub fn withdraw(&mut self, count: usize) {
-        self.answers.truncate(self.answers.len().saturating_sub(count));
+    /// Removes the `count` accept loops that were added last: they were never started.
+    pub fn unregister_last(&mut self, count: usize) {
+        self.answered.truncate(self.answered.len().saturating_sub(count));
     }
 
-    /// Whether every accept loop has answered the last question.
-    pub fn have_answered(&self) -> bool {
-        let asked = *self.ask.borrow();
-        self.answers.iter().all(|answer| answer.load(Ordering::Relaxed) == asked)
-    }
-
-    /// Whether everyone answered the last question; then asks again.
+    /// Whether every accept loop has answered this round.
     pub fn all_answered(&self) -> bool {
-        let all = self.have_answered();
-        self.ask.send_modify(|asked| *asked += 1);
+        let round = *self.round.borrow();
+        self.answered.iter().all(|answered| answered.load(Ordering::Relaxed) == round)
+    }
+
+    /// Whether every accept loop has answered this round; then starts the next one.
+    pub fn next_round(&self) -> bool {
+        let all = self.all_answered();
+        self.round.send_modify(|round| *round += 1);
         all
     }
 }
@@ -49,16 +50,17 @@ impl Heartbeats {
 /// An accept loop's side of [`Heartbeats`].
 #[derive(Debug)]
 pub struct Heartbeat {
-    asked: watch::Receiver<u64>,
-    answer: Arc<AtomicU64>,
+    round: watch::Receiver<u64>,
+    answered: Arc<AtomicU64>,
 }
 
 impl Heartbeat {
-    pub(crate) async fn beat(&mut self) -> Infallible {
-        while self.asked.changed().await.is_ok() {
-            self.answer.store(*self.asked.borrow_and_update(), Ordering::Relaxed);
+    /// Answers every round.
+    pub(crate) async fn run(&mut self) -> Infallible {
+        while self.round.changed().await.is_ok() {
+            self.answered.store(*self.round.borrow_and_update(), Ordering::Relaxed);
         }
-        std::future::pending().await // nobody asks any more
+        std::future::pending().await // there are no more rounds
     }
 }
 
@@ -67,7 +69,7 @@ mod tests {
     use super::*;
     use std::future::ready;
     use std::io::Write;
-    use std::sync::{Mutex, mpsc as blocking};
+    use std::sync::{Mutex, mpsc};
     use std::thread;
     use std::time::Duration;
 
@@ -80,29 +82,30 @@ mod tests {
     use crate::server::address::{Host, Mode};
     use crate::server::connection::http;
     use crate::server::connection_limit::{ConnectionClass, ConnectionLimit};
-    use crate::server::context::{OVER_LIMIT_TIMEOUT, ServerContext};
+    use crate::server::context::ServerContext;
     use crate::server::drain::Drain;
     use crate::server::fast_path::service::SlowPathOnly;
     use crate::server::listener::Listener;
     use crate::server::timeouts::Timeouts;
     use crate::telemetry::metrics::Metrics;
 
-    /// A server on a thread of its own, whose service does not return before it is told to.
+    /// The server runs on its own thread, and its service blocks until the test releases it.
     #[test]
-    fn a_worker_that_is_blocked_gives_no_sign_of_life() {
+    fn a_blocked_worker_sends_no_heartbeat() {
         let listener = Listener::bind(&"127.0.0.1".parse::<Host>().unwrap(), 0, Mode::default()).unwrap();
         let address = listener.to_string();
         let mut heartbeats = Heartbeats::new();
-        let heartbeat = heartbeats.join();
+        let heartbeat = heartbeats.register();
         let drain = Drain::new();
-        let phase = drain.watch();
+        let phase = drain.subscribe();
+        let second = Duration::from_secs(1);
         let context = ServerContext::new(
             ConnectionLimit::new(8, 8),
-            Timeouts::new(OVER_LIMIT_TIMEOUT, OVER_LIMIT_TIMEOUT, OVER_LIMIT_TIMEOUT),
+            Timeouts::new(second, second, second),
             Arc::new(Metrics::new()),
         );
-        let (entered, is_entered) = blocking::channel();
-        let (release, is_released) = blocking::channel::<()>();
+        let (entered, is_entered) = mpsc::channel();
+        let (release, is_released) = mpsc::channel::<()>();
         let is_released = Arc::new(Mutex::new(is_released));
         thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -117,35 +120,32 @@ mod tests {
             runtime.block_on(serve(vec![(listener, heartbeat)], http(service), context, phase)).unwrap();
         });
         let answers = |heartbeats: &Heartbeats| {
-            // It has been asked by the call before; a worker that moves answers within milliseconds.
-            heartbeats.all_answered();
+            // The call before has started a round; a worker that makes progress answers within milliseconds.
+            heartbeats.next_round();
             (0..400).any(|_| {
                 thread::sleep(Duration::from_millis(5));
-                heartbeats.answers[0].load(Ordering::Relaxed) == *heartbeats.ask.borrow()
+                heartbeats.all_answered()
             })
         };
         assert!(answers(&heartbeats), "an idle worker answers");
         let mut client = std::net::TcpStream::connect(address).unwrap();
         client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
         is_entered.recv().unwrap();
-        assert!(!answers(&heartbeats), "a blocked one does not");
-        assert!(!heartbeats.all_answered());
+        assert!(!answers(&heartbeats), "a blocked worker does not");
+        assert!(!heartbeats.next_round());
         release.send(()).unwrap();
-        assert!(answers(&heartbeats), "and does again");
+        assert!(answers(&heartbeats), "a released worker answers again");
     }
 
     #[test]
-    fn an_accept_loop_that_was_never_started_is_not_waited_for() {
+    fn an_accept_loop_that_never_started_owes_no_heartbeat() {
         let mut heartbeats = Heartbeats::new();
-        let started = heartbeats.join();
-        drop((heartbeats.join(), heartbeats.join()));
-        heartbeats.withdraw(2);
-        let progress = |heartbeats: &Heartbeats| {
-            heartbeats.all_answered();
-            heartbeats.have_answered()
-        };
-        assert!(!progress(&heartbeats), "the one that was started is");
-        started.answer.store(*heartbeats.ask.borrow(), Ordering::Relaxed);
-        assert!(heartbeats.have_answered());
+        let started = heartbeats.register();
+        drop((heartbeats.register(), heartbeats.register()));
+        heartbeats.unregister_last(2);
+        heartbeats.next_round();
+        assert!(!heartbeats.all_answered(), "the started accept loop owes one");
+        started.answered.store(*heartbeats.round.borrow(), Ordering::Relaxed);
+        assert!(heartbeats.all_answered());
     }
 }

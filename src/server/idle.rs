@@ -1,7 +1,6 @@
-//! Connections between two requests, and which of them closes first when all slots are taken: the one that has been idle for
-//! longest.
+//! Idle connections. When all slots are taken, the one that has been idle for longest closes for a new connection.
 //!
-//! A request only stores two numbers. The oldest are searched for when one is needed, many at a time.
+//! A request only stores two numbers. The longest idle connections are searched for when one is needed, many at a time.
 
 use std::collections::BinaryHeap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -9,20 +8,21 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-/// How many of the oldest one search finds.
+/// How many connections one search finds.
 const FOUND_MAX: usize = 256;
 
-/// Searches take at most this part of the time: with every connection busy, each new one would cause a search in vain.
-const SEARCH_SHARE: u32 = 10;
+/// Searches take at most one part in this many of the time: with every connection busy, each new one would cause a search
+/// in vain.
+const SEARCH_INTERVAL_FACTOR: u32 = 10;
 
-/// More than a search takes for each connection. What is beyond it was another thread's time, and must not keep an idle
-/// connection from being found.
+/// The most that a search needs for each connection. Time beyond that was another thread's, and must not delay the next
+/// search.
 const SEARCH_MAX: Duration = Duration::from_nanos(200);
 
-/// What [`Activity::idle_since`] is while a request is read or answered.
+/// [`Activity::idle_since`] while a request is read or answered.
 const BUSY: u64 = u64::MAX;
 
-/// The connections that hold slots.
+/// The connections with a slot.
 #[derive(Debug)]
 pub struct IdleConnections {
     start: Instant,
@@ -32,31 +32,31 @@ pub struct IdleConnections {
 #[derive(Debug, Default)]
 struct Registry {
     connections: Vec<Arc<Activity>>,
-    /// Those that were idle for longest, and since when; the oldest last.
-    oldest: Vec<(u64, Arc<Activity>)>,
+    /// The connections that the last search found and when they became idle, the longest idle last.
+    candidates: Vec<(u64, Arc<Activity>)>,
     next_search: Option<Instant>,
 }
 
-/// Whether one connection is idle, and whether it has to close.
+/// Whether a connection is idle, and whether it must close.
 #[derive(Debug)]
 pub struct Activity {
     start: Instant,
-    /// Nanoseconds since the start, in a form that only compares; or [`BUSY`].
+    /// A [`sort_key`] of the time since the start, or [`BUSY`].
     idle_since: AtomicU64,
     is_evicted: AtomicBool,
     waker: OnceLock<Waker>,
-    /// Where it is in the registry, whose lock guards this.
+    /// Its index in the registry, whose lock guards this.
     index: AtomicUsize,
 }
 
 impl IdleConnections {
-    /// None yet.
+    /// No connections yet.
     #[expect(clippy::new_without_default, reason = "it is made once, by name")]
     pub fn new() -> Self {
         Self { start: Instant::now(), registry: Mutex::default() }
     }
 
-    /// A busy connection, which no eviction finds before it is added.
+    /// The activity of a busy connection. It is not evicted before it is added.
     pub fn activity(&self) -> Arc<Activity> {
         Arc::new(Activity {
             start: self.start,
@@ -74,7 +74,7 @@ impl IdleConnections {
         connections.push(Arc::clone(activity));
     }
 
-    /// Removes a connection that was added.
+    /// Removes a connection that was added. It counts as busy from then on.
     pub fn remove(&self, activity: &Activity) {
         activity.set_busy();
         let connections = &mut self.registry().connections;
@@ -87,19 +87,19 @@ impl IdleConnections {
         }
     }
 
-    /// Tells the connection that has been idle for longest to close. `false` if none is idle.
+    /// Makes the longest idle connection close. Returns `false` if none is idle.
     pub fn evict(&self) -> bool {
         let mut registry = self.registry();
-        let evicted = registry.oldest().or_else(|| {
+        let evicted = registry.longest_idle().or_else(|| {
             let now = Instant::now();
             if registry.next_search.is_some_and(|next| now < next) {
                 return None;
             }
-            registry.search(order(now - self.start));
+            registry.search(sort_key(now - self.start));
             let count = u32::try_from(registry.connections.len()).unwrap_or(u32::MAX);
             let took = now.elapsed().min(SEARCH_MAX.saturating_mul(count));
-            registry.next_search = Some(now + took * (SEARCH_SHARE - 1));
-            registry.oldest()
+            registry.next_search = Some(now + took * (SEARCH_INTERVAL_FACTOR - 1));
+            registry.longest_idle()
         });
         let Some(evicted) = evicted else {
             return false;
@@ -117,10 +117,10 @@ impl IdleConnections {
 }
 
 impl Registry {
-    /// The oldest of those that were found and are idle still.
-    fn oldest(&mut self) -> Option<Arc<Activity>> {
-        while let Some((since, activity)) = self.oldest.pop() {
-            // Whatever has become idle since the search is younger, this connection included if it was busy meanwhile.
+    /// The longest idle candidate that is still idle.
+    fn longest_idle(&mut self) -> Option<Arc<Activity>> {
+        while let Some((since, activity)) = self.candidates.pop() {
+            // A connection that has been busy since the search is not among the longest idle any more.
             if activity.idle_since.load(Ordering::Relaxed) == since && !activity.is_evicted() {
                 return Some(activity);
             }
@@ -128,7 +128,7 @@ impl Registry {
         None
     }
 
-    /// Finds those that have been idle for longest at `now`.
+    /// Finds the connections that have been idle for longest at `now`.
     fn search(&mut self, now: u64) {
         let mut found = BinaryHeap::with_capacity(FOUND_MAX + 1);
         for (index, activity) in self.connections.iter().enumerate() {
@@ -140,15 +140,16 @@ impl Registry {
                 }
             }
         }
-        let oldest = found.into_sorted_vec().into_iter().rev();
-        self.oldest = oldest.map(|(since, index)| (since, Arc::clone(&self.connections[index]))).collect();
+        let longest_last = found.into_sorted_vec().into_iter().rev();
+        self.candidates =
+            longest_last.map(|(since, index)| (since, Arc::clone(&self.connections[index]))).collect();
     }
 }
 
 impl Activity {
-    /// The connection waits for a request since `since`; before that it is not evicted, if it is in the future.
+    /// The connection has been waiting for a request since `since`. If that is in the future, it is not evicted before.
     pub fn set_idle(&self, since: Instant) {
-        self.idle_since.store(order(since - self.start), Ordering::Relaxed);
+        self.idle_since.store(sort_key(since - self.start), Ordering::Relaxed);
     }
 
     /// The connection has read something.
@@ -156,19 +157,19 @@ impl Activity {
         self.idle_since.store(BUSY, Ordering::Relaxed);
     }
 
-    /// Whether the connection has to close as soon as it is idle.
+    /// Whether the connection must close as soon as it is idle.
     pub fn is_evicted(&self) -> bool {
         self.is_evicted.load(Ordering::Relaxed)
     }
 
-    /// Has `waker` called when that changes. The waker of a connection's task stays the same, so the first one counts.
+    /// Calls `waker` on eviction. A task's waker stays the same, so only the first one is kept.
     pub fn wake_on_eviction(&self, waker: &Waker) {
         self.waker.get_or_init(|| waker.clone());
     }
 }
 
-/// A number that compares as `time` does and costs no division.
-fn order(time: Duration) -> u64 {
+/// A number that compares as `time` does, without a division.
+fn sort_key(time: Duration) -> u64 {
     time.as_secs() << 32 | u64::from(time.subsec_nanos())
 }
 
@@ -184,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_idle_is_evicted_first_and_a_busy_one_never() {
+    fn the_longest_idle_connection_is_evicted_and_a_busy_one_never() {
         let connections = IdleConnections::new();
         let at = |millis| connections.start + Duration::from_millis(millis);
         std::thread::sleep(Duration::from_millis(6)); // the times below have passed
@@ -201,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_was_used_or_has_closed_since_the_search_is_passed_over() {
+    fn a_connection_used_or_closed_since_the_search_is_skipped() {
         let connections = IdleConnections::new();
         let start = connections.start;
         let [first, used, closed, last] =

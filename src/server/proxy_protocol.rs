@@ -187,7 +187,7 @@ impl ProxyProtocol {
             if is_trusted { read_header(stream).await } else { refuse_header(stream).await.map(|()| None) }
         };
         let (reason, detail) = match accepted.within_head_timeout(read).await {
-            Some(Ok(client)) => return accepted.identified(client).then_some(accepted),
+            Some(Ok(client)) => return accepted.set_client(client).then_some(accepted),
             // It was closed before a header, as a TCP health check does.
             Some(Err(ReadError::Closed)) => return None,
             Some(Err(ReadError::Untrusted)) => {

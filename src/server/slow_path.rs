@@ -1,6 +1,7 @@
-//! The slow path: a connection that hyper serves for as long as its requests need more than the fast path knows.
+//! The slow path: hyper serves a connection while its requests need more than the fast path handles.
 
 use std::convert::Infallible;
+use std::mem;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -20,22 +21,23 @@ use crate::server::fast_path::service::FastPath;
 use crate::server::transport::Transport;
 use crate::telemetry::metrics::{Metrics, Rejection};
 
-/// The largest request head, in bytes; hyper answers a larger one with 431.
+/// The largest size of request headers, in bytes; hyper answers larger ones with 431.
 const HEAD_MAX: usize = 16 * 1024;
 
-/// How hyper leaves a connection.
+/// Why hyper stops serving a connection.
 pub(crate) enum SlowPathExit {
-    /// At its end.
+    /// The connection is closed.
     Closed,
-    /// With nothing that may be taken for its end: its body failed, or another connection needs its buffers.
+    /// The client must not take what it has for a whole response: the body failed, or another connection needs the
+    /// buffers.
     Reset,
-    /// Between two requests; these bytes were read and not used.
+    /// The connection is between two requests; these bytes were read and not used.
     Handover(Vec<u8>),
 }
 
-/// Serves a connection by hyper until every request that it has read is answered.
+/// Serves a connection with hyper until every request that was read has its response.
 pub(crate) async fn serve_with_hyper<I, S, B>(
-    plain: &mut fast_path::Connection<'_, I, S>,
+    fast_path: &mut fast_path::Connection<'_, I, S>,
     phase: &mut watch::Receiver<Phase>,
     metrics: &Metrics,
 ) -> SlowPathExit
@@ -47,20 +49,20 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let exchange = Exchange::default();
-    let (buffers, has_answered) = (plain.buffers().clone(), plain.has_answered());
-    let (io, service) = plain.lend(&exchange);
+    let (buffers, has_answered) = (fast_path.buffers().clone(), fast_path.has_answered());
+    let (io, service) = fast_path.lend(&exchange);
     let mut connection = http1::Builder::new()
         .max_buf_size(HEAD_MAX)
-        // A client may close its sending side after its request and still read the answer.
+        // A client may close its sending side after its request and still read the response.
         .half_close(true)
         .serve_connection(TokioIo::new(io), TrackRequests { service, exchange: &exchange });
-    let mut held = None;
+    let mut permit = None;
     let mut is_stopping = false;
     let result = poll_until_closing(phase, |cx, is_closing| {
         if is_closing && !is_stopping {
             is_stopping = true;
-            // Without an answer yet, it has just come and would be closed unheard. Its first request is still waited
-            // for, as long as a head may take by now, and its answer ends the connection.
+            // A new connection would be closed before its request was read. It may still send its first request, within
+            // the head timeout of the drain, and is closed after the response.
             if has_answered || exchange.is_started() {
                 Pin::new(&mut connection).graceful_shutdown();
             }
@@ -69,24 +71,24 @@ where
             Poll::Ready(result) => Poll::Ready(Some(result)),
             Poll::Pending if exchange.is_over() => Poll::Ready(None),
             Poll::Pending if exchange.is_streaming() => {
-                held = None; // it has a permit, of which there are few, and may be read slowly
+                permit = None; // the stream has its own permit, of which there are few, and may be read slowly
                 Poll::Pending
             }
             Poll::Pending => {
-                let held = held.get_or_insert_with(|| buffers.hold(cx.waker()));
-                if held.is_evicted() { Poll::Ready(None) } else { Poll::Pending }
+                let permit = permit.get_or_insert_with(|| buffers.hold(cx.waker()));
+                if permit.is_evicted() { Poll::Ready(None) } else { Poll::Pending }
             }
         }
     });
     match result.await {
         Some(Ok(())) => SlowPathExit::Closed,
-        Some(Err(problem)) => {
-            // Which peer and which bytes it was is nobody's business; that it happens is counted.
-            if problem.is_parse() {
+        Some(Err(error)) => {
+            // Neither the client nor its bytes are logged; malformed requests are counted.
+            if error.is_parse() {
                 metrics.rejected(Rejection::Malformed);
             }
-            debug!(error = %problem, "a connection ended early");
-            if problem.is_user() { SlowPathExit::Reset } else { SlowPathExit::Closed }
+            debug!(%error, "connection failed");
+            if error.is_user() { SlowPathExit::Reset } else { SlowPathExit::Closed }
         }
         None if exchange.is_over() => {
             let parts = connection.into_parts();
@@ -101,8 +103,8 @@ where
     }
 }
 
-/// A service that notes on its way what is asked of it, and lets other connections have a turn between requests that
-/// came together: each may be half a millisecond of work.
+/// A service that records requests in `exchange`, and yields to other connections between pipelined requests, each of
+/// which may be half a millisecond of work.
 struct TrackRequests<'a, S> {
     service: &'a S,
     exchange: &'a Exchange,
@@ -114,26 +116,26 @@ where
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = Paced<S::Future>;
+    type Future = YieldOnce<S::Future>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let is_first = !self.exchange.is_started();
         self.exchange.start(!request.body().is_end_stream());
-        Paced { future: self.service.call(request), has_yielded: is_first }
+        YieldOnce { future: self.service.call(request), has_yielded: is_first }
     }
 }
 
-/// A future that may let other tasks have a turn before it ends.
-struct Paced<F> {
+/// A future that yields to other tasks before it is polled, unless it has already.
+struct YieldOnce<F> {
     future: F,
     has_yielded: bool,
 }
 
-impl<F: Future + Unpin> Future for Paced<F> {
+impl<F: Future + Unpin> Future for YieldOnce<F> {
     type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        if !std::mem::replace(&mut self.has_yielded, true) {
+        if !mem::replace(&mut self.has_yielded, true) {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }

@@ -1,7 +1,8 @@
-//! Connections that have ended in order, whose last bytes or end (FIN) the client has not acknowledged.
+//! Connections that have ended normally, but whose last bytes or end (FIN) the client has not acknowledged.
 //!
-//! The kernel goes on sending both after the process has exited, unless the network goes away with the process, as that of
-//! a pod or a container does. Its client would get neither the rest nor a reset, and wait until its own timeout.
+//! The kernel goes on sending both after the process has exited, unless the network namespace goes away with the process,
+//! as that of a pod or a container does. The client would then get neither the rest nor a reset, and wait until its own
+//! timeout.
 
 use std::collections::HashSet;
 use std::fs;
@@ -12,26 +13,26 @@ use std::time::Duration;
 use rustix::fs::fstat;
 use socket2::SockRef;
 
-/// The kernel's tables of the TCP sockets in the network of the process (proc(5), `/proc/net/tcp`). Sockets of another
-/// network, which were inherited, are not in them: that network stays.
+/// The kernel's tables of the TCP sockets in the network namespace of the process (proc(5), `/proc/net/tcp`). Inherited
+/// sockets of another namespace are not in them: that namespace stays.
 const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
 
-/// FIN_WAIT1, LAST_ACK and CLOSING (the kernel's include/net/tcp_states.h): the end is not acknowledged, and so may be
-/// bytes before it.
-const STATES: [&str; 3] = ["04", "09", "0B"];
+/// FIN_WAIT1, LAST_ACK and CLOSING (the kernel's include/net/tcp_states.h): the client has not acknowledged the end, and
+/// maybe not the bytes before it.
+const UNACKNOWLEDGED_STATES: [&str; 3] = ["04", "09", "0B"];
 
-/// Descriptors of connections that have ended since the drain began. Their sending side is shut down: all that is left to
-/// do is to close or to reset them.
+/// Descriptors of connections that have ended since the drain began. Their sending side is shut down: they only have to be
+/// closed or reset.
 #[derive(Debug, Default)]
 pub struct EndedConnections(Mutex<Vec<OwnedFd>>);
 
 impl EndedConnections {
-    /// Keeps one more.
+    /// Keeps the descriptor of an ended connection.
     pub fn add(&self, connection: OwnedFd) {
         self.lock().push(connection);
     }
 
-    /// Closes those that are not in `sockets`, and returns how many are.
+    /// Closes the connections that are not in `sockets`, and returns how many are left.
     pub fn close_acknowledged(&self, sockets: &UnacknowledgedSockets) -> usize {
         let mut connections = self.lock();
         connections
@@ -39,7 +40,7 @@ impl EndedConnections {
         connections.len()
     }
 
-    /// Resets all of them.
+    /// Resets all connections.
     pub fn reset(&self) {
         for connection in self.lock().drain(..) {
             let _ = SockRef::from(&connection).set_linger(Some(Duration::ZERO)); // socket(7), tcp(7)
@@ -51,40 +52,42 @@ impl EndedConnections {
     }
 }
 
-/// The sockets whose end was sent, or waits to be sent, and is not acknowledged.
+/// The sockets that are shut down and whose end the client has not acknowledged.
 #[derive(Debug, Default)]
 pub struct UnacknowledgedSockets {
-    /// Those with a descriptor, by inode.
+    /// The inodes of sockets with a descriptor.
     inodes: HashSet<u64>,
-    /// Those that have none, which nobody can reset any more, by local and remote address: the kernel may list a socket
-    /// twice when others come while it lists.
+    /// The local and remote addresses of sockets without one, which can no longer be reset. It is a set since the kernel
+    /// may list a socket twice when others are added meanwhile.
     orphans: HashSet<(String, String)>,
 }
 
 impl UnacknowledgedSockets {
-    /// How many have no descriptor.
+    /// How many sockets have no descriptor.
     pub fn orphans(&self) -> usize {
         self.orphans.len()
     }
 
-    /// Those there are now; without a descriptor, those at a local port among `ports`. None where the kernel's tables can't
-    /// be read.
-    pub fn look(ports: &[u16]) -> Self {
+    /// Reads the kernel's tables. Of the sockets without a descriptor, only those whose local port is one of `ports` are
+    /// taken. Finds none if the tables can't be read.
+    pub fn read(ports: &[u16]) -> Self {
         let mut sockets = Self::default();
         for table in TABLES {
-            sockets.add(&fs::read_to_string(table).unwrap_or_default(), ports);
+            sockets.add_table(&fs::read_to_string(table).unwrap_or_default(), ports);
         }
         sockets
     }
 
-    fn add(&mut self, table: &str, ports: &[u16]) {
+    fn add_table(&mut self, table: &str, ports: &[u16]) {
         for line in table.lines() {
             let mut columns = line.split_ascii_whitespace();
             let (Some(local), Some(remote), Some(state)) = (columns.nth(1), columns.next(), columns.next())
             else {
                 continue;
             };
-            let Some(inode) = columns.nth(5).filter(|_| STATES.contains(&state)) else { continue };
+            let Some(inode) = columns.nth(5).filter(|_| UNACKNOWLEDGED_STATES.contains(&state)) else {
+                continue;
+            };
             let port = local.rsplit(':').next().and_then(|port| u16::from_str_radix(port, 16).ok());
             match inode.parse() {
                 Ok(0) if port.is_some_and(|port| ports.contains(&port)) => {
@@ -105,7 +108,7 @@ mod tests {
     use std::os::fd::AsFd;
     use std::time::Instant;
 
-    /// As Linux 6.18 writes it.
+    /// As Linux 6.18 prints it.
     const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 00000000:0463 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 6001 1 0000 100 0 0 10 0
    1: 0109090A:0463 0209090A:E104 04 0001384C:00000000 04:00000C3A 00000000     0        0 0 3 0000 20 4 30 94 -1
@@ -118,18 +121,18 @@ mod tests {
 ";
 
     #[test]
-    fn sockets_are_found_by_state_and_those_without_a_descriptor_by_port() {
+    fn sockets_without_a_descriptor_are_found_by_port() {
         for (ports, orphans) in [(&[][..], 0), (&[1123], 1), (&[1123, 8000], 2)] {
             let mut sockets = UnacknowledgedSockets::default();
-            sockets.add(TABLE, ports);
+            sockets.add_table(TABLE, ports);
             assert_eq!(
                 (sockets.orphans(), &sockets.inodes),
                 (orphans, &HashSet::from([6002, 6004])),
                 "{ports:?}"
             );
             let once = sockets.orphans.clone();
-            sockets.add(TABLE, ports);
-            assert_eq!(sockets.orphans, once, "listed twice");
+            sockets.add_table(TABLE, ports);
+            assert_eq!(sockets.orphans, once, "listed twice, counted once");
         }
     }
 
@@ -137,13 +140,13 @@ mod tests {
     fn wait_for_none(count: impl Fn() -> usize) {
         let deadline = Instant::now() + Duration::from_secs(60);
         while count() > 0 {
-            assert!(Instant::now() < deadline, "{} are not acknowledged after a minute", count());
+            assert!(Instant::now() < deadline, "{} not acknowledged after a minute", count());
             std::thread::yield_now();
         }
     }
 
-    /// The descriptor of a connection whose client has not read all of it, its client, and how many bytes were sent: more
-    /// than the client's kernel has room for.
+    /// The descriptor of an ended connection, its client, and how many bytes were sent: more than fit into the receive
+    /// buffer of the client, which has read none.
     fn ended(listener: &TcpListener) -> (OwnedFd, TcpStream, usize) {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, _) = listener.accept().unwrap();
@@ -159,15 +162,15 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_is_kept_until_its_client_has_all_of_it() {
+    fn a_connection_is_kept_until_its_client_has_everything() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let connections = EndedConnections::default();
         let (descriptor, mut client, sent) = ended(&listener);
         connections.add(descriptor);
-        assert_eq!(connections.close_acknowledged(&UnacknowledgedSockets::look(&[])), 1);
+        assert_eq!(connections.close_acknowledged(&UnacknowledgedSockets::read(&[])), 1);
         assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), sent);
-        // It closed nothing of its own, and does not keep the connection all the same.
-        wait_for_none(|| connections.close_acknowledged(&UnacknowledgedSockets::look(&[])));
+        // The client keeps its own side open, which does not matter.
+        wait_for_none(|| connections.close_acknowledged(&UnacknowledgedSockets::read(&[])));
     }
 
     #[test]
@@ -184,11 +187,11 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_was_closed_is_found_by_its_port() {
+    fn a_closed_connection_is_found_by_its_port() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let ports = [listener.local_addr().unwrap().port()];
-        let orphans = || UnacknowledgedSockets::look(&ports).orphans();
-        wait_for_none(orphans); // of a process that had the port before
+        let orphans = || UnacknowledgedSockets::read(&ports).orphans();
+        wait_for_none(orphans); // those of a process that had the port before
         let (descriptor, mut client, _) = ended(&listener);
         drop(descriptor);
         assert_eq!(orphans(), 1);

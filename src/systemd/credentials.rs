@@ -96,7 +96,7 @@ impl CredentialServer {
 
     async fn serve(&self, accepted: Accepted) -> Outcome {
         let name = accepted.stream.peer_name();
-        let (mut stream, peer, _guard) = accepted.open();
+        let (mut stream, peer, _guard) = accepted.into_parts();
         let Some(recipient) = name.and_then(|name| CredentialRequest::parse(&name)) else {
             debug!("who connected to the credential socket is not a unit that systemd loads one for");
             return Outcome::Malformed;
