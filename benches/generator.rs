@@ -10,7 +10,7 @@ use std::time::Duration;
 use aes::Aes256;
 use aes::cipher::{Array, BlockCipherEncrypt, KeyInit};
 use criterion::{BenchmarkId, Criterion, Throughput};
-use key_service::keys::generator::{CHUNK, Generator, OsRandom, Source};
+use key_service::keys::generator::{CHUNK_SIZE, Generator, OsRandom, Source};
 use zeroize::Zeroizing;
 
 const SIZES: [(&str, usize); 11] = [
@@ -23,8 +23,8 @@ const SIZES: [(&str, usize); 11] = [
     ("512 B", 512),
     ("largest key by default", 1024),
     ("page", 4096),
-    ("chunk", CHUNK),
-    ("16 chunks", 16 * CHUNK),
+    ("chunk", CHUNK_SIZE),
+    ("16 chunks", 16 * CHUNK_SIZE),
 ];
 
 fn main() {
@@ -46,7 +46,7 @@ fn by_size(criterion: &mut Criterion) {
             bench.iter(|| kernel(black_box(&mut key)));
         });
         group.bench_function(BenchmarkId::from_parameter("expanded"), |bench| {
-            bench.iter(|| key.chunks_mut(CHUNK).for_each(|chunk| expanded(black_box(chunk))));
+            bench.iter(|| key.chunks_mut(CHUNK_SIZE).for_each(|chunk| expanded(black_box(chunk))));
         });
         group.bench_function(BenchmarkId::from_parameter("generator"), |bench| {
             bench.iter(|| generator.fill(black_box(&mut key)));

@@ -1,7 +1,7 @@
 //! The daemon's server sending zeros instead of keys: it shows what a large response costs without key generation.
 //!
 //! The accept loop, the timeouts and the limits are the library's, on one thread. `/key/N` returns N zero bytes in
-//! chunks of [`CHUNK`], all of them the same static chunk. The difference to the daemon is therefore the work for a key
+//! chunks of [`CHUNK_SIZE`], all of them the same static chunk. The difference to the daemon is therefore the work for a key
 //! (clearing, generating, counting, wiping). `benches/compare/run` builds this example and compares the two. It
 //! generates no keys, and the daemon itself has no option to do this.
 //!
@@ -20,7 +20,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
-use key_service::keys::generator::CHUNK;
+use key_service::keys::generator::CHUNK_SIZE;
 use key_service::server::accept::serve;
 use key_service::server::activation::ActivatedSockets;
 use key_service::server::connection::http;
@@ -32,7 +32,7 @@ use key_service::server::heartbeat::Heartbeats;
 use key_service::server::timeouts::Timeouts;
 use key_service::telemetry::metrics::Metrics;
 
-static STREAM_CHUNK_SIZE: [u8; CHUNK] = [0; CHUNK];
+static ZEROS: [u8; CHUNK_SIZE] = [0; CHUNK_SIZE];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let inherited = ActivatedSockets::take()?;
@@ -71,9 +71,9 @@ impl Body for Zeros {
         if self.remaining == 0 {
             return Poll::Ready(None);
         }
-        let size = usize::try_from(self.remaining).map_or(CHUNK, |remaining| remaining.min(CHUNK));
+        let size = usize::try_from(self.remaining).map_or(CHUNK_SIZE, |remaining| remaining.min(CHUNK_SIZE));
         self.remaining -= size as u64;
-        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(&STREAM_CHUNK_SIZE[..size])))))
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(&ZEROS[..size])))))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -5,7 +5,8 @@
 
 use http::HeaderValue;
 use key_service::http::query::{KeyRequest, ParamError};
-use key_service::keys::encoding::{COUNT_MAX, Format, Kind};
+use key_service::keys::format::{Format, Kind};
+use key_service::keys::key_spec::COUNT_MAX;
 use key_service::keys::password::Alphabet;
 use libfuzzer_sys::fuzz_target;
 

@@ -31,7 +31,7 @@ use key_service::http::response::ResponseFuture;
 use key_service::http::routes::Routes;
 use key_service::http::service::{ConnectionService, HttpService};
 use key_service::http::state::AppState;
-use key_service::keys::encoding::{Format, Kind};
+use key_service::keys::format::{Format, Kind};
 use key_service::keys::generator::{Generator, OsRandom};
 use key_service::server::buffers::{BufferAccount, BufferLimit};
 use key_service::server::connection::connection;

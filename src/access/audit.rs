@@ -8,8 +8,9 @@ use tracing::info;
 use crate::access::authorization::Authorized;
 use crate::access::credential_request::CredentialRequest;
 use crate::access::peer::{Origin, Peer};
-use crate::keys::encoding::{KeySpec, Kind};
+use crate::keys::format::Kind;
 use crate::keys::generator::{Generator, GeneratorError};
+use crate::keys::key_spec::KeySpec;
 use crate::telemetry::log::AUDIT;
 
 /// Who gets a key.

@@ -30,8 +30,9 @@ use crate::access::forwarded::{ForwardedHeader, Proxies, Proxy};
 use crate::access::rate_limit::Rates;
 use crate::access::token::{self, Grant};
 use crate::config::watch::WatchedFiles;
-use crate::keys::encoding::{KeySpec, Kind};
+use crate::keys::format::Kind;
 use crate::keys::key::KeyLength;
+use crate::keys::key_spec::KeySpec;
 use crate::keys::password::Alphabet;
 use crate::server::address::{Host, Mode};
 use crate::server::tls::identity::{self, TlsFile};
@@ -967,7 +968,7 @@ fn credential_rule<'a>(selector: &str, entry: &'a Value) -> Result<KeySpec, (&'a
     };
     let most = kind.length_max(credentials::LENGTH_MAX);
     let length = fields.get(LENGTH).map_or(Some(credentials::LENGTH_DEFAULT), whole_number);
-    let length = length.and_then(|length| KeyLength::parse(&length.to_string(), most).ok());
+    let length = length.and_then(|length| KeyLength::new(length, most).ok());
     let length =
         length.ok_or_else(|| (LENGTH, format!("length to be a whole number from 1 to {most}"), ""))?;
     let format = match fields.get(FORMAT) {

@@ -11,7 +11,7 @@ use http_body::{Frame, SizeHint};
 use crate::access::audit::AuditRecord;
 use crate::access::stream_permits::StreamPermit;
 use crate::http::in_flight::InFlightRequest;
-use crate::keys::encoding::{Chunk, EncodedStream};
+use crate::keys::encoded_stream::{Chunk, EncodedStream};
 use crate::keys::generator::GeneratorError;
 use crate::telemetry::metrics::KeyFailure;
 
@@ -50,7 +50,7 @@ impl Body {
         Content::Empty.into()
     }
 
-    /// Bytes that are sent as they are. Those of [`KeySpec::generate`](crate::keys::encoding::KeySpec::generate) wipe themselves.
+    /// Bytes that are sent as they are. Those of [`KeySpec::generate`](crate::keys::key_spec::KeySpec::generate) wipe themselves.
     pub(crate) fn full(bytes: Bytes) -> Self {
         Content::Full(bytes).into()
     }
@@ -128,9 +128,9 @@ impl http_body::Body for Body {
                 let chunk = stream.next();
                 match (&chunk, &this.request) {
                     (Some(Ok(chunk)), Some(request)) => {
-                        let (spec, metrics) = (stream.shape(), request.metrics());
+                        let (spec, metrics) = (stream.spec(), request.metrics());
                         metrics.generated(started);
-                        (0..chunk.keys).for_each(|_| metrics.key_served(spec.length().bytes()));
+                        (0..chunk.keys_started).for_each(|_| metrics.key_served(spec.length().bytes()));
                         metrics.key_bytes_served(spec.format(), chunk.key_bytes);
                         let is_last = stream.remaining() == 0;
                         if let Some(record) = &mut this.record {

@@ -16,8 +16,10 @@ use crate::http::rate_limit_headers::rate_limit_headers;
 use crate::http::request_head::RequestHead;
 use crate::http::response::KEY_HEADERS;
 use crate::http::state::AppState;
-use crate::keys::encoding::{BATCH_MAX, BatchError, EncodedStream, Format, KeySpec, Kind};
+use crate::keys::encoded_stream::EncodedStream;
+use crate::keys::format::{Format, Kind};
 use crate::keys::key::{KeyLength, LengthError};
+use crate::keys::key_spec::{BATCH_BYTES_MAX, BatchError, KeySpec};
 use crate::keys::password::Alphabet;
 use crate::telemetry::endpoint::{Endpoint, KEY_PREFIX, PASSWORD_PREFIX};
 use crate::telemetry::metrics::{KeyFailure, Rejection};
@@ -111,7 +113,7 @@ pub(crate) fn respond(
     }
     if is_head {
         // Hyper derives the header from a body, and there is none.
-        response.headers_mut().insert(CONTENT_LENGTH, spec.size().into());
+        response.headers_mut().insert(CONTENT_LENGTH, spec.encoded_len().into());
     }
     Ok(response)
 }
@@ -211,9 +213,9 @@ fn batch_problem(kind: Kind, error: BatchError) -> Problem {
                 formats.map(|format| format.name()).collect::<Vec<_>>().join(", ")
             ))
         }
-        BatchError::TooLarge => {
-            Problem::too_large(format!("Length times count exceeds the maximum size of a batch, {BATCH_MAX}"))
-                .with_max(BATCH_MAX)
-        }
+        BatchError::TooLarge => Problem::too_large(format!(
+            "Length times count exceeds the maximum size of a batch, {BATCH_BYTES_MAX}"
+        ))
+        .with_max(BATCH_BYTES_MAX),
     }
 }

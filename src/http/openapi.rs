@@ -3,7 +3,8 @@
 use serde_json::{Map, Value, json};
 
 use crate::http::query;
-use crate::keys::encoding::{BATCH_MAX, COUNT_MAX, Format, Kind};
+use crate::keys::format::{Format, Kind};
+use crate::keys::key_spec::{BATCH_BYTES_MAX, COUNT_MAX};
 use crate::keys::password::Alphabet;
 use crate::telemetry::endpoint::{
     HEALTH_PATH, KEY_PATH, LIVEZ_PATH, OPENAPI_PATH, PAGE_PATH, PASSWORD_PATH, READYZ_PATH,
@@ -106,7 +107,7 @@ fn generated(kind: Kind, max_size: u64, needs_token: bool) -> Value {
         "summary": summary,
         "description": format!(
             "A format that is given wins over the Accept field; without either it is {}. Length times count is at most \
-            {BATCH_MAX}.", kind.formats()[0].name()),
+            {BATCH_BYTES_MAX}.", kind.formats()[0].name()),
         "parameters": query::parameters(kind).iter().map(|name| parameter(kind, name)).collect::<Value>(),
     });
     if needs_token {

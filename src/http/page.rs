@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::http::negotiation::negotiate;
 use crate::http::problem::Problem;
 use crate::http::query::{ALPHABET, COUNT, FORMAT};
-use crate::keys::encoding::{Format, Kind};
+use crate::keys::format::{Format, Kind};
 use crate::keys::password::Alphabet;
 use crate::telemetry::endpoint::{HEALTH_PATH, KEY_PREFIX, OPENAPI_PATH, PASSWORD_PREFIX};
 

@@ -4,8 +4,9 @@ use axum::http::header::HeaderValue;
 
 use crate::http::negotiation::negotiate;
 use crate::http::problem::Problem;
-use crate::keys::encoding::{COUNT_MAX, Format, Kind};
+use crate::keys::format::{Format, Kind};
 use crate::keys::key::KeyLength;
+use crate::keys::key_spec::COUNT_MAX;
 use crate::keys::password::Alphabet;
 
 /// The parameter that names a [`Format`].

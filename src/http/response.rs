@@ -15,7 +15,7 @@ use axum::http::header::{
 use crate::http::body::Body;
 use crate::http::in_flight::InFlightRequest;
 use crate::http::problem::Problem;
-use crate::keys::encoding::Format;
+use crate::keys::format::Format;
 
 /// The headers of every response.
 const COMMON_HEADERS: [(HeaderName, HeaderValue); 2] = [

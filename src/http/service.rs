@@ -21,8 +21,9 @@ use crate::http::response::{
 };
 use crate::http::routes::Routes;
 use crate::http::state::AppState;
-use crate::keys::encoding::{Format, KeySpec, Kind};
+use crate::keys::format::{Format, Kind};
 use crate::keys::key::KeyLength;
+use crate::keys::key_spec::KeySpec;
 use crate::server::connection_limit::ConnectionClass;
 use crate::server::fast_path::request::FastRequest;
 use crate::server::fast_path::response_buffer::{KEY_MAX, ResponseBuffer};

@@ -10,8 +10,8 @@ use tracing::error;
 use crate::access::authorization::{Authorized, Authorizer};
 use crate::http::health::Health;
 use crate::http::problem::Problem;
-use crate::keys::encoding::KeySpec;
 use crate::keys::generator::{Generator, GeneratorError};
+use crate::keys::key_spec::KeySpec;
 use crate::telemetry::log::DropCounters;
 use crate::telemetry::metrics::{KeyFailure, Metrics};
 
@@ -61,7 +61,7 @@ impl AppState {
         let started = Instant::now();
         let generated = generate()?;
         self.metrics.generated(started);
-        (0..spec.keys()).for_each(|_| self.metrics.key_served(spec.length().bytes()));
+        (0..spec.key_count()).for_each(|_| self.metrics.key_served(spec.length().bytes()));
         self.metrics.key_bytes_served(spec.format(), spec.key_bytes());
         Ok(generated)
     }

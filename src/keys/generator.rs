@@ -1,13 +1,13 @@
-//! The one place that makes random bytes, with its self tests and its failure latch.
+//! The one place that generates random bytes, with its self-tests and its failure latch.
 //!
 //! Small keys are the kernel's own bytes (getrandom(2)); larger ones are AES-256-CTR key stream (NIST SP 800-38A) under a
 //! key of 32 kernel bytes that is used for one chunk and wiped. Nothing is pooled and no generator state outlives a call,
 //! so neither a fork nor a restored snapshot of a virtual machine can repeat a key. Expanded bytes have 256-bit
-//! computational security, as the kernel's own generator has; that blocks of one chunk never repeat, as some of truly
-//! random bytes would, tells the 4,096 blocks of a chunk from those with a probability below 2⁻¹⁰⁴.
+//! computational security, like those of the kernel's own generator. The blocks of one chunk never repeat, which blocks of
+//! truly random bytes might: that tells the 4,096 blocks of a chunk from random ones with a probability below 2⁻¹⁰⁴.
 //!
-//! The tests here catch a source that is broken altogether: unreadable, constant, or repeating. They say nothing about
-//! entropy and claim no conformance to SP 800-90B, AIS 31 or FIPS 140.
+//! The self-tests catch a source that fails totally: unreadable, constant, or repeating. They do not measure entropy, and
+//! claim no conformance to SP 800-90B, AIS 31 or FIPS 140.
 
 use std::fmt;
 use std::io;
@@ -22,7 +22,8 @@ use sha2::{Digest, Sha256};
 use siphasher::sip::SipHasher13;
 use zeroize::{Zeroize, Zeroizing};
 
-// RUSTFLAGS replaces the flags of .cargo/config.toml, and the crate takes `custom` or `linux_getrandom` before `linux_raw`.
+// RUSTFLAGS replaces the flags of .cargo/config.toml, and the getrandom crate prefers `custom` and `linux_getrandom` to
+// `linux_raw`.
 #[cfg(not(any(doc, getrandom_backend = "linux_raw")))]
 compile_error!(
     "keys would come from /dev/urandom or from a pool in the C library: build with the flags of .cargo/config.toml, \
@@ -33,38 +34,38 @@ compile_error!(
     "keys would not come from the kernel: remove every --cfg=getrandom_backend but \"linux_raw\" from RUSTFLAGS"
 );
 
-/// A larger request is made of chunks of at most this many bytes, each under a kernel seed of its own.
-pub const CHUNK: usize = 64 * 1024;
+/// The most bytes that are expanded from one kernel seed; a larger request takes several.
+pub const CHUNK_SIZE: usize = 64 * 1024;
 
-/// Up to this many bytes a key is read from the kernel as it is; above it, expanded from a kernel seed.
-/// The two cost about the same there, by `cargo bench --bench generator`.
+/// The most bytes that are read from the kernel directly; a larger key is expanded from a kernel seed.
+/// The two cost about the same at this size, by `cargo bench --bench generator`.
 pub const DIRECT_MAX: usize = 128;
 
-/// Bytes of a seed, and of the block that each test looks at.
-const SEED: usize = 32;
+/// Bytes of a seed, and of the block that each self-test looks at.
+const SEED_SIZE: usize = 32;
 
-/// Bytes of a block of AES.
-const BLOCK: usize = 16;
+/// Bytes of an AES block.
+const BLOCK_SIZE: usize = 16;
 
-/// How many of them are made at a time: 8 KiB stay in the first-level cache between counting and encrypting.
-const CACHED: usize = 512;
+/// AES blocks that are counted and then encrypted at a time: their 8 KiB stay in the first-level cache in between.
+const BLOCKS_PER_PASS: usize = 512;
 
-/// How many recent blocks the repetition test remembers. A draw from a healthy source repeats one of them by chance
-/// with a probability of 2⁻⁵⁴.
+/// The number of recent blocks that the repetition test remembers. A block of a healthy source matches one of them by
+/// chance with a probability of 2⁻⁵⁴.
 const FINGERPRINTS: usize = 1024;
 
-/// Where the bytes come from. Tests put a broken one here; the daemon has [`OsRandom`].
+/// A source of random bytes: [`OsRandom`] in the daemon, a broken one in tests.
 pub trait Source: Send + Sync + 'static {
-    /// Writes random bytes from the start of `buffer` on and returns how many; like getrandom(2) it may write fewer
-    /// than asked for.
+    /// Writes random bytes to the start of `buffer` and returns their number; like getrandom(2), it may write fewer than
+    /// `buffer` can hold.
     ///
     /// # Errors
-    /// When the source can't be read. `Interrupted` means: ask again.
+    /// The source can't be read. After `Interrupted`, the caller tries again.
     fn read(&self, buffer: &mut [u8]) -> io::Result<usize>;
 }
 
-/// getrandom(2), through `rand`'s `SysRng`: a system call for each read, which blocks until the kernel's generator is
-/// initialised, without a fallback.
+/// getrandom(2), through `rand`'s `SysRng`: each read is a system call, which blocks until the kernel's generator is
+/// initialised. There is no fallback.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct OsRandom;
 
@@ -79,36 +80,38 @@ impl Source for OsRandom {
     }
 }
 
-/// Why the generator is out of service. It never recovers by itself: only a new start tests it afresh.
+/// Why the generator is out of service. It stays so until the process restarts, which repeats the self-tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum GeneratorError {
-    /// The source answered with an error (its errno, where it had one).
+    /// The source returned an error, with this errno if it had one.
     #[error(
         "the random source can't be read{}",
         .0.map_or_else(String::new, |errno| format!(": {}", io::Error::from_raw_os_error(errno)))
     )]
     Unreadable(Option<i32>),
-    /// The source had no more bytes.
-    #[error("the random source gave fewer bytes than asked for")]
+    /// The source returned no more bytes.
+    #[error("the random source returned fewer bytes than requested")]
     Exhausted,
-    /// A block of 32 bytes was one word four times over.
-    #[error("the random source gave a constant block")]
+    /// A block of 32 bytes was the same 8 bytes four times.
+    #[error("the random source returned a constant block")]
     Constant,
-    /// A block of 32 bytes came a second time.
+    /// A block of 32 bytes was returned a second time.
     #[error("the random source repeated a block")]
     Repeated,
-    /// AES-256-CTR did not give the key stream that SP 800-38A prints, or that OpenSSL makes.
+    /// AES-256-CTR did not produce the key stream that SP 800-38A prints, or that OpenSSL produces.
     #[error("AES-256-CTR failed its known-answer test")]
     WrongCipher,
 }
 
-/// Makes random bytes, or says that it can't. Shared by every worker; no call waits for another.
+/// Generates random bytes, or returns an error. Shared by all workers; no call waits for another.
 pub struct Generator {
     source: Box<dyn Source>,
+    /// The first failure: the generator is out of service from then on.
     failure: OnceLock<GeneratorError>,
-    reported: AtomicBool,
-    /// Keyed 64-bit fingerprints of recent blocks, under a key that only this process has had; 0 is an empty slot.
-    fingerprints: SipHasher13,
+    is_reported: AtomicBool,
+    /// Hashes blocks to fingerprints, under a random key that only this process has.
+    hasher: SipHasher13,
+    /// Fingerprints of recent blocks; 0 is an empty slot.
     recent: Box<[AtomicU64]>,
 }
 
@@ -122,21 +125,21 @@ impl Generator {
     /// Tests the cipher and the source, and returns a generator that has passed.
     ///
     /// # Errors
-    /// What was found wrong; nothing must be served then.
+    /// The self-test that failed: no key may be served.
     pub fn new(source: impl Source) -> Result<Self, GeneratorError> {
-        let mut probe = Zeroizing::new([0; SEED]);
+        let mut probe = Zeroizing::new([0; SEED_SIZE]);
         read_full(&source, &mut probe[..])?;
         let mut key = Zeroizing::new([0; 16]);
         read_full(&source, &mut key[..])?;
         let generator = Self {
             source: Box::new(source),
             failure: OnceLock::new(),
-            reported: AtomicBool::new(false),
-            fingerprints: SipHasher13::new_with_key(&key),
+            is_reported: AtomicBool::new(false),
+            hasher: SipHasher13::new_with_key(&key),
             recent: (0..FINGERPRINTS).map(|_| AtomicU64::new(0)).collect(),
         };
-        known_answer(key_stream)?;
-        generator.test(&probe)?;
+        test_cipher(key_stream)?;
+        generator.test_block(&probe)?;
         for _ in 0..64 {
             generator.check()?;
         }
@@ -152,13 +155,13 @@ impl Generator {
             return Err(failure);
         }
         let generated = if key.len() > DIRECT_MAX {
-            key.chunks_mut(CHUNK).try_for_each(|chunk| self.expand(chunk))
-        } else if key.len() >= SEED {
-            self.generate(key)
+            key.chunks_mut(CHUNK_SIZE).try_for_each(|chunk| self.expand(chunk))
+        } else if key.len() >= SEED_SIZE {
+            self.read_tested(key)
         } else {
-            // A shorter key is cut from a whole block: the tests need one, and it costs the same.
-            let mut block = Zeroizing::new([0; SEED]);
-            self.generate(&mut block[..]).map(|()| key.copy_from_slice(&block[..key.len()]))
+            // A shorter key is cut from a whole block: the self-tests need one, and it costs the same.
+            let mut block = Zeroizing::new([0; SEED_SIZE]);
+            self.read_tested(&mut block[..]).map(|()| key.copy_from_slice(&block[..key.len()]))
         };
         generated.map_err(|failure| {
             key.zeroize();
@@ -166,12 +169,12 @@ impl Generator {
         })
     }
 
-    /// Draws a block, tests it and throws it away: the generator works now, or it does not.
+    /// Reads a block, tests it and discards it, to find out whether the generator works now.
     ///
     /// # Errors
     /// As [`Generator::fill`].
     pub fn check(&self) -> Result<(), GeneratorError> {
-        self.fill(&mut Zeroizing::new([0; SEED])[..])
+        self.fill(&mut Zeroizing::new([0; SEED_SIZE])[..])
     }
 
     /// The failure that took the generator out of service; `None` while it is in service.
@@ -179,34 +182,34 @@ impl Generator {
         self.failure.get().copied()
     }
 
-    /// The failure, once: for the one critical line in the log.
+    /// The failure, on the first call after it; then `None`. For the one critical line in the log.
     pub fn take_report(&self) -> Option<GeneratorError> {
         let failure = self.failure()?;
-        (!self.reported.swap(true, Ordering::Relaxed)).then_some(failure)
+        (!self.is_reported.swap(true, Ordering::Relaxed)).then_some(failure)
     }
 
     fn expand(&self, chunk: &mut [u8]) -> Result<(), GeneratorError> {
-        let mut seed = Zeroizing::new([0; SEED]);
-        self.generate(&mut seed[..])?;
+        let mut seed = Zeroizing::new([0; SEED_SIZE]);
+        self.read_tested(&mut seed[..])?;
         // The key is used for this chunk only, so the first counter may be constant.
         key_stream(&seed, 0, chunk);
         scrub_stack();
         Ok(())
     }
 
-    fn generate(&self, buffer: &mut [u8]) -> Result<(), GeneratorError> {
+    fn read_tested(&self, buffer: &mut [u8]) -> Result<(), GeneratorError> {
         read_full(&*self.source, buffer)?;
-        let block = buffer.first_chunk().expect("callers draw at least a whole block");
-        self.test(block)
+        let block = buffer.first_chunk().expect("callers read at least a whole block");
+        self.test_block(block)
     }
 
-    fn test(&self, block: &[u8; SEED]) -> Result<(), GeneratorError> {
+    fn test_block(&self, block: &[u8; SEED_SIZE]) -> Result<(), GeneratorError> {
         let (words, _) = block.as_chunks::<8>();
         if words.iter().all(|word| word == &words[0]) {
             return Err(GeneratorError::Constant);
         }
-        let fingerprint = self.fingerprints.hash(block).max(1);
-        let slot = usize::try_from(fingerprint % FINGERPRINTS as u64).expect("below REMEMBERED");
+        let fingerprint = self.hasher.hash(block).max(1);
+        let slot = usize::try_from(fingerprint % FINGERPRINTS as u64).expect("below FINGERPRINTS");
         if self.recent[slot].swap(fingerprint, Ordering::Relaxed) == fingerprint {
             return Err(GeneratorError::Repeated);
         }
@@ -226,22 +229,23 @@ fn read_full(source: &dyn Source, mut buffer: &mut [u8]) -> Result<(), Generator
     Ok(())
 }
 
-/// How far below a frame the cipher may leave its last blocks: without optimisation its frames take tens of KiB.
+/// Bytes of stack, below a caller's frame, where the cipher may leave its last blocks: without optimisation its frames take
+/// tens of KiB.
 const STACK_SCRUB: usize = if cfg!(debug_assertions) { 64 } else { 16 } * 1024;
 
-/// Overwrites the stack below the caller's frame, where the cipher may have spilled them; `tests/memory.rs` finds what
-/// is left.
+/// Overwrites the stack below the caller's frame, where the cipher may have spilled key stream. `tests/memory.rs` searches
+/// for what is left.
 #[inline(never)]
 fn scrub_stack() {
     std::hint::black_box(&mut [0_u8; STACK_SCRUB]);
 }
 
-/// Overwrites `bytes` with AES-256-CTR key stream: counters, encrypted where they stand. The key schedule is wiped.
-fn key_stream(key: &[u8; SEED], first: u128, bytes: &mut [u8]) {
-    let (blocks, tail) = bytes.as_chunks_mut::<BLOCK>();
+/// Overwrites `bytes` with AES-256-CTR key stream: counters, encrypted in place. The key schedule is wiped.
+fn key_stream(key: &[u8; SEED_SIZE], first: u128, bytes: &mut [u8]) {
+    let (blocks, tail) = bytes.as_chunks_mut::<BLOCK_SIZE>();
     let mut counter = first;
     let cipher = Aes256::new(key.into());
-    for blocks in blocks.chunks_mut(CACHED) {
+    for blocks in blocks.chunks_mut(BLOCKS_PER_PASS) {
         for block in &mut *blocks {
             *block = counter.to_be_bytes();
             counter = counter.wrapping_add(1);
@@ -255,16 +259,17 @@ fn key_stream(key: &[u8; SEED], first: u128, bytes: &mut [u8]) {
     }
 }
 
-/// Blocks of the long known answer. The cipher takes 64 at a time with AVX-512, 30 with VAES, 8 with AES-NI or on ARM, 4
-/// without any of them, and what is left one by one: [`CACHED`] blocks and then 95 are whole batches and remainders of each.
-const KNOWN_BLOCKS: usize = CACHED + 95;
+/// Whole blocks of the long known answer. The cipher encrypts 64 at a time with AVX-512, 30 with VAES, 8 with AES-NI or on
+/// ARM, 4 without any of them, and the remaining ones singly. [`BLOCKS_PER_PASS`] blocks and then 95 make whole batches
+/// and a remainder for each.
+const KNOWN_ANSWER_BLOCKS: usize = BLOCKS_PER_PASS + 95;
 
-/// And some bytes of one more block.
-const KNOWN: usize = KNOWN_BLOCKS * BLOCK + 7;
+/// Bytes of the long known answer: its last block is not whole.
+const KNOWN_ANSWER_SIZE: usize = KNOWN_ANSWER_BLOCKS * BLOCK_SIZE + 7;
 
-/// Compares `key_stream` with known answers, of as many blocks as each kernel needs that the CPU may select. It takes 10 µs,
-/// and 0.12 ms where the CPU has no instructions for AES.
-fn known_answer(key_stream: impl Fn(&[u8; SEED], u128, &mut [u8])) -> Result<(), GeneratorError> {
+/// Compares `key_stream` with known answers that exercise every AES kernel that the CPU may select. Takes 10 µs, and 0.12 ms
+/// on a CPU without instructions for AES.
+fn test_cipher(key_stream: impl Fn(&[u8; SEED_SIZE], u128, &mut [u8])) -> Result<(), GeneratorError> {
     // SP 800-38A section F.5.5: key, first counter, plaintext and ciphertext.
     let key = [
         0x60, 0x3d, 0xeb, 0x10, 0x15, 0xca, 0x71, 0xbe, 0x2b, 0x73, 0xae, 0xf0, 0x85, 0x7d, 0x77, 0x81, 0x1f,
@@ -283,11 +288,11 @@ fn known_answer(key_stream: impl Fn(&[u8; SEED], u128, &mut [u8])) -> Result<(),
         0x30, 0xda, 0xa2, 0x3d, 0xe9, 0x4c, 0xe8, 0x70, 0x17, 0xba, 0x2d, 0x84, 0x98, 0x8d, 0xdf, 0xc9, 0xc5,
         0x8d, 0xb6, 0x7a, 0xad, 0xa6, 0x13, 0xc2, 0xdd, 0x08, 0x45, 0x79, 0x41, 0xa6,
     ];
-    // One byte short of its four blocks, so that the way of whole blocks and that of the last one are both taken.
+    // One byte short of four blocks, so that both whole blocks and a partial one are tested.
     let mut text = [0xff; 63];
     key_stream(&key, first, &mut text);
     text.iter_mut().zip(plaintext).for_each(|(byte, plain)| *byte ^= plain);
-    // The same key and counter by another implementation, where KNOWN is 9719 (607 blocks and 7 bytes):
+    // The same key and counter in another implementation; KNOWN_ANSWER_SIZE is 9719, 607 blocks and 7 bytes:
     //   head -c 9719 /dev/zero | openssl enc -aes-256-ctr -nosalt \
     //     -K 603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4 \
     //     -iv f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff | sha256sum
@@ -295,7 +300,7 @@ fn known_answer(key_stream: impl Fn(&[u8; SEED], u128, &mut [u8])) -> Result<(),
         0x1b, 0xb1, 0x03, 0x1e, 0x55, 0x6f, 0x8f, 0xcd, 0x1d, 0xfe, 0x03, 0x39, 0xda, 0x66, 0x57, 0x94, 0x74,
         0xa9, 0xb5, 0xf9, 0x01, 0xfa, 0x26, 0x0c, 0x40, 0x08, 0xdf, 0x31, 0xfe, 0xb0, 0x5c, 0x4d,
     ];
-    let mut stream = [0; KNOWN];
+    let mut stream = [0; KNOWN_ANSWER_SIZE];
     key_stream(&key, first, &mut stream);
     if text == ciphertext[..63] && Sha256::digest(stream)[..] == digest {
         Ok(())
@@ -309,7 +314,7 @@ mod tests {
     use super::*;
     use std::sync::atomic::AtomicUsize;
 
-    /// A source that gives the kernel's bytes until `breaks_at`, then what `broken` makes.
+    /// A source of the kernel's bytes that breaks after `breaks_at` reads; `broken` serves the later reads.
     struct Breaks<F> {
         reads: AtomicUsize,
         breaks_at: usize,
@@ -350,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_broken_from_the_start_makes_no_generator() {
+    fn a_broken_source_prevents_the_start() {
         assert_eq!(Generator::new(breaks(0, zero)).unwrap_err(), GeneratorError::Constant);
         assert_eq!(Generator::new(breaks(0, stuck)).unwrap_err(), GeneratorError::Repeated);
         assert_eq!(Generator::new(breaks(0, denied)).unwrap_err(), GeneratorError::Unreadable(Some(1)));
@@ -358,13 +363,13 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_breaks_later_latches_and_wipes_the_key() {
+    fn a_later_failure_latches_and_wipes_the_key() {
         for (broken, expected) in [
             (zero as fn(&mut [u8]) -> io::Result<usize>, GeneratorError::Constant),
             (stuck, GeneratorError::Repeated),
             (denied, GeneratorError::Unreadable(Some(1))),
         ] {
-            for size in [16, 32, 100, 4096, 3 * CHUNK] {
+            for size in [16, 32, 100, 4096, 3 * CHUNK_SIZE] {
                 let generator = Generator::new(breaks(66, broken)).unwrap();
                 let mut key = vec![0xaa; size];
                 let failure = (0..3).find_map(|_| generator.fill(&mut key).err());
@@ -378,31 +383,33 @@ mod tests {
     }
 
     #[test]
-    fn one_wrong_bit_in_any_block_fails_the_known_answer_test() {
-        assert_eq!(known_answer(key_stream), Ok(()));
-        // The first and last block of a batch of each kernel, of each pass, and the bytes behind the last whole block.
+    fn one_wrong_bit_fails_the_known_answer_test() {
+        assert_eq!(test_cipher(key_stream), Ok(()));
+        // The first and last block of a batch of each kernel, of each pass, and the bytes after the last whole block.
         let blocks = [
             0, 1, 2, 3, 4, 7, 8, 29, 30, 31, 59, 60, 63, 64, 127, 128, 448, 509, 510, 511, 512, 519, 541, 542,
         ];
-        for block in blocks.into_iter().chain([575, 576, 601, 602, KNOWN_BLOCKS - 1, KNOWN_BLOCKS]) {
-            for length in [63, KNOWN] {
-                let wrong = |key: &[u8; SEED], first, bytes: &mut [u8]| {
+        for block in
+            blocks.into_iter().chain([575, 576, 601, 602, KNOWN_ANSWER_BLOCKS - 1, KNOWN_ANSWER_BLOCKS])
+        {
+            for length in [63, KNOWN_ANSWER_SIZE] {
+                let wrong = |key: &[u8; SEED_SIZE], first, bytes: &mut [u8]| {
                     key_stream(key, first, bytes);
                     if bytes.len() == length
-                        && let Some(byte) = bytes.get_mut(block * BLOCK)
+                        && let Some(byte) = bytes.get_mut(block * BLOCK_SIZE)
                     {
                         *byte ^= 0x10;
                     }
                 };
-                let is_there = block * BLOCK < length;
+                let is_there = block * BLOCK_SIZE < length;
                 let expected = if is_there { Err(GeneratorError::WrongCipher) } else { Ok(()) };
-                assert_eq!(known_answer(wrong), expected, "block {block} of {length} bytes");
+                assert_eq!(test_cipher(wrong), expected, "block {block} of {length} bytes");
             }
         }
     }
 
     #[test]
-    fn a_short_or_interrupted_read_is_continued() {
+    fn short_and_interrupted_reads_are_continued() {
         let reads = AtomicUsize::new(0);
         let source = breaks(0, move |buffer: &mut [u8]| {
             if reads.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) {
@@ -414,11 +421,11 @@ mod tests {
         let generator = Generator::new(source).unwrap();
         let mut key = [0; 100];
         generator.fill(&mut key).unwrap();
-        assert!(key.chunks(5).all(|piece| piece != [0; 5]));
+        assert!(key.chunks(5).all(|chunk| chunk != [0; 5]));
     }
 
     #[test]
-    fn a_source_that_repeats_with_a_period_is_caught() {
+    fn a_periodic_source_is_detected() {
         for period in [1, 2, 63, 500] {
             let at = AtomicUsize::new(0);
             let source = breaks(66, move |buffer: &mut [u8]| {
@@ -429,16 +436,16 @@ mod tests {
                 Ok(buffer.len())
             });
             let generator = Generator::new(source).unwrap();
-            let caught = (0..20 * period + 20).any(|_| generator.check().is_err());
-            assert!(caught, "period {period}");
+            let is_detected = (0..20 * period + 20).any(|_| generator.check().is_err());
+            assert!(is_detected, "period {period}");
         }
     }
 
     #[test]
     fn every_length_is_filled_to_the_end() {
         let generator = Generator::new(OsRandom).unwrap();
-        for size in [1, 31, 32, 33, DIRECT_MAX, DIRECT_MAX + 1, CHUNK, CHUNK + 1] {
-            // A tail that stays zero in 16 draws has a probability of 2⁻¹²⁸.
+        for size in [1, 31, 32, 33, DIRECT_MAX, DIRECT_MAX + 1, CHUNK_SIZE, CHUNK_SIZE + 1] {
+            // The last byte is zero in all of 16 keys with a probability of 2⁻¹²⁸.
             let filled = (0..16).any(|_| {
                 let mut key = vec![0; size];
                 generator.fill(&mut key).unwrap();

@@ -1,22 +1,23 @@
-//! Passwords: characters of a named alphabet, each drawn on its own and each as likely as any other.
+//! Passwords: independent characters of a named alphabet, each as likely as any other.
 
 use strum::IntoStaticStr;
 use zeroize::Zeroizing;
 
 use crate::keys::generator::{Generator, GeneratorError};
-use crate::keys::key::{Key, KeyLength, SecretBuf};
+use crate::keys::key::{Key, KeyLength};
+use crate::keys::secret_buf::SecretBuf;
 
-/// The most characters of a password; where `max-size` is smaller, that is the bound.
+/// The most characters of a password, unless `max-size` is smaller.
 pub const PASSWORD_MAX: u64 = 1024;
 
-/// The characters that a password is made of.
+/// The characters that a password may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, IntoStaticStr)]
 #[strum(serialize_all = "lowercase")]
 pub enum Alphabet {
     /// Letters and digits: 62.
     #[default]
     Alnum,
-    /// Everything of ASCII that prints, without the space: 94.
+    /// The printing characters of ASCII without the space: 94.
     Ascii,
     /// Decimal digits: 10.
     Digits,
@@ -30,12 +31,12 @@ impl Alphabet {
     /// Every alphabet, the default one first.
     pub const ALL: [Self; 5] = [Self::Alnum, Self::Ascii, Self::Digits, Self::Hex, Self::Unambiguous];
 
-    /// The value of `?alphabet=` that asks for it.
+    /// The value of `?alphabet=` that selects this alphabet.
     pub fn name(self) -> &'static str {
         self.into()
     }
 
-    /// Its characters, each once; all are ASCII.
+    /// The characters, each once; all are ASCII.
     pub fn characters(self) -> &'static [u8] {
         match self {
             Self::Alnum => b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz",
@@ -55,8 +56,8 @@ impl Alphabet {
         (bits * 10.0).floor() / 10.0
     }
 
-    /// The character that a random byte stands for. Those above the last multiple of the alphabet's size stand for none:
-    /// they would make its first characters likelier than the others.
+    /// The character for a random byte. A byte above the last multiple of the alphabet's size is rejected, because it would
+    /// make the first characters likelier than the others.
     fn character(self, byte: u8) -> Option<u8> {
         let characters = self.characters();
         let byte = usize::from(byte);
@@ -64,20 +65,20 @@ impl Alphabet {
     }
 }
 
-/// Draws the characters of a password.
+/// Generates a password of `length` characters, at most [`PASSWORD_MAX`].
 ///
 /// # Errors
 /// The generator's failure.
 pub fn generate(length: KeyLength, alphabet: Alphabet, generator: &Generator) -> Result<Key, GeneratorError> {
     let length = usize::try_from(length.bytes()).expect("a password is at most PASSWORD_MAX long");
-    let mut text = SecretBuf(Vec::with_capacity(length)); // never moved by growing
+    let mut password = SecretBuf::with_capacity(length); // never grows, which would leave a copy behind
     let mut pool = Zeroizing::new([0; 64]);
-    while text.0.len() < length {
+    while password.0.len() < length {
         generator.fill(&mut pool[..])?;
-        let missing = length - text.0.len();
-        text.0.extend(pool.iter().filter_map(|byte| alphabet.character(*byte)).take(missing));
+        let missing = length - password.0.len();
+        password.0.extend(pool.iter().filter_map(|byte| alphabet.character(*byte)).take(missing));
     }
-    Ok(Key::from(text))
+    Ok(Key::from(password))
 }
 
 #[cfg(test)]
@@ -86,7 +87,7 @@ mod tests {
     use crate::keys::generator::OsRandom;
 
     #[test]
-    fn the_alphabets_are_what_they_are_called() {
+    fn alphabets_have_the_characters_of_their_names() {
         let of = |is_in: fn(&u8) -> bool| (0..=u8::MAX).filter(is_in).collect::<Vec<_>>();
         let sorted = |alphabet: Alphabet| {
             let mut characters = alphabet.characters().to_vec();
@@ -104,25 +105,25 @@ mod tests {
     #[test]
     fn entropy_is_never_rounded_up() {
         let bits =
-            |alphabet: Alphabet, length| alphabet.entropy_bits(KeyLength::parse(length, u64::MAX).unwrap());
-        assert_eq!(bits(Alphabet::Hex, "32"), 128.0);
-        assert_eq!(bits(Alphabet::Alnum, "24"), 142.9); // 142.9007
-        assert_eq!(bits(Alphabet::Digits, "6"), 19.9); // 19.93
+            |alphabet: Alphabet, length| alphabet.entropy_bits(KeyLength::new(length, PASSWORD_MAX).unwrap());
+        assert_eq!(bits(Alphabet::Hex, 32), 128.0);
+        assert_eq!(bits(Alphabet::Alnum, 24), 142.9); // 142.9007
+        assert_eq!(bits(Alphabet::Digits, 6), 19.9); // 19.93
     }
 
-    /// Pearson's statistic of how often each character came.
-    fn chi_squared(alphabet: Alphabet, texts: impl Iterator<Item = u8>) -> f64 {
+    /// Pearson's statistic of the numbers of each character.
+    fn chi_squared(alphabet: Alphabet, characters: impl Iterator<Item = u8>) -> f64 {
         let mut counts = [0_u32; 256];
-        texts.for_each(|character| counts[usize::from(character)] += 1);
+        characters.for_each(|character| counts[usize::from(character)] += 1);
         let counts: Vec<_> =
             alphabet.characters().iter().map(|c| f64::from(counts[usize::from(*c)])).collect();
         let expected = counts.iter().sum::<f64>() / f64::from(u32::try_from(counts.len()).unwrap());
         counts.iter().map(|count| (count - expected).powi(2) / expected).sum()
     }
 
-    /// What an unbiased source exceeds with a probability below 10⁻⁹: the Wilson-Hilferty approximation takes the cube
-    /// root of the statistic over its degrees of freedom for normal, and 6.5 of its deviations have 4·10⁻¹¹. Over the
-    /// five alphabets the test fails by chance less than once in 2·10⁸ runs.
+    /// The limit that an unbiased source exceeds with a probability below 10⁻⁹. By the Wilson-Hilferty approximation, the
+    /// cube root of the statistic over its degrees of freedom is normal, and exceeds 6.5 of its deviations with a
+    /// probability of 4·10⁻¹¹. Over the five alphabets the test fails by chance less than once in 2·10⁸ runs.
     fn limit(alphabet: Alphabet) -> f64 {
         let freedom = f64::from(u32::try_from(alphabet.characters().len()).unwrap() - 1);
         let spread = 2.0 / (9.0 * freedom);
@@ -130,21 +131,21 @@ mod tests {
     }
 
     #[test]
-    fn every_character_is_as_likely_as_any_other_and_a_modulo_would_show() {
+    fn characters_are_equally_likely_and_a_modulo_would_fail() {
         let generator = Generator::new(OsRandom).unwrap();
-        let length = KeyLength::parse("1024", 1024).unwrap();
+        let length = KeyLength::new(1024, PASSWORD_MAX).unwrap();
         for alphabet in Alphabet::ALL {
             let generated: Vec<u8> = (0..1024)
                 .flat_map(|_| generate(length, alphabet, &generator).unwrap().as_bytes().to_vec())
                 .collect();
             let found = chi_squared(alphabet, generated.into_iter());
-            assert!(found < limit(alphabet), "{alphabet:?}: {found} of at most {}", limit(alphabet));
+            assert!(found < limit(alphabet), "{alphabet:?}: {found}, limit {}", limit(alphabet));
             let mut bytes = vec![0; 1 << 20];
             generator.fill(&mut bytes).unwrap();
             let characters = alphabet.characters();
             let biased = bytes.iter().map(|byte| characters[usize::from(*byte) % characters.len()]);
             let found = chi_squared(alphabet, biased);
-            // 16 divides 256: there is no bias to be seen.
+            // 16 divides 256, so a modulo adds no bias.
             assert_eq!(found > limit(alphabet), alphabet != Alphabet::Hex, "{alphabet:?}: {found}");
         }
     }
@@ -153,8 +154,8 @@ mod tests {
     fn a_password_has_exactly_its_length() {
         let generator = Generator::new(OsRandom).unwrap();
         for alphabet in Alphabet::ALL {
-            for length in ["1", "2", "63", "64", "65", "1024"] {
-                let length = KeyLength::parse(length, 1024).unwrap();
+            for length in [1, 2, 63, 64, 65, 1024] {
+                let length = KeyLength::new(length, PASSWORD_MAX).unwrap();
                 let password = generate(length, alphabet, &generator).unwrap();
                 assert_eq!(password.as_bytes().len() as u64, length.bytes());
                 assert!(password.as_bytes().iter().all(|c| alphabet.characters().contains(c)));

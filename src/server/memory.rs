@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
-use crate::keys::key;
+use crate::keys::secret_buf;
 use crate::server::connection_limit::ConnectionLimit;
 use crate::server::fast_path::response_buffer;
 
@@ -57,7 +57,7 @@ thread_local! {
 /// Allocates what the calling thread needs for as long as it lives, at the bottom of its heap. To be called while there
 /// are few connections.
 pub(crate) fn reserve() {
-    key::reserve();
+    secret_buf::reserve_spare();
     response_buffer::reserve();
     RESERVED.set(Some(Chunks::allocate(CACHED_COUNT)));
 }

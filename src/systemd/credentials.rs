@@ -11,8 +11,9 @@ use tracing::{debug, warn};
 use crate::access::audit::{AuditRecord, AuditSubject};
 use crate::access::credential_request::{CredentialRequest, is_credential, is_unit};
 use crate::http::state::AppState;
-use crate::keys::encoding::{Format, KeySpec, Kind};
+use crate::keys::format::{Format, Kind};
 use crate::keys::key::KeyLength;
+use crate::keys::key_spec::KeySpec;
 use crate::server::accepted::Accepted;
 use crate::telemetry::metrics::CredentialOutcome as Outcome;
 
@@ -60,7 +61,7 @@ impl CredentialRules {
 }
 
 fn default() -> KeySpec {
-    let length = KeyLength::parse(&LENGTH_DEFAULT.to_string(), LENGTH_MAX).expect("32 is a length");
+    let length = KeyLength::new(LENGTH_DEFAULT, LENGTH_MAX).expect("32 is a length");
     KeySpec::new(Kind::Key, length, Format::Raw, None).expect("one key is no batch")
 }
 
@@ -220,20 +221,20 @@ mod tests {
 
     #[test]
     fn the_closest_rule_counts() {
-        let shape = |length: &str, format| {
-            let length = KeyLength::parse(length, LENGTH_MAX).unwrap();
+        let shape = |length, format| {
+            let length = KeyLength::new(length, LENGTH_MAX).unwrap();
             KeySpec::new(Kind::Key, length, format, None).unwrap()
         };
         let rules = CredentialRules::new(BTreeMap::from([
-            ("cookie".into(), shape("64", Format::Hex)),
-            ("web.service:cookie".into(), shape("16", Format::Base64)),
+            ("cookie".into(), shape(64, Format::Hex)),
+            ("web.service:cookie".into(), shape(16, Format::Base64)),
         ]));
         let of = |unit: &str, credential: &str| {
             rules.shape(&CredentialRequest { unit: unit.into(), credential: credential.into() })
         };
-        assert_eq!(of("web.service", "cookie"), shape("16", Format::Base64));
-        assert_eq!(of("other.service", "cookie"), shape("64", Format::Hex));
-        assert_eq!(of("web.service", "other"), shape("32", Format::Raw));
+        assert_eq!(of("web.service", "cookie"), shape(16, Format::Base64));
+        assert_eq!(of("other.service", "cookie"), shape(64, Format::Hex));
+        assert_eq!(of("web.service", "other"), shape(32, Format::Raw));
     }
 
     /// Takes `room` bytes, in pieces of 10, and fails then, as it does when it is shut down.

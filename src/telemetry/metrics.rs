@@ -9,7 +9,7 @@ use prometheus::{
 };
 use strum::{IntoStaticStr, VariantArray};
 
-use crate::keys::encoding::Format;
+use crate::keys::format::Format;
 use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::log::DropCounters;
 use crate::telemetry::process::Process;

@@ -152,7 +152,7 @@ BROKEN = {
     "EPERM": (lambda: lambda length: -errno.EPERM, "the random source can't be read: Operation not permitted"),
     "ENOSYS": (lambda: lambda length: -errno.ENOSYS, "the random source can't be read: Function not implemented"),
     "no-bytes": (lambda: lambda length: b"", "the random source"),
-    "zero": (lambda: lambda length: bytes(length), "the random source gave a constant block"),
+    "zero": (lambda: lambda length: bytes(length), "the random source returned a constant block"),
     "stuck": (lambda: repeating(1), "the random source repeated a block"),
     "repeating": (lambda: repeating(3), "the random source repeated a block"),
 }

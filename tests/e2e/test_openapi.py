@@ -102,7 +102,7 @@ def schemathesis(daemon, seconds, document, *options):
 def batch_max():
     """The size limit of a batch, read from the source."""
     source = (REPOSITORY / "src/keys/generator.rs").read_text()
-    factors = re.search(r"pub const CHUNK: usize = ([0-9]+) \* ([0-9]+);", source).groups()
+    factors = re.search(r"pub const CHUNK_SIZE: usize = ([0-9]+) \* ([0-9]+);", source).groups()
     return int(factors[0]) * int(factors[1])
 
 

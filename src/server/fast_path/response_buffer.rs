@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use zeroize::Zeroize;
 
-use crate::keys::key::{KeyLength, keep_lower};
+use crate::keys::key::KeyLength;
+use crate::keys::secret_buf::keep_lower;
 use crate::server::fast_path::date::date;
 use crate::server::fast_path::request::FastRequest;
 use crate::server::transport::Transport;
