@@ -228,7 +228,7 @@ fn sentence(error: &io::Error) -> String {
 /// The certificate that the service has to show.
 fn known_by(certificate: Option<&FileSource>) -> Result<CertificateDer<'static>, String> {
     let expected = || "expected tls-cert in the configuration to know the service by, found none".to_owned();
-    pem::leaf(certificate.ok_or_else(expected)?)
+    pem::leaf_certificate(certificate.ok_or_else(expected)?)
 }
 
 /// Tries every address of the name, as a name may have one of each kind.

@@ -17,7 +17,7 @@ use key_service::http::health::Health;
 use key_service::http::state::AppState;
 use key_service::keys::generator::{Generator, OsRandom, Source};
 use key_service::server::accept::serve;
-use key_service::server::address::{Host, Mode};
+use key_service::server::address::{Host, SocketMode};
 use key_service::server::connection_limit::ConnectionLimit;
 use key_service::server::context::ServerContext;
 use key_service::server::drain::Drain;
@@ -234,7 +234,7 @@ fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_k
         has_page: false,
     };
     let path = Host::Unix(folder.file("credential.sock"));
-    let listener = Listener::bind(&path, 0, Mode::default()).unwrap();
+    let listener = Listener::bind(&path, 0, SocketMode::default()).unwrap();
     let outlet = Arc::new(CredentialServer::new(Arc::new(api), CredentialRules::default()));
     let drain = Drain::new();
     let phase = drain.subscribe();

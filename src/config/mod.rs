@@ -34,7 +34,7 @@ use crate::keys::format::Kind;
 use crate::keys::key::KeyLength;
 use crate::keys::key_spec::KeySpec;
 use crate::keys::password::Alphabet;
-use crate::server::address::{Host, Mode};
+use crate::server::address::{Host, SocketMode};
 use crate::server::tls::identity::{self, TlsFile};
 use crate::server::tls::settings::{MinVersion, TlsSettings};
 use crate::systemd::credentials;
@@ -101,7 +101,7 @@ pub struct Config {
     /// Where the hashes of tokens are, and what was found there; `None` where no token is asked for.
     pub tokens: Option<TokensFile>,
     /// The mode of a Unix socket that is bound here.
-    pub unix_mode: Mode,
+    pub unix_mode: SocketMode,
     /// Whether who could open a Unix socket needs no token.
     pub unix_trust: bool,
     /// What each client may take.
@@ -563,7 +563,7 @@ impl Loader<'_> {
         let tls = self.tls(min_version);
         let tokens = self.tokens();
         let modes = "a mode in octal digits, such as \"0660\"";
-        let unix_mode = self.parsed("unix-mode", Mode::default(), modes);
+        let unix_mode = self.parsed("unix-mode", SocketMode::default(), modes);
         let unix_trust = self.boolean("unix-trust", false);
         let rate_requests = self.integer("rate-requests", 0, 0..=1_000_000_000);
         let rate_bytes = self.integer("rate-bytes", 0, 0..=1 << 40);
@@ -684,7 +684,7 @@ impl Loader<'_> {
             settings.files().filter_map(|file| file.path().ok()).for_each(|path| self.files.add(&path));
             let faults = identity::load(&settings).err().unwrap_or_default();
             for fault in faults {
-                let (name, location) = match fault.part {
+                let (name, location) = match fault.file {
                     TlsFile::Certificate => ("tls-cert", Some(&settings.certificate)),
                     TlsFile::Key => ("tls-key", Some(&settings.key)),
                     TlsFile::ClientCa => ("tls-client-ca", settings.client_ca.as_ref()),
@@ -693,7 +693,7 @@ impl Loader<'_> {
                     continue;
                 }
                 let value = self.figment.find_value(name).expect("it named the file that was read");
-                self.report(&[name], &value, &fault.sentence);
+                self.report(&[name], &value, &fault.message);
             }
         }
         Some(Some(settings))

@@ -361,7 +361,7 @@ fn listeners(config: &Config, inherited: ActivatedSockets) -> Result<Listeners, 
         !(inherited.http.is_empty() && inherited.metrics.is_empty() && inherited.credential.is_empty());
     let bind = |host, port, settings: [&'static str; 2], unit: &'static str, lost: &str| {
         let bound = Listener::bind(host, port, config.unix_mode);
-        match bound.map_err(|error| error.of_settings(settings[0], settings[1])) {
+        match bound.map_err(|error| error.with_settings(settings[0], settings[1])) {
             Ok(listener) => Ok(Some(listener)),
             Err(error) if has_any && error.is_forbidden() => {
                 warn!(%error, "{lost}: {unit} passed no socket, and the sandbox lets none be made");
@@ -680,11 +680,11 @@ fn report(what: &'static str, loaded: &LoadedIdentity) {
 
 /// Certificate and client CA are judged apart: what is in order of the two is in use.
 fn keep_certificate(error: &ReloadError) {
-    if let Some(loaded) = &error.taken {
+    if let Some(loaded) = &error.applied {
         report(CERTIFICATE_CHANGED, loaded);
     }
     let (client_ca, certificate): (Vec<_>, Vec<_>) =
-        error.faults.iter().cloned().partition(|fault| fault.part == TlsFile::ClientCa);
+        error.errors.iter().cloned().partition(|fault| fault.file == TlsFile::ClientCa);
     if !certificate.is_empty() {
         let faults = sentences(&certificate);
         tracing::error!(faults, "the certificate has changed and is refused; the one before stays");
@@ -696,7 +696,7 @@ fn keep_certificate(error: &ReloadError) {
 }
 
 fn sentences(faults: &[LoadError]) -> String {
-    faults.iter().map(|fault| fault.sentence.as_str()).collect::<Vec<_>>().join("; ")
+    faults.iter().map(|fault| fault.message.as_str()).collect::<Vec<_>>().join("; ")
 }
 
 /// Says how many tokens there are, so that a file which was not read shows.

@@ -4,7 +4,7 @@ use axum::http::header::{ACCEPT, HOST, HeaderMap, TRANSFER_ENCODING};
 use axum::http::{Method, Request, Version};
 
 use crate::http::problem::Problem;
-use crate::server::fast_path::request::is_host;
+use crate::server::fast_path::request::is_valid_host;
 
 /// Method, path, query and headers of a request.
 #[derive(Debug, Clone, Copy)]
@@ -45,7 +45,7 @@ impl RequestHead<'_> {
         for (name, value) in self.headers {
             if name == HOST {
                 hosts += 1;
-                if !is_host(value.as_bytes()) {
+                if !is_valid_host(value.as_bytes()) {
                     return Err(Problem::malformed("The Host header is not a valid host"));
                 }
             } else if name == ACCEPT {

@@ -26,7 +26,7 @@ use crate::keys::key::KeyLength;
 use crate::keys::key_spec::KeySpec;
 use crate::server::connection_limit::ConnectionClass;
 use crate::server::fast_path::request::FastRequest;
-use crate::server::fast_path::response_buffer::{KEY_MAX, ResponseBuffer};
+use crate::server::fast_path::response_buffer::{FAST_KEY_MAX, ResponseBuffer};
 use crate::server::fast_path::service::{FastOutcome, FastPath};
 use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::metrics::Rejection;
@@ -128,14 +128,14 @@ impl FastPath for ConnectionService {
                 _ => return FastOutcome::NotHandled,
             }
         }
-        let max_size = state.max_size_for(authorized.as_deref()).min(KEY_MAX);
+        let max_size = state.max_size_for(authorized.as_deref()).min(FAST_KEY_MAX);
         let Ok(length) = KeyLength::parse(request.length, max_size) else {
             return FastOutcome::NotHandled;
         };
         let Ok(spec) = KeySpec::new(Kind::Key, length, Format::Raw, None) else {
             return FastOutcome::NotHandled;
         };
-        if !responses.have_room(length) {
+        if !responses.has_room(length) {
             return FastOutcome::BufferFull;
         }
         let mut headers = String::new();

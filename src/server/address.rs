@@ -42,23 +42,23 @@ impl fmt::Display for Host {
 
 /// Who may connect to a Unix socket, as bits of its file (unix(7): connecting takes the right to write).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mode(u32);
+pub struct SocketMode(u32);
 
-impl Mode {
+impl SocketMode {
     /// The mode bits of the socket file.
     pub(crate) fn bits(self) -> u32 {
         self.0
     }
 }
 
-impl Default for Mode {
+impl Default for SocketMode {
     /// The user and the group of the service.
     fn default() -> Self {
         Self(0o660)
     }
 }
 
-impl FromStr for Mode {
+impl FromStr for SocketMode {
     type Err = ();
 
     /// Octal digits.
@@ -71,7 +71,7 @@ impl FromStr for Mode {
     }
 }
 
-impl fmt::Display for Mode {
+impl fmt::Display for SocketMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:04o}", self.0)
     }

@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::unconstrained;
 use tokio_rustls::server::TlsStream;
 
-use crate::server::transport::{Sending, Transport};
+use crate::server::transport::{SendMode, Transport};
 
 /// How many bytes of records wait for the kernel to take them, beside those of a handshake.
 const NOTSENT_LOWAT: usize = 8 * 1024;
@@ -41,7 +41,7 @@ impl<S: AsyncRead + Transport + Unpin> CloseNotify<S> {
 
 impl<S: AsyncRead + Transport + Unpin> Drop for CloseNotify<S> {
     fn drop(&mut self) {
-        if self.0.get_ref().0.is_reset() {
+        if self.0.get_ref().0.resets_on_close() {
             return;
         }
         // One try, which never waits: a client that has left no room for it does not read. After a shutdown it does
@@ -89,22 +89,22 @@ impl<S: AsyncRead + Transport + Unpin> AsyncWrite for CloseNotify<S> {
 
 /// Its last bytes are a record of its own, close_notify.
 impl<S: AsyncRead + Transport + Unpin> Transport for CloseNotify<S> {
-    fn forget_unsent(&self) {
-        self.0.get_ref().0.forget_unsent();
+    fn reset_on_close(&self) {
+        self.0.get_ref().0.reset_on_close();
     }
 
-    fn is_reset(&self) -> bool {
-        self.0.get_ref().0.is_reset()
+    fn resets_on_close(&self) -> bool {
+        self.0.get_ref().0.resets_on_close()
     }
 
     fn expect_head(&mut self) {
         self.0.get_mut().0.expect_head();
     }
 
-    fn set_sending(&mut self, sending: Sending) {
+    fn set_send_mode(&mut self, sending: SendMode) {
         let (stream, connection) = self.0.get_mut();
-        let is_short = sending == Sending::Short;
+        let is_short = sending == SendMode::Short;
         connection.set_buffer_limit(Some(if is_short { NOTSENT_LOWAT } else { UNSENT_MAX_STREAMING }));
-        stream.set_sending(sending);
+        stream.set_send_mode(sending);
     }
 }

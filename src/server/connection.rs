@@ -18,8 +18,7 @@ use crate::server::buffers::BufferAccount;
 use crate::server::connection_limit::ConnectionClass;
 use crate::server::context::OVER_LIMIT_TIMEOUT;
 use crate::server::drain::{Phase, poll_until_closing, wait_for_phase};
-use crate::server::fast_path::connection as fast_path;
-use crate::server::fast_path::connection::Exit;
+use crate::server::fast_path::connection::{Exit, FastPathConnection};
 use crate::server::fast_path::service::FastPath;
 use crate::server::idle::Activity;
 use crate::server::slow_path::{SlowPathExit, serve_with_hyper};
@@ -120,7 +119,7 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     // Made outside of the future of each connection, which would otherwise hold these arguments as well.
-    let mut fast_path = fast_path::Connection::new(io, service, metrics, buffers, activity);
+    let mut fast_path = FastPathConnection::new(io, service, metrics, buffers, activity);
     async move {
         loop {
             let poll = |cx: &mut Context<'_>, is_closing| match fast_path.poll_serve(cx) {
@@ -139,7 +138,7 @@ where
                     let slow_path = Box::pin(serve_with_hyper(&mut fast_path, &mut phase, metrics));
                     match slow_path.await {
                         SlowPathExit::Closed => return,
-                        SlowPathExit::Reset => return fast_path.forget_unsent(),
+                        SlowPathExit::Reset => return fast_path.reset_on_close(),
                         SlowPathExit::Handover(unread) => fast_path.resume(unread),
                     }
                 }

@@ -67,7 +67,7 @@ impl Drain {
             tokio::time::sleep(READ_LINGER).await;
         }
         for context in contexts {
-            context.timeouts.shorten_reads(OVER_LIMIT_TIMEOUT);
+            context.timeouts.shorten_read_timeouts(OVER_LIMIT_TIMEOUT);
         }
         self.0.send_replace(Phase::Closing);
     }

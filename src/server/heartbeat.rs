@@ -79,7 +79,7 @@ mod tests {
 
     use crate::access::peer::Peer;
     use crate::server::accept::serve;
-    use crate::server::address::{Host, Mode};
+    use crate::server::address::{Host, SocketMode};
     use crate::server::connection::http;
     use crate::server::connection_limit::{ConnectionClass, ConnectionLimit};
     use crate::server::context::ServerContext;
@@ -92,7 +92,8 @@ mod tests {
     /// The server runs on its own thread, and its service blocks until the test releases it.
     #[test]
     fn a_blocked_worker_sends_no_heartbeat() {
-        let listener = Listener::bind(&"127.0.0.1".parse::<Host>().unwrap(), 0, Mode::default()).unwrap();
+        let listener =
+            Listener::bind(&"127.0.0.1".parse::<Host>().unwrap(), 0, SocketMode::default()).unwrap();
         let address = listener.to_string();
         let mut heartbeats = Heartbeats::new();
         let heartbeat = heartbeats.register();

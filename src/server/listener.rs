@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::access::peer::Peer;
-use crate::server::address::{Host, Mode};
+use crate::server::address::{Host, SocketMode};
 use crate::server::stream::{NOTSENT_LOWAT, Stream};
 
 /// How many connections the kernel holds while they wait to be accepted; it caps this at net.core.somaxconn.
@@ -37,7 +37,7 @@ impl Listener {
     ///
     /// # Errors
     /// When the kernel refuses the address or the port.
-    pub fn bind(host: &Host, port: u16, mode: Mode) -> Result<Self, BindError> {
+    pub fn bind(host: &Host, port: u16, mode: SocketMode) -> Result<Self, BindError> {
         let (address, bound) = match host {
             Host::Any => bind_any(port, bind_tcp),
             Host::Ip(ip) => {
@@ -150,7 +150,7 @@ pub struct BindError {
 
 impl BindError {
     /// With the setting to change: `host` and `port` are the names of those that the address came from.
-    pub fn of_settings(self, host: &'static str, port: &'static str) -> ListenError {
+    pub fn with_settings(self, host: &'static str, port: &'static str) -> ListenError {
         // The port is to blame where another process has it, or where it is below 1024 and not for this process.
         let is_of_port =
             matches!(self.source.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied);
@@ -233,7 +233,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     Listener::Tcp(socket.into()).prepare()
 }
 
-fn bind_unix(path: &Path, mode: Mode) -> io::Result<Listener> {
+fn bind_unix(path: &Path, mode: SocketMode) -> io::Result<Listener> {
     // A socket file outlives the process that made it. It is removed only where nobody answers on it any more, and
     // anything that is not a socket stays, for bind to trip over.
     let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
@@ -264,7 +264,7 @@ mod tests {
             (&path, Errno::ACCESS, "host"),
         ] {
             let error = BindError { host: host.clone(), address: "[::]:80".into(), source: errno.into() };
-            let sentence = error.of_settings("host", "srv-port").to_string();
+            let sentence = error.with_settings("host", "srv-port").to_string();
             assert!(sentence.starts_with(&format!("can't listen on [::]:80 ({setting}): ")), "{sentence}");
         }
     }
@@ -281,7 +281,7 @@ mod tests {
             (Errno::MFILE, [false, false]),
         ] {
             let error = BindError { host: Host::Any, address: "[::]:80".into(), source: errno.into() };
-            let error = error.of_settings("host", "srv-port");
+            let error = error.with_settings("host", "srv-port");
             assert_eq!([error.is_forbidden(), error.is_denied()], expected, "{errno:?}");
         }
     }
@@ -310,12 +310,12 @@ mod tests {
     fn a_socket_file_that_nobody_answers_on_is_replaced_and_other_files_are_not() {
         let folder = tempfile::tempdir().unwrap();
         let stale = Host::Unix(folder.path().join("stale"));
-        drop(Listener::bind(&stale, 0, Mode::default()).unwrap());
-        let held = Listener::bind(&stale, 0, Mode::default()).expect("a stale socket is replaced");
-        assert!(Listener::bind(&stale, 0, Mode::default()).is_err(), "a socket in use is not");
+        drop(Listener::bind(&stale, 0, SocketMode::default()).unwrap());
+        let held = Listener::bind(&stale, 0, SocketMode::default()).expect("a stale socket is replaced");
+        assert!(Listener::bind(&stale, 0, SocketMode::default()).is_err(), "a socket in use is not");
         let file = folder.path().join("file");
         fs::write(&file, "mine").unwrap();
-        assert!(Listener::bind(&Host::Unix(file.clone()), 0, Mode::default()).is_err());
+        assert!(Listener::bind(&Host::Unix(file.clone()), 0, SocketMode::default()).is_err());
         assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
         drop(held);
     }

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tracing::debug;
 
 use crate::server::drain::{Phase, poll_until_closing};
-use crate::server::fast_path::connection as fast_path;
+use crate::server::fast_path::connection::FastPathConnection;
 use crate::server::fast_path::rewind::Exchange;
 use crate::server::fast_path::service::FastPath;
 use crate::server::transport::Transport;
@@ -37,7 +37,7 @@ pub(crate) enum SlowPathExit {
 
 /// Serves a connection with hyper until every request that was read has its response.
 pub(crate) async fn serve_with_hyper<I, S, B>(
-    fast_path: &mut fast_path::Connection<'_, I, S>,
+    fast_path: &mut FastPathConnection<'_, I, S>,
     phase: &mut watch::Receiver<Phase>,
     metrics: &Metrics,
 ) -> SlowPathExit
@@ -49,7 +49,7 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let exchange = Exchange::default();
-    let (buffers, has_answered) = (fast_path.buffers().clone(), fast_path.has_answered());
+    let (buffers, has_answered) = (fast_path.buffers().clone(), fast_path.has_responded());
     let (io, service) = fast_path.lend(&exchange);
     let mut connection = http1::Builder::new()
         .max_buf_size(HEAD_MAX)
@@ -69,7 +69,7 @@ where
         }
         match Pin::new(&mut connection).poll(cx) {
             Poll::Ready(result) => Poll::Ready(Some(result)),
-            Poll::Pending if exchange.is_over() => Poll::Ready(None),
+            Poll::Pending if exchange.is_complete() => Poll::Ready(None),
             Poll::Pending if exchange.is_streaming() => {
                 permit = None; // the stream has its own permit, of which there are few, and may be read slowly
                 Poll::Pending
@@ -90,10 +90,10 @@ where
             debug!(%error, "connection failed");
             if error.is_user() { SlowPathExit::Reset } else { SlowPathExit::Closed }
         }
-        None if exchange.is_over() => {
+        None if exchange.is_complete() => {
             let parts = connection.into_parts();
             let mut unread = parts.read_buf.to_vec();
-            unread.extend_from_slice(&parts.io.into_inner().finish());
+            unread.extend_from_slice(&parts.io.into_inner().into_unread());
             SlowPathExit::Handover(unread)
         }
         None => {

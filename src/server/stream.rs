@@ -11,7 +11,7 @@ use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use zeroize::Zeroizing;
 
-use crate::server::transport::{Sending, Transport};
+use crate::server::transport::{SendMode, Transport};
 
 /// TCP_NOTSENT_LOWAT (tcp(7)) of an ordinary connection: the kernel takes another write only while it holds fewer unsent
 /// bytes than this. A response of 16 KiB over a new connection still goes without a wait. The kernel would take up to 4 MB
@@ -136,7 +136,7 @@ impl AsyncWrite for Stream {
 }
 
 impl Transport for Stream {
-    fn poll_write_last(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write_final(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         // send(2): with MSG_MORE, one segment has the data and the end, which shutdown(2) sends.
         match self.get_mut() {
             Self::Tcp(stream) => {
@@ -146,7 +146,7 @@ impl Transport for Stream {
         }
     }
 
-    fn forget_unsent(&self) {
+    fn reset_on_close(&self) {
         // tcp(7), socket(7): closing with SO_LINGER of 0 resets. A Unix socket forgets anyway.
         if let Self::Tcp(stream) = self {
             let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO)); // without it, it is closed in order
@@ -166,7 +166,7 @@ impl Transport for Stream {
         }
     }
 
-    fn end_and_keep(&self) -> Option<OwnedFd> {
+    fn shutdown_and_duplicate(&self) -> Option<OwnedFd> {
         let Self::Tcp(stream) = self else { return None };
         let kept = stream.as_fd().try_clone_to_owned().ok()?; // out of descriptors, it is closed in order
         // While there is another descriptor, close(2) does not end it. It may have ended already, or be broken.
@@ -190,12 +190,12 @@ impl Transport for Stream {
         found.is_ok_and(|(read, _)| read > 0)
     }
 
-    fn set_sending(&mut self, sending: Sending) {
+    fn set_send_mode(&mut self, sending: SendMode) {
         if let Self::Tcp(stream) = self {
             let lowat = match sending {
-                Sending::Short => NOTSENT_LOWAT,
-                Sending::Stream => NOTSENT_LOWAT_STREAMING,
-                Sending::SlowStream => NOTSENT_LOWAT_SLOW,
+                SendMode::Short => NOTSENT_LOWAT,
+                SendMode::Stream => NOTSENT_LOWAT_STREAMING,
+                SendMode::SlowStream => NOTSENT_LOWAT_SLOW,
             };
             let _ = SockRef::from(&*stream).set_tcp_notsent_lowat(lowat); // without it, it is slower or holds more
         }

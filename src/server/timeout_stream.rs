@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::server::timeouts::Timeouts;
-use crate::server::transport::{Sending, Transport};
+use crate::server::transport::{SendMode, Transport};
 
 /// How often a blocked write is tried again. The kernel wakes a writer only once half of what it holds is sent, which
 /// takes a slow client minutes; it takes a few more bytes long before that, as soon as the client has acknowledged as many.
@@ -50,10 +50,10 @@ pub struct TimeoutStream<S: Transport + Unpin> {
     blocked: Option<Instant>,
     /// Whether the last write was a retry that the kernel took.
     is_retrying: bool,
-    sending: Sending,
+    sending: SendMode,
     /// Bytes written since a write last waited for long.
     quickly: usize,
-    is_reset: AtomicBool,
+    resets_on_close: AtomicBool,
     /// Whether the kernel may hold much of a response that its client has not taken.
     may_have_unsent: bool,
     /// Since when the sending side is shut down.
@@ -73,9 +73,9 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
             awaiting: Awaiting::Head,
             blocked: None,
             is_retrying: false,
-            sending: Sending::Short,
+            sending: SendMode::Short,
             quickly: 0,
-            is_reset: AtomicBool::new(false),
+            resets_on_close: AtomicBool::new(false),
             may_have_unsent: false,
             ended: None,
             timer: None,
@@ -132,7 +132,7 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
 
     /// How many bytes one write may have.
     fn write_max(&self) -> usize {
-        let is_fast = self.sending == Sending::Stream && self.quickly >= FAST_MIN;
+        let is_fast = self.sending == SendMode::Stream && self.quickly >= FAST_MIN;
         if is_fast { usize::MAX } else { WRITE_MAX }
     }
 
@@ -165,8 +165,8 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
             if !self.is_retrying {
                 let tried = *self.blocked.get_or_insert_with(Instant::now);
                 ready!(self.poll_deadline(cx, (tried + RETRY).min(self.since + self.timeouts.write())));
-                if self.sending == Sending::Stream && self.quickly >= FAST_MIN {
-                    self.set_sending(Sending::SlowStream);
+                if self.sending == SendMode::Stream && self.quickly >= FAST_MIN {
+                    self.set_send_mode(SendMode::SlowStream);
                 }
                 self.quickly = 0;
             }
@@ -178,7 +178,7 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
                     if now >= self.since + self.timeouts.write() {
                         // Closed in order, its key bytes would stay in the kernel, megabytes a connection, for as long
                         // as the client acknowledges and does not read.
-                        self.forget_unsent();
+                        self.reset_on_close();
                         result = Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
                     }
                 }
@@ -193,8 +193,8 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
         self.awaiting = Awaiting::Request;
         if let Poll::Ready(Ok(count)) = result {
             self.quickly = self.quickly.saturating_add(count);
-            if self.sending == Sending::SlowStream && self.quickly >= FAST_MIN {
-                self.set_sending(Sending::Stream);
+            if self.sending == SendMode::SlowStream && self.quickly >= FAST_MIN {
+                self.set_send_mode(SendMode::Stream);
             }
         }
         result
@@ -204,10 +204,10 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
 /// At the end of the drain a connection is dropped wherever it is.
 impl<S: Transport + Unpin> Drop for TimeoutStream<S> {
     fn drop(&mut self) {
-        if self.is_reset() {
-            self.stream.forget_unsent();
+        if self.resets_on_close() {
+            self.stream.reset_on_close();
         } else if self.timeouts.keeps_ended_connections()
-            && let Some(connection) = self.stream.end_and_keep()
+            && let Some(connection) = self.stream.shutdown_and_duplicate()
         {
             self.timeouts.ended_connections().add(connection);
         }
@@ -284,12 +284,12 @@ impl<S: Transport + Unpin> AsyncWrite for TimeoutStream<S> {
 }
 
 impl<S: Transport + Unpin> Transport for TimeoutStream<S> {
-    fn poll_write_last(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write_final(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         if buf.len() > this.write_max() {
             return Pin::new(this).poll_write(cx, buf);
         }
-        let result = Pin::new(&mut this.stream).poll_write_last(cx, buf);
+        let result = Pin::new(&mut this.stream).poll_write_final(cx, buf);
         this.written(cx, result, &[IoSlice::new(buf)])
     }
 
@@ -299,19 +299,19 @@ impl<S: Transport + Unpin> Transport for TimeoutStream<S> {
         }
     }
 
-    fn forget_unsent(&self) {
-        self.is_reset.store(true, Ordering::Relaxed);
-        self.stream.forget_unsent();
+    fn reset_on_close(&self) {
+        self.resets_on_close.store(true, Ordering::Relaxed);
+        self.stream.reset_on_close();
     }
 
-    fn is_reset(&self) -> bool {
-        self.is_reset.load(Ordering::Relaxed) || self.timeouts.resets_connections()
+    fn resets_on_close(&self) -> bool {
+        self.resets_on_close.load(Ordering::Relaxed) || self.timeouts.resets_connections()
     }
 
-    fn set_sending(&mut self, sending: Sending) {
+    fn set_send_mode(&mut self, sending: SendMode) {
         (self.sending, self.quickly) = (sending, 0);
-        self.may_have_unsent |= sending != Sending::Short;
-        self.stream.set_sending(sending);
+        self.may_have_unsent |= sending != SendMode::Short;
+        self.stream.set_send_mode(sending);
     }
 }
 
@@ -444,7 +444,7 @@ mod tests {
         let start = Instant::now();
         let nudging = async {
             seconds(3).await;
-            timeouts.shorten_reads(Duration::from_secs(5));
+            timeouts.shorten_read_timeouts(Duration::from_secs(5));
             theirs.write_all(b"x").await.unwrap();
             std::future::pending::<()>().await;
         };
@@ -458,7 +458,7 @@ mod tests {
     struct Reluctant {
         taken: Vec<usize>,
         is_full: bool,
-        sending: Vec<Sending>,
+        sending: Vec<SendMode>,
     }
 
     impl AsyncWrite for Reluctant {
@@ -486,9 +486,9 @@ mod tests {
             Ok(buf.len())
         }
 
-        fn forget_unsent(&self) {}
+        fn reset_on_close(&self) {}
 
-        fn set_sending(&mut self, sending: Sending) {
+        fn set_send_mode(&mut self, sending: SendMode) {
             self.sending.push(sending);
         }
     }
@@ -501,7 +501,7 @@ mod tests {
         let large = vec![0; LARGE];
         ours.write_all(&large).await.unwrap();
         assert!(ours.get_ref().taken.iter().all(|size| *size <= WRITE_MAX), "a short response");
-        ours.set_sending(Sending::Stream);
+        ours.set_send_mode(SendMode::Stream);
         for _ in 0..2 * FAST_MIN / LARGE {
             ours.write_all(&large).await.unwrap();
         }
@@ -513,6 +513,6 @@ mod tests {
         ours.write_all(&large).await.unwrap();
         assert_eq!(start.elapsed(), RETRY, "then all that it takes");
         assert!(ours.get_ref().taken.iter().all(|size| *size <= WRITE_MAX));
-        assert_eq!(ours.get_ref().sending, [Sending::Stream, Sending::SlowStream]);
+        assert_eq!(ours.get_ref().sending, [SendMode::Stream, SendMode::SlowStream]);
     }
 }

@@ -44,7 +44,7 @@ impl Timeouts {
     }
 
     /// Shortens the wait for requests. Connections learn of it when they are next polled.
-    pub fn shorten_reads(&self, to: Duration) {
+    pub fn shorten_read_timeouts(&self, to: Duration) {
         self.read_max.fetch_min(millis(to), Ordering::Relaxed);
     }
 

@@ -9,7 +9,7 @@ use tokio::io::AsyncWrite;
 
 /// What a connection sends, which decides how much the kernel may hold of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sending {
+pub enum SendMode {
     /// Short responses: as little as possible, since there may be as many as connections.
     Short,
     /// A streamed response, of which there are as many as permits: the connection must not run dry.
@@ -24,7 +24,7 @@ pub trait Transport: AsyncWrite {
     ///
     /// # Errors
     /// Those of `poll_write`.
-    fn poll_write_last(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write_final(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.poll_write(cx, buf)
     }
 
@@ -45,10 +45,10 @@ pub trait Transport: AsyncWrite {
     fn expect_head(&mut self) {}
 
     /// From now on, closing it forgets what was not sent, and resets the connection.
-    fn forget_unsent(&self);
+    fn reset_on_close(&self);
 
     /// Whether closing it is such a reset, and so not to be announced.
-    fn is_reset(&self) -> bool {
+    fn resets_on_close(&self) -> bool {
         false
     }
 
@@ -60,17 +60,17 @@ pub trait Transport: AsyncWrite {
 
     /// Ends the sending side, and gives another descriptor of the connection. `None` where closing it is enough: where the
     /// client gets the rest whatever becomes of the network.
-    fn end_and_keep(&self) -> Option<OwnedFd> {
+    fn shutdown_and_duplicate(&self) -> Option<OwnedFd> {
         None
     }
 
     /// Lets the kernel hold as many unsent bytes as `sending` needs.
-    fn set_sending(&mut self, sending: Sending);
+    fn set_send_mode(&mut self, sending: SendMode);
 }
 
 /// In memory there is no kernel that holds anything.
 impl Transport for tokio::io::DuplexStream {
-    fn forget_unsent(&self) {}
+    fn reset_on_close(&self) {}
 
-    fn set_sending(&mut self, _: Sending) {}
+    fn set_send_mode(&mut self, _: SendMode) {}
 }

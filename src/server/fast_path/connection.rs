@@ -1,4 +1,4 @@
-//! A connection whose requests are answered on the fast path for as long as they are plain.
+//! A connection that serves fast-path requests itself, and lends its socket to hyper for the others.
 
 use std::io;
 use std::mem::{self, MaybeUninit};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, ReadBuf};
 
 use crate::server::buffers::{BufferAccount, BufferPermit};
-use crate::server::fast_path::request::{Head, READ_BUFFER};
+use crate::server::fast_path::request::{ParsedHead, READ_BUFFER};
 use crate::server::fast_path::response_buffer::ResponseBuffer;
 use crate::server::fast_path::rewind::{Exchange, Rewind};
 use crate::server::fast_path::service::{FastOutcome, FastPath};
@@ -18,57 +18,56 @@ use crate::server::idle::Activity;
 use crate::server::transport::Transport;
 use crate::telemetry::metrics::{Metrics, Rejection};
 
-/// How often a connection reads or writes before others have a turn: at most some 0.2 ms.
-const TURNS: usize = 4;
+/// Reads or writes of one connection before other connections have a turn: at most some 0.2 ms of work.
+const OPERATIONS_PER_TURN: usize = 4;
 
-/// How long a connection that was never used is not closed for a new one.
+/// How long a connection without any request yet is not evicted as idle.
 const UNUSED_GRACE: Duration = Duration::from_millis(250);
 
-/// A connection on the short way.
+/// A connection on the fast path.
 #[derive(Debug)]
-pub struct Connection<'a, I, S> {
+pub struct FastPathConnection<'a, I, S> {
     io: I,
     service: S,
-    /// What was read and is not answered.
+    /// Bytes that were read, of requests without a response.
     unread: Vec<u8>,
-    /// What is answered and not sent.
-    answers: Option<ResponseBuffer<'a>>,
-    next: Next,
-    has_answered: bool,
+    /// Responses that are not sent completely.
+    responses: Option<ResponseBuffer<'a>>,
+    state: State,
+    has_responded: bool,
     metrics: &'a Metrics,
     buffers: BufferAccount,
     activity: Arc<Activity>,
-    /// When its last request was read.
+    /// When the last request was read.
     last_used: Instant,
-    /// While answers wait for the client to read.
-    held: Option<BufferPermit>,
+    /// Held while responses wait for the client to read.
+    buffer_permit: Option<BufferPermit>,
 }
 
-/// What a connection does when its answers are sent.
+/// What a connection does once its responses are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Next {
-    /// It reads.
+enum State {
+    /// Reads.
     Read,
-    /// It answers more of what it has read.
-    Answer,
-    /// It ends.
-    Exit,
-    /// It takes the long way.
-    Leave,
-}
-
-/// How the short way ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Exit {
-    /// With the connection.
-    Closed,
-    /// At something that is for hyper.
+    /// Responds to more of what it has read.
+    Respond,
+    /// Closes.
+    Close,
+    /// Leaves the fast path.
     Handover,
 }
 
-impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> Connection<'a, I, S> {
-    /// A connection of which nothing was read, whose buffers count on `buffers`, and which notes in `activity` when it is
-    /// idle.
+/// How a connection left the fast path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// The connection is closed.
+    Closed,
+    /// The next request is for hyper.
+    Handover,
+}
+
+impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I, S> {
+    /// A connection of which nothing was read. Its buffers count towards `buffers`, and `activity` shows whether it is idle.
     pub fn new(
         io: I,
         service: S,
@@ -80,39 +79,39 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> Connection<'a, I, S> {
             io,
             service,
             unread: Vec::new(),
-            answers: None,
-            next: Next::Read,
-            has_answered: false,
+            responses: None,
+            state: State::Read,
+            has_responded: false,
             metrics,
             buffers,
             activity,
             last_used: Instant::now() + UNUSED_GRACE,
-            held: None,
+            buffer_permit: None,
         }
     }
 
-    /// Whether there was an answer yet.
-    pub fn has_answered(&self) -> bool {
-        self.has_answered
+    /// Whether there was a response yet.
+    pub fn has_responded(&self) -> bool {
+        self.has_responded
     }
 
-    /// Whether it is idle and has to close for another connection.
+    /// Whether the connection is idle and has to close for a new one.
     pub fn is_evicted(&self) -> bool {
         self.is_idle() && self.unread.is_empty() && self.activity.is_evicted()
     }
 
-    /// Whether it is between two requests, with nothing to send.
+    /// Whether the connection is between two requests, with nothing to send.
     pub fn is_idle(&self) -> bool {
-        self.answers.is_none() && self.next == Next::Read
+        self.responses.is_none() && self.state == State::Read
     }
 
-    /// Whose its buffers are.
+    /// The account that the connection's buffers count towards.
     pub fn buffers(&self) -> &BufferAccount {
         &self.buffers
     }
 
-    /// Lends the connection to hyper, as if nothing had been read but what was answered, and its service.
-    /// [`Connection::resume`] has to follow before it is served here again.
+    /// Lends the socket and the service to hyper. The stream begins with the first request that has no response.
+    /// [`FastPathConnection::resume`] has to follow before the connection is served here again.
     pub fn lend<'b>(&'b mut self, exchange: &'b Exchange) -> (Rewind<'b>, &'b S)
     where
         I: Send,
@@ -121,38 +120,39 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> Connection<'a, I, S> {
         (Rewind::new(unread, &mut self.io, exchange), &self.service)
     }
 
-    /// Goes on here with `unread`, which hyper read and did not use.
+    /// Returns to the fast path with `unread`, the bytes that hyper read and did not use.
     pub fn resume(&mut self, unread: Vec<u8>) {
-        self.has_answered = true;
+        self.has_responded = true;
         self.last_used = Instant::now();
-        self.next = if unread.is_empty() { Next::Read } else { Next::Answer };
+        self.state = if unread.is_empty() { State::Read } else { State::Respond };
         self.unread = unread;
     }
 
-    /// Makes the connection's end a reset: what was not sent is forgotten.
-    pub fn forget_unsent(&self) {
-        self.io.forget_unsent();
+    /// Makes closing the connection a reset that discards unsent bytes.
+    pub fn reset_on_close(&self) {
+        self.io.reset_on_close();
     }
 
-    /// Answers plain requests while there are no others.
+    /// Serves requests until the connection closes or a request is not for the fast path.
     pub fn poll_serve(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Exit>> {
-        for _ in 0..TURNS {
-            if let Some(answers) = &mut self.answers {
-                let Poll::Ready(sent) = answers.poll_send(&mut self.io, self.next == Next::Exit, cx) else {
-                    let held = self.held.get_or_insert_with(|| self.buffers.hold(cx.waker()));
-                    if held.is_evicted() {
-                        self.io.forget_unsent();
+        for _ in 0..OPERATIONS_PER_TURN {
+            if let Some(responses) = &mut self.responses {
+                let is_final = self.state == State::Close;
+                let Poll::Ready(sent) = responses.poll_send(&mut self.io, is_final, cx) else {
+                    let permit = self.buffer_permit.get_or_insert_with(|| self.buffers.hold(cx.waker()));
+                    if permit.is_evicted() {
+                        self.io.reset_on_close();
                         self.metrics.rejected(Rejection::Buffers);
                         return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
                     }
                     return Poll::Pending;
                 };
                 sent?;
-                self.answers = None;
-                self.held = None;
+                self.responses = None;
+                self.buffer_permit = None;
             }
-            match self.next {
-                Next::Read => {
+            match self.state {
+                State::Read => {
                     let mut input = [const { MaybeUninit::uninit() }; READ_BUFFER];
                     let mut input = ReadBuf::uninit(&mut input);
                     input.put_slice(&self.unread);
@@ -169,51 +169,51 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> Connection<'a, I, S> {
                     read?;
                     self.activity.set_busy();
                     if input.filled().len() == self.unread.len() {
-                        // The client sends no more. What it has begun is for hyper to judge.
-                        self.next = if self.unread.is_empty() { Next::Exit } else { Next::Leave };
+                        // The client has closed its sending side. hyper judges an incomplete request.
+                        self.state = if self.unread.is_empty() { State::Close } else { State::Handover };
                         continue;
                     }
-                    self.answer(input.filled());
+                    self.respond(input.filled());
                 }
-                Next::Answer => {
+                State::Respond => {
                     let unread = mem::take(&mut self.unread);
-                    self.answer(&unread);
+                    self.respond(&unread);
                 }
-                Next::Exit => return Pin::new(&mut self.io).poll_shutdown(cx).map_ok(|()| Exit::Closed),
-                Next::Leave => return Poll::Ready(Ok(Exit::Handover)),
+                State::Close => return Pin::new(&mut self.io).poll_shutdown(cx).map_ok(|()| Exit::Closed),
+                State::Handover => return Poll::Ready(Ok(Exit::Handover)),
             }
         }
-        // Its client sends more without a pause: other connections of this thread have a turn.
+        // The client keeps sending: other connections of this thread have a turn.
         cx.waker().wake_by_ref();
         Poll::Pending
     }
 
-    /// Answers what can be answered of `input`, and keeps the rest.
-    fn answer(&mut self, mut input: &[u8]) {
-        let mut answers = ResponseBuffer::start(self.metrics);
-        self.next = loop {
-            let (request, size) = match Head::read(input) {
-                Head::Plain(request, size) => (request, size),
-                Head::Partial => break Next::Read,
-                Head::Other => break Next::Leave,
+    /// Responds to the requests that `input` begins with, and keeps the rest.
+    fn respond(&mut self, mut input: &[u8]) {
+        let mut responses = ResponseBuffer::new(self.metrics);
+        self.state = loop {
+            let (request, size) = match ParsedHead::parse(input) {
+                ParsedHead::Fast(request, size) => (request, size),
+                ParsedHead::Incomplete => break State::Read,
+                ParsedHead::Slow => break State::Handover,
             };
-            match self.service.respond_fast(&request, &mut answers) {
+            match self.service.respond_fast(&request, &mut responses) {
                 FastOutcome::Written => input = &input[size..],
-                FastOutcome::BufferFull => break Next::Answer,
-                FastOutcome::NotHandled => break Next::Leave,
+                FastOutcome::BufferFull => break State::Respond,
+                FastOutcome::NotHandled => break State::Handover,
             }
             if request.closes {
                 input = &[]; // RFC 9112 section 9.6: what follows is not read
-                break Next::Exit;
+                break State::Close;
             }
         };
         if !(self.unread.is_empty() && input.is_empty()) {
             self.unread = input.to_vec();
         }
-        if let Some(started) = answers.responses_since() {
-            self.has_answered = true;
-            self.last_used = started;
-            self.answers = Some(answers);
+        if !responses.is_empty() {
+            self.has_responded = true;
+            self.last_used = responses.read_at();
+            self.responses = Some(responses);
         }
     }
 }
@@ -225,31 +225,31 @@ mod tests {
     use crate::keys::key::KeyLength;
     use crate::server::buffers::BufferLimit;
     use crate::server::fast_path::request::FastRequest;
-    use crate::server::fast_path::response_buffer::KEY_MAX;
+    use crate::server::fast_path::response_buffer::FAST_KEY_MAX;
     use crate::server::idle::IdleConnections;
     use std::cell::Cell;
     use std::convert::Infallible;
     use std::future::poll_fn;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
-    /// Keys of one letter, until `left` of them are gone.
+    /// A service that responds with `left` keys of one letter, and hands over the requests after them.
     struct Letters {
         left: Cell<usize>,
     }
 
     impl FastPath for Letters {
-        fn respond_fast(&self, request: &FastRequest<'_>, answers: &mut ResponseBuffer<'_>) -> FastOutcome {
-            let Ok(length) = KeyLength::parse(request.length, KEY_MAX) else {
+        fn respond_fast(&self, request: &FastRequest<'_>, responses: &mut ResponseBuffer<'_>) -> FastOutcome {
+            let Ok(length) = KeyLength::parse(request.length, FAST_KEY_MAX) else {
                 return FastOutcome::NotHandled;
             };
             if self.left.get() == 0 {
                 return FastOutcome::NotHandled;
             }
-            if !answers.have_room(length) {
+            if !responses.has_room(length) {
                 return FastOutcome::BufferFull;
             }
             self.left.set(self.left.get() - 1);
-            answers
+            responses
                 .add(request, length, "HTTP/1.1 200 OK\r\n", "", |key| {
                     key.fill(b'k');
                     Ok::<_, Infallible>(())
@@ -259,43 +259,40 @@ mod tests {
         }
     }
 
-    fn account(limit: usize, client: u32) -> BufferAccount {
-        BufferAccount::new(Arc::new(BufferLimit::new(limit)), Client::V4(client))
-    }
-
     fn connection(
         metrics: &Metrics,
         left: usize,
-        pipe: usize,
-    ) -> (Connection<'_, DuplexStream, Letters>, DuplexStream) {
-        let (ours, theirs) = duplex(pipe);
+        capacity: usize,
+    ) -> (FastPathConnection<'_, DuplexStream, Letters>, DuplexStream) {
+        let (server, client) = duplex(capacity);
         let (service, activity) = (Letters { left: Cell::new(left) }, IdleConnections::new().activity());
-        (Connection::new(ours, service, metrics, account(8, 1), activity), theirs)
+        let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
+        (FastPathConnection::new(server, service, metrics, buffers, activity), client)
     }
 
     const REQUEST: &str = "GET /key/100 HTTP/1.1\r\nHost: a\r\n\r\n";
 
     #[tokio::test]
-    async fn answers_come_whole_and_in_order_however_slowly_they_are_read() {
+    async fn responses_arrive_whole_and_in_order_at_any_reading_speed() {
         let metrics = Metrics::new();
-        let (mut ours, mut theirs) = connection(&metrics, usize::MAX, 64);
+        let (mut server, mut client) = connection(&metrics, usize::MAX, 64);
         let lengths: Vec<usize> = (0..300).map(|n| 1 + n * 7 % 4096).collect();
-        let asking = async {
-            let (mut incoming, mut outgoing) = tokio::io::split(&mut theirs);
-            let wire: String =
+        let requesting = async {
+            let (mut incoming, mut outgoing) = tokio::io::split(&mut client);
+            let requests: String =
                 lengths.iter().map(|length| REQUEST.replace("100", &length.to_string())).collect();
             let sending = async {
-                outgoing.write_all(wire.as_bytes()).await.unwrap();
+                outgoing.write_all(requests.as_bytes()).await.unwrap();
                 outgoing.shutdown().await.unwrap();
             };
-            let mut answers = Vec::new();
-            let reading = incoming.read_to_end(&mut answers);
+            let mut responses = Vec::new();
+            let reading = incoming.read_to_end(&mut responses);
             tokio::join!(sending, reading).1.unwrap();
-            answers
+            responses
         };
-        let (end, answers) = tokio::join!(poll_fn(|cx| ours.poll_serve(cx)), asking);
-        assert_eq!(end.unwrap(), Exit::Closed);
-        let mut rest = &answers[..];
+        let (exit, responses) = tokio::join!(poll_fn(|cx| server.poll_serve(cx)), requesting);
+        assert_eq!(exit.unwrap(), Exit::Closed);
+        let mut rest = &responses[..];
         for length in lengths {
             let end = rest.windows(4).position(|four| four == b"\r\n\r\n").unwrap() + 4;
             let head = std::str::from_utf8(&rest[..end]).unwrap();
@@ -308,39 +305,39 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_answered_here_is_left_to_the_last_byte() {
+    async fn requests_that_are_not_handled_are_handed_over_unchanged() {
         let metrics = Metrics::new();
-        for piece in [1, 20, 4096] {
-            let (mut ours, mut theirs) = connection(&metrics, 2, 1 << 16);
+        for size in [1, 20, 4096] {
+            let (mut server, mut client) = connection(&metrics, 2, 1 << 16);
             let others = format!("{REQUEST}POST / HTTP/1.1\r\n\r\nbody");
-            let wire = format!("{REQUEST}{REQUEST}{others}");
+            let requests = format!("{REQUEST}{REQUEST}{others}");
             let sending = async {
-                for piece in wire.as_bytes().chunks(piece) {
-                    theirs.write_all(piece).await.unwrap();
+                for chunk in requests.as_bytes().chunks(size) {
+                    client.write_all(chunk).await.unwrap();
                     tokio::task::yield_now().await;
                 }
-                theirs.shutdown().await.unwrap();
+                client.shutdown().await.unwrap();
             };
-            let (end, ()) = tokio::join!(poll_fn(|cx| ours.poll_serve(cx)), sending);
-            assert_eq!(end.unwrap(), Exit::Handover);
-            assert!(ours.has_answered());
+            let (exit, ()) = tokio::join!(poll_fn(|cx| server.poll_serve(cx)), sending);
+            assert_eq!(exit.unwrap(), Exit::Handover);
+            assert!(server.has_responded());
             let exchange = Exchange::default();
-            let (mut io, _) = ours.lend(&exchange);
-            let mut left = String::new();
-            io.read_to_string(&mut left).await.unwrap();
-            assert_eq!(left, others, "in pieces of {piece}");
+            let (mut io, _) = server.lend(&exchange);
+            let mut unread = String::new();
+            io.read_to_string(&mut unread).await.unwrap();
+            assert_eq!(unread, others, "sent in chunks of {size} bytes");
         }
     }
 
     #[tokio::test]
-    async fn nothing_is_answered_after_a_request_that_closes() {
+    async fn nothing_is_served_after_a_request_that_closes() {
         let metrics = Metrics::new();
-        let (mut ours, mut theirs) = connection(&metrics, usize::MAX, 1 << 16);
+        let (mut server, mut client) = connection(&metrics, usize::MAX, 1 << 16);
         let closing = REQUEST.replace("Host", "Connection: close\r\nHost");
-        theirs.write_all(format!("{REQUEST}{closing}{REQUEST}").as_bytes()).await.unwrap();
-        assert_eq!(poll_fn(|cx| ours.poll_serve(cx)).await.unwrap(), Exit::Closed);
-        let mut answers = String::new();
-        theirs.read_to_string(&mut answers).await.unwrap();
-        assert_eq!(answers.matches("HTTP/1.1 200 OK").count(), 2);
+        client.write_all(format!("{REQUEST}{closing}{REQUEST}").as_bytes()).await.unwrap();
+        assert_eq!(poll_fn(|cx| server.poll_serve(cx)).await.unwrap(), Exit::Closed);
+        let mut responses = String::new();
+        client.read_to_string(&mut responses).await.unwrap();
+        assert_eq!(responses.matches("HTTP/1.1 200 OK").count(), 2);
     }
 }

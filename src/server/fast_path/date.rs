@@ -4,15 +4,15 @@ use std::cell::Cell;
 use std::io::Write;
 use std::time::{Duration, Instant, SystemTime};
 
-/// The time at `now`, which has just been, as RFC 9110 section 5.6.7 writes it. Each thread asks for it and writes it once
-/// a second, so a step of the clock shows within one.
+/// The current time in the format of RFC 9110 section 5.6.7. `now` is the monotonic time of a moment ago. Each thread
+/// reads the clock and formats it once a second, so a step of the clock shows within a second.
 pub(super) fn date(now: Instant) -> [u8; 29] {
     thread_local! {
-        /// With when it has to be written anew.
-        static WRITTEN: Cell<Option<(Instant, [u8; 29])>> = const { Cell::new(None) };
+        /// The formatted time, and when it expires.
+        static CACHED: Cell<Option<(Instant, [u8; 29])>> = const { Cell::new(None) };
     }
-    if let Some((end, date)) = WRITTEN.get()
-        && now < end
+    if let Some((expiry, date)) = CACHED.get()
+        && now < expiry
     {
         return date;
     }
@@ -20,7 +20,7 @@ pub(super) fn date(now: Instant) -> [u8; 29] {
     let second = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().subsec_nanos();
     let mut date = [0; 29];
     write!(&mut date[..], "{}", httpdate::HttpDate::from(time)).expect("an HTTP date has 29 bytes");
-    WRITTEN.set(Some((now + Duration::from_secs(1) - Duration::from_nanos(second.into()), date)));
+    CACHED.set(Some((now + Duration::from_secs(1) - Duration::from_nanos(second.into()), date)));
     date
 }
 
@@ -29,13 +29,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_date_is_written_as_rfc_9110_has_it_and_anew_each_second() {
-        let read = |now| httpdate::parse_http_date(std::str::from_utf8(&date(now)).unwrap()).unwrap();
+    fn the_date_follows_rfc_9110_and_changes_each_second() {
+        let parsed = |now| httpdate::parse_http_date(std::str::from_utf8(&date(now)).unwrap()).unwrap();
         let now = Instant::now();
-        let first = read(now);
+        let first = parsed(now);
         assert!(first.elapsed().is_ok_and(|age| age < Duration::from_secs(2)), "{first:?}");
-        assert_eq!(read(now), first);
+        assert_eq!(parsed(now), first);
         std::thread::sleep(Duration::from_secs(1));
-        assert!(read(Instant::now()) > first);
+        assert!(parsed(Instant::now()) > first);
     }
 }

@@ -1,8 +1,9 @@
-//! The fast path: plain requests for keys, answered without hyper.
+//! The fast path: requests for raw keys whose headers change nothing about the response are answered without hyper.
 //!
-//! It reads with the parser that hyper has, draws the key where the answer is written, and writes once for all requests
-//! that came together. Whatever else comes, an error too, goes to hyper with every byte that is not answered: this here
-//! refuses nothing, so there is one place that says what is wrong with a request.
+//! [`request`] parses with the parser that hyper uses, [`response_buffer`] generates the key where the response is
+//! written, and [`connection`] sends the responses to pipelined requests in one write. Every other request, errors
+//! included, goes to hyper with all of its bytes ([`rewind`]): the fast path refuses nothing, so one place decides what
+//! is wrong with a request.
 
 pub mod connection;
 mod date;

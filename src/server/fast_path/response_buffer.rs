@@ -1,4 +1,4 @@
-//! The buffer that responses of the fast path, keys included, are written to and sent from.
+//! The buffer that keys and their response headers are written to, and sent from.
 
 use std::cell::Cell;
 use std::fmt;
@@ -17,88 +17,93 @@ use crate::server::transport::Transport;
 use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::metrics::Metrics;
 
-/// Bytes of answers that are written at once.
+/// Size of the buffer, which is sent in one write, in bytes.
 const WRITE_BUFFER: usize = 8192;
 
-/// Of it, what an answer may need beside its key.
-const ANSWER_HEAD_MAX: usize = 1024;
+/// The part of the buffer that a response may need beside its key, in bytes.
+const OVERHEAD_MAX: usize = 1024;
 
-/// Of that, what the service may say. The rest is for the length, the date and the end, which are written here.
-const HEADERS_MAX: usize = ANSWER_HEAD_MAX - 128;
+/// The part of [`OVERHEAD_MAX`] for the status line and headers of the service. The rest is for those written here.
+const HEADERS_MAX: usize = OVERHEAD_MAX - 128;
 
-/// The longest key that goes this way, in bytes.
-pub const KEY_MAX: u64 = 4096;
+/// The longest key of the fast path, in bytes.
+pub const FAST_KEY_MAX: u64 = 4096;
 
-/// Answers to requests that came together, from their heads until all are sent or given up: then their time is taken
-/// and their keys are wiped.
+/// The responses to requests that were read together. Dropping them, sent or not, wipes the keys and records the
+/// latency.
 pub struct ResponseBuffer<'a> {
-    /// Never grows, which would leave keys behind.
+    /// Never grows, because reallocation would leave keys behind.
     bytes: Vec<u8>,
     sent: usize,
     count: usize,
-    started: Instant,
+    read_at: Instant,
     metrics: &'a Metrics,
 }
 
 thread_local! {
-    /// Room for answers: wiped, empty, and there while no answers are. To ask the allocator for each cost more than all
-    /// that is written into it.
+    /// A wiped, empty buffer for the next responses. To allocate one each time cost more than to fill it.
     static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// Makes the calling thread's room for answers.
+/// Allocates the calling thread's buffer.
 pub fn reserve() {
     SPARE.set(Vec::with_capacity(WRITE_BUFFER));
 }
 
 impl fmt::Debug for ResponseBuffer<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Answers({}, {} of {} bytes sent)", self.count, self.sent, self.bytes.len())
+        write!(f, "ResponseBuffer({}, {} of {} bytes sent)", self.count, self.sent, self.bytes.len())
     }
 }
 
 impl<'a> ResponseBuffer<'a> {
-    pub(super) fn start(metrics: &'a Metrics) -> Self {
+    /// An empty buffer for requests that have been read now.
+    pub(super) fn new(metrics: &'a Metrics) -> Self {
         let spare = SPARE.take();
         let bytes = if spare.capacity() < WRITE_BUFFER { Vec::with_capacity(WRITE_BUFFER) } else { spare };
-        Self { bytes, sent: 0, count: 0, started: Instant::now(), metrics }
+        Self { bytes, sent: 0, count: 0, read_at: Instant::now(), metrics }
     }
 
-    /// When it was started, if it has a response.
-    pub(super) fn responses_since(&self) -> Option<Instant> {
-        (self.count > 0).then_some(self.started)
+    /// Whether there is no response.
+    pub(super) fn is_empty(&self) -> bool {
+        self.count == 0
     }
 
-    /// Whether a key of `length` has room, with its head.
-    pub fn have_room(&self, length: KeyLength) -> bool {
-        length.bytes() <= (WRITE_BUFFER - self.bytes.len()).saturating_sub(ANSWER_HEAD_MAX) as u64
+    /// When the requests were read.
+    pub(super) fn read_at(&self) -> Instant {
+        self.read_at
     }
 
-    /// Adds the answer to `request`, which is for a key of `length`: `head`, a status line and fields, more `fields`, all
-    /// with their line's end, and the key that `draw` makes.
+    /// Whether a response with a key of `length` fits.
+    pub fn has_room(&self, length: KeyLength) -> bool {
+        length.bytes() <= (WRITE_BUFFER - self.bytes.len()).saturating_sub(OVERHEAD_MAX) as u64
+    }
+
+    /// Adds the response to `request` for a key of `length`: `head` (a status line and headers) and `headers`, every line
+    /// with its end, and the key that `generate` makes.
     ///
     /// # Errors
-    /// That of `draw`; nothing is added then.
+    /// The error of `generate`; then nothing is added.
     ///
     /// # Panics
-    /// Without room for it, or with a `head` and `fields` of more than 896 bytes.
+    /// If the response does not fit, or `head` and `headers` have more than 896 bytes.
     pub fn add<E>(
         &mut self,
         request: &FastRequest<'_>,
         length: KeyLength,
         head: &str,
-        fields: &str,
+        headers: &str,
         generate: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        assert!(self.have_room(length) && head.len() + fields.len() <= HEADERS_MAX, "an answer has room");
+        assert!(self.has_room(length) && head.len() + headers.len() <= HEADERS_MAX, "the response fits");
         let bytes = &mut self.bytes;
         let start = bytes.len();
-        let end = if request.closes { "connection: close\r\n" } else { "" };
-        // A length has one form, so its text is good for the answer, too.
-        for part in [head, fields, end, "content-length: ", request.length, "\r\ndate: "] {
+        let connection = if request.closes { "connection: close\r\n" } else { "" };
+        // Every valid length has one spelling, so the request's text serves as Content-Length.
+        for part in [head, headers, connection, "content-length: ", request.length, "\r\ndate: "] {
             bytes.extend_from_slice(part.as_bytes());
         }
-        bytes.extend_from_slice(&date(self.started));
+        bytes.extend_from_slice(&date(self.read_at));
         bytes.extend_from_slice(b"\r\n\r\n");
         let key = bytes.len();
         bytes.resize(key + usize::try_from(length.bytes()).unwrap_or(0), 0);
@@ -113,16 +118,16 @@ impl<'a> ResponseBuffer<'a> {
         generated
     }
 
-    /// Sends them; `last` says that the connection ends with them.
+    /// Sends the responses. `is_final` states that the connection closes after them.
     pub(super) fn poll_send<I: Transport + Unpin>(
         &mut self,
         io: &mut I,
-        last: bool,
+        is_final: bool,
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<()>> {
         while self.sent < self.bytes.len() {
             let (io, rest) = (Pin::new(&mut *io), &self.bytes[self.sent..]);
-            match ready!(if last { io.poll_write_last(cx, rest) } else { io.poll_write(cx, rest) })? {
+            match ready!(if is_final { io.poll_write_final(cx, rest) } else { io.poll_write(cx, rest) })? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 sent => self.sent += sent,
             }
@@ -136,10 +141,10 @@ impl Drop for ResponseBuffer<'_> {
         self.bytes.as_mut_slice().zeroize();
         self.bytes.clear();
         keep_lower(&SPARE, &mut self.bytes);
-        let took = self.started.elapsed();
+        let latency = self.read_at.elapsed();
         for _ in 0..self.count {
             self.metrics.requests_in_flight.dec();
-            self.metrics.finished(Endpoint::Key, took);
+            self.metrics.finished(Endpoint::Key, latency);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A connection lent to hyper: bytes that were read already come first, and what hyper does with it is noted.
+//! A connection lent to hyper: a rewound stream, and how far hyper is with the requests on it.
 
 use std::io;
 use std::pin::Pin;
@@ -8,35 +8,35 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::server::fast_path::request::READ_BUFFER;
-use crate::server::transport::{Sending, Transport};
+use crate::server::transport::{SendMode, Transport};
 
-/// From so many bytes of a response on, the kernel may hold more of it. A response that long has a permit.
+/// Responses of at least so many bytes have a permit, and the kernel may hold more of them.
 const STREAMING_MIN: usize = 64 * 1024;
 
-/// Any stream.
+/// Any stream, as a trait object.
 pub(super) trait Io: AsyncRead + Transport + Send + Unpin {}
 
 impl<I: AsyncRead + Transport + Send + Unpin> Io for I {}
 
-/// How far hyper is with the requests that it was lent a connection for.
+/// How far hyper is with the requests on a connection that was lent to it.
 #[derive(Debug, Default)]
 pub struct Exchange {
     /// A request was read.
     is_started: AtomicBool,
-    /// A request had a body, so hyper alone knows where the next one begins.
+    /// A request had a body, so only hyper knows where the next request begins.
     has_body: AtomicBool,
-    /// Hyper asks for a request after those that it has answered.
-    wants_more: AtomicBool,
-    /// Something was written that may not be with the kernel yet.
+    /// hyper has read for another request.
+    wants_request: AtomicBool,
+    /// Bytes were written and not flushed.
     is_unflushed: AtomicBool,
     /// Bytes written since the last request was read.
     written: AtomicUsize,
-    /// The connection has begun to end.
-    is_ending: AtomicBool,
+    /// hyper has begun to shut down the connection.
+    is_closing: AtomicBool,
 }
 
 impl Exchange {
-    /// Notes that a request was read.
+    /// Records that a request was read.
     pub fn start(&self, has_body: bool) {
         self.is_started.store(true, Ordering::Relaxed);
         self.has_body.fetch_or(has_body, Ordering::Relaxed);
@@ -48,22 +48,24 @@ impl Exchange {
         self.is_started.load(Ordering::Relaxed)
     }
 
-    /// Whether so much of a response was written that it must have a permit. It has none while the connection ends.
+    /// Whether so much of a response was written that the response must have a permit. While the connection closes, it
+    /// has none.
     pub fn is_streaming(&self) -> bool {
-        self.written.load(Ordering::Relaxed) >= STREAMING_MIN && !self.is_ending.load(Ordering::Relaxed)
+        self.written.load(Ordering::Relaxed) >= STREAMING_MIN && !self.is_closing.load(Ordering::Relaxed)
     }
 
-    /// Whether every request that was read is answered and every answer sent.
-    pub fn is_over(&self) -> bool {
-        self.wants_more.load(Ordering::Relaxed) && !self.is_unflushed.load(Ordering::Relaxed)
+    /// Whether the responses to all requests that were read are sent.
+    pub fn is_complete(&self) -> bool {
+        self.wants_request.load(Ordering::Relaxed) && !self.is_unflushed.load(Ordering::Relaxed)
     }
 }
 
-/// A stream that yields already-read bytes first. It is one type whatever the stream is: hyper would be in the binary
-/// once for each. It reads little at a time, so that hyper's buffer does not grow beyond what one request needs.
+/// A stream that yields already-read bytes first. It holds a trait object, because the binary would otherwise have one
+/// copy of hyper for each type of stream. Each read is small, so that hyper's buffer grows no larger than one request.
 pub struct Rewind<'a> {
     unread: Vec<u8>,
-    at: usize,
+    /// How many bytes of `unread` hyper has taken.
+    taken: usize,
     io: &'a mut dyn Io,
     exchange: &'a Exchange,
     is_streaming: bool,
@@ -71,27 +73,27 @@ pub struct Rewind<'a> {
 
 impl<'a> Rewind<'a> {
     pub(super) fn new(unread: Vec<u8>, io: &'a mut dyn Io, exchange: &'a Exchange) -> Self {
-        Self { unread, at: 0, io, exchange, is_streaming: false }
+        Self { unread, taken: 0, io, exchange, is_streaming: false }
     }
 
-    /// What was read before and hyper did not take. The stream is as it was lent.
-    pub fn finish(self) -> Vec<u8> {
+    /// The already-read bytes that hyper did not take. The stream is in the mode in which it was lent.
+    pub fn into_unread(self) -> Vec<u8> {
         if self.is_streaming {
-            self.io.set_sending(Sending::Short);
+            self.io.set_send_mode(SendMode::Short);
         }
-        self.unread[self.at..].to_vec()
+        self.unread[self.taken..].to_vec()
     }
 
-    /// Before each write: lets the kernel hold as much as the response needs.
-    fn prepare(&mut self) {
+    /// Lets the kernel hold as much as the response needs. To be called before each write.
+    fn update_send_mode(&mut self) {
         let is_streaming = self.exchange.is_streaming();
         if is_streaming != self.is_streaming {
             self.is_streaming = is_streaming;
-            self.io.set_sending(if is_streaming { Sending::Stream } else { Sending::Short });
+            self.io.set_send_mode(if is_streaming { SendMode::Stream } else { SendMode::Short });
         }
     }
 
-    fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+    fn record(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         self.exchange.is_unflushed.store(true, Ordering::Relaxed);
         if let Poll::Ready(Ok(count)) = written {
             self.exchange.written.fetch_add(count, Ordering::Relaxed);
@@ -103,27 +105,27 @@ impl<'a> Rewind<'a> {
 impl AsyncRead for Rewind<'_> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let unread = &this.unread[this.at..];
+        let unread = &this.unread[this.taken..];
         if unread.is_empty() {
-            // Without a body to read, and while its client may close its sending side, hyper reads only for a request.
+            // Without a body, hyper reads only for the next request: with half_close, it does not watch for the client's end.
             if this.exchange.is_started() && !this.exchange.has_body.load(Ordering::Relaxed) {
-                this.exchange.wants_more.store(true, Ordering::Relaxed);
+                this.exchange.wants_request.store(true, Ordering::Relaxed);
                 return Poll::Pending;
             }
-            // It has begun, or has a body; after a body, only hyper knows whether the next one has.
+            // A request has begun, or its body is read. After a body, only hyper knows whether the next request has begun.
             this.io.expect_head();
-            let few = buf.remaining().min(READ_BUFFER);
-            let mut few = ReadBuf::new(buf.initialize_unfilled_to(few));
-            ready!(Pin::new(&mut *this.io).poll_read(cx, &mut few))?;
-            let read = few.filled().len();
+            let size = buf.remaining().min(READ_BUFFER);
+            let mut part = ReadBuf::new(buf.initialize_unfilled_to(size));
+            ready!(Pin::new(&mut *this.io).poll_read(cx, &mut part))?;
+            let read = part.filled().len();
             buf.advance(read);
             return Poll::Ready(Ok(()));
         }
         let size = unread.len().min(buf.remaining()).min(READ_BUFFER);
         buf.put_slice(&unread[..size]);
-        this.at += size;
-        if this.at == this.unread.len() {
-            (this.unread, this.at) = (Vec::new(), 0);
+        this.taken += size;
+        if this.taken == this.unread.len() {
+            (this.unread, this.taken) = (Vec::new(), 0);
         }
         Poll::Ready(Ok(()))
     }
@@ -132,9 +134,9 @@ impl AsyncRead for Rewind<'_> {
 impl AsyncWrite for Rewind<'_> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        this.prepare();
+        this.update_send_mode();
         let written = Pin::new(&mut *this.io).poll_write(cx, buf);
-        this.note(written)
+        this.record(written)
     }
 
     fn poll_write_vectored(
@@ -143,9 +145,9 @@ impl AsyncWrite for Rewind<'_> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        this.prepare();
+        this.update_send_mode();
         let written = Pin::new(&mut *this.io).poll_write_vectored(cx, bufs);
-        this.note(written)
+        this.record(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -161,7 +163,7 @@ impl AsyncWrite for Rewind<'_> {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        this.exchange.is_ending.store(true, Ordering::Relaxed);
+        this.exchange.is_closing.store(true, Ordering::Relaxed);
         Pin::new(&mut *this.io).poll_shutdown(cx)
     }
 }

@@ -3,10 +3,21 @@
 use crate::server::fast_path::request::FastRequest;
 use crate::server::fast_path::response_buffer::ResponseBuffer;
 
-/// A service that knows the answers of plain requests.
+/// A service that can respond to fast-path requests.
 pub trait FastPath {
-    /// Adds the answer to `request`, or leaves `answers` as they were.
-    fn respond_fast(&self, request: &FastRequest<'_>, answers: &mut ResponseBuffer<'_>) -> FastOutcome;
+    /// Adds the response to `request`, or leaves `responses` as they are.
+    fn respond_fast(&self, request: &FastRequest<'_>, responses: &mut ResponseBuffer<'_>) -> FastOutcome;
+}
+
+/// What happened to a fast-path request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FastOutcome {
+    /// The response was added.
+    Written,
+    /// The response fits only after the others are sent.
+    BufferFull,
+    /// The request has to take the slow path.
+    NotHandled,
 }
 
 /// A service that gets every request by way of hyper.
@@ -27,15 +38,4 @@ impl<R, S: hyper::service::Service<R>> hyper::service::Service<R> for SlowPathOn
     fn call(&self, request: R) -> S::Future {
         self.0.call(request)
     }
-}
-
-/// What became of a plain request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FastOutcome {
-    /// It has its answer.
-    Written,
-    /// There is no room for its answer before the others are sent.
-    BufferFull,
-    /// It has to take the long way.
-    NotHandled,
 }

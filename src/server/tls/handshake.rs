@@ -1,4 +1,4 @@
-//! Handshakes: how many at once, for how long, and whom they show.
+//! TLS handshakes: how many at once, for how long, and who the client is.
 
 use std::io;
 use std::sync::Arc;
@@ -21,14 +21,15 @@ use crate::server::tls::reload::{ReloadError, ReloadableIdentity};
 use crate::server::tls::settings::TlsSettings;
 use crate::telemetry::metrics::{HandshakeFailure, TlsMetrics};
 
-/// Handshakes at once; further ones wait for their turn with nothing read. A client may send 64 KiB before it has
-/// shown who it is, so this bounds that memory to 16 MiB.
+/// Handshakes at once. Further connections wait, and nothing is read from them. A client may send 64 KiB before it is
+/// authenticated, so this limits that memory to 16 MiB.
 const HANDSHAKES: usize = 256;
 
-/// How long a handshake may take while half of them are taken: the turn of those that stall comes to an end soon.
-const OVER_LIMIT_TIMEOUT: Duration = Duration::from_secs(1);
+/// The time limit of a handshake while more than half of [`HANDSHAKES`] are in progress, so that stalled handshakes soon
+/// make room.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The identity in use, and the handshakes that show it.
+/// TLS of a server: the identity in use, and the handshakes in progress.
 #[derive(Debug)]
 pub struct Tls {
     identity: ReloadableIdentity,
@@ -37,15 +38,15 @@ pub struct Tls {
 }
 
 impl Tls {
-    /// Reads the files for the first time.
+    /// Loads the files for the first time.
     ///
     /// # Errors
-    /// All that is wrong with them.
+    /// Every error in the files.
     pub fn new(settings: TlsSettings, metrics: TlsMetrics) -> Result<(Self, LoadedIdentity), Vec<LoadError>> {
         let loaded = identity::load(&settings)?;
         metrics.loaded(loaded.not_after().unix_duration().as_secs());
-        // aws-lc seeds its generator at the first use, which takes 70 ms: now, and not in a worker with connections. A
-        // failure is met again by each handshake, which tells its client.
+        // aws-lc seeds its generator at the first use, which takes 70 ms: that happens here, and not in a worker with
+        // connections. If it fails, each handshake fails again, with an alert to its client.
         let _ = loaded.server.crypto_provider().secure_random.fill(&mut [0]);
         let tls = Self {
             identity: ReloadableIdentity::new(Arc::clone(&loaded.server), settings),
@@ -55,16 +56,15 @@ impl Tls {
         Ok((tls, loaded))
     }
 
-    /// Reads the files again, those of `settings` where they are given. New handshakes show what was found;
-    /// connections that are open go on.
+    /// Loads the files again, or those of new `settings`. New handshakes use them; open connections continue.
     ///
     /// # Errors
-    /// All that is wrong with the files. Those of `settings` have changed nothing then. Of the same files as before, the
-    /// client CA is taken without the certificate, and the certificate without the client CA: an error in one must
-    /// neither let in the clients of a CA that was removed, nor let a certificate expire.
+    /// Every error in the files. An error in the files of new `settings` changes nothing. Of the same files as before, a valid
+    /// client CA is applied without the certificate, and a valid certificate without the client CA: an error in one of them
+    /// must neither admit clients of a CA that was removed, nor let a certificate expire.
     pub fn reload(&self, settings: Option<TlsSettings>) -> Result<LoadedIdentity, ReloadError> {
         let result = self.identity.reload(settings);
-        let loaded = result.as_ref().map_or_else(|error| error.taken.as_ref(), Some);
+        let loaded = result.as_ref().map_or_else(|error| error.applied.as_ref(), Some);
         if let Some(loaded) = loaded {
             self.metrics.loaded(loaded.not_after().unix_duration().as_secs());
         }
@@ -74,22 +74,23 @@ impl Tls {
         result
     }
 
-    /// One handshake, which ends within `patience`, and whom the client's certificate names. `None` where there is no
-    /// connection: the client was told why, as far as TLS lets it be told. `share` is that of the connection.
+    /// Performs a handshake within `timeout`, and returns the connection with the name of the client certificate, if it
+    /// has one. `None` if the handshake failed; the client was sent the reason, as far as TLS allows. `permit` is the
+    /// permit of this connection.
     pub async fn handshake(
         &self,
         stream: TimeoutStream<Stream>,
-        patience: Duration,
-        share: &ClientPermit,
+        timeout: Duration,
+        permit: &ClientPermit,
     ) -> Option<(CloseNotify<TimeoutStream<Stream>>, Option<Arc<str>>)> {
-        match self.accept(stream, patience, share).await {
-            Ok(done) => {
+        match self.accept(stream, timeout, permit).await {
+            Ok(accepted) => {
                 self.metrics.handshake_done();
-                Some(done)
+                Some(accepted)
             }
             Err(error) => {
-                self.metrics.handshake_failed(failure(&error));
-                debug!(%error, "a handshake failed");
+                self.metrics.handshake_failed(failure_reason(&error));
+                debug!(%error, "TLS handshake failed");
                 None
             }
         }
@@ -98,43 +99,44 @@ impl Tls {
     async fn accept(
         &self,
         stream: TimeoutStream<Stream>,
-        patience: Duration,
-        share: &ClientPermit,
+        timeout: Duration,
+        permit: &ClientPermit,
     ) -> io::Result<(CloseNotify<TimeoutStream<Stream>>, Option<Arc<str>>)> {
-        let deadline = Instant::now() + patience;
-        // Before its turn: a client that says nothing takes none.
+        let deadline = Instant::now() + timeout;
+        // Before the handshake gets a slot: a client that sends nothing takes none.
         let first = timeout_at(deadline, stream.get_ref().peek()).await??;
         if first.is_some_and(|byte| byte.is_ascii_uppercase()) {
-            // The beginning of a method, where TLS has 0x16. In a box, since most connections never need it.
-            let refused = Box::pin(refuse_plain_http(stream));
-            let _ = timeout_at(deadline.min(Instant::now() + OVER_LIMIT_TIMEOUT), refused).await; // it is refused either way
-            return Err(io::Error::other(PlainHttp));
+            // An HTTP method begins with an uppercase letter, a TLS handshake with 0x16. In a box, because few connections
+            // need it.
+            let refusal = Box::pin(refuse_plain_http(stream));
+            let _ = timeout_at(deadline.min(Instant::now() + BUSY_TIMEOUT), refusal).await; // refused in any case
+            return Err(io::Error::other(PlainHttpError));
         }
-        // While many are made, those of a client wait for each other first, so that one that stalls them holds up no others.
-        let own = if self.is_busy() { share.handshakes() } else { None };
-        let _own_turn = match &own {
-            Some(turns) => Some(timeout_at(deadline, turns.acquire()).await?),
+        // While many handshakes are in progress, those of one client wait for each other first, so that a client that stalls
+        // its handshakes does not block others.
+        let client_slots = if self.is_busy() { permit.handshakes() } else { None };
+        let _client_slot = match &client_slots {
+            Some(slots) => Some(timeout_at(deadline, slots.acquire()).await?),
             None => None,
         };
-        let turn = timeout_at(deadline, self.handshakes.acquire()).await?;
-        let deadline =
-            if self.is_busy() { deadline.min(Instant::now() + OVER_LIMIT_TIMEOUT) } else { deadline };
+        let slot = timeout_at(deadline, self.handshakes.acquire()).await?;
+        let deadline = if self.is_busy() { deadline.min(Instant::now() + BUSY_TIMEOUT) } else { deadline };
         let server = self.identity.current();
         let stream = timeout_at(deadline, TlsAcceptor::from(server).accept(stream)).await??;
         let stream = CloseNotify::new(stream);
-        drop(turn);
-        let shown = stream.connection().peer_certificates().and_then(<[_]>::first);
-        let identity = match shown {
+        drop(slot);
+        let certificate = stream.connection().peer_certificates().and_then(<[_]>::first);
+        let name = match certificate {
             None => None,
             Some(certificate) => Some(client_name(certificate).ok_or_else(|| {
-                // Verified, but with nothing to hold it to: no URI, DNS name, address or common name.
+                // The certificate is valid, but has no name to record: no URI, DNS name, email address or common name.
                 io::Error::other(rustls::Error::InvalidCertificate(CertificateError::BadEncoding))
             })?),
         };
-        Ok((stream, identity))
+        Ok((stream, name))
     }
 
-    /// Whether more than half of the handshakes that are made at once are being made.
+    /// Whether more than half of [`HANDSHAKES`] are in progress.
     fn is_busy(&self) -> bool {
         self.handshakes.available_permits() < HANDSHAKES / 2
     }
@@ -143,12 +145,12 @@ impl Tls {
 /// The client speaks plain HTTP.
 #[derive(Debug, thiserror::Error)]
 #[error("the client speaks plain HTTP")]
-struct PlainHttp;
+struct PlainHttpError;
 
-/// Why a handshake failed, as far as it is worth telling apart.
-fn failure(error: &io::Error) -> HandshakeFailure {
+/// The reason of a failed handshake, as the metric counts it.
+fn failure_reason(error: &io::Error) -> HandshakeFailure {
     use rustls::Error;
-    if error.get_ref().is_some_and(|inner| inner.is::<PlainHttp>()) {
+    if error.get_ref().is_some_and(|inner| inner.is::<PlainHttpError>()) {
         return HandshakeFailure::PlainHttp;
     }
     match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {

@@ -1,4 +1,5 @@
-//! What the service shows to its clients and asks of them: certificate, key and client CAs, loaded and checked.
+//! The certificate and key that the service shows to clients, and the CAs that client certificates need: loaded from files
+//! and checked.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -17,16 +18,16 @@ use crate::server::timeout_stream::WRITE_MAX;
 use crate::server::tls::pem::{certificates, private_key};
 use crate::server::tls::settings::{MinVersion, TlsSettings};
 
-/// A certificate that is valid for less than this is warned of: the time to find out why nothing has renewed it.
+/// A certificate that expires within this time causes a warning: enough to find out why nothing has renewed it.
 const EXPIRES_SOON: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// What is wrong with one of the files.
+/// An error in one of the files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadError {
-    /// Which one it is.
-    pub part: TlsFile,
-    /// What was expected, and what was found where.
-    pub sentence: String,
+    /// The file.
+    pub file: TlsFile,
+    /// What was expected, what was found, and where.
+    pub message: String,
 }
 
 /// One of the files of [`TlsSettings`].
@@ -40,14 +41,14 @@ pub enum TlsFile {
     ClientCa,
 }
 
-/// What the files of [`TlsSettings`] hold, found to fit together.
+/// The contents of the files of [`TlsSettings`], which match each other.
 #[derive(Debug, Clone)]
 pub struct LoadedIdentity {
     pub(super) server: Arc<ServerConfig>,
-    /// When the whole chain begins and ends to be valid.
     pub(super) validity: Validity,
 }
 
+/// When every certificate of a chain is valid.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Validity {
     not_before: SystemTime,
@@ -55,12 +56,12 @@ pub(super) struct Validity {
 }
 
 impl LoadedIdentity {
-    /// When the first certificate of the chain expires. Its text is RFC 3339's.
+    /// When the first certificate of the chain expires. `Display` formats it by RFC 3339.
     pub fn not_after(&self) -> DateTime {
         self.validity.not_after
     }
 
-    /// What a client will not like about the certificate today or soon, as a sentence.
+    /// Why clients will refuse the certificate, now or soon.
     pub fn warning(&self) -> Option<&'static str> {
         let Validity { not_before, not_after } = self.validity;
         let now = SystemTime::now();
@@ -76,141 +77,148 @@ impl LoadedIdentity {
     }
 }
 
-/// Reads the files.
+/// Loads the files.
 ///
 /// # Errors
-/// All that is wrong with them.
+/// Every error in the files.
 pub fn load(settings: &TlsSettings) -> Result<LoadedIdentity, Vec<LoadError>> {
-    whole(load_parts(settings), settings.min_version)
+    LoadedFiles::load(settings).into_identity(settings.min_version)
 }
 
-/// Certificate and key, found to belong together.
+/// The contents of the files. Either half can be valid without the other.
 #[derive(Debug)]
-pub(super) struct ServerIdentity {
+pub(super) struct LoadedFiles {
+    pub(super) certificate: Result<LoadedCertificate, Vec<LoadError>>,
+    pub(super) client_verifier: Result<Arc<dyn ClientCertVerifier>, LoadError>,
+}
+
+/// The certificate and its key, which match.
+#[derive(Debug)]
+pub(super) struct LoadedCertificate {
     pub(super) resolver: Arc<dyn ResolvesServerCert>,
     pub(super) validity: Validity,
 }
 
-/// Both halves of what the files hold; each is in order or not by itself.
-pub(super) type Parts =
-    (Result<ServerIdentity, Vec<LoadError>>, Result<Arc<dyn ClientCertVerifier>, LoadError>);
+impl LoadedFiles {
+    pub(super) fn load(settings: &TlsSettings) -> Self {
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let client_verifier = match &settings.client_ca {
+            None => Ok(WebPkiClientVerifier::no_client_auth()),
+            Some(source) => client_verifier(source, &provider)
+                .map_err(|message| LoadError { file: TlsFile::ClientCa, message }),
+        };
+        Self { certificate: load_certificate(settings, &provider), client_verifier }
+    }
 
-pub(super) fn load_parts(settings: &TlsSettings) -> Parts {
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let clients = match &settings.client_ca {
-        None => Ok(WebPkiClientVerifier::no_client_auth()),
-        Some(location) => {
-            verifier(location, &provider).map_err(|sentence| LoadError { part: TlsFile::ClientCa, sentence })
+    pub(super) fn into_identity(self, min_version: MinVersion) -> Result<LoadedIdentity, Vec<LoadError>> {
+        match (self.certificate, self.client_verifier) {
+            (Ok(LoadedCertificate { resolver, validity }), Ok(client_verifier)) => {
+                Ok(LoadedIdentity { server: server_config(resolver, client_verifier, min_version), validity })
+            }
+            (certificate, client_verifier) => {
+                Err(certificate.err().into_iter().flatten().chain(client_verifier.err()).collect())
+            }
         }
-    };
-    (load_identity(settings, &provider), clients)
-}
-
-pub(super) fn whole(parts: Parts, min_version: MinVersion) -> Result<LoadedIdentity, Vec<LoadError>> {
-    match parts {
-        (Ok(ServerIdentity { resolver, validity }), Ok(clients)) => {
-            Ok(LoadedIdentity { server: server_config(resolver, clients, min_version), validity })
-        }
-        (identity, clients) => Err(identity.err().into_iter().flatten().chain(clients.err()).collect()),
     }
 }
 
-fn load_identity(
+/// The TLS configuration of a server with this certificate and this check of client certificates.
+pub(super) fn server_config(
+    certificate: Arc<dyn ResolvesServerCert>,
+    client_verifier: Arc<dyn ClientCertVerifier>,
+    min_version: MinVersion,
+) -> Arc<ServerConfig> {
+    let mut server = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_protocol_versions(min_version.versions())
+        .expect("the provider has cipher suites and key exchanges for both versions")
+        .with_client_cert_verifier(client_verifier)
+        .with_cert_resolver(certificate);
+    // HTTP/2 would leave keys in memory. Old clients, such as `curl --http1.0` of Debian 12, offer HTTP/1.0 and no other.
+    server.alpn_protocols = vec![b"http/1.1".to_vec(), b"http/1.0".to_vec()];
+    // No session is resumed: a ticket would keep a secret beyond its connection, and would admit a client whose certificate
+    // has expired or whose CA was removed. Keep-alive saves handshakes instead.
+    server.session_storage = Arc::new(NoServerSessionStorage {});
+    // A client can use a record only once it has all of it, and acknowledges in such steps: a slow client must be able to
+    // receive one well within the write timeout.
+    server.max_fragment_size = Some(WRITE_MAX);
+    Arc::new(server)
+}
+
+fn load_certificate(
     settings: &TlsSettings,
     provider: &CryptoProvider,
-) -> Result<ServerIdentity, Vec<LoadError>> {
-    let mut faults = Vec::new();
-    let mut fault = |part, sentence| faults.push(LoadError { part, sentence });
-
+) -> Result<LoadedCertificate, Vec<LoadError>> {
+    let mut errors = Vec::new();
+    let mut add_error = |file, message| errors.push(LoadError { file, message });
     let chain = certificates(&settings.certificate).and_then(|chain| Ok((validity(&chain)?, chain)));
-    let chain = chain.map_err(|sentence| fault(TlsFile::Certificate, sentence)).ok();
-    let key = private_key(&settings.key, provider).map_err(|sentence| fault(TlsFile::Key, sentence)).ok();
+    let chain = chain.map_err(|message| add_error(TlsFile::Certificate, message)).ok();
+    let key = private_key(&settings.key, provider).map_err(|message| add_error(TlsFile::Key, message)).ok();
     let (Some((validity, chain)), Some(key)) = (chain, key) else {
-        return Err(faults);
+        return Err(errors);
     };
     let certified = CertifiedKey::new(chain, key);
-    match certified.keys_match() {
-        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => {}
+    check_match(&certified, settings).map_err(|error| vec![error])?;
+    Ok(LoadedCertificate { resolver: Arc::new(SingleCertAndKey::from(certified)), validity })
+}
+
+/// Whether the key belongs to the first certificate.
+fn check_match(certified: &CertifiedKey, settings: &TlsSettings) -> Result<(), LoadError> {
+    let TlsSettings { certificate, key, .. } = settings;
+    let (file, message) = match certified.keys_match() {
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => return Ok(()),
         Err(rustls::Error::InconsistentKeys(_)) => {
-            let (key, certificate) = (&settings.key, &settings.certificate);
-            let is_own = |other: &CertificateDer<'static>| {
+            let matches_key = |other: &CertificateDer<'static>| {
                 CertifiedKey::new(vec![other.clone()], Arc::clone(&certified.key)).keys_match().is_ok()
             };
-            match certified.cert.iter().position(is_own) {
-                Some(own) => fault(
+            match certified.cert.iter().position(matches_key) {
+                Some(index) => (
                     TlsFile::Certificate,
                     format!(
                         "expected the certificate of the key in {key} first, then those that lead to its root, found it as \
                          number {} in {certificate}",
-                        own + 1
+                        index + 1
                     ),
                 ),
-                None => fault(
+                None => (
                     TlsFile::Key,
                     format!(
                         "expected the key of the first certificate in {certificate}, found another in {key}"
                     ),
                 ),
             }
-            return Err(faults);
         }
-        Err(error) => {
-            let location = &settings.certificate;
-            fault(
-                TlsFile::Certificate,
-                format!("expected a certificate of a server in {location}, found {error}"),
-            );
-            return Err(faults);
-        }
-    }
-
-    Ok(ServerIdentity { resolver: Arc::new(SingleCertAndKey::from(certified)), validity })
+        Err(error) => (
+            TlsFile::Certificate,
+            format!("expected a certificate of a server in {certificate}, found {error}"),
+        ),
+    };
+    Err(LoadError { file, message })
 }
 
-pub(super) fn server_config(
-    identity: Arc<dyn ResolvesServerCert>,
-    clients: Arc<dyn ClientCertVerifier>,
-    min_version: MinVersion,
-) -> Arc<ServerConfig> {
-    let mut server = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-        .with_protocol_versions(min_version.versions())
-        .expect("the provider has cipher suites and key exchanges for both versions")
-        .with_client_cert_verifier(clients)
-        .with_cert_resolver(identity);
-    // HTTP/2 would leave keys in memory. Old clients, such as `curl --http1.0` of Debian 12, offer HTTP/1.0 and no other.
-    server.alpn_protocols = vec![b"http/1.1".to_vec(), b"http/1.0".to_vec()];
-    // No session is resumed: a ticket would keep a secret past its connection, and let a client in whose certificate
-    // has expired or whose CA is gone. Keep-alive is what saves handshakes here.
-    server.session_storage = Arc::new(NoServerSessionStorage {});
-    // A client has to receive a whole record before it can use a byte of it, and acknowledges in such steps: a slow one must
-    // be done with one well within the write timeout.
-    server.max_fragment_size = Some(WRITE_MAX);
-    Arc::new(server)
-}
-
-fn verifier(
-    location: &FileSource,
+fn client_verifier(
+    source: &FileSource,
     provider: &Arc<CryptoProvider>,
 ) -> Result<Arc<dyn ClientCertVerifier>, String> {
-    let unfit = |error: String| format!("expected certificates of CAs, found in {location}: {error}");
+    let invalid = |error: String| format!("expected certificates of CAs, found in {source}: {error}");
     let mut roots = RootCertStore::empty();
-    for certificate in certificates(location)? {
-        roots.add(certificate).map_err(|error| unfit(error.to_string()))?;
+    for certificate in certificates(source)? {
+        roots.add(certificate).map_err(|error| invalid(error.to_string()))?;
     }
     WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider))
         .build()
-        .map_err(|error| unfit(error.to_string()))
+        .map_err(|error| invalid(error.to_string()))
 }
 
-/// From the last beginning to the first end in `chain`.
+/// From the latest `notBefore` to the earliest `notAfter` of `chain`.
 fn validity(chain: &[CertificateDer<'_>]) -> Result<Validity, String> {
-    let mut whole = Validity { not_before: SystemTime::UNIX_EPOCH, not_after: DateTime::INFINITY };
+    let mut chain_validity = Validity { not_before: SystemTime::UNIX_EPOCH, not_after: DateTime::INFINITY };
     for certificate in chain {
         let certificate = Certificate::from_der(certificate)
             .map_err(|error| format!("expected X.509 certificates, found one that can't be read: {error}"))?;
         let validity = certificate.tbs_certificate.validity;
-        whole.not_before = whole.not_before.max(validity.not_before.to_date_time().to_system_time());
-        whole.not_after = whole.not_after.min(validity.not_after.to_date_time());
+        chain_validity.not_before =
+            chain_validity.not_before.max(validity.not_before.to_date_time().to_system_time());
+        chain_validity.not_after = chain_validity.not_after.min(validity.not_after.to_date_time());
     }
-    Ok(whole)
+    Ok(chain_validity)
 }

@@ -1,4 +1,5 @@
-//! TLS of the key listener: certificates and keys from files, client certificates, handshakes, reload.
+//! TLS of the key listener. [`handshake`] serves connections with what [`identity`] loads from files ([`pem`]) and
+//! [`reload`] replaces; [`pinned_client`] is the other end, for the `health` subcommand.
 
 mod client_name;
 pub mod handshake;

@@ -1,4 +1,4 @@
-//! PEM files: certificates and private keys, with errors that say what a file holds instead.
+//! Certificates and private keys from PEM files, with errors that say what a file has instead.
 
 use std::sync::Arc;
 
@@ -12,71 +12,75 @@ use zeroize::{Zeroize, Zeroizing};
 
 use crate::access::file_source::{FileSource, read_file};
 
-/// The largest file that is read, in bytes: certificates of a chain take a few thousand.
+/// The largest file that is accepted, in bytes. A certificate chain has a few thousand.
 const FILE_MAX: u64 = 1 << 20;
 
-/// The service's own certificate.
+/// The first certificate of a file: the service's own.
 ///
 /// # Errors
-/// A sentence, where it can't be read.
-pub fn leaf(location: &FileSource) -> Result<CertificateDer<'static>, String> {
-    Ok(certificates(location)?.swap_remove(0))
+/// A sentence, if the file can't be loaded.
+pub fn leaf_certificate(source: &FileSource) -> Result<CertificateDer<'static>, String> {
+    Ok(certificates(source)?.swap_remove(0))
 }
 
-/// At least one.
-pub(super) fn certificates(location: &FileSource) -> Result<Vec<CertificateDer<'static>>, String> {
-    let (text, _) = read(location)?;
-    check_pem(&text, location)?;
+/// All certificates of a file, at least one.
+pub(super) fn certificates(source: &FileSource) -> Result<Vec<CertificateDer<'static>>, String> {
+    let (text, _) = read(source)?;
+    check_blocks(&text, source)?;
     let certificates: Result<Vec<_>, pem::Error> = CertificateDer::pem_slice_iter(&text).collect();
     match certificates {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        Ok(_) => Err(format!("expected PEM certificates, found {} in {location}", no_pem(&text))),
-        Err(error) => Err(format!("expected PEM certificates, found in {location}: {error}")),
+        Ok(_) => Err(format!("expected PEM certificates, found {} in {source}", describe_other(&text))),
+        Err(error) => Err(format!("expected PEM certificates, found in {source}: {error}")),
     }
 }
 
+/// The private key of a file that others can't access.
 pub(super) fn private_key(
-    location: &FileSource,
+    source: &FileSource,
     provider: &CryptoProvider,
 ) -> Result<Arc<dyn rustls::sign::SigningKey>, String> {
-    let (text, mode) = read(location)?;
+    let (text, mode) = read(source)?;
     if mode & 0o007 != 0 {
-        let path = location.path()?.display().to_string();
+        let path = source.path()?.display().to_string();
         return Err(format!(
             "expected a key that others have no access to, found mode {:04o}: chmod o= {path}",
             mode & 0o7777
         ));
     }
-    check_pem(&text, location)?;
-    // In PKCS #8 and in the older form of OpenSSL.
+    check_blocks(&text, source)?;
+    // The header of PKCS #8, and the older header of OpenSSL.
     let is_encrypted = contains(&text, b"-----BEGIN ENCRYPTED PRIVATE KEY-----")
         || contains(&text, b"Proc-Type: 4,ENCRYPTED");
     let mut key = PrivateKeyDer::from_pem_slice(&text).map_err(|error| match error {
         _ if is_encrypted => {
             format!(
-                "expected a PEM private key without a passphrase, found one with a passphrase in {location}"
+                "expected a PEM private key without a passphrase, found one with a passphrase in {source}"
             )
         }
         pem::Error::NoItemsFound => {
-            format!("expected a PEM private key without a passphrase, found {} in {location}", no_pem(&text))
+            format!(
+                "expected a PEM private key without a passphrase, found {} in {source}",
+                describe_other(&text)
+            )
         }
-        // What the parser says of a line might show a piece of the key.
-        _ => format!("expected a PEM private key, found malformed PEM in {location}"),
+        // The parser's error might quote a part of the key.
+        _ => format!("expected a PEM private key, found malformed PEM in {source}"),
     })?;
     let loaded = provider.key_provider.load_private_key(key.clone_key());
     let loaded = loaded.map_err(|_| {
-        let found = kind(&key).unwrap_or_else(|| "a malformed one".into());
+        let found = describe(&key).unwrap_or_else(|| "a malformed one".into());
         format!(
             "expected a private key of RSA (2048 to 8192 bits), ECDSA (P-256, P-384 or P-521) or Ed25519, found {found} in \
-             {location}"
+             {source}"
         )
     });
     key.zeroize();
     loaded
 }
 
-/// The kind of a key: its size if it is an RSA key, else the number of its algorithm. Nothing of the key itself.
-fn kind(key: &PrivateKeyDer<'_>) -> Option<String> {
+/// The size of an RSA key, or the algorithm of another key. Never a part of the key itself.
+fn describe(key: &PrivateKeyDer<'_>) -> Option<String> {
     const RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
     let sequence = |der| {
         let mut fields = SliceReader::new(der).ok()?;
@@ -106,10 +110,10 @@ fn kind(key: &PrivateKeyDer<'_>) -> Option<String> {
     }
 }
 
-/// Whether the parser sees each block: it skips one that does not begin a line, and other labels.
+/// Refuses blocks that the parser would skip: those that do not begin a line, and those with older labels.
 ///
-/// If it skipped the first certificate, the next one would take its place.
-fn check_pem(text: &[u8], location: &FileSource) -> Result<(), String> {
+/// If the parser skipped the first certificate, the second would take its place.
+fn check_blocks(text: &[u8], source: &FileSource) -> Result<(), String> {
     const BEGIN: &[u8] = b"-----BEGIN ";
     let lines = text.split(|byte| *byte == b'\n').zip(1..);
     for (line, number) in lines {
@@ -127,17 +131,17 @@ fn check_pem(text: &[u8], location: &FileSource) -> Result<(), String> {
             continue;
         };
         return Err(format!(
-            "expected -----BEGIN CERTIFICATE----- or a key's at the beginning of line {number}, found {found} in {location}"
+            "expected -----BEGIN CERTIFICATE----- or a key's at the beginning of line {number}, found {found} in {source}"
         ));
     }
     Ok(())
 }
 
-/// UTF-8's byte order mark, which some editors write.
+/// The byte order mark of UTF-8, which some editors write.
 const BOM: &[u8] = "\u{feff}".as_bytes();
 
-/// What a file is that has no PEM.
-fn no_pem(bytes: &[u8]) -> &'static str {
+/// The format of a file without PEM blocks.
+fn describe_other(bytes: &[u8]) -> &'static str {
     match bytes {
         [] => "an empty file",
         [0x30, 0x80..=0x84, ..] => "DER",
@@ -151,6 +155,6 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 }
 
 /// The bytes of a file and its mode.
-fn read(location: &FileSource) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
-    read_file(&location.path()?, FILE_MAX)
+fn read(source: &FileSource) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
+    read_file(&source.path()?, FILE_MAX)
 }

@@ -9,7 +9,7 @@ use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
 
 use crate::server::tls::settings::MinVersion;
 
-/// The configuration of a client that takes exactly `certificate`, whatever name it bears and whoever vouches for it.
+/// The configuration of a client that accepts exactly `certificate`, whatever its names and issuer.
 pub fn pinned_client(certificate: CertificateDer<'static>) -> Arc<ClientConfig> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let algorithms = provider.signature_verification_algorithms;
@@ -17,20 +17,20 @@ pub fn pinned_client(certificate: CertificateDer<'static>) -> Arc<ClientConfig> 
         .with_protocol_versions(MinVersion::Tls12.versions())
         .expect("the provider has cipher suites and key exchanges for both versions")
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Pin { certificate, algorithms }))
+        .with_custom_certificate_verifier(Arc::new(PinnedVerifier { certificate, algorithms }))
         .with_no_client_auth();
     client.alpn_protocols = vec![b"http/1.1".to_vec()];
     Arc::new(client)
 }
 
-/// The server has to be the one with this certificate and its key.
+/// Accepts one certificate, from a server that has its key.
 #[derive(Debug)]
-struct Pin {
+struct PinnedVerifier {
     certificate: CertificateDer<'static>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-impl ServerCertVerifier for Pin {
+impl ServerCertVerifier for PinnedVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,

@@ -9,10 +9,10 @@ use zeroize::Zeroizing;
 use crate::server::stream::Stream;
 use crate::server::timeout_stream::TimeoutStream;
 
-/// What a client is told that speaks plain HTTP.
+/// The detail of the problem that a client of plain HTTP gets.
 pub const PLAIN_HTTP_DETAIL: &str = "This port speaks TLS: use https://";
 
-/// Tells a client that speaks plain HTTP to use TLS, in the only words that it understands. Its request is not looked at.
+/// Sends a 400 over plain HTTP that tells the client to use https. The request is not parsed.
 pub(super) async fn refuse_plain_http(mut stream: TimeoutStream<Stream>) -> io::Result<()> {
     let body = format!(r#"{{"title":"Bad Request","status":400,"detail":"{PLAIN_HTTP_DETAIL}"}}"#);
     let date = httpdate::HttpDate::from(SystemTime::now());
@@ -28,7 +28,8 @@ pub(super) async fn refuse_plain_http(mut stream: TimeoutStream<Stream>) -> io::
     );
     stream.write_all(response.as_bytes()).await?;
     stream.shutdown().await?;
-    // A request that is not read resets the connection, and may take the response with it. It may have a token: wiped.
+    // Closing with an unread request would reset the connection, and the client might lose the response. The buffer is
+    // wiped, because the request may have a token.
     let mut request = Zeroizing::new([0; 1024]);
     while stream.read(&mut request[..]).await? > 0 {}
     Ok(())

@@ -1,4 +1,4 @@
-//! The settings of TLS: which files are read, and which versions are spoken.
+//! The settings of TLS: the files, and the oldest version.
 
 use rustls::SupportedProtocolVersion;
 use rustls::version::TLS13;
@@ -7,23 +7,23 @@ use crate::access::file_source::FileSource;
 
 static TLS13_ONLY: &[&SupportedProtocolVersion] = &[&TLS13];
 
-/// Which files make the service's identity.
+/// The files that TLS uses, and the oldest version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TlsSettings {
-    /// PEM certificates: the service's own, then those that lead to its root.
+    /// PEM certificates: the service's own, then the intermediate ones.
     pub certificate: FileSource,
-    /// Its PEM private key.
+    /// The PEM private key of the first certificate.
     pub key: FileSource,
-    /// PEM certificates of those who vouch for clients; where there are some, every client has to show one of theirs.
+    /// PEM certificates of the CAs of clients. If set, every client must show a certificate that one of them issued.
     pub client_ca: Option<FileSource>,
-    /// The oldest version of TLS that is spoken.
+    /// The oldest TLS version that is accepted.
     pub min_version: MinVersion,
 }
 
-/// The oldest version of TLS that is spoken.
+/// The oldest TLS version that is accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::Display, strum::EnumString)]
 pub enum MinVersion {
-    /// TLS 1.2 (RFC 5246), for clients that know no better.
+    /// TLS 1.2 (RFC 5246), for clients without TLS 1.3.
     #[strum(serialize = "1.2")]
     Tls12,
     /// TLS 1.3 (RFC 8446).
@@ -32,13 +32,14 @@ pub enum MinVersion {
 }
 
 impl TlsSettings {
-    /// Where the files are.
+    /// The sources of all files.
     pub fn files(&self) -> impl Iterator<Item = &FileSource> {
         [&self.certificate, &self.key].into_iter().chain(&self.client_ca)
     }
 }
 
 impl MinVersion {
+    /// The versions that are accepted.
     pub(super) fn versions(self) -> &'static [&'static SupportedProtocolVersion] {
         match self {
             Self::Tls12 => rustls::ALL_VERSIONS,
