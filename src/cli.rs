@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use crate::access::token::{Date, Name};
+use crate::access::tokens_file::{ExpiryDate, TokenName};
 use crate::config::Sources;
 
 /// Hands out cryptographically secure random keys over HTTP.
@@ -84,8 +84,8 @@ pub enum TokenAction {
     /// Print a new token, which is shown once, and on the next line what to add to the tokens file: its hash
     New {
         /// Whose it is: letters, digits, dots, hyphens, underscores and at signs
-        #[arg(long, value_name = "NAME", value_parser = |text: &str| text.parse::<Name>().map_err(|()| Name::GRAMMAR))]
-        name: Name,
+        #[arg(long, value_name = "NAME", value_parser = |text: &str| text.parse::<TokenName>().map_err(|()| TokenName::GRAMMAR))]
+        name: TokenName,
 
         /// Largest key that it is good for, in bytes [default: as everyone's]
         #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1..))]
@@ -100,8 +100,8 @@ pub enum TokenAction {
         rate_bytes: Option<NonZeroU64>,
 
         /// First day on which it is not valid any more, in UTC: YYYY-MM-DD [default: never]
-        #[arg(long, value_name = "DATE", value_parser = |text: &str| text.parse::<Date>().map_err(|()| "expected a date such as 2027-01-31"))]
-        expires: Option<Date>,
+        #[arg(long, value_name = "DATE", value_parser = |text: &str| text.parse::<ExpiryDate>().map_err(|()| "expected a date such as 2027-01-31"))]
+        expires: Option<ExpiryDate>,
     },
 }
 

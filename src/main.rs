@@ -4,7 +4,8 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use key_service::access::token::{Grant, Token};
+use key_service::access::token::Token;
+use key_service::access::tokens_file::Grant;
 use key_service::cli::{Cli, Command, TokenAction};
 use key_service::config::watch::WatchedFiles;
 use key_service::config::{ConfigErrors, Sources, injected_variables};

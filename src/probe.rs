@@ -11,11 +11,11 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConnection, StreamOwned};
 
 use crate::access::file_source::FileSource;
-use crate::access::forwarded::{Proxies, Proxy};
+use crate::access::forwarded::{ProxySource, TrustedProxies};
 use crate::access::peer::Peer;
+use crate::access::proxy_header::LOCAL_HEADER;
 use crate::config::LocalEndpoint;
 use crate::server::address::Host;
-use crate::server::proxy_protocol;
 use crate::server::tls::pem;
 use crate::server::tls::pinned_client::pinned_client;
 use crate::server::tls::plain_http::PLAIN_HTTP_DETAIL;
@@ -36,7 +36,7 @@ pub struct Target {
     /// The certificate that the service has to have, where it speaks TLS.
     certificate: Option<CertificateDer<'static>>,
     /// The proxies that have to send a PROXY header there, if any do.
-    proxies: Option<Proxies>,
+    proxies: Option<TrustedProxies>,
     /// Why this is not the listener of keys.
     reason: Option<String>,
 }
@@ -150,7 +150,7 @@ impl Target {
                 let stream = UnixStream::connect(path)?;
                 stream.set_read_timeout(Some(PATIENCE))?;
                 stream.set_write_timeout(Some(PATIENCE))?;
-                let trusts = |proxies: &Proxies| proxies.trusted.contains(&Proxy::Unix);
+                let trusts = |proxies: &TrustedProxies| proxies.sources.contains(&ProxySource::Unix);
                 self.converse(stream, self.header(trusts), "localhost")
             }
             None => {
@@ -159,7 +159,7 @@ impl Target {
                 stream.set_write_timeout(Some(PATIENCE))?;
                 // On this machine, the service sees the address that this end has.
                 let own = Peer::tcp(stream.local_addr()?).origin;
-                let header = self.header(|proxies| proxies.trust(own));
+                let header = self.header(|proxies| proxies.contains(own));
                 match &self.certificate {
                     None => self.converse(stream, header, &self.authority),
                     Some(certificate) => {
@@ -178,8 +178,8 @@ impl Target {
     }
 
     /// The PROXY header to send, if the service `trusts` this end to send one.
-    fn header(&self, trusts: impl FnOnce(&Proxies) -> bool) -> &'static [u8] {
-        if self.proxies.as_ref().is_some_and(trusts) { &proxy_protocol::LOCAL } else { &[] }
+    fn header(&self, trusts: impl FnOnce(&TrustedProxies) -> bool) -> &'static [u8] {
+        if self.proxies.as_ref().is_some_and(trusts) { &LOCAL_HEADER } else { &[] }
     }
 
     fn converse(&self, mut stream: impl Read + Write, header: &[u8], host: &str) -> io::Result<Vec<u8>> {

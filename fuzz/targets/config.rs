@@ -33,7 +33,7 @@ fuzz_target!(|input: &[u8]| {
         Ok(config) => {
             assert!((1..=MAX_SIZE_LIMIT).contains(&config.max_size));
             assert!(config.max_connections > 0 && config.max_bulk_streams > 0 && config.rates.burst > 0);
-            assert!(!config.proxy_protocol || !config.proxies.trusted.is_empty());
+            assert!(!config.proxy_protocol || !config.proxies.sources.is_empty());
             let printed = config.to_string();
             assert_eq!(load(printed.as_bytes(), &[]), Ok(config), "{printed}");
         }

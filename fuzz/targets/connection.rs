@@ -21,10 +21,10 @@ use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::service::Service;
 use key_service::access::authorization::{AccessRules, Authorizer};
-use key_service::access::forwarded::Proxies;
+use key_service::access::forwarded::TrustedProxies;
 use key_service::access::peer::{Client, Peer};
 use key_service::access::rate_limit::Rates;
-use key_service::access::token::Grant;
+use key_service::access::tokens_file::Grant;
 use key_service::http::body::Body;
 use key_service::http::health::Health;
 use key_service::http::response::ResponseFuture;
@@ -150,7 +150,10 @@ async fn exchange(setup: &Setup, wire: &[u8], has_fast_path: bool) -> (Vec<Recor
         tokens: setup.has_tokens.then(|| [grant()].into()),
         trusts_unix: false,
         rates: Rates { requests: number(2), bytes: number(40_000), burst: 2 },
-        proxies: Proxies { trusted: vec!["10.0.0.0/8".parse().expect("a network")], ..Proxies::default() },
+        proxies: TrustedProxies {
+            sources: vec!["10.0.0.0/8".parse().expect("a network")],
+            ..TrustedProxies::default()
+        },
         audit: setup.has_audit,
     };
     let api = Arc::new(AppState {

@@ -11,7 +11,7 @@
 use std::net::IpAddr;
 
 use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue};
-use key_service::access::forwarded::{ForwardedHeader, Proxies, Proxy};
+use key_service::access::forwarded::{ForwardedHeader, ProxySource, TrustedProxies};
 use key_service::access::peer::Origin;
 use libfuzzer_sys::fuzz_target;
 
@@ -23,21 +23,21 @@ const BETWEEN: [&str; 2] = ["10.1.1.1", "2001:db8:1::9"];
 
 fuzz_target!(|input: &[u8]| {
     let [setup, forged @ ..] = input else { return };
-    let field = if setup & 1 == 0 { ForwardedHeader::XForwardedFor } else { ForwardedHeader::Forwarded };
-    let proxies = Proxies { trusted: trusted(), field };
+    let header = if setup & 1 == 0 { ForwardedHeader::XForwardedFor } else { ForwardedHeader::Forwarded };
+    let proxies = TrustedProxies { sources: trusted(), header };
     let forged: Vec<HeaderValue> =
         forged.split(|byte| *byte == b'\n').filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
 
     // Requests that come directly from one peer.
     let trusted_peer = Origin::Ip("10.0.0.1".parse().expect("an address"));
     let untrusted_peer = Origin::Ip("192.0.2.9".parse().expect("an address"));
-    let headers = fields(field, &forged);
-    assert_eq!(proxies.client(untrusted_peer, &headers), None, "an untrusted peer is itself the client");
-    let found = proxies.client(trusted_peer, &headers);
+    let headers = header_map(header, &forged);
+    assert_eq!(proxies.client_ip(untrusted_peer, &headers), None, "an untrusted peer is itself the client");
+    let found = proxies.client_ip(trusted_peer, &headers);
     if let Some(found) = found {
         assert!(forged.iter().any(|value| names(value, found)), "{found} is in none of {forged:?}");
     }
-    if field == ForwardedHeader::XForwardedFor {
+    if header == ForwardedHeader::XForwardedFor {
         assert_eq!(found, rightmost(&forged), "{forged:?}");
     }
 
@@ -46,8 +46,8 @@ fuzz_target!(|input: &[u8]| {
     let expected = address(client).expect("the client has an address");
     let hops = usize::from(setup >> 3 & 15) % (BETWEEN.len() + 1);
     let mut chain: Vec<Vec<u8>> =
-        [client].iter().chain(&BETWEEN[..hops]).map(|hop| written(field, hop).into_bytes()).collect();
-    if let (ForwardedHeader::Forwarded, true, Some(host)) = (field, setup & 128 != 0, forged.last()) {
+        [client].iter().chain(&BETWEEN[..hops]).map(|hop| written(header, hop).into_bytes()).collect();
+    if let (ForwardedHeader::Forwarded, true, Some(host)) = (header, setup & 128 != 0, forged.last()) {
         // RFC 7239 section 5.3: the Host of the request, quoted (RFC 9110 section 5.6.4) because it may have a colon.
         chain[0].extend(b";host=\"");
         for byte in host.as_bytes() {
@@ -62,7 +62,7 @@ fuzz_target!(|input: &[u8]| {
     let chain = HeaderValue::from_bytes(&chain).expect("a chain has no control characters");
     let separate: Vec<_> = forged.iter().cloned().chain([chain.clone()]).collect();
     assert_eq!(
-        proxies.client(trusted_peer, &fields(field, &separate)),
+        proxies.client_ip(trusted_peer, &header_map(header, &separate)),
         Some(expected),
         "as a separate value: {separate:?}"
     );
@@ -71,14 +71,14 @@ fuzz_target!(|input: &[u8]| {
         let joined = HeaderValue::from_bytes(&joined).expect("two values make one");
         let values: Vec<_> = before.iter().cloned().chain([joined]).collect();
         assert_eq!(
-            proxies.client(trusted_peer, &fields(field, &values)),
+            proxies.client_ip(trusted_peer, &header_map(header, &values)),
             Some(expected),
             "appended to the last value: {values:?}"
         );
     }
 });
 
-fn trusted() -> Vec<Proxy> {
+fn trusted() -> Vec<ProxySource> {
     ["10.0.0.0/8", "2001:db8:1::/48"].map(|text| text.parse().expect("a network")).to_vec()
 }
 
@@ -89,8 +89,8 @@ fn is_trusted(ip: IpAddr) -> bool {
     }
 }
 
-fn fields(field: ForwardedHeader, values: &[HeaderValue]) -> HeaderMap {
-    let name = match field {
+fn header_map(header: ForwardedHeader, values: &[HeaderValue]) -> HeaderMap {
+    let name = match header {
         ForwardedHeader::XForwardedFor => HeaderName::from_static("x-forwarded-for"),
         ForwardedHeader::Forwarded => FORWARDED,
     };
@@ -104,8 +104,8 @@ fn fields(field: ForwardedHeader, values: &[HeaderValue]) -> HeaderMap {
 }
 
 /// An address as a proxy writes it into the header.
-fn written(field: ForwardedHeader, hop: &str) -> String {
-    match field {
+fn written(header: ForwardedHeader, hop: &str) -> String {
+    match header {
         ForwardedHeader::XForwardedFor => hop.to_owned(),
         ForwardedHeader::Forwarded if hop.contains(':') && !hop.contains(['[', '.']) => {
             format!("for=\"[{hop}]\";proto=https")

@@ -9,7 +9,7 @@
 
 use std::net::IpAddr;
 
-use key_service::server::proxy_protocol::{Header, HeaderError};
+use key_service::access::proxy_header::{ProxyHeader, ProxyHeaderError};
 use libfuzzer_sys::fuzz_target;
 
 const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
@@ -20,23 +20,23 @@ fuzz_target!(|input: &[u8]| {
         [2, rest @ ..] => [SIGNATURE, rest].concat(),
         _ => input.to_vec(),
     };
-    let found = Header::parse(&input);
+    let found = ProxyHeader::parse(&input);
     let expected = expected(&input);
     match (&found, &expected) {
         (Ok(None), Expected::More) => {}
         (Ok(Some(header)), Expected::Header(client, length)) => {
             assert_eq!((header.client, header.length), (*client, *length), "{}", input.escape_ascii());
         }
-        (Err(HeaderError::Missing), Expected::Missing)
-        | (Err(HeaderError::Malformed(_)), Expected::Malformed) => {}
+        (Err(ProxyHeaderError::Missing), Expected::Missing)
+        | (Err(ProxyHeaderError::Malformed(_)), Expected::Malformed) => {}
         _ => panic!("{}: expected {expected:?}, found {found:?}", input.escape_ascii()),
     }
     if found != Ok(None) {
         let longer = [input.as_slice(), b"\r\nGET / HTTP/1.1\r\n\r\n"].concat();
-        assert_eq!(Header::parse(&longer), found, "{}", input.escape_ascii());
+        assert_eq!(ProxyHeader::parse(&longer), found, "{}", input.escape_ascii());
     }
     for end in 0..input.len().min(120) {
-        let part = Header::parse(&input[..end]);
+        let part = ProxyHeader::parse(&input[..end]);
         assert!(part == Ok(None) || part == found, "{}, {end} bytes: {part:?}", input.escape_ascii());
     }
 });

@@ -9,7 +9,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use key_service::access::token::{self, Grant, PREFIX};
+use key_service::access::token::PREFIX;
+use key_service::access::tokens_file::{self, Grant};
 use libfuzzer_sys::fuzz_target;
 
 static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
@@ -55,5 +56,5 @@ fuzz_target!(|input: &[u8]| {
 
 fn read(bytes: &[u8]) -> Result<Vec<Grant>, Vec<String>> {
     fs::write(&*FILE, bytes).expect("a temporary file can be written");
-    token::read(&FILE)
+    tokens_file::read(&FILE)
 }

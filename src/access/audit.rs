@@ -1,7 +1,4 @@
-//! The record that a key leaves, where that is asked for: who got how much, and whether all of it was sent. Never the
-//! key.
-
-use std::net::IpAddr;
+//! The audit log: one record for each key, with who got it, its length, and whether all of it was sent. Never the key.
 
 use tracing::info;
 
@@ -16,90 +13,88 @@ use crate::telemetry::log::AUDIT;
 /// Who gets a key.
 #[derive(Debug)]
 pub enum AuditSubject {
-    /// Someone who asked over HTTP.
+    /// A client, over HTTP.
     Client(Authorized),
     /// A unit of this host, through systemd.
     Unit(CredentialRequest),
 }
 
-/// A key on its way. The record is written when this is dropped, through the log's queue: nothing waits for it.
+/// The audit record of a key in flight. Dropping it logs the record through the log's queue, so nothing waits for it.
 #[derive(Debug)]
 pub struct AuditRecord {
-    /// 128 random bits; the client is told them too.
-    id: u128,
-    recipient: AuditSubject,
+    /// 128 random bits, which the response contains too.
+    request_id: u128,
+    subject: AuditSubject,
     peer: Peer,
-    shape: KeySpec,
+    spec: KeySpec,
     sent: u64,
     is_complete: bool,
 }
 
 impl AuditRecord {
-    /// The record of keys of `shape`, none of which is sent.
+    /// Creates the record of the keys that `spec` describes. Nothing is logged yet.
     ///
     /// # Errors
-    /// The generator's failure.
-    pub fn start(
-        recipient: AuditSubject,
+    /// The generator fails.
+    pub fn new(
+        subject: AuditSubject,
         peer: Peer,
-        shape: KeySpec,
+        spec: KeySpec,
         generator: &Generator,
     ) -> Result<Self, GeneratorError> {
         let mut id = [0; 16];
         generator.fill(&mut id)?;
-        Ok(Self { id: u128::from_be_bytes(id), recipient, peer, shape, sent: 0, is_complete: false })
+        let request_id = u128::from_be_bytes(id);
+        Ok(Self { request_id, subject, peer, spec, sent: 0, is_complete: false })
     }
 
-    /// The request's id, as it is written.
-    pub fn id(&self) -> String {
-        format!("{:032x}", self.id)
+    /// The request ID: 32 hexadecimal digits.
+    pub fn request_id(&self) -> String {
+        format!("{:032x}", self.request_id)
     }
 
-    /// Writes that a streamed key begins, so that a process which is killed leaves a trace of it. [`Drop`] writes the same
-    /// request's end.
-    pub fn started(&self) {
-        self.write("key stream started", "started");
+    /// Logs that a streamed key begins, so that there is a trace of it if the process is killed. Dropping the record
+    /// logs the end under the same request ID.
+    pub fn log_start(&self) {
+        self.log("key stream started", "started");
     }
 
-    /// Notes that `bytes` more of the answer were handed to the connection; `is_last` says that none are left.
-    pub fn sent(&mut self, bytes: usize, is_last: bool) {
+    /// Adds `bytes` of the response that the connection accepted; `is_last` says that they complete it.
+    pub fn add_sent(&mut self, bytes: usize, is_last: bool) {
         self.sent += bytes as u64;
         self.is_complete = is_last;
     }
-}
 
-impl AuditRecord {
-    fn write(&self, event: &'static str, outcome: &'static str) {
-        let (visit, unit) = match &self.recipient {
-            AuditSubject::Client(visit) => (Some(visit), None),
-            AuditSubject::Unit(unit) => (None, Some(unit)),
+    fn log(&self, event: &'static str, outcome: &'static str) {
+        let (client, unit) = match &self.subject {
+            AuditSubject::Client(client) => (Some(client), None),
+            AuditSubject::Unit(request) => (None, Some(request)),
         };
-        let proxy = visit.filter(|visit| visit.is_forwarded).map(|_| self.peer.origin);
-        let alphabet = match self.shape.kind() {
+        let proxy = client.filter(|client| client.is_forwarded).map(|_| self.peer.origin.to_string());
+        let alphabet = match self.spec.kind() {
             Kind::Key => None,
             Kind::Password(alphabet) => Some(alphabet.name()),
         };
         let (uid, gid, pid) = match self.peer.origin {
-            Origin::Unix(peer) => (Some(number(peer.uid)), Some(number(peer.gid)), peer.pid),
+            Origin::Unix(peer) => (Some(id_text(peer.uid)), Some(id_text(peer.gid)), peer.pid),
             Origin::Ip(_) => (None, None, None),
         };
-        let proxy = proxy.map(|origin| origin.to_string());
         info!(
             target: AUDIT,
-            request_id = self.id(),
-            unit = unit.map(|recipient| recipient.unit.as_str()),
-            credential = unit.map(|recipient| recipient.credential.as_str()),
-            token = visit.and_then(Authorized::bearer).map(|name| name.as_str()),
-            // A certificate may name anything; a line break must not begin another record.
+            request_id = self.request_id(),
+            unit = unit.map(|request| request.unit.as_str()),
+            credential = unit.map(|request| request.credential.as_str()),
+            token = client.and_then(Authorized::token_name).map(|name| name.as_str()),
+            // A certificate may contain any name: a line break in it must not begin another record.
             certificate = self.peer.identity.as_ref().map(|name| name.escape_debug().to_string()),
             peer_uid = uid,
             peer_gid = gid,
             peer_pid = pid,
-            address = visit.and_then(|visit| visit.address).map(|ip: IpAddr| ip.to_string()),
+            address = client.and_then(|client| client.address).map(|ip| ip.to_string()),
             proxy,
-            length = self.shape.length().bytes(),
-            count = self.shape.count(),
-            format = self.shape.format().name(),
+            length = self.spec.length().bytes(),
+            count = self.spec.count(),
+            format = self.spec.format().name(),
             alphabet,
             sent = self.sent,
             outcome,
@@ -110,12 +105,13 @@ impl AuditRecord {
 
 impl Drop for AuditRecord {
     fn drop(&mut self) {
-        self.write("key issued", if self.is_complete { "complete" } else { "aborted" });
+        self.log("key issued", if self.is_complete { "complete" } else { "aborted" });
     }
 }
 
-/// A user or group that is not known is not written as one that exists.
-fn number(id: Option<u32>) -> String {
+/// A user or group ID; `unknown` if our user namespace does not map it, since the number would look like an existing
+/// one.
+fn id_text(id: Option<u32>) -> String {
     id.map_or_else(|| "unknown".into(), |id| id.to_string())
 }
 
@@ -126,13 +122,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_user_of_another_namespace_is_unknown() {
-        assert_eq!(number(None), "unknown");
+        assert_eq!(id_text(None), "unknown");
         let (ours, _theirs) = tokio::net::UnixStream::pair().unwrap();
         let uid = std::fs::metadata("/proc/self").unwrap().uid();
         let Origin::Unix(credentials) = Peer::unix(&ours).unwrap().origin else {
             panic!("not a Unix socket")
         };
         let expected = if uid == 65534 { "unknown".to_owned() } else { uid.to_string() };
-        assert_eq!(number(credentials.uid), expected);
+        assert_eq!(id_text(credentials.uid), expected);
     }
 }

@@ -1,4 +1,4 @@
-//! Who may ask, and for how much: tokens, rates, and permits for streamed responses.
+//! Decides every request for keys: bearer tokens, rate limits, and permits for streamed responses.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -10,46 +10,47 @@ use std::time::Instant;
 use axum::http::header::{AUTHORIZATION, HeaderMap};
 use subtle::ConstantTimeEq;
 
-use crate::access::forwarded::Proxies;
+use crate::access::forwarded::TrustedProxies;
 use crate::access::peer::{Client, Origin, Peer};
 use crate::access::rate_limit::{RateLimitStatus, RateLimiter, Rates};
 use crate::access::stream_permits::{StreamPermit, StreamPermits};
-use crate::access::token::{self, Grant, Name};
+use crate::access::token;
+use crate::access::tokens_file::{Grant, TokenName};
 
-/// What a request for a key is judged by.
+/// The configured rules for requests for keys. The default requires nothing.
 #[derive(Debug, Clone, Default)]
 pub struct AccessRules {
-    /// The tokens; `None` where none is asked for.
+    /// The valid tokens; `None` if no token is required.
     pub tokens: Option<Arc<[Grant]>>,
-    /// Whether who could open the Unix socket needs no token.
+    /// Whether clients of the Unix socket need no token.
     pub trusts_unix: bool,
-    /// What each client may take.
+    /// The rates of each client.
     pub rates: Rates,
-    /// Whose word on the client's address is taken.
-    pub proxies: Proxies,
-    /// Whether each key leaves a record.
+    /// The proxies that are trusted to report their clients' addresses.
+    pub proxies: TrustedProxies,
+    /// Whether each key is recorded in the audit log.
     pub audit: bool,
 }
 
-/// The rules in force, and what has been taken under them.
+/// Applies the access rules, and counts what each client has used.
 #[derive(Debug)]
 pub struct Authorizer {
     is_unrestricted: AtomicBool,
-    books: RwLock<Arc<Policy>>,
-    /// Made when it is first needed, and kept: rules change, debts stay.
-    table: OnceLock<RateLimiter>,
-    streams: Arc<StreamPermits>,
+    policy: RwLock<Arc<Policy>>,
+    /// Created when a rate is first configured, and then kept: new rules don't forget what clients have used.
+    rate_limiter: OnceLock<RateLimiter>,
+    stream_permits: Arc<StreamPermits>,
 }
 
-/// Rules, with their tokens.
+/// The rules in force, with an index of their tokens.
 #[derive(Debug, Default)]
 struct Policy {
     rules: AccessRules,
     grants: Grants,
 }
 
-/// Grants by a keyed hash of their digest. The key is random and stays in the process, so the time of a look-up tells nothing
-/// about a digest; the digest itself is compared in constant time.
+/// Grants, indexed by a keyed hash of their digest. The key is random and never leaves the process, so the time of a
+/// lookup reveals nothing about a digest; the digest itself is compared in constant time.
 #[derive(Debug, Default)]
 struct Grants {
     by_hash: HashMap<u64, Vec<Grant>>,
@@ -65,68 +66,68 @@ impl Grants {
         index
     }
 
-    /// The grant of the token `text`.
-    fn find(&self, text: &[u8]) -> Option<&Grant> {
-        let digest = token::digest_of(text)?;
+    /// The grant of the token with this text.
+    fn find(&self, token: &[u8]) -> Option<&Grant> {
+        let digest = token::digest_of(token)?;
         let candidates = self.by_hash.get(&self.hasher.hash_one(digest))?;
         candidates.iter().find(|grant| grant.digest.ct_eq(&digest).into())
     }
 }
 
 impl Authorizer {
-    /// `streams` responses may be streamed at once.
-    pub fn new(rules: AccessRules, streams: usize) -> Self {
+    /// Applies `rules`, and allows at most `max_streams` streamed responses at once.
+    pub fn new(rules: AccessRules, max_streams: usize) -> Self {
         let authorizer = Self {
             is_unrestricted: AtomicBool::new(true),
-            books: RwLock::new(Arc::new(Policy::default())),
-            table: OnceLock::new(),
-            streams: Arc::new(StreamPermits::new(streams)),
+            policy: RwLock::default(),
+            rate_limiter: OnceLock::new(),
+            stream_permits: Arc::new(StreamPermits::new(max_streams)),
         };
         authorizer.replace(rules);
         authorizer
     }
 
-    /// Puts `rules` in force for every request from now on.
+    /// Applies `rules` to every request from now on.
     pub fn replace(&self, rules: AccessRules) {
         let grants = rules.tokens.as_deref().unwrap_or_default();
-        let is_limited = |grant: &Grant| grant.rate_requests.or(grant.rate_bytes).is_some();
-        let is_rated = !rules.rates.are_unlimited() || grants.iter().any(is_limited);
-        if is_rated {
-            self.table.get_or_init(|| RateLimiter::new(Instant::now()));
+        let has_rates = !rules.rates.are_unlimited() || grants.iter().any(Grant::has_rates);
+        if has_rates {
+            self.rate_limiter.get_or_init(|| RateLimiter::new(Instant::now()));
         }
-        let is_unrestricted = rules.tokens.is_none() && !is_rated && !rules.audit;
+        let is_unrestricted = rules.tokens.is_none() && !has_rates && !rules.audit;
         let grants = Grants::new(grants);
-        *self.books.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Policy { rules, grants });
+        *self.policy.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Policy { rules, grants });
         self.is_unrestricted.store(is_unrestricted, Ordering::Relaxed);
     }
 
-    /// Whether nothing is asked of anyone, nothing counted and nothing recorded: all that the hot path looks at then.
+    /// Whether no token, rate limit or audit record applies to any request: the only check that the fast path needs
+    /// then.
     #[inline]
     pub fn is_unrestricted(&self) -> bool {
         self.is_unrestricted.load(Ordering::Relaxed)
     }
 
-    /// Whether a key takes a token, at least from who comes by TCP.
+    /// Whether a request for a key needs a token, at least over TCP.
     pub fn needs_token(&self) -> bool {
-        self.books.read().unwrap_or_else(PoisonError::into_inner).rules.tokens.is_some()
+        self.policy.read().unwrap_or_else(PoisonError::into_inner).rules.tokens.is_some()
     }
 
-    /// Whether each key leaves a record.
+    /// Whether each key is recorded in the audit log.
     pub fn audits(&self) -> bool {
-        self.books.read().unwrap_or_else(PoisonError::into_inner).rules.audit
+        self.policy.read().unwrap_or_else(PoisonError::into_inner).rules.audit
     }
 
-    /// Lets a request for a key in.
+    /// Authorizes a request for a key.
     ///
     /// # Errors
-    /// Without a valid token where there must be one.
+    /// The request needs a token and has no valid one.
     pub fn authorize(&self, peer: &Peer, headers: &HeaderMap) -> Result<Box<Authorized>, Unauthorized> {
-        let books = Arc::clone(&self.books.read().unwrap_or_else(PoisonError::into_inner));
-        let rules = &books.rules;
-        let forwarded = rules.proxies.client(peer.origin, headers);
+        let policy = Arc::clone(&self.policy.read().unwrap_or_else(PoisonError::into_inner));
+        let rules = &policy.rules;
+        let forwarded = rules.proxies.client_ip(peer.origin, headers);
         let is_trusted = rules.trusts_unix && matches!(peer.origin, Origin::Unix(_));
         let grant = match &rules.tokens {
-            Some(_) => match books.grant(headers) {
+            Some(_) => match policy.grant(headers) {
                 Ok(grant) => Some(grant.clone()),
                 Err(Unauthorized::Missing) if is_trusted => None,
                 Err(reason) => return Err(reason),
@@ -143,134 +144,182 @@ impl Authorizer {
             grant,
             address,
             is_forwarded: forwarded.is_some(),
-            standing: None,
+            rate_limit: None,
         }))
     }
 
-    /// Charges a visitor for one request of `bytes` key bytes, and notes where it stands then.
+    /// Counts one request of `bytes` key bytes against the client's rates, and stores the client's status in
+    /// `authorized`.
     ///
     /// # Errors
-    /// Where it stands, when it has to wait.
+    /// The client's status, if the client must wait. The request is not counted then.
     pub fn check_rate_limit(
         &self,
-        visit: &mut Authorized,
+        authorized: &mut Authorized,
         peer: &Peer,
         bytes: u64,
     ) -> Result<(), RateLimitStatus> {
-        let (Some((client, rates)), Some(table)) = (visit.account(peer), self.table.get()) else {
+        let (Some((client, rates)), Some(limiter)) =
+            (authorized.rate_limit_key(peer), self.rate_limiter.get())
+        else {
             return Ok(());
         };
-        let standing = table.ask(client, &rates, bytes, Instant::now());
-        if standing.wait.is_some() {
-            return Err(standing);
+        let status = limiter.check(client, &rates, bytes, Instant::now());
+        if status.wait.is_some() {
+            return Err(status);
         }
-        visit.standing = Some(standing);
+        authorized.rate_limit = Some(status);
         Ok(())
     }
 
-    /// A permit for one streamed response, to be kept until its last byte. It counts for the bearer of a token, else for
-    /// the address that a trusted proxy reports, else for the connection's origin. `None` when all permits are held, or the
-    /// client's share of them.
-    pub fn stream(
+    /// Acquires the permit for one streamed response, to be held until its last byte is sent. It counts for the bearer
+    /// of a token, else for the address that a trusted proxy reports, else for the connection's origin. `None` if all
+    /// permits are held, or all that one client may hold.
+    pub fn acquire_stream_permit(
         &self,
-        visit: Option<&Authorized>,
+        authorized: Option<&Authorized>,
         peer: &Peer,
         headers: &HeaderMap,
     ) -> Option<StreamPermit> {
-        let client = match visit {
-            Some(visit) => visit.client(peer),
+        let client = match authorized {
+            Some(authorized) => authorized.client(peer),
             None => {
-                let books = self.books.read().unwrap_or_else(PoisonError::into_inner);
-                books
-                    .rules
-                    .proxies
-                    .client(peer.origin, headers)
-                    .map_or_else(|| peer.origin.into(), Client::from)
+                let policy = self.policy.read().unwrap_or_else(PoisonError::into_inner);
+                let forwarded = policy.rules.proxies.client_ip(peer.origin, headers);
+                forwarded.map_or_else(|| peer.origin.into(), Client::from)
             }
         };
-        self.streams.acquire(client)
+        self.stream_permits.acquire(client)
     }
 }
 
-/// Why a request is not authorized.
+/// Why a request is not authorized. The texts are sent to the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unauthorized {
-    /// There is no token.
+    /// The request has no bearer token.
     #[error("A bearer token is needed")]
     Missing,
-    /// No grant is for this token.
+    /// The token has no grant, or the request has more than one.
     #[error("The token is not valid")]
     Unknown,
-    /// Its grant is over.
+    /// The grant of the token has expired.
     #[error("The token has expired")]
     Expired,
 }
 
 impl Policy {
+    /// The grant of the bearer token in `headers`.
     fn grant(&self, headers: &HeaderMap) -> Result<&Grant, Unauthorized> {
-        let mut fields = headers.get_all(AUTHORIZATION).iter();
-        let field = match (fields.next(), fields.next()) {
-            (Some(field), None) => field.as_bytes(),
+        let mut values = headers.get_all(AUTHORIZATION).iter();
+        let credentials = match (values.next(), values.next()) {
+            (Some(value), None) => value.as_bytes(),
             (None, _) => return Err(Unauthorized::Missing),
             (Some(_), Some(_)) => return Err(Unauthorized::Unknown),
         };
-        // RFC 9110 section 11.4: the scheme's case does not matter, and spaces follow it.
+        // RFC 9110 section 11.4: the scheme is case-insensitive, and spaces follow it.
         let scheme = b"bearer ";
-        let is_bearer = field.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme));
+        let is_bearer =
+            credentials.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme));
         if !is_bearer {
-            return Err(Unauthorized::Missing); // credentials of another kind are none here
+            return Err(Unauthorized::Missing); // credentials of another scheme count as none
         }
-        let token = field[scheme.len()..].trim_ascii_start();
+        let token = credentials[scheme.len()..].trim_ascii_start();
         let grant = self.grants.find(token).ok_or(Unauthorized::Unknown)?;
         if grant.has_expired() { Err(Unauthorized::Expired) } else { Ok(grant) }
     }
 }
 
-/// A request that was let in, and whose it is.
+/// A request that was authorized, and its client.
 #[derive(Debug, Clone)]
 pub struct Authorized {
     rates: Rates,
     grant: Option<Grant>,
-    /// Whether its key leaves a record.
+    /// Whether its key is recorded in the audit log.
     pub audit: bool,
-    /// Where it comes from, where that has an address.
+    /// The client's IP address; `None` for a client of the Unix socket.
     pub address: Option<IpAddr>,
-    /// Whether a proxy said so.
+    /// Whether a trusted proxy reported the address.
     pub is_forwarded: bool,
-    /// Where it stands, where anything is counted for it.
-    pub standing: Option<RateLimitStatus>,
+    /// The client's status after this request; `None` if no rate limit applies to the client.
+    pub rate_limit: Option<RateLimitStatus>,
 }
 
 impl Authorized {
-    /// The largest key that it may ask for, where everyone may ask for `limit`.
+    /// The largest key that the client may request, in bytes; `limit` is the maximum for every client.
     pub fn max_size(&self, limit: u64) -> u64 {
         self.grant.as_ref().and_then(|grant| grant.max_size).map_or(limit, |own| own.min(limit))
     }
 
-    /// Whose token it showed.
-    pub fn bearer(&self) -> Option<&Name> {
+    /// The name of the token that authorized the request.
+    pub fn token_name(&self) -> Option<&TokenName> {
         self.grant.as_ref().map(|grant| &grant.name)
     }
 
-    /// Whose it is: the bearer of a token, else the address, else the user of the Unix socket.
+    /// The client: the bearer of a token, else the address, else the user of the Unix socket.
     fn client(&self, peer: &Peer) -> Client {
         match &self.grant {
-            Some(grant) => Client::Bearer(grant.name.number()),
+            Some(grant) => Client::Bearer(grant.name.id()),
             None => self.address.map_or_else(|| peer.origin.into(), Client::from),
         }
     }
 
-    /// Whom it is counted for, and by which rates: the bearer of a token that has rates of its own, wherever it comes
-    /// from; else the address, or the user of the Unix socket.
-    fn account(&self, peer: &Peer) -> Option<(Client, Rates)> {
-        let own = self.grant.as_ref().filter(|grant| grant.rate_requests.or(grant.rate_bytes).is_some());
-        let (client, rates) = match own {
+    /// The client that the request is counted for, and its rates: the bearer of a token with rates of its own, from any
+    /// address; else the address, or the user of the Unix socket. `None` if no rate limit applies.
+    fn rate_limit_key(&self, peer: &Peer) -> Option<(Client, Rates)> {
+        let (client, rates) = match self.grant.as_ref().filter(|grant| grant.has_rates()) {
             Some(grant) => {
                 let rates = Rates { requests: grant.rate_requests, bytes: grant.rate_bytes, ..self.rates };
-                (Client::Bearer(grant.name.number()), rates)
+                (Client::Bearer(grant.name.id()), rates)
             }
             None => (self.address.map_or_else(|| peer.origin.into(), Client::from), self.rates),
         };
         (!rates.are_unlimited()).then_some((client, rates))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::access::token::Token;
+    use crate::keys::generator::{Generator, OsRandom};
+
+    #[test]
+    fn only_the_exact_token_finds_its_grant() {
+        let generator = Generator::new(OsRandom).unwrap();
+        let tokens = [(); 3].map(|()| Token::generate(&generator).unwrap());
+        let [first, second, other] = &tokens;
+        let grant = |name: &str, token: &Token| Grant::new(name.parse().unwrap(), token.digest);
+        let grants = Grants::new(&[grant("first", first), grant("second", second)]);
+        let found = |text: &[u8]| grants.find(text).map(|grant| grant.name.as_str());
+        let text = first.text.as_bytes();
+        assert_eq!(found(text), Some("first"));
+        assert_eq!(found(second.text.as_bytes()), Some("second"));
+        assert_eq!(found(other.text.as_bytes()), None);
+        for at in 0..text.len() {
+            let mut changed = text.to_vec();
+            changed[at] = if text[at] == b'0' { b'1' } else { b'0' };
+            assert_eq!(found(&changed), None, "byte {at} is changed");
+            assert_eq!(found(&text[..at]), None, "only {at} bytes");
+        }
+        assert_eq!(found(&[text, b"0"].concat()), None, "a digit too many");
+        assert_eq!(found(text.to_ascii_uppercase().as_slice()), None, "capital letters");
+        assert_eq!(found(&first.digest), None, "the digest itself");
+    }
+
+    #[test]
+    fn two_grants_in_one_bucket_are_told_apart() {
+        let generator = Generator::new(OsRandom).unwrap();
+        let tokens = [(); 3].map(|()| Token::generate(&generator).unwrap());
+        let mut grants = Grants::default();
+        let bucket = ["first", "second"].iter().zip(&tokens);
+        let bucket: Vec<_> =
+            bucket.map(|(name, token)| Grant::new(name.parse().unwrap(), token.digest)).collect();
+        // As if the keyed hashes of all three digests collided.
+        for token in &tokens {
+            grants.by_hash.insert(grants.hasher.hash_one(token.digest), bucket.clone());
+        }
+        let found = tokens.each_ref().map(|token| grants.find(token.text.as_bytes()));
+        let names = found.map(|grant| grant.map(|grant| grant.name.as_str()));
+        assert_eq!(names, [Some("first"), Some("second"), None]);
     }
 }

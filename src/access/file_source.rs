@@ -1,4 +1,4 @@
-//! Where a file is that a setting names, and the one rule by which every such file is read.
+//! The source of a file that a setting names, and the rules by which every such file is read.
 
 use std::env;
 use std::fmt;
@@ -10,10 +10,10 @@ use std::str::FromStr;
 
 use zeroize::Zeroizing;
 
-/// What a path begins with that names a credential of systemd.exec(5) instead.
-const CREDENTIAL: &str = "credential:";
+/// The prefix of a setting that names a credential (systemd.exec(5)) and not a path.
+const CREDENTIAL_PREFIX: &str = "credential:";
 
-/// Where a file is: a path, or `credential:` and the name of a credential that the service manager passes.
+/// The source of a file: a path, or `credential:` and the name of a credential that the service manager passes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FileSource {
     /// A path.
@@ -26,7 +26,7 @@ impl FromStr for FileSource {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        match text.strip_prefix(CREDENTIAL) {
+        match text.strip_prefix(CREDENTIAL_PREFIX) {
             Some(name) if name.is_empty() || name.contains('/') || name == "." || name == ".." => Err(()),
             Some(name) => Ok(Self::Credential(name.to_owned())),
             None if text.is_empty() => Err(()),
@@ -39,16 +39,16 @@ impl fmt::Display for FileSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Path(path) => path.display().fmt(f),
-            Self::Credential(name) => write!(f, "{CREDENTIAL}{name}"),
+            Self::Credential(name) => write!(f, "{CREDENTIAL_PREFIX}{name}"),
         }
     }
 }
 
 impl FileSource {
-    /// The path to open.
+    /// The path of the file.
     ///
     /// # Errors
-    /// A sentence, where it is a credential and none is passed.
+    /// A sentence, if the source is a credential and the service manager passes none.
     pub fn path(&self) -> Result<PathBuf, String> {
         match self {
             Self::Path(path) => Ok(path.clone()),
@@ -63,22 +63,22 @@ impl FileSource {
     }
 }
 
-/// Reads a file that decides who gets keys, of at most `max` bytes, and its mode: the configuration, tokens, certificates,
-/// keys, client CAs.
+/// Reads a file that decides who gets keys, of at most `max` bytes, and returns its content and its mode: the
+/// configuration, tokens, certificates, keys, client CAs.
 ///
-/// It has to be a regular file that neither its group nor others may write to. Its owner is not looked at: with
-/// `PrivateUsers=` and in user namespaces of containers, the files of everybody else appear to be those of nobody. Nor are
-/// the directories above it: a volume of Kubernetes is writable to all in its mode, and mounted read-only.
+/// The file must be a regular file that neither its group nor others can write to. Its owner is not checked: with
+/// `PrivateUsers=` and in user namespaces of containers, the files of all other users appear to belong to `nobody`. Nor
+/// are the directories above it: the mode of a Kubernetes volume lets everyone write, and it is mounted read-only.
 ///
 /// # Errors
 /// A sentence that begins with the path.
 pub fn read_file(path: &Path, max: u64) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
-    let refused = |problem: String| format!("{}: {problem}", path.display());
+    let refused = |reason: String| format!("{}: {reason}", path.display());
     let unreadable = |error: io::Error| {
         let link = if error.kind() == io::ErrorKind::NotFound { dangling_link(path) } else { None };
         link.unwrap_or_else(|| refused(format!("expected a file that can be read, found: {error}")))
     };
-    // Looked at before it is opened, since opening a FIFO waits for its writer.
+    // Checked before the file is opened, since opening a FIFO waits for its writer.
     if !fs::metadata(path).map_err(unreadable)?.is_file() {
         return Err(refused("expected a file, found something else".into()));
     }
@@ -97,14 +97,14 @@ pub fn read_file(path: &Path, max: u64) -> Result<(Zeroizing<Vec<u8>>, u32), Str
     Ok((bytes, mode))
 }
 
-/// A sentence, if nothing is at `path` since it, or a directory above it, is a symbolic link that leads nowhere.
+/// A sentence, if `path` does not exist because it, or a directory above it, is a dangling symbolic link.
 pub fn dangling_link(path: &Path) -> Option<String> {
     let found = path.ancestors().find(|above| fs::symlink_metadata(above).is_ok())?;
     let target = fs::read_link(found).ok()?;
     let error = fs::metadata(found).err()?;
-    let of = if found == path { String::new() } else { format!("{}: ", path.display()) };
+    let prefix = if found == path { String::new() } else { format!("{}: ", path.display()) };
     Some(format!(
-        "{of}{}: a symbolic link to {}: {error} (the shipped unit sees nothing but /etc/key-service)",
+        "{prefix}{}: a symbolic link to {}: {error} (the shipped unit sees nothing but /etc/key-service)",
         found.display(),
         target.display()
     ))
@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_location_is_a_path_or_the_name_of_a_credential() {
+    fn a_file_source_is_a_path_or_a_credential_name() {
         for good in ["/etc/tls/key.pem", "key.pem", "credential:tls.key"] {
             assert_eq!(good.parse::<FileSource>().unwrap().to_string(), good);
         }

@@ -1,6 +1,8 @@
-//! Who may ask for keys, and for how many: tokens, rate limits, addresses reported by proxies, the audit log.
+//! Who may request keys and how many: authorization, tokens, rate limits, forwarded and PROXY addresses, peers, audit.
 //!
-//! May import: [`telemetry`](crate::telemetry), [`keys`](crate::keys). A new condition on requests for keys goes into [`authorization`], which decides all of them.
+//! May import: [`telemetry`](crate::telemetry), [`keys`](crate::keys). A new condition for requests for keys goes into
+//! [`authorization`], which decides every request; a new way in which a proxy reports its client goes next to
+//! [`forwarded`].
 
 pub mod audit;
 pub mod authorization;
@@ -8,6 +10,8 @@ pub mod credential_request;
 pub mod file_source;
 pub mod forwarded;
 pub mod peer;
+pub mod proxy_header;
 pub mod rate_limit;
 pub mod stream_permits;
 pub mod token;
+pub mod tokens_file;

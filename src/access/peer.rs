@@ -1,4 +1,4 @@
-//! Who is at the other end of a connection.
+//! The peer of a connection, and the client that limits are counted for.
 
 use std::fmt;
 use std::io;
@@ -7,55 +7,55 @@ use std::sync::Arc;
 
 use tokio::net::UnixStream;
 
-/// The client of one connection, as the kernel and its certificate name it.
+/// The other end of a connection, as the kernel and the client certificate identify it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
     /// Where the connection comes from.
     pub origin: Origin,
-    /// Whom the client's certificate names, where it showed one that was verified.
+    /// The name in the verified client certificate, if there is one.
     pub identity: Option<Arc<str>>,
 }
 
 /// Where a connection comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// An address; one of IPv4 is never in its mapped form (RFC 4291 section 2.5.5.2).
+    /// An IP address, never an IPv4-mapped one (RFC 4291 section 2.5.5.2).
     Ip(IpAddr),
     /// A process of this host.
     Unix(PeerCredentials),
 }
 
-/// What the kernel says of a process that connected to a Unix socket (unix(7), `SO_PEERCRED`).
+/// The credentials of a process that connected to a Unix socket (unix(7), `SO_PEERCRED`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerCredentials {
-    /// Its number, where it is in a namespace that we see.
+    /// The process ID; `None` if the process is in a PID namespace that we do not see.
     pub pid: Option<i32>,
-    /// Its effective user, where our user namespace has it.
+    /// The effective user ID; `None` if our user namespace does not map it.
     pub uid: Option<u32>,
-    /// Its effective group, likewise.
+    /// The effective group ID; `None` if our user namespace does not map it.
     pub gid: Option<u32>,
 }
 
-/// What the kernel says instead of a user or group that our user namespace does not have (user_namespaces(7)): in a unit with
-/// `PrivateUsers=yes`, all but root and the unit's own. It is the kernel's default, and systemd supports no other; the
-/// sandbox hides /proc/sys/kernel/overflowuid. A process of the user `nobody` has the same number, and can't be told apart.
+/// The ID that the kernel reports for a user or group that our user namespace does not map (user_namespaces(7)): in a
+/// unit with `PrivateUsers=yes`, all but root and the unit's own. It is the kernel's default, and systemd supports no
+/// other; the sandbox hides /proc/sys/kernel/overflowuid. The user `nobody` has the same ID and can't be distinguished.
 const OVERFLOW_ID: u32 = 65534;
 
-fn known(id: u32) -> Option<u32> {
+fn mapped_id(id: u32) -> Option<u32> {
     (id != OVERFLOW_ID).then_some(id)
 }
 
-/// Whom a limit is counted for. One host can't have many of them for nothing: an IPv6 network is one client.
+/// The client that a limit is counted for. A host can't be many clients at no cost: an IPv6 network is one client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Client {
     /// An IPv4 address.
     V4(u32),
-    /// The first 64 bits of an IPv6 address: what a host or a household is given whole (RFC 6177, RFC 4291 section
-    /// 2.5.4), so that a limit on less can be walked around.
+    /// The first 64 bits of an IPv6 address. A host or a household is given such a network whole (RFC 6177, RFC 4291
+    /// section 2.5.4), so a limit on anything smaller could be circumvented.
     V6(u64),
-    /// A user of this host; all whom our user namespace does not have are one.
+    /// A user of this host; `None` stands for all users that our user namespace does not map.
     User(Option<u32>),
-    /// The bearer of a token, by a digest of the token's name.
+    /// The bearer of a token, identified by a digest of the token's name.
     Bearer(u64),
 }
 
@@ -91,19 +91,19 @@ impl fmt::Display for Origin {
 }
 
 impl Peer {
-    /// A client at an IP address.
+    /// The peer at an IP address, without a client certificate.
     pub fn tcp(address: SocketAddr) -> Self {
         Self { origin: Origin::Ip(address.ip().to_canonical()), identity: None }
     }
 
-    /// A client on this host.
+    /// The process at the other end of a Unix socket.
     ///
     /// # Errors
-    /// When the kernel does not name it.
+    /// The kernel does not report its credentials.
     pub fn unix(stream: &UnixStream) -> io::Result<Self> {
         let found = stream.peer_cred()?;
         let credentials =
-            PeerCredentials { pid: found.pid(), uid: known(found.uid()), gid: known(found.gid()) };
+            PeerCredentials { pid: found.pid(), uid: mapped_id(found.uid()), gid: mapped_id(found.gid()) };
         Ok(Self { origin: Origin::Unix(credentials), identity: None })
     }
 }
@@ -119,9 +119,13 @@ mod tests {
     #[test]
     fn a_client_is_an_ipv4_address_or_an_ipv6_network() {
         assert_ne!(client("192.0.2.1"), client("192.0.2.2"));
-        assert_eq!(client("192.0.2.1"), client("::ffff:192.0.2.1"), "the mapped form is the same address");
+        assert_eq!(
+            client("192.0.2.1"),
+            client("::ffff:192.0.2.1"),
+            "an IPv4-mapped address is the IPv4 address"
+        );
         assert_eq!(client("2001:db8:1:2::1"), client("2001:db8:1:2:ffff:ffff:ffff:ffff"));
         assert_ne!(client("2001:db8:1:2::1"), client("2001:db8:1:3::1"));
-        assert_ne!(client("0:0:c000:201::"), client("192.0.2.1"), "kinds don't meet");
+        assert_ne!(client("0:0:c000:201::"), client("192.0.2.1"), "the same bits in IPv6 and IPv4");
     }
 }

@@ -1,8 +1,9 @@
-//! How much a client may ask for: a rate of requests and of bytes, counted in a table that never grows.
+//! Rate limits on requests and key bytes per client, in a table of fixed size.
 //!
-//! The algorithm is GCRA, the continuous form of a token bucket: of each client one instant is kept, the one at which it
-//! will have paid for all that it took. A crate such as `governor` does the same in a map that grows with every new
-//! client (its issue 171), which is what a bound must not do.
+//! The algorithm is GCRA (generic cell rate algorithm), the continuous form of a token bucket. It keeps one instant per
+//! client and rate, the theoretical arrival time (TAT): when the rate will have made up for all that the client took. A
+//! crate such as `governor` does the same in a map that grows with every new client (its issue 171), which a limit must
+//! not do.
 
 use std::hash::{BuildHasher, RandomState};
 use std::num::NonZeroU64;
@@ -11,57 +12,57 @@ use std::time::{Duration, Instant};
 
 use crate::access::peer::Client;
 
-/// How many clients the table holds, whatever comes.
-pub const CLIENTS_MAX: usize = 65_536;
+/// Slots in the table: the number of clients that are counted separately.
+const CLIENTS_MAX: usize = 65_536;
 
-/// How many of them share a lock and compete for places.
+/// Slots per set. The clients of a set share a lock and compete for its slots.
 const WAYS: usize = 8;
 
-const SECOND: u128 = 1_000_000_000;
+const NANOS_PER_SECOND: u128 = 1_000_000_000;
 
-/// What a client may take; the defaults are no bound.
+/// The rates of a client. The default is unlimited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Rates {
-    /// Requests a second.
+    /// Requests per second.
     pub requests: Option<NonZeroU64>,
-    /// Key bytes a second.
+    /// Key bytes per second.
     pub bytes: Option<NonZeroU64>,
-    /// How many seconds' worth of it an idle client saves up and may take at once: at least 1.
+    /// Burst size in seconds of both rates: what an idle client may take at once. At least 1.
     pub burst: u32,
 }
 
 impl Rates {
-    /// Whether there is nothing to count.
+    /// Whether neither rate is limited.
     pub fn are_unlimited(&self) -> bool {
         self.requests.is_none() && self.bytes.is_none()
     }
 
-    /// Appends the value of `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-11, section 3).
+    /// Appends the value of the `RateLimit-Policy` header (draft-ietf-httpapi-ratelimit-headers-11, section 3).
     pub fn append_policy(&self, text: &mut String) {
         let quota = |rate: NonZeroU64| rate.get().saturating_mul(self.burst.into());
         let [requests, bytes] = [self.requests, self.bytes].map(|rate| rate.map(quota));
         let bytes = (bytes, "\"bytes\";q=", ";qu=\"content-bytes\";w=");
-        append(text, [(requests, "\"requests\";q=", ";w="), bytes], self.burst);
+        append_list(text, [(requests, "\"requests\";q=", ";w="), bytes], self.burst);
     }
 
-    /// How far ahead of its payments a client may be, in nanoseconds.
-    fn tolerance(&self) -> u64 {
+    /// The burst capacity in nanoseconds: how far a client's TAT may be ahead of now.
+    fn burst_capacity(&self) -> u64 {
         u64::from(self.burst) * 1_000_000_000
     }
 }
 
-/// Structured fields have integers of at most 15 digits (RFC 9651 section 3.3.1).
+/// The largest integer of a structured field: 15 digits (RFC 9651 section 3.3.1).
 const INTEGER_MAX: u64 = 999_999_999_999_999;
 
-/// Appends an HTTP list: of each amount that there is, what comes before it, and what comes between it and `seconds`.
-/// Piece by piece, since it is in every answer: formatted, it took more than all the rest of one.
-fn append(text: &mut String, items: [(Option<u64>, &str, &str); 2], seconds: u32) {
+/// Appends a list with one item per amount: the text before the amount, the amount, the text after it, and `seconds`.
+/// Both headers are in every response, and `format!` took more instructions for them than the rest of the response.
+fn append_list(text: &mut String, items: [(Option<u64>, &str, &str); 2], seconds: u32) {
     let (mut digits, mut seconds_digits) = (itoa::Buffer::new(), itoa::Buffer::new());
     let seconds = seconds_digits.format(seconds);
     let mut separator = "";
-    for (amount, before, between) in items {
+    for (amount, before, after) in items {
         if let Some(amount) = amount {
-            for part in [separator, before, digits.format(amount.min(INTEGER_MAX)), between, seconds] {
+            for part in [separator, before, digits.format(amount.min(INTEGER_MAX)), after, seconds] {
                 text.push_str(part);
             }
             separator = ", ";
@@ -69,70 +70,72 @@ fn append(text: &mut String, items: [(Option<u64>, &str, &str); 2], seconds: u32
     }
 }
 
-/// Where a client stands after a request.
+/// A client's status after a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RateLimitStatus {
-    /// What it was counted against.
+    /// The rates that apply to the client.
     pub rates: Rates,
-    /// Requests that it could make at once.
-    pub requests_left: u64,
-    /// Key bytes that it could have at once.
-    pub bytes_left: u64,
-    /// `None` if the request was admitted; else how long until it would be.
+    /// Requests that the client could make at once.
+    pub requests_remaining: u64,
+    /// Key bytes that the client could get at once.
+    pub bytes_remaining: u64,
+    /// `None` if the request is within the rates; else the time until it would be.
     pub wait: Option<Duration>,
 }
 
 impl RateLimitStatus {
-    /// Seconds until the request would be admitted, rounded up, for `Retry-After`.
+    /// Seconds until the request would be within the rates, rounded up, for `Retry-After`.
     pub fn retry_after(&self) -> Option<u32> {
-        self.wait.map(|wait| u32::try_from(wait.as_nanos().div_ceil(SECOND)).unwrap_or(u32::MAX).max(1))
+        self.wait
+            .map(|wait| u32::try_from(wait.as_nanos().div_ceil(NANOS_PER_SECOND)).unwrap_or(u32::MAX).max(1))
     }
 
-    /// Appends the value of `RateLimit` (the same draft, section 4). A client that takes no more than `r` within `t`
-    /// seconds is not refused; since `t` is the time in which all of `r` would be earned, the ratio of both never exceeds the rate,
-    /// as section 6 wants it. Of a refusal, `t` is what `Retry-After` says.
-    pub fn append_field(&self, text: &mut String) {
+    /// Appends the value of the `RateLimit` header (the same draft, section 4). A client that takes no more than `r`
+    /// within `t` seconds is not refused. Since `t` is the time in which all of `r` is replenished, `r / t` never
+    /// exceeds the rate, as section 6 requires. In a 429, `t` equals `Retry-After`.
+    pub fn append_status(&self, text: &mut String) {
         let window = self.retry_after().unwrap_or(self.rates.burst);
-        let requests = self.rates.requests.map(|_| self.requests_left);
-        let bytes = self.rates.bytes.map(|_| self.bytes_left);
-        append(text, [(requests, "\"requests\";r=", ";t="), (bytes, "\"bytes\";r=", ";t=")], window);
+        let requests = self.rates.requests.map(|_| self.requests_remaining);
+        let bytes = self.rates.bytes.map(|_| self.bytes_remaining);
+        append_list(text, [(requests, "\"requests\";r=", ";t="), (bytes, "\"bytes\";r=", ";t=")], window);
     }
 }
 
-/// What every client has taken, for at most [`CLIENTS_MAX`] of them, in about 2 MiB.
+/// The rate limiter: what at most 65,536 clients have taken, in about 2 MiB.
 ///
-/// A newcomer that finds no free place takes over the one of the client that is closest to having paid, *and its debt*, up
-/// to one burst. So no client gets more than its rate by having another one's entry or its own pushed out, however many
-/// addresses it has (the counters only ever err upwards, as those of the Space-Saving algorithm do). The price: while more
-/// clients than there are places are in debt, some of them share what one of them may have.
+/// A new client that finds no free slot takes over the slot with the earliest TAT of its set, *and that TAT*, up to one
+/// burst ahead of now. So no client exceeds its rates by taking over a slot or by losing its own, however many
+/// addresses it has: as in the Space-Saving algorithm, the counters err only upwards. The price: while more clients
+/// than there are slots have used a part of their burst, some of them share the rates of one client.
 ///
-/// Only a key larger than the burst makes a debt above one burst. A newcomer does not inherit that part: it never took such
-/// a key, and could wait for hours. A client that did take one, and whose entry was pushed out since, owes one burst then.
+/// Only a key larger than the burst moves a TAT more than one burst ahead. A new client does not inherit that part: it
+/// never requested such a key, and could wait for hours. If a client did, and its slot is taken over, its TAT is then
+/// at most one burst ahead.
 #[derive(Debug)]
-pub struct RateLimiter {
-    sets: Box<[Mutex<[Entry; WAYS]>]>,
-    /// Keyed at random, so that nobody can choose whom it competes with.
+pub(crate) struct RateLimiter {
+    sets: Box<[Mutex<[Slot; WAYS]>]>,
+    /// Keyed at random, so that no client can choose which others are in its set.
     hasher: RandomState,
     start: Instant,
 }
 
-/// When a client will have paid, in nanoseconds since the table's start.
+/// The TATs of a client, in nanoseconds since the limiter's start.
 #[derive(Debug, Clone, Copy, Default)]
-struct Entry {
+struct Slot {
     client: Option<Client>,
-    requests: u64,
-    bytes: u64,
+    requests_tat: u64,
+    bytes_tat: u64,
 }
 
-impl Entry {
-    fn debt(&self) -> u64 {
-        self.requests.max(self.bytes)
+impl Slot {
+    fn latest_tat(&self) -> u64 {
+        self.requests_tat.max(self.bytes_tat)
     }
 }
 
 impl RateLimiter {
-    /// An empty table, all of whose memory is taken now.
-    pub fn new(start: Instant) -> Self {
+    /// A limiter without clients. All of its memory is allocated now.
+    pub(crate) fn new(start: Instant) -> Self {
         Self::with_sets(CLIENTS_MAX / WAYS, start)
     }
 
@@ -140,74 +143,73 @@ impl RateLimiter {
         Self { sets: (0..sets).map(|_| Mutex::default()).collect(), hasher: RandomState::new(), start }
     }
 
-    /// Asks for one request of `bytes` key bytes, and charges it if it is admitted.
+    /// Checks one request of `bytes` key bytes, and counts it if it is within the rates. A refused request costs
+    /// nothing.
     ///
-    /// A request larger than what a client can save up is admitted once the client has saved up all it can, and is paid
-    /// in full afterwards. A refused one costs nothing.
-    pub fn ask(&self, client: Client, rates: &Rates, bytes: u64, now: Instant) -> RateLimitStatus {
+    /// A request larger than the burst capacity is within the rates if the client has its full burst; then all of its
+    /// bytes count.
+    pub(crate) fn check(&self, client: Client, rates: &Rates, bytes: u64, now: Instant) -> RateLimitStatus {
         let now = u64::try_from(now.saturating_duration_since(self.start).as_nanos()).unwrap_or(u64::MAX);
         let set = usize::try_from(self.hasher.hash_one(client) % self.sets.len() as u64).unwrap_or(0);
-        // What a panic elsewhere could leave behind is an entry, and any entry is sound.
+        // A panic in another thread may have left any TATs behind, and any are valid.
         let mut set = self.sets[set].lock().unwrap_or_else(PoisonError::into_inner);
-        let tolerance = rates.tolerance();
-        let entry = place(&mut set, client, now.saturating_add(tolerance));
-        let wait = wait(rates.requests, entry.requests, 1, tolerance, now).max(wait(
-            rates.bytes,
-            entry.bytes,
-            bytes,
-            tolerance,
-            now,
-        ));
+        let capacity = rates.burst_capacity();
+        let slot = slot(&mut set, client, now.saturating_add(capacity));
+        let requests_wait = wait(rates.requests, slot.requests_tat, 1, capacity, now);
+        let bytes_wait = wait(rates.bytes, slot.bytes_tat, bytes, capacity, now);
+        let wait = requests_wait.max(bytes_wait);
         if wait == 0 {
-            charge(rates.requests, &mut entry.requests, 1, now);
-            charge(rates.bytes, &mut entry.bytes, bytes, now);
+            advance(rates.requests, &mut slot.requests_tat, 1, now);
+            advance(rates.bytes, &mut slot.bytes_tat, bytes, now);
         }
         RateLimitStatus {
             rates: *rates,
-            requests_left: left(rates.requests, entry.requests, tolerance, now),
-            bytes_left: left(rates.bytes, entry.bytes, tolerance, now),
+            requests_remaining: remaining(rates.requests, slot.requests_tat, capacity, now),
+            bytes_remaining: remaining(rates.bytes, slot.bytes_tat, capacity, now),
             wait: (wait > 0).then_some(Duration::from_nanos(wait)),
         }
     }
 }
 
-/// The entry of `client`: its own, else that of the client with the least debt, which it takes over, but none of what is
-/// to be paid after `latest`. Before `latest`, the least debt of a set never falls: that is why a client which comes back
-/// finds the debt that it left, or one burst.
-fn place(set: &mut [Entry; WAYS], client: Client, latest: u64) -> &mut Entry {
-    let own = set.iter().position(|entry| entry.client == Some(client));
-    let place = own.unwrap_or_else(|| {
-        let least = (0..WAYS).min_by_key(|place| set[*place].debt()).unwrap_or(0);
-        let debt = set[least].debt().min(latest);
-        set[least] = Entry { client: Some(client), requests: debt, bytes: debt };
-        least
+/// The slot of `client`: its own, else the slot with the earliest TAT, taken over with that TAT, but none after
+/// `latest`. Before `latest`, the earliest TAT of a set never decreases: that is why a client which returns finds the
+/// TAT that it left, or one burst ahead.
+fn slot(set: &mut [Slot; WAYS], client: Client, latest: u64) -> &mut Slot {
+    let own = set.iter().position(|slot| slot.client == Some(client));
+    let index = own.unwrap_or_else(|| {
+        let earliest = (0..WAYS).min_by_key(|index| set[*index].latest_tat()).unwrap_or(0);
+        let tat = set[earliest].latest_tat().min(latest);
+        set[earliest] = Slot { client: Some(client), requests_tat: tat, bytes_tat: tat };
+        earliest
     });
-    &mut set[place]
+    &mut set[index]
 }
 
-/// Nanoseconds until `amount` may be had; 0 is now.
-fn wait(rate: Option<NonZeroU64>, paid_at: u64, amount: u64, tolerance: u64, now: u64) -> u64 {
+/// Nanoseconds until `amount` is within the rate; 0 means now.
+fn wait(rate: Option<NonZeroU64>, tat: u64, amount: u64, capacity: u64, now: u64) -> u64 {
     let Some(rate) = rate else { return 0 };
-    let ahead = paid_at.saturating_sub(now);
-    ahead.saturating_add(cost(rate, amount).min(tolerance)).saturating_sub(tolerance)
+    let ahead = tat.saturating_sub(now);
+    ahead.saturating_add(emission_time(rate, amount).min(capacity)).saturating_sub(capacity)
 }
 
-fn charge(rate: Option<NonZeroU64>, paid_at: &mut u64, amount: u64, now: u64) {
+/// Moves the TAT on by the time that `amount` takes.
+fn advance(rate: Option<NonZeroU64>, tat: &mut u64, amount: u64, now: u64) {
     if let Some(rate) = rate {
-        *paid_at = (*paid_at).max(now).saturating_add(cost(rate, amount));
+        *tat = (*tat).max(now).saturating_add(emission_time(rate, amount));
     }
 }
 
-/// How many units could be had at once.
-fn left(rate: Option<NonZeroU64>, paid_at: u64, tolerance: u64, now: u64) -> u64 {
+/// How many units the client could take at once.
+fn remaining(rate: Option<NonZeroU64>, tat: u64, capacity: u64, now: u64) -> u64 {
     let rate = rate.map_or(0, NonZeroU64::get);
-    let saved = tolerance.saturating_sub(paid_at.saturating_sub(now));
-    u64::try_from(u128::from(saved) * u128::from(rate) / SECOND).unwrap_or(u64::MAX)
+    let unused = capacity.saturating_sub(tat.saturating_sub(now));
+    u64::try_from(u128::from(unused) * u128::from(rate) / NANOS_PER_SECOND).unwrap_or(u64::MAX)
 }
 
-/// The nanoseconds in which `amount` is earned, rounded up.
-fn cost(rate: NonZeroU64, amount: u64) -> u64 {
-    u64::try_from((u128::from(amount) * SECOND).div_ceil(u128::from(rate.get()))).unwrap_or(u64::MAX)
+/// Nanoseconds in which the rate yields `amount`, rounded up: that many of GCRA's emission intervals.
+fn emission_time(rate: NonZeroU64, amount: u64) -> u64 {
+    u64::try_from((u128::from(amount) * NANOS_PER_SECOND).div_ceil(u128::from(rate.get())))
+        .unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -223,57 +225,65 @@ mod tests {
     const ONE: Client = Client::V4(1);
 
     #[test]
-    fn a_client_gets_its_burst_at_once_and_its_rate_from_then_on() {
+    fn a_client_gets_its_burst_at_once_and_then_its_rate() {
         let start = Instant::now();
-        let table = RateLimiter::new(start);
+        let limiter = RateLimiter::new(start);
         let rates = rates(4, 0, 3);
         for left in (0..12).rev() {
-            let standing = table.ask(ONE, &rates, 32, start);
-            assert_eq!((standing.wait, standing.requests_left), (None, left));
+            let status = limiter.check(ONE, &rates, 32, start);
+            assert_eq!((status.wait, status.requests_remaining), (None, left));
         }
-        let refused = table.ask(ONE, &rates, 32, start);
+        let refused = limiter.check(ONE, &rates, 32, start);
         assert_eq!(refused.wait, Some(Duration::from_millis(250)));
         assert_eq!(refused.retry_after(), Some(1), "rounded up");
-        assert_eq!(table.ask(ONE, &rates, 32, start).wait, refused.wait, "a refusal costs nothing");
+        assert_eq!(limiter.check(ONE, &rates, 32, start).wait, refused.wait, "a refusal costs nothing");
         let almost = start + Duration::from_millis(249);
-        assert!(table.ask(ONE, &rates, 32, almost).wait.is_some());
+        assert!(limiter.check(ONE, &rates, 32, almost).wait.is_some());
         let then = start + Duration::from_millis(250);
-        assert_eq!(table.ask(ONE, &rates, 32, then).wait, None);
-        assert!(table.ask(ONE, &rates, 32, then).wait.is_some(), "one, not more");
-        assert_eq!(table.ask(Client::V4(2), &rates, 32, then).wait, None, "others have their own");
-        // However long it was idle, it has not saved up more than its burst.
+        assert_eq!(limiter.check(ONE, &rates, 32, then).wait, None);
+        assert!(limiter.check(ONE, &rates, 32, then).wait.is_some(), "only one");
+        assert_eq!(
+            limiter.check(Client::V4(2), &rates, 32, then).wait,
+            None,
+            "another client has its own rate"
+        );
+        // However long a client is idle, it gets no more than its burst at once.
         let later = start + Duration::from_secs(86_400);
-        let served = (0..100).filter(|_| table.ask(ONE, &rates, 32, later).wait.is_none()).count();
+        let served = (0..100).filter(|_| limiter.check(ONE, &rates, 32, later).wait.is_none()).count();
         assert_eq!(served, 12);
     }
 
     #[test]
-    fn a_key_larger_than_the_burst_waits_for_all_of_it_and_is_paid_in_full() {
+    fn a_key_above_the_burst_needs_all_of_it_and_counts_in_full() {
         let start = Instant::now();
-        let table = RateLimiter::new(start);
+        let limiter = RateLimiter::new(start);
         let rates = rates(0, 100, 2);
-        let large = table.ask(ONE, &rates, 1000, start);
-        assert_eq!((large.wait, large.bytes_left), (None, 0));
-        let next = table.ask(ONE, &rates, 1, start + Duration::from_secs(7));
-        assert_eq!(next.wait, Some(Duration::from_millis(1010)), "it took 10 seconds' worth with 2 in hand");
+        let large = limiter.check(ONE, &rates, 1000, start);
+        assert_eq!((large.wait, large.bytes_remaining), (None, 0));
+        let next = limiter.check(ONE, &rates, 1, start + Duration::from_secs(7));
+        assert_eq!(
+            next.wait,
+            Some(Duration::from_millis(1010)),
+            "it took 10 seconds' worth with a burst of 2"
+        );
         assert_eq!(next.retry_after(), Some(2));
-        assert_eq!(table.ask(ONE, &rates, 200, start + Duration::from_secs(10)).wait, None);
+        assert_eq!(limiter.check(ONE, &rates, 200, start + Duration::from_secs(10)).wait, None);
     }
 
     #[test]
-    fn either_bound_refuses_and_then_neither_is_charged() {
+    fn a_request_over_one_rate_counts_for_neither() {
         let start = Instant::now();
-        let table = RateLimiter::new(start);
+        let limiter = RateLimiter::new(start);
         let rates = rates(10, 100, 1);
-        assert_eq!(table.ask(ONE, &rates, 100, start).wait, None);
-        assert!(table.ask(ONE, &rates, 1, start).wait.is_some());
-        assert_eq!(table.ask(ONE, &rates, 1, start).requests_left, 9);
+        assert_eq!(limiter.check(ONE, &rates, 100, start).wait, None);
+        assert!(limiter.check(ONE, &rates, 1, start).wait.is_some());
+        assert_eq!(limiter.check(ONE, &rates, 1, start).requests_remaining, 9);
     }
 
     #[test]
-    fn a_standing_is_written_as_the_draft_has_it() {
+    fn a_status_is_written_as_the_draft_specifies() {
         let start = Instant::now();
-        let table = RateLimiter::new(start);
+        let limiter = RateLimiter::new(start);
         let both = rates(5, 1000, 10);
         let written = |append: &dyn Fn(&mut String)| {
             let mut text = String::new();
@@ -281,97 +291,105 @@ mod tests {
             text
         };
         let policy = |rates: &Rates| written(&|text| rates.append_policy(text));
-        let field = |standing: &RateLimitStatus| written(&|text| standing.append_field(text));
+        let limit = |status: &RateLimitStatus| written(&|text| status.append_status(text));
         assert_eq!(policy(&both), r#""requests";q=50;w=10, "bytes";q=10000;qu="content-bytes";w=10"#);
-        let standing = table.ask(ONE, &both, 400, start);
-        assert_eq!(field(&standing), r#""requests";r=49;t=10, "bytes";r=9600;t=10"#);
-        let refused = table.ask(ONE, &both, 9700, start);
-        assert_eq!(field(&refused), r#""requests";r=49;t=1, "bytes";r=9600;t=1"#);
+        let status = limiter.check(ONE, &both, 400, start);
+        assert_eq!(limit(&status), r#""requests";r=49;t=10, "bytes";r=9600;t=10"#);
+        let refused = limiter.check(ONE, &both, 9700, start);
+        assert_eq!(limit(&refused), r#""requests";r=49;t=1, "bytes";r=9600;t=1"#);
         assert_eq!(policy(&rates(5, 0, 10)), r#""requests";q=50;w=10"#);
     }
 
     #[test]
-    fn the_table_takes_no_more_memory_than_was_promised() {
-        let table = RateLimiter::new(Instant::now());
-        assert_eq!(table.sets.len() * WAYS, CLIENTS_MAX);
-        let bytes = table.sets.len() * size_of::<Mutex<[Entry; WAYS]>>();
-        assert!(bytes <= 3 << 20, "{bytes}"); // the documents say about 2 MiB
+    fn the_table_uses_the_documented_memory() {
+        let limiter = RateLimiter::new(Instant::now());
+        assert_eq!(limiter.sets.len() * WAYS, CLIENTS_MAX);
+        let bytes = limiter.sets.len() * size_of::<Mutex<[Slot; WAYS]>>();
+        assert!(bytes <= 3 << 20, "{bytes}"); // the docs say about 2 MiB
     }
 
     #[test]
-    fn a_flood_of_addresses_frees_nobody_of_its_debt() {
+    fn a_flood_of_addresses_resets_no_rate_limit() {
         let start = Instant::now();
-        let table = RateLimiter::new(start);
+        let limiter = RateLimiter::new(start);
         let rates = rates(1, 0, 10);
-        while table.ask(ONE, &rates, 32, start).wait.is_none() {}
+        while limiter.check(ONE, &rates, 32, start).wait.is_none() {}
         for address in 2..1_000_000 {
-            table.ask(Client::V4(address), &rates, 32, start);
+            limiter.check(Client::V4(address), &rates, 32, start);
         }
-        assert!(table.ask(ONE, &rates, 32, start).wait.is_some(), "it is remembered, or took over as much");
+        assert!(
+            limiter.check(ONE, &rates, 32, start).wait.is_some(),
+            "the client keeps its slot, or takes over one with as late a TAT"
+        );
         let later = start + Duration::from_secs(1000);
-        assert_eq!(table.ask(ONE, &rates, 32, later).wait, None, "and is free once the flood is over");
+        assert_eq!(
+            limiter.check(ONE, &rates, 32, later).wait,
+            None,
+            "the client is served once the flood is over"
+        );
     }
 
     #[test]
-    fn a_flood_of_large_keys_keeps_new_clients_waiting_for_a_burst_at_most() {
+    fn a_flood_of_large_keys_delays_new_clients_by_one_burst_at_most() {
         let start = Instant::now();
-        let table = RateLimiter::new(start);
+        let limiter = RateLimiter::new(start);
         let rates = rates(0, 1024, 10);
         for address in 0..131_072 {
-            table.ask(Client::V4(address), &rates, 65_536, start); // 64 seconds' worth
+            limiter.check(Client::V4(address), &rates, 65_536, start); // 64 seconds' worth
         }
-        let newcomers = 0xc000_0200..0xc000_02c8;
+        let new_clients = 0xc000_0200..0xc000_02c8;
         let second = start + Duration::from_secs(1);
-        let ask_all = |bytes, now| {
-            let ask = |address| table.ask(Client::V4(address), &rates, bytes, now).retry_after();
-            newcomers.clone().filter_map(ask).collect::<Vec<_>>()
+        let check_all = |bytes, now| {
+            let check = |address| limiter.check(Client::V4(address), &rates, bytes, now).retry_after();
+            new_clients.clone().filter_map(check).collect::<Vec<_>>()
         };
-        let refused = ask_all(32, start);
+        let refused = check_all(32, start);
         assert!(refused.iter().all(|seconds| *seconds == 1), "{refused:?}");
-        assert_eq!(ask_all(32, second), [0; 0], "and are served then");
-        let refused = ask_all(1 << 20, second);
+        assert_eq!(check_all(32, second), [0; 0], "they are served after that second");
+        let refused = check_all(1 << 20, second);
         assert!(refused.iter().all(|seconds| *seconds <= 10), "a key of any size: {refused:?}");
     }
 
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// Beyond the burst or the seconds that the largest key is worth, whichever is more, nobody waits.
+        /// No client waits longer than the burst or the seconds that the largest key takes, whichever is more.
         #[test]
-        fn a_wait_is_bounded(asked in proptest::collection::vec((0u32..20, 0u64..30_000, 0u64..9), 1..200)) {
+        fn a_wait_is_limited(requests in proptest::collection::vec((0u32..20, 0u64..30_000, 0u64..9), 1..200)) {
             let start = Instant::now();
-            let table = RateLimiter::with_sets(1, start);
+            let limiter = RateLimiter::with_sets(1, start);
             let rates = rates(3, 1000, 2);
             let (mut known, mut now) = (std::collections::HashSet::new(), start);
-            for (client, bytes, step) in asked {
+            for (client, bytes, step) in requests {
                 now += Duration::from_secs(step);
-                let wait = table.ask(Client::V4(client), &rates, bytes, now).retry_after().unwrap_or(0);
+                let wait = limiter.check(Client::V4(client), &rates, bytes, now).retry_after().unwrap_or(0);
                 let most = if known.insert(client) { 2 } else { 30 };
                 prop_assert!(wait <= most, "{wait}");
             }
         }
 
-        /// Against a model without a bound: what the table admits, the model admits. Twenty clients in one set of eight
-        /// push each other out all the time. No key is larger than the burst, beyond which a debt is not inherited.
+        /// Compared with a model of unlimited size: what the limiter admits, the model admits. Twenty clients compete
+        /// for one set of eight slots. No key is larger than the burst, since a slot that is taken over loses what is
+        /// beyond it.
         #[test]
-        fn nobody_gets_more_than_an_unbounded_table_would_give(
-            asked in proptest::collection::vec((0u32..20, 0u64..3000, 0u64..2_000), 1..400)
+        fn no_client_gets_more_than_from_an_unlimited_table(
+            requests in proptest::collection::vec((0u32..20, 0u64..3000, 0u64..2_000), 1..400)
         ) {
             let start = Instant::now();
-            let table = RateLimiter::with_sets(1, start);
+            let limiter = RateLimiter::with_sets(1, start);
             let rates = rates(3, 1000, 2);
             let mut model: HashMap<u32, (u64, u64)> = HashMap::new();
             let mut now = 0;
-            for (client, bytes, step) in asked {
+            for (client, bytes, step) in requests {
                 now += step * 100_000;
-                let standing = table.ask(Client::V4(client), &rates, bytes, start + Duration::from_nanos(now));
-                let (requests, sent) = model.entry(client).or_default();
-                if standing.wait.is_none() {
-                    let tolerance = rates.tolerance();
-                    prop_assert_eq!(wait(rates.requests, *requests, 1, tolerance, now), 0);
-                    prop_assert_eq!(wait(rates.bytes, *sent, bytes, tolerance, now), 0);
-                    charge(rates.requests, requests, 1, now);
-                    charge(rates.bytes, sent, bytes, now);
+                let status = limiter.check(Client::V4(client), &rates, bytes, start + Duration::from_nanos(now));
+                let (requests_tat, bytes_tat) = model.entry(client).or_default();
+                if status.wait.is_none() {
+                    let capacity = rates.burst_capacity();
+                    prop_assert_eq!(wait(rates.requests, *requests_tat, 1, capacity, now), 0);
+                    prop_assert_eq!(wait(rates.bytes, *bytes_tat, bytes, capacity, now), 0);
+                    advance(rates.requests, requests_tat, 1, now);
+                    advance(rates.bytes, bytes_tat, bytes, now);
                 }
             }
         }

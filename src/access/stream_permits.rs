@@ -1,4 +1,4 @@
-//! Permits for streamed responses: how many there may be at once, and how many of them one client may hold.
+//! Permits for streamed responses: they limit how many are sent at once, in total and to one client.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::access::peer::Client;
 
-/// One client holds at most one in so many of the permits.
-const SHARE: usize = 4;
+/// One client holds at most this fraction of the permits: a quarter.
+const CLIENT_DIVISOR: usize = 4;
 
-/// The permits that all clients share.
+/// The permits of all clients.
 #[derive(Debug)]
-pub struct StreamPermits {
+pub(crate) struct StreamPermits {
     limit: usize,
     held: Mutex<Held>,
 }
@@ -23,21 +23,22 @@ struct Held {
 }
 
 impl StreamPermits {
-    /// `limit` permits, a quarter of them for each client, but at least one.
-    pub fn new(limit: usize) -> Self {
-        // With its room from the start, so that it never grows on the heap of a worker (`memory.rs`).
+    /// `limit` permits, of which one client may hold a quarter, but at least one.
+    pub(crate) fn new(limit: usize) -> Self {
+        // Allocated now, so that it never grows on the heap of a worker thread (`server/memory.rs`).
         let by_client = HashMap::with_capacity(limit.min(1024));
         Self { limit, held: Mutex::new(Held { by_client, count: 0 }) }
     }
 
-    /// A permit for `client`, until it is dropped; `None` when all are held, or the client's share of them.
-    pub fn acquire(self: &Arc<Self>, client: Client) -> Option<StreamPermit> {
+    /// Acquires a permit for `client`; dropping it releases it. `None` if all permits are held, or all that one client
+    /// may hold.
+    pub(crate) fn acquire(self: &Arc<Self>, client: Client) -> Option<StreamPermit> {
         let mut held = self.lock();
         if held.count >= self.limit {
             return None;
         }
         let own = held.by_client.entry(client).or_default();
-        if *own >= (self.limit / SHARE).max(1) {
+        if *own >= (self.limit / CLIENT_DIVISOR).max(1) {
             return None;
         }
         *own += 1;
@@ -46,7 +47,7 @@ impl StreamPermits {
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+        self.held.lock().unwrap_or_else(PoisonError::into_inner) // no code under the lock can panic
     }
 }
 
@@ -75,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_client_holds_a_quarter_and_all_clients_the_whole() {
+    fn a_client_holds_at_most_a_quarter_of_the_permits() {
         let permits = Arc::new(StreamPermits::new(8));
         let acquire = |client| permits.acquire(Client::V4(client));
         let mut held: Vec<_> = [1, 1, 2, 2, 3, 3].map(|client| acquire(client).unwrap()).into();
@@ -86,11 +87,11 @@ mod tests {
         assert!(acquire(2).is_none());
         assert!(acquire(5).is_some() && acquire(1).is_some());
         drop(held);
-        assert!(permits.lock().by_client.is_empty() && permits.lock().count == 0, "nothing is left behind");
+        assert!(permits.lock().by_client.is_empty() && permits.lock().count == 0, "no entry is left behind");
     }
 
     #[test]
-    fn a_client_has_one_permit_however_few_there_are() {
+    fn a_client_may_hold_one_permit_if_there_is_only_one() {
         let permits = Arc::new(StreamPermits::new(1));
         let only = permits.acquire(Client::V4(1));
         assert!(only.is_some() && permits.acquire(Client::V4(2)).is_none());

@@ -26,9 +26,9 @@ use self::environment::Variable;
 use self::file::File;
 use crate::access::authorization::AccessRules;
 use crate::access::file_source::{self, FileSource};
-use crate::access::forwarded::{ForwardedHeader, Proxies, Proxy};
+use crate::access::forwarded::{ForwardedHeader, ProxySource, TrustedProxies};
 use crate::access::rate_limit::Rates;
-use crate::access::token::{self, Grant};
+use crate::access::tokens_file::{self, Grant};
 use crate::config::watch::WatchedFiles;
 use crate::keys::format::Kind;
 use crate::keys::key::KeyLength;
@@ -107,7 +107,7 @@ pub struct Config {
     /// What each client may take.
     pub rates: Rates,
     /// Whose word on the client's address is taken.
-    pub proxies: Proxies,
+    pub proxies: TrustedProxies,
     /// Whether these proxies begin each connection with a PROXY header.
     pub proxy_protocol: bool,
     /// Connections that one address may have open; `None` is no bound.
@@ -140,7 +140,7 @@ pub struct LocalEndpoint {
     /// Whether clients have to show a certificate.
     pub wants_certificate: bool,
     /// The proxies that begin each connection for keys with a PROXY header, if any do.
-    pub proxies: Option<Proxies>,
+    pub proxies: Option<TrustedProxies>,
 }
 
 impl LocalEndpoint {
@@ -315,8 +315,8 @@ impl Config {
             self.rates.requests.map_or(0, NonZeroU64::get).into(),
             self.rates.bytes.map_or(0, NonZeroU64::get).into(),
             u64::from(self.rates.burst).into(),
-            self.proxies.trusted.iter().map(ToString::to_string).collect::<Vec<_>>().into(),
-            text(&self.proxies.field),
+            self.proxies.sources.iter().map(ToString::to_string).collect::<Vec<_>>().into(),
+            text(&self.proxies.header),
             self.proxy_protocol.into(),
             u64::from(self.max_connections_per_client.unwrap_or(0)).into(),
             (self.max_bulk_streams as u64).into(),
@@ -570,21 +570,21 @@ impl Loader<'_> {
         let rate_burst = self.integer("rate-burst", 10, 1..=ONE_HOUR);
         let trusted = self.trusted_proxies();
         let fields = format!("one of {}", ForwardedHeader::VARIANTS.join(", "));
-        let field = self.parsed("forwarded-header", ForwardedHeader::default(), &fields);
+        let header = self.parsed("forwarded-header", ForwardedHeader::default(), &fields);
         let proxy_protocol = self.boolean("proxy-protocol", false);
         let max_connections_per_client = self.integer("max-connections-per-client", 256, 0..=1_000_000);
         let max_bulk_streams = self.integer("max-bulk-streams", 64, 1..=1_000_000);
         let audit = self.boolean("audit", false);
         let page = self.boolean("page", true);
         let credentials = self.credentials();
-        let proxies = Proxies { trusted: trusted?, field: field? };
-        if unix_trust? && proxies.trusted.contains(&Proxy::Unix) {
+        let proxies = TrustedProxies { sources: trusted?, header: header? };
+        if unix_trust? && proxies.sources.contains(&ProxySource::Unix) {
             // Clients of a proxy behind the socket would need no token either, which nobody can want.
             let value = self.figment.find_value("unix-trust").ok()?;
             return self.refuse("unix-trust", &value, "false where trusted-proxies has unix");
         }
         let proxy_protocol = proxy_protocol?;
-        if proxy_protocol && proxies.trusted.is_empty() {
+        if proxy_protocol && proxies.sources.is_empty() {
             return self.require("proxy-protocol", "trusted-proxies");
         }
         Some(Config {
@@ -656,11 +656,11 @@ impl Loader<'_> {
             wants_certificate: client_ca.is_some(),
             proxies: self
                 .boolean("proxy-protocol", false)?
-                .then_some(Proxies { trusted: trusted?, ..Proxies::default() }),
+                .then_some(TrustedProxies { sources: trusted?, ..TrustedProxies::default() }),
         })
     }
 
-    fn trusted_proxies(&mut self) -> Option<Vec<Proxy>> {
+    fn trusted_proxies(&mut self) -> Option<Vec<ProxySource>> {
         self.list("trusted-proxies", "an IP address, a network (10.0.0.0/8) or unix")
     }
 
@@ -812,7 +812,7 @@ impl Loader<'_> {
             return self.refuse(name, &value, expected);
         };
         self.files.add(&path);
-        match token::read(&path) {
+        match tokens_file::read(&path) {
             Ok(grants) => Some(Some(TokensFile { grants: grants.into(), ..unread })),
             Err(mistakes) => {
                 mistakes.iter().for_each(|mistake| self.report(&[name], &value, mistake));

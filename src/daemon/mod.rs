@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 use self::signals::{SignalAction, Signals};
 use crate::access::authorization::Authorizer;
-use crate::access::token;
+use crate::access::tokens_file;
 use crate::config::watch::WatchedFiles;
 use crate::config::{self, Config, Sources};
 use crate::http::health::Health;
@@ -191,7 +191,7 @@ pub fn run(
         let listeners = share(&keys, &mut heartbeats)
             .map_err(|error| RunError::System("a listener can't be shared", error))?;
         let site = HttpService::new(routes, Arc::clone(&api));
-        let begin = proxy_protocol::identified(proxy_protocol.clone(), seated(site));
+        let begin = proxy_protocol::read_proxy_headers(proxy_protocol.clone(), seated(site));
         match Worker::start(runtime()?, listeners, begin, key_terms.clone(), &drain) {
             Ok(worker) => workers.push(worker),
             Err(error) if workers.is_empty() => return Err(RunError::Thread("worker", error)),
@@ -660,7 +660,7 @@ impl Reload<'_> {
         }
         let Some(tokens) = &mut running.tokens else { return };
         let path = tokens.path().filter(has_changed);
-        if let Some(Ok(grants)) = path.map(|path| token::read(&path)) {
+        if let Some(Ok(grants)) = path.map(|path| tokens_file::read(&path)) {
             tokens.grants = grants.into();
             self.api.authorizer.replace(running.rules());
             say_tokens(running);

@@ -63,7 +63,7 @@ impl Body {
     /// Logs `record` when this body ends, and, if the body is streamed, when it begins.
     pub(crate) fn attach_audit_record(&mut self, record: AuditRecord) {
         if matches!(self.content, Content::Stream(_)) {
-            record.started();
+            record.log_start();
         }
         self.record = Some(Box::new(record));
     }
@@ -111,7 +111,7 @@ impl http_body::Body for Body {
             Content::Full(bytes) => {
                 let bytes = std::mem::take(bytes);
                 if let Some(record) = &mut this.record {
-                    record.sent(bytes.len(), true);
+                    record.add_sent(bytes.len(), true);
                 }
                 this.content = Content::Empty;
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
@@ -134,7 +134,7 @@ impl http_body::Body for Body {
                         metrics.key_bytes_served(spec.format(), chunk.key_bytes);
                         let is_last = stream.remaining() == 0;
                         if let Some(record) = &mut this.record {
-                            record.sent(chunk.bytes.len(), is_last);
+                            record.add_sent(chunk.bytes.len(), is_last);
                         }
                     }
                     (Some(Err(_)), Some(request)) => request.metrics().key_failed(KeyFailure::Generator),

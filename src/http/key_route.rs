@@ -99,14 +99,14 @@ pub(crate) fn respond(
     let mut response = Response::new(body?);
     *response.headers_mut() = key_headers(&spec);
     if let Some(authorized) = authorized {
-        if let Some(status) = &authorized.standing {
+        if let Some(status) = &authorized.rate_limit {
             response.headers_mut().extend(rate_limit_headers(status));
         }
         if authorized.audit && !is_head {
             let record =
-                AuditRecord::start(AuditSubject::Client(*authorized), peer.clone(), spec, &state.generator)
+                AuditRecord::new(AuditSubject::Client(*authorized), peer.clone(), spec, &state.generator)
                     .map_err(|failure| state.generator_problem(failure))?;
-            let id = HeaderValue::try_from(record.id()).expect("an id has hexadecimal digits only");
+            let id = HeaderValue::try_from(record.request_id()).expect("an id has hexadecimal digits only");
             response.headers_mut().insert(REQUEST_ID, id);
             response.body_mut().attach_audit_record(record);
         }
@@ -161,7 +161,7 @@ fn stream_permit(
         state.metrics.key_failed(KeyFailure::Draining);
         return Err(Problem::draining());
     }
-    state.authorizer.stream(authorized, peer, headers).ok_or_else(|| {
+    state.authorizer.acquire_stream_permit(authorized, peer, headers).ok_or_else(|| {
         state.metrics.key_failed(KeyFailure::Bulk);
         Problem::unavailable("Too many large responses are being sent", STREAM_RETRY_AFTER)
     })

@@ -11,7 +11,7 @@ const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy"
 pub(crate) fn rate_limit_headers(status: &RateLimitStatus) -> [(HeaderName, HeaderValue); 2] {
     let (mut policy, mut limit) = (String::new(), String::new());
     status.rates.append_policy(&mut policy);
-    status.append_field(&mut limit);
+    status.append_status(&mut limit);
     let value =
         |text: String| HeaderValue::try_from(text).expect("it has names, numbers and punctuation only");
     [(RATE_LIMIT_POLICY, value(policy)), (RATE_LIMIT, value(limit))]
@@ -26,7 +26,7 @@ pub(crate) fn rate_limit_header_lines(status: &RateLimitStatus) -> String {
     lines += "\r\n";
     lines += RATE_LIMIT.as_str();
     lines += ": ";
-    status.append_field(&mut lines);
+    status.append_status(&mut lines);
     lines += "\r\n";
     lines
 }

@@ -144,7 +144,7 @@ impl FastPath for ConnectionService {
             if state.authorizer.check_rate_limit(authorized, &self.peer, length.bytes()).is_err() {
                 return FastOutcome::NotHandled;
             }
-            if let Some(status) = &authorized.standing {
+            if let Some(status) = &authorized.rate_limit {
                 headers = rate_limit_header_lines(status);
             }
         }

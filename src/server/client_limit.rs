@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Semaphore;
 
-use crate::access::forwarded::Proxies;
+use crate::access::forwarded::TrustedProxies;
 use crate::access::peer::{Client, Origin};
 
 /// How many connections over its limit a client may have, each of which gets a 503; more are closed without a response.
@@ -22,7 +22,7 @@ pub struct ClientConnectionLimit {
     clients: Mutex<HashMap<Client, Connections>>,
     limit: u32,
     /// They connect for many clients, and have no limit.
-    proxies: Proxies,
+    proxies: TrustedProxies,
 }
 
 /// The connections of one client.
@@ -42,7 +42,7 @@ impl Connections {
 
 impl ClientConnectionLimit {
     /// At most `limit` connections for each client that is not one of `proxies`.
-    pub fn new(limit: u32, proxies: Proxies) -> Self {
+    pub fn new(limit: u32, proxies: TrustedProxies) -> Self {
         // With room for many clients from the start, so that it does not grow on the heap of a worker (`memory.rs`).
         Self { clients: Mutex::new(HashMap::with_capacity(1024)), limit, proxies }
     }
@@ -53,7 +53,7 @@ impl ClientConnectionLimit {
         let (Some(client_limit), Origin::Ip(ip)) = (client_limit, origin) else {
             return Some(ClientPermit(None));
         };
-        if client_limit.proxies.trust(origin) {
+        if client_limit.proxies.contains(origin) {
             return Some(ClientPermit(None));
         }
         let client = Client::from(ip);
@@ -119,7 +119,8 @@ mod tests {
 
     #[test]
     fn a_client_gets_its_limit_and_a_few_over_limit_connections() {
-        let proxies = Proxies { trusted: vec!["10.0.0.0/8".parse().unwrap()], ..Proxies::default() };
+        let proxies =
+            TrustedProxies { sources: vec!["10.0.0.0/8".parse().unwrap()], ..TrustedProxies::default() };
         let client_limit = Arc::new(ClientConnectionLimit::new(2, proxies));
         let acquire =
             |ip: &str| ClientConnectionLimit::acquire(Some(&client_limit), Origin::Ip(ip.parse().unwrap()));

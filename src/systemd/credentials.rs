@@ -9,7 +9,7 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tracing::{debug, warn};
 
 use crate::access::audit::{AuditRecord, AuditSubject};
-use crate::access::credential_request::{CredentialRequest, is_credential, is_unit};
+use crate::access::credential_request::{CredentialRequest, is_credential_name, is_unit_name};
 use crate::http::state::AppState;
 use crate::keys::format::{Format, Kind};
 use crate::keys::key::KeyLength;
@@ -33,8 +33,8 @@ const SYSTEMD_MAX: usize = 1 << 20;
 /// Whether a text can stand before a rule: `CREDENTIAL` or `UNIT:CREDENTIAL`.
 pub fn is_selector(text: &str) -> bool {
     match text.rsplit_once(':') {
-        Some((unit, credential)) => is_unit(unit) && is_credential(credential),
-        None => is_credential(text),
+        Some((unit, credential)) => is_unit_name(unit) && is_credential_name(credential),
+        None => is_credential_name(text),
     }
 }
 
@@ -107,9 +107,8 @@ impl CredentialServer {
         let generated = self.api.generate(&shape).and_then(|bytes| {
             let audits = self.api.authorizer.audits();
             let recorded = || AuditSubject::Unit(recipient.clone());
-            let record = audits
-                .then(|| AuditRecord::start(recorded(), peer, shape, &self.api.generator))
-                .transpose()?;
+            let record =
+                audits.then(|| AuditRecord::new(recorded(), peer, shape, &self.api.generator)).transpose()?;
             Ok((bytes, record))
         });
         let (bytes, mut record) = match generated {
@@ -123,7 +122,7 @@ impl CredentialServer {
         };
         let sent = |bytes: usize, is_last: bool| {
             if let Some(record) = &mut record {
-                record.sent(bytes, is_last);
+                record.add_sent(bytes, is_last);
             }
         };
         if let Err(error) = send(&mut stream, &bytes, sent).await {
