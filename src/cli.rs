@@ -4,9 +4,12 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use zeroize::Zeroizing;
 
-use crate::access::tokens_file::{ExpiryDate, TokenName};
+use crate::access::token::Token;
+use crate::access::tokens_file::{ExpiryDate, Grant, TokenName};
 use crate::config::Sources;
+use crate::keys::generator::{Generator, OsRandom};
 
 /// Hands out cryptographically secure random keys over HTTP.
 ///
@@ -119,5 +122,20 @@ impl Cli {
             file: self.config,
             flags: flags.into_iter().filter_map(|(name, value)| Some((name, value?))).collect(),
         }
+    }
+}
+
+impl TokenAction {
+    /// A new token, and on the next line the grant for the tokens file. Neither is kept.
+    ///
+    /// # Errors
+    /// A sentence, when the random generator has failed.
+    pub fn run(self) -> Result<Zeroizing<String>, String> {
+        let Self::New { name, max_size, rate_requests, rate_bytes, expires } = self;
+        let token = Generator::new(OsRandom)
+            .and_then(|generator| Token::generate(&generator))
+            .map_err(|failure| format!("no token can be generated: {failure}"))?;
+        let grant = Grant { max_size, rate_requests, rate_bytes, expires, ..Grant::new(name, token.digest) };
+        Ok(Zeroizing::new(format!("{}\n{grant}\n", *token.text)))
     }
 }

@@ -14,7 +14,7 @@ use crate::access::file_source::FileSource;
 use crate::access::forwarded::{ProxySource, TrustedProxies};
 use crate::access::peer::Peer;
 use crate::access::proxy_header::LOCAL_HEADER;
-use crate::config::LocalEndpoint;
+use crate::config::{ConfigErrors, LocalEndpoint, Sources};
 use crate::server::address::Host;
 use crate::server::tls::pem;
 use crate::server::tls::pinned_client::pinned_client;
@@ -26,6 +26,29 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The most of an answer that is read, in bytes.
 const ANSWER_MAX: u64 = 4096;
+
+/// Why there is no healthy service.
+#[derive(Debug)]
+pub enum ProbeError {
+    /// The configuration does not say where the service is.
+    Config(ConfigErrors),
+    /// The service can't be reached, or is not healthy. A sentence: what was expected, and what was found.
+    Unhealthy(String),
+}
+
+/// Checks the service at `url`, by default the one that `sources` configure, and returns its response.
+///
+/// # Errors
+/// Why it is not healthy.
+pub fn run(url: Option<&str>, sources: &Sources) -> Result<String, ProbeError> {
+    let target = match url {
+        None => Target::local(&sources.endpoint().map_err(ProbeError::Config)?),
+        // The URL alone is enough: plain HTTP needs no certificate of the configuration.
+        Some(url) if url.starts_with("http://") => Target::parse(url, None),
+        Some(url) => Target::parse(url, Some(&sources.endpoint().map_err(ProbeError::Config)?)),
+    };
+    target.and_then(|target| target.ask()).map_err(ProbeError::Unhealthy)
+}
 
 /// Whom to ask, and for what.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -346,7 +346,9 @@ const INJECTED: [(&str, &str); 22] = [
 fn what_kubernetes_and_docker_inject_is_ignored_and_logged() {
     assert_eq!(check(None, &INJECTED, &[]), (Some(0), DEFAULTS.into(), String::new()));
     let daemon = Daemon::start(&[&INJECTED[..], &[("LOG_LEVEL", "debug"), ("MAX_SIZE", "32")]].concat());
-    daemon.wait_for_log("ignored the variables of a Service or a link of this name");
+    daemon.wait_for_log(
+        "ignored environment variables that Kubernetes or Docker set for a service of this name",
+    );
     let log = daemon.log();
     assert!(log.contains("count=22") && log.contains("KEYSERVICE_1_PORT_1123_TCP_ADDR"), "{log}");
     assert_eq!(daemon.get("/key/33").status, 413);

@@ -202,7 +202,7 @@ fn a_reload_is_announced_in_one_datagram_and_takes_what_may_change() {
     assert!(now.expect("in the same datagram").parse::<u64>().unwrap() > 0);
     daemon.manager.wait_for("READY=1");
     assert_eq!(daemon.get("/key/11").status, 200);
-    daemon.wait_for_log("the configuration is reloaded");
+    daemon.wait_for_log("configuration reloaded");
     for setting in ["workers", "head-timeout"] {
         daemon.wait_for_log(&format!("setting={setting}"));
     }
@@ -230,7 +230,7 @@ fn a_reload_with_mistakes_changes_nothing_and_says_so() {
         "{status}"
     );
     assert_eq!(daemon.get("/key/11").status, 413, "nothing of it was taken");
-    daemon.wait_for_log("the configuration stays as it was");
+    daemon.wait_for_log("keeping the previous configuration");
     daemon.wait_for_log("log-level: expected one of");
     daemon.wait_for_log("maxsize: not a setting");
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
@@ -282,7 +282,7 @@ fn a_reload_that_removes_protection_warns_and_names_it() {
     daemon.folder.write("config.toml", "max-size = 10\n");
     reload(&daemon);
     assert_eq!(daemon.get("/key/10").status, 200);
-    daemon.wait_for_log("the configuration is reloaded");
+    daemon.wait_for_log("configuration reloaded");
     let log = daemon.log();
     let warnings: Vec<_> = log.lines().filter(|line| line.contains("WARN")).collect();
     let [warning] = warnings[..] else { panic!("one warning: {log}") };
@@ -291,7 +291,7 @@ fn a_reload_that_removes_protection_warns_and_names_it() {
     // What was removed is not removed again.
     reload(&daemon);
     until("the second reload", || {
-        (daemon.log().matches("the configuration is reloaded").count() == 2).then_some(())
+        (daemon.log().matches("configuration reloaded").count() == 2).then_some(())
     });
     assert_eq!(daemon.log().matches("protection removed").count(), 1);
 }
@@ -318,7 +318,7 @@ fn a_changed_file_is_reloaded_without_a_signal() {
     until("the larger key", || (daemon.get("/key/11").status == 200).then_some(()));
     let message = daemon.manager.message();
     assert_eq!(message, [format!("STATUS={}", daemon.status)], "nobody asked for a reload");
-    daemon.wait_for_log("the configuration is reloaded");
+    daemon.wait_for_log("configuration reloaded");
     assert_eq!(daemon.log().matches("setting=workers").count(), 1, "{}", daemon.log());
 }
 
@@ -415,7 +415,7 @@ fn a_stopped_process_blames_no_worker_and_is_alive_again() {
             daemon.manager.wait_for("WATCHDOG=1");
         }
     }
-    assert!(!daemon.log().contains("sign of life"), "{}", daemon.log());
+    assert!(!daemon.log().contains("missed a heartbeat"), "{}", daemon.log());
 }
 
 #[test]

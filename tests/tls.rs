@@ -473,11 +473,11 @@ fn a_bad_renewal_keeps_the_certificate_and_says_so_until_it_is_mended() {
     let second = authority.server();
     daemon.folder.write("cert.pem", &second.certificate);
     daemon.wait_for_metric("tls_last_reload_successful", 0.0);
-    daemon.wait_for_log("the certificate has changed and is refused; the one before stays");
+    daemon.wait_for_log("TLS reload failed, keeping the previous certificate");
     daemon.wait_for_log("expected the key of the first certificate in");
     wait_for_renewal(&daemon, &authority, &first);
     daemon.signal("HUP");
-    daemon.wait_for_log("the configuration stays as it was");
+    daemon.wait_for_log("keeping the previous configuration");
     wait_for_renewal(&daemon, &authority, &first);
     second.write(&daemon.folder);
     wait_for_renewal(&daemon, &authority, &second);
@@ -501,7 +501,7 @@ fn a_reload_takes_other_files_and_another_client_ca() {
     assert_eq!(before.send(request("/key/32")).response().status, 200);
     daemon.folder.write("config.toml", &with_ca);
     daemon.signal("HUP");
-    daemon.wait_for_log("the configuration is reloaded");
+    daemon.wait_for_log("configuration reloaded");
     assert!(refusal(&daemon, &modern(&authority)).contains("CertificateRequired"));
     assert_eq!(before.send(request("/key/32")).response().status, 200, "an open connection goes on");
     daemon.folder.write("config.toml", "");
@@ -511,14 +511,12 @@ fn a_reload_takes_other_files_and_another_client_ca() {
         refusal(&daemon, &modern(&authority)).contains("CertificateRequired"),
         "TLS never ends by a reload"
     );
-    daemon.wait_for_log("TLS is no longer configured: it stays in force, and the next restart removes it");
+    daemon.wait_for_log("TLS is no longer configured: it stays on until the next restart");
     assert!(!daemon.log().contains("protection removed"), "{}", daemon.log());
     daemon.folder.write("config.toml", &paths);
     daemon.signal("HUP");
     daemon.wait_for_log("protection removed by this reload settings=tls-client-ca");
-    until("the third reload", || {
-        (daemon.log().matches("the configuration is reloaded").count() == 3).then_some(())
-    });
+    until("the third reload", || (daemon.log().matches("configuration reloaded").count() == 3).then_some(()));
     let served = || connect(daemon.keys(), &modern(&authority)).send(request("/key/32")).response().status;
     assert_eq!(served(), 200);
 }
@@ -567,7 +565,7 @@ fn a_certificate_with_less_than_seven_days_left_is_a_warning() {
     daemon.wait_for_log(SOON);
     let renewed = authority.issue(|params| params.not_after = date_time_ymd(2100, 2, 28));
     renewed.write(&daemon.folder);
-    daemon.wait_for_log("INFO the certificate is read again not_after=2100-02-28T00:00:00Z");
+    daemon.wait_for_log("INFO TLS certificate reloaded not_after=2100-02-28T00:00:00Z");
     assert_eq!(warnings(&daemon), 1, "{}", daemon.log());
     // The first of the chain to expire counts: a CA's here, behind a certificate that is valid for longer.
     let chain = Identity {
@@ -598,8 +596,8 @@ fn a_certificate_that_is_taken_without_its_client_ca_is_reported() {
     assert!(!daemon.log().contains(SOON));
     daemon.folder.write("clients.pem", "no certificate\n");
     expiring(&authority, DAY).write(&daemon.folder);
-    daemon.wait_for_log("the client CA has changed and is refused; the one before stays");
-    daemon.wait_for_log("the certificate has changed and is in use not_after=");
+    daemon.wait_for_log("TLS reload failed, keeping the previous client CA");
+    daemon.wait_for_log("changed TLS certificate loaded not_after=");
     daemon.wait_for_log(SOON);
 }
 
@@ -895,7 +893,7 @@ fn a_renewal_is_taken_up_while_the_configuration_is_refused() {
     let daemon = daemon(&authority, &[]);
     daemon.folder.write("config.toml", "max-sise = 1\n");
     daemon.signal("HUP");
-    daemon.wait_for_log("the configuration stays as it was");
+    daemon.wait_for_log("keeping the previous configuration");
     let renewed = authority.server();
     renewed.write(&daemon.folder);
     wait_for_renewal(&daemon, &authority, &renewed);

@@ -225,7 +225,7 @@ fn a_token_is_revoked_while_the_configuration_is_refused() {
     let daemon = start(&old_line, &[]);
     daemon.folder.write("config.toml", "max-sise = 1\n");
     daemon.signal("HUP");
-    daemon.wait_for_log("the configuration stays as it was");
+    daemon.wait_for_log("keeping the previous configuration");
     let mut client = common::Client::connect(daemon.keys());
     write(&daemon.folder.file("tokens"), &new_line);
     wait_for_status(&mut client, &old, 401);

@@ -1,23 +1,32 @@
-//! Each signal as a future, with a word on who sends it.
+//! The signals that the daemon handles, each with a word on its sender.
 
 use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// The signals that the daemon answers to. They are caught from the moment this is made.
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SignalAction {
+    /// Drain and stop; with the name of the signal, for the log.
+    Stop(&'static str),
+    /// Reload the configuration.
+    Reload,
+}
+
+/// The handled signals. They are caught from when this is made.
 #[derive(Debug)]
-pub struct Signals {
+pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
 }
 
 impl Signals {
-    /// Catches the signals.
+    /// Catches the signals. The calling thread must have entered a runtime.
     ///
     /// # Errors
     /// When a handler can't be installed.
-    pub fn catch() -> io::Result<Self> {
+    pub(super) fn catch() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
@@ -25,8 +34,8 @@ impl Signals {
         })
     }
 
-    /// The next one.
-    pub async fn next(&mut self) -> SignalAction {
+    /// Waits for the next signal.
+    pub(super) async fn next(&mut self) -> SignalAction {
         tokio::select! {
             // systemd's stop, the kubelet, `docker stop`.
             _ = self.terminate.recv() => SignalAction::Stop("SIGTERM"),
@@ -37,21 +46,12 @@ impl Signals {
         }
     }
 
-    /// The next signal that asks to stop, by its name.
-    pub async fn stop(&mut self) -> &'static str {
+    /// Waits for the next signal that asks to stop, and returns its name.
+    pub(super) async fn next_stop(&mut self) -> &'static str {
         loop {
             if let SignalAction::Stop(signal) = self.next().await {
                 return signal;
             }
         }
     }
-}
-
-/// What a signal asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SignalAction {
-    /// Drain and end; the name of the signal is for the log.
-    Stop(&'static str),
-    /// Read the configuration again.
-    Reload,
 }

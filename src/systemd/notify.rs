@@ -1,18 +1,20 @@
-//! What the service manager is told: readiness, reload, stopping, and that the service makes progress.
+//! Messages to the service manager: readiness, reload, stopping, and the watchdog's ping (sd_notify(3)).
 
+use std::convert::Infallible;
 use std::ffi::OsStr;
 use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::mpsc::{self, Receiver, SyncSender};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::time::MissedTickBehavior;
 use tracing::{error, warn};
 
+use crate::keys::generator::Generator;
 use crate::telemetry::log::truncate;
 
 /// How many messages may wait to be sent.
@@ -21,20 +23,35 @@ const QUEUE: usize = 64;
 /// The most bytes of a status: systemd ignores a message of more than 4,096 (PIPE_BUF).
 const STATUS_MAX: usize = 2048;
 
-/// How long a stop waits for the last message to be taken.
-const FLUSH: Duration = Duration::from_secs(1);
+/// How long a shutdown waits until the last message is sent.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The watchdog's limit where no service manager has set one: WatchdogSec= of the shipped unit.
+/// The watchdog's limit if the service manager has set none: WatchdogSec= of the shipped unit.
 const WATCHDOG_DEFAULT: Duration = Duration::from_secs(10);
 
-/// How many times the watchdog looks again for signs of life, in a tenth of its limit, before it reports that there are none.
-const STEPS: u32 = 10;
+/// How often the watchdog looks again for heartbeats, within a tenth of its limit, before it reports that one is missing.
+const CHECKS: u32 = 10;
 
-/// Tells the service manager, in order and from a thread of its own: a send to a full notify socket blocks.
+/// Proof of what READY=1 promises: the generator passed its self-tests, and workers serve.
+#[derive(Debug, Clone, Copy)]
+pub struct Readiness(());
+
+impl Readiness {
+    /// A [`Generator`] exists only once it passed its self-tests, and a [`JoinHandle`] only once its thread was started.
+    ///
+    /// # Panics
+    /// Without a worker.
+    pub fn new(_self_tested: &Generator, workers: &[JoinHandle<()>]) -> Self {
+        assert!(!workers.is_empty(), "READY=1 needs a worker that serves");
+        Self(())
+    }
+}
+
+/// Sends messages to the service manager, in order and from a thread of its own: a send to a full notify socket blocks.
 #[derive(Debug)]
 pub struct Notifier {
     queue: Option<SyncSender<Message>>,
-    sent: Receiver<()>,
+    flushed: Receiver<()>,
 }
 
 #[derive(Debug)]
@@ -43,47 +60,47 @@ enum Message {
     Reloading,
     Status(String),
     Stopping(String),
-    Alive,
+    Watchdog,
 }
 
 impl Notifier {
-    /// Starts the thread. Without `NOTIFY_SOCKET` messages go nowhere, as sd_notify(3) has it.
+    /// Starts the thread. Without `NOTIFY_SOCKET`, messages are dropped (sd_notify(3)).
     ///
     /// # Errors
-    /// When there may be no more threads.
+    /// When the thread can't be started.
     pub fn start() -> io::Result<Self> {
         let (queue, messages) = mpsc::sync_channel(QUEUE);
-        let (done, sent) = mpsc::sync_channel(1);
+        let (done, flushed) = mpsc::sync_channel(1);
         thread::Builder::new().name("notify".into()).spawn(move || {
             send_all(&messages);
-            let _ = done.send(()); // nobody waits where the process has ended first
+            let _ = done.send(()); // nobody waits if the process ends first
         })?;
-        Ok(Self { queue: Some(queue), sent })
+        Ok(Self { queue: Some(queue), flushed })
     }
 
-    /// The service serves; `status` says where.
-    pub fn ready(&self, status: &str) {
+    /// Reports that the service is ready, or that a reload has ended. `status` is what `systemctl status` shows.
+    pub fn ready(&self, _proof: Readiness, status: &str) {
         self.queue(Message::Ready(one_line(status)));
     }
 
-    /// The configuration is being read again; [`Notifier::ready`] ends that.
+    /// Reports that the configuration is being reloaded, until [`Notifier::ready`].
     pub fn reloading(&self) {
         self.queue(Message::Reloading);
     }
 
-    /// What `systemctl status` shows from now on, outside of a reload that was asked for.
+    /// Changes what `systemctl status` shows, outside of a reload that the service manager waits for.
     pub fn status(&self, status: &str) {
         self.queue(Message::Status(one_line(status)));
     }
 
-    /// The service is on its way to the end.
+    /// Reports that the service is stopping.
     pub fn stopping(&self, status: &str) {
         self.queue(Message::Stopping(status.to_owned()));
     }
 
     fn queue(&self, message: Message) {
         if let Some(queue) = &self.queue {
-            let _ = queue.try_send(message); // full only where the manager has not read for minutes
+            let _ = queue.try_send(message); // full only if the manager has not read for minutes
         }
     }
 }
@@ -91,7 +108,7 @@ impl Notifier {
 impl Drop for Notifier {
     fn drop(&mut self) {
         drop(self.queue.take());
-        let _ = self.sent.recv_timeout(FLUSH); // a manager that does not read must not hold the exit
+        let _ = self.flushed.recv_timeout(FLUSH_TIMEOUT); // a manager that does not read must not hold the exit
     }
 }
 
@@ -105,16 +122,16 @@ fn send_all(messages: &Receiver<Message>) {
             }
             Message::Status(status) => notify(&[NotifyState::Status(status)]),
             Message::Stopping(status) => notify(&[NotifyState::Stopping, NotifyState::Status(status)]),
-            Message::Alive => notify(&[NotifyState::Watchdog]),
+            Message::Watchdog => notify(&[NotifyState::Watchdog]),
         };
         if let Err(error) = sent {
-            warn!(%error, "the service manager can't be told");
+            warn!(%error, "sd_notify failed");
         }
     }
 }
 
-/// Sends one message to `$NOTIFY_SOCKET`, which may name an abstract socket (sd_notify(3)): sd-notify 0.5 takes its `@` for
-/// the first character of a path.
+/// Sends one message to `$NOTIFY_SOCKET`, which may name an abstract socket (sd_notify(3)): sd-notify 0.5 mistakes its `@`
+/// for the first character of a path.
 fn notify(state: &[NotifyState<'_>]) -> io::Result<()> {
     let name = std::env::var_os("NOTIFY_SOCKET");
     let Some(name) = name.as_deref().map(OsStr::as_bytes).and_then(|name| name.strip_prefix(b"@")) else {
@@ -127,10 +144,10 @@ fn notify(state: &[NotifyState<'_>]) -> io::Result<()> {
     if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
-/// Puts why there is no start where `systemctl status` shows it, whether or not the log has got there yet. It is sent
-/// from here, as the process is about to end; a manager that does not read meets `TimeoutStartSec=`.
-pub fn refused(reason: &str) {
-    let _ = notify(&[NotifyState::Status(&one_line(reason))]); // it is on stderr too
+/// Shows in `systemctl status` why the service does not start, whether or not the log has got there yet. It is sent by the
+/// calling thread, since the process is about to end: `TimeoutStartSec=` ends it if the manager does not read.
+pub fn startup_failed(reason: &str) {
+    let _ = notify(&[NotifyState::Status(&one_line(reason))]); // stderr has it too
 }
 
 /// A line break would end the message's field.
@@ -140,40 +157,41 @@ fn one_line(status: &str) -> String {
     line
 }
 
-/// Pings the watchdog for as long as `progress` says that everything moved since the last time. Never returns.
-/// Without a watchdog it asks `progress` as if there were one: /livez has the answer for other supervisors.
+/// Pings the watchdog for as long as `check_progress`, called once a tick, is `Ok`. If the service manager has set no
+/// watchdog, the checks run as if it had: /livez reports their result to other supervisors.
 ///
 /// A tick may be the first thing that happens after the whole process was stopped (SIGSTOP, a debugger, a suspended
-/// machine). So what is not `settled` then gets a little time, of which such a stop, however long, takes one step.
+/// machine). If `is_settled` is false then, the tick waits a little, a step at a time: a stop of any length takes only one
+/// step.
 pub async fn watchdog(
     notifier: &Notifier,
-    settled: impl Fn() -> bool,
-    mut progress: impl FnMut() -> Result<(), &'static str>,
-) {
+    is_settled: impl Fn() -> bool,
+    mut check_progress: impl FnMut() -> Result<(), &'static str>,
+) -> Infallible {
     let enabled = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
     let limit = enabled.unwrap_or(WATCHDOG_DEFAULT);
     // sd_watchdog_enabled(3) advises half of the limit; a third leaves room for one late tick.
     let mut tick = tokio::time::interval(limit / 3);
-    // Ticks that were missed would judge again before there was time for an answer.
+    // Ticks that were missed would check again before a heartbeat could come.
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut silent = false;
+    let mut is_stalled = false;
     loop {
         tick.tick().await;
-        for _ in 0..STEPS {
-            if settled() {
+        for _ in 0..CHECKS {
+            if is_settled() {
                 break;
             }
-            tokio::time::sleep(limit / 10 / STEPS).await;
+            tokio::time::sleep(limit / 10 / CHECKS).await;
         }
-        match progress() {
+        match check_progress() {
             Ok(()) => {
-                silent = false;
+                is_stalled = false;
                 if enabled.is_some() {
-                    notifier.queue(Message::Alive);
+                    notifier.queue(Message::Watchdog);
                 }
             }
             Err(reason) => {
-                if !std::mem::replace(&mut silent, true) {
+                if !std::mem::replace(&mut is_stalled, true) {
                     error!(reason, "no progress: the watchdog gets no ping, and /livez fails");
                 }
             }
@@ -181,8 +199,8 @@ pub async fn watchdog(
     }
 }
 
-/// Whether the service manager itself started this process, as the unit says it (systemd.exec(5), `$SYSTEMD_EXEC_PID`);
-/// a shell below a unit passes the variable on, with another process id in it.
-pub fn is_invoker() -> bool {
+/// Whether the service manager itself started this process for the unit (systemd.exec(5), `$SYSTEMD_EXEC_PID`). A shell
+/// below a unit passes the variable on, with another process id in it.
+pub fn is_started_by_manager() -> bool {
     std::env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid == std::process::id().to_string())
 }

@@ -166,10 +166,10 @@ def test_a_broken_getrandom_prevents_the_start(name):
     supervisor = Getrandom(source())
     with Daemon(ready=False, **supervisor.hooks()) as daemon:
         expect(daemon.process.wait(TIMEOUT), 1, "exit status")
-        assert f"no keys can be made: {reason}" in daemon.logged(), daemon.logged()
+        assert f"no keys can be generated: {reason}" in daemon.logged(), daemon.logged()
         daemon.notifications.setblocking(False)
         message = daemon.notifications.recv(4096).decode()
-        assert f"STATUS=no keys can be made: {reason}" in message and "READY" not in message, message
+        assert f"STATUS=no keys can be generated: {reason}" in message and "READY" not in message, message
         with contextlib.suppress(BlockingIOError):
             raise AssertionError(f"a second notification: {daemon.notifications.recv(4096)}")
 
@@ -495,8 +495,8 @@ def test_each_available_address_family_is_served(prepare, denied, has_ipv6, figu
     figures(status.split(";")[0].removeprefix("Keys on ").rsplit(":", 1)[0])
 
 
-NO_KEYS = "no keys are served over HTTP: key-service.socket passed no socket, and the sandbox lets none be made"
-NO_METRICS = "no metrics are served: key-service-metrics.socket passed no socket, and the sandbox lets none be made"
+NO_KEYS = "no keys are served over HTTP: key-service.socket passed no socket, and the sandbox forbids binding one"
+NO_METRICS = "no metrics are served: key-service-metrics.socket passed no socket, and the sandbox forbids binding one"
 # systemd sets this variable in the main process of a unit.
 BY_SYSTEMD = ["sh", "-c", 'export SYSTEMD_EXEC_PID=$$ && exec "$@"', "sh"]
 
@@ -593,19 +593,19 @@ def test_no_socket_at_all_prevents_the_start(code, by_systemd):
         expect(daemon.process.wait(TIMEOUT), 1, "exit status")
         bare = f"can't listen on 127.0.0.1:0 ({'srv-port' if code == errno.EPERM else 'host'}): {os.strerror(code)}"
         named = (
-            "no socket was passed by key-service.socket: run `systemctl start key-service.socket`, or where it is active look "
-            f"at `systemctl status key-service.socket` ({bare}"
+            "key-service.socket passed no socket: run `systemctl start key-service.socket`, or if it is active, see "
+            f"`systemctl status key-service.socket` ({bare}"
         )
         message = daemon.notifications.recv(4096).decode()
         for text in (daemon.logged(), message):
-            assert (named if by_systemd else bare) in text and ("socket was passed" in text) == by_systemd, text
+            assert (named if by_systemd else bare) in text and ("passed no socket" in text) == by_systemd, text
 
 
 def test_a_port_in_use_is_not_a_missing_socket():
     """where its port is in use, the daemon reports exactly that, and nothing about sockets that were not passed"""
     with tcp_socket() as taken, Daemon({"srv-port": taken.getsockname()[1]}, wrapper=BY_SYSTEMD, ready=False) as daemon:
         expect(daemon.process.wait(TIMEOUT), 1, "exit status")
-        assert "(srv-port): Address already in use" in daemon.logged() and "socket was passed" not in daemon.logged(), daemon.logged()
+        assert "(srv-port): Address already in use" in daemon.logged() and "passed no socket" not in daemon.logged(), daemon.logged()
 
 
 def test_exit_idle_ends_only_socket_activated_services(tmp_path):
@@ -1433,9 +1433,9 @@ def test_blocked_workers_stop_the_watchdog_pings(figures):
         rounds = []
         for blocked in (tasks[:1], tasks):
             daemon.heard("WATCHDOG=1")
-            before = daemon.logged().count("a worker gave no sign of life")
+            before = daemon.logged().count("a worker missed a heartbeat")
             with stopped(blocked):
-                until("the log line", lambda before=before: daemon.logged().count("a worker gave no sign of life") > before)
+                until("the log line", lambda before=before: daemon.logged().count("a worker missed a heartbeat") > before)
                 rounds.append(daemon.pings(10 * limit / 3))
                 expect(daemon.get("/livez", daemon.metrics)[0], 503, "/livez on the metrics port")
                 expect(daemon.metric("workers_healthy"), 0, "workers_healthy")

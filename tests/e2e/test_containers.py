@@ -219,7 +219,7 @@ def test_journal_has_fields_and_audit_records(machine):
     expect(entries[-1].get("ADDRESS"), "127.0.0.1", "the client's address")
     machine.configure("")
     machine.run("journalctl --sync")
-    entry = [entry for entry in machine.journal() if str(entry.get("MESSAGE", "")).startswith("Keys on ")][-1]
+    entry = [entry for entry in machine.journal() if str(entry.get("MESSAGE", "")).startswith("ready: Keys on ")][-1]
     expect((entry["PRIORITY"], entry["SYSLOG_IDENTIFIER"], entry["_UID"]), ("5", "key-service", "65532"), "priority, identifier and user")
     assert re.fullmatch(r"\d+\.\d+\.\d+", entry.get("VERSION", "")), entry
     assert machine.run("journalctl -u key-service REASON=SIGTERM -o cat").stdout.strip(), "no entry with REASON=SIGTERM"

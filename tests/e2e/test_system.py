@@ -86,7 +86,7 @@ def test_journal_entries_have_fields_and_no_key(machine):
     machine.get("/key/32")
     machine.run("journalctl --sync")
     entries = machine.journal()
-    starts = [entry for entry in entries if str(entry.get("MESSAGE", "")).startswith("Keys on ")]
+    starts = [entry for entry in entries if str(entry.get("MESSAGE", "")).startswith("ready: Keys on ")]
     assert starts, entries
     entry = starts[-1]
     expect((entry.get("PRIORITY"), entry.get("SYSLOG_IDENTIFIER")), ("5", "key-service"), "priority and identifier")
