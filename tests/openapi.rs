@@ -216,7 +216,7 @@ fn generators_of_clients_find_types_and_the_default_format_first() {
     ];
     for order in orders {
         let found = responses.iter().any(|content| {
-            let content = &content[..content.find("\"description\":\"Drawn").unwrap_or_default()];
+            let content = &content[..content.find("\"description\":\"Generated").unwrap_or_default()];
             let places: Option<Vec<_>> =
                 order.iter().map(|name| content.find(&format!("\"{name}\":"))).collect();
             places.is_some_and(|places| places[0] == 0 && places.is_sorted())

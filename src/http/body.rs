@@ -1,5 +1,5 @@
-//! The body of a response: one buffer, a stream of chunks, or what axum's router made. Dropping the body ends its response:
-//! key bytes are wiped, and the time that the request took is recorded.
+//! The body of a response: one buffer, a stream of chunks, or what axum's router made. Dropping the body ends its
+//! response: key bytes are wiped, and the time that the request took is recorded.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -50,7 +50,8 @@ impl Body {
         Content::Empty.into()
     }
 
-    /// Bytes that are sent as they are. Those of [`KeySpec::generate`](crate::keys::key_spec::KeySpec::generate) wipe themselves.
+    /// Bytes that are sent as they are. Those of [`KeySpec::generate`](crate::keys::key_spec::KeySpec::generate) wipe
+    /// themselves.
     pub(crate) fn full(bytes: Bytes) -> Self {
         Content::Full(bytes).into()
     }

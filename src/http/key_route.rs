@@ -33,7 +33,8 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The bits of entropy of each password in a response.
 const ENTROPY_BITS: HeaderName = HeaderName::from_static("entropy-bits");
 
-/// Stops nginx from spooling a streamed response to a file on its disk, which it does at once when a client reads slowly.
+/// Stops nginx from spooling a streamed response to a file on its disk, which it does at once when a client reads
+/// slowly.
 const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// A path of these routes.
@@ -53,7 +54,8 @@ impl KeyPath<'_> {
     }
 }
 
-/// Parses the path of a key or a password; `None` is another route. The alphabet is the default one until the query is parsed.
+/// Parses the path of a key or a password; `None` is another route. The alphabet is the default one until the query is
+/// parsed.
 pub(crate) fn parse_path(path: &str) -> Option<KeyPath<'_>> {
     let (kind, length) = match path.strip_prefix(KEY_PREFIX) {
         Some(length) => (Kind::Key, length),

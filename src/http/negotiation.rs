@@ -2,8 +2,8 @@
 
 use axum::http::header::HeaderValue;
 
-/// The one of `offers` with the largest weight in the `Accept` headers, the first of equals. Without such a header it is the
-/// first offer; `None` means that the headers match no offer.
+/// The one of `offers` with the largest weight in the `Accept` headers, the first of equals. Without such a header it
+/// is the first offer; `None` means that the headers match no offer.
 pub(crate) fn negotiate<'a, T: Copy>(
     offers: &[T],
     media_type: impl Fn(T) -> &'static str,

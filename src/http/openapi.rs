@@ -1,4 +1,4 @@
-//! The client routes as OpenAPI 3.1, for tools: written from the limits and names that the routes themselves go by.
+//! The OpenAPI 3.1 document of the client routes, built from the limits and names that the routes themselves use.
 
 use serde_json::{Map, Value, json};
 
@@ -10,47 +10,47 @@ use crate::telemetry::endpoint::{
     HEALTH_PATH, KEY_PATH, LIVEZ_PATH, OPENAPI_PATH, PAGE_PATH, PASSWORD_PATH, READYZ_PATH,
 };
 
-/// What the document depends on and the code does not fix.
+/// The part of the document that depends on the configuration.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DocumentOptions {
-    /// The largest key, in bytes, now.
+    /// The largest key, in bytes.
     pub(crate) max_size: u64,
-    /// Whether a key takes a token now.
+    /// Whether clients need a token for keys.
     pub(crate) needs_token: bool,
-    /// Whether there is a page for people.
+    /// Whether the web page is served.
     pub(crate) has_page: bool,
 }
 
 /// The document, as JSON.
-pub(crate) fn document(terms: DocumentOptions) -> String {
-    let DocumentOptions { max_size, needs_token, has_page } = terms;
-    let key = generated(Kind::Key, max_size, needs_token);
-    let password = generated(Kind::Password(Alphabet::default()), max_size, needs_token);
+pub(crate) fn document(options: DocumentOptions) -> String {
+    let DocumentOptions { max_size, needs_token, has_page } = options;
+    let key = key_path(Kind::Key, max_size, needs_token);
+    let password = key_path(Kind::Password(Alphabet::default()), max_size, needs_token);
     let mut document = json!({
         "openapi": "3.1.0",
         "info": {
             "title": "key-service",
             "version": env!("CARGO_PKG_VERSION"),
             "summary": "Cryptographically secure random keys",
-            "description": "Keys are drawn when they are asked for and kept nowhere. A HEAD request answers with the head of \
-                GET and draws none. Every error is a problem document (RFC 9457), and nothing may be cached.",
+            "description": "Keys are generated on request and never stored. A HEAD request gets the headers of GET, and no key is \
+                generated. Every error is a problem document (RFC 9457), and nothing may be cached.",
             "license": { "name": "MIT OR Apache-2.0", "identifier": "MIT OR Apache-2.0" },
         },
         "servers": [{ "url": "/" }],
-        "security": [], // an operation that needs a token says so
+        "security": [], // an operation that needs a token says so itself
         "tags": [
-            { "name": "keys", "description": "What is drawn" },
-            { "name": "state", "description": "How the service is" },
+            { "name": "keys", "description": "Random keys and passwords" },
+            { "name": "state", "description": "Health and description of the service" },
         ],
         "paths": {
             KEY_PATH: key,
             PASSWORD_PATH: password,
-            HEALTH_PATH: state("health", "Whether the generator makes a block now"),
-            LIVEZ_PATH: state("livez", "Whether every worker makes progress"),
-            READYZ_PATH: state("readyz", "Whether a key that is asked for now will be served"),
-            OPENAPI_PATH: both("description", &json!({
+            HEALTH_PATH: health_path("health", "Whether the generator works: it generates a block for each request"),
+            LIVEZ_PATH: health_path("livez", "Whether every worker makes progress"),
+            READYZ_PATH: health_path("readyz", "Whether a key that is requested now will be served"),
+            OPENAPI_PATH: get_and_head("description", &json!({
                 "tags": ["state"],
-                "summary": "This document, with the limits of now",
+                "summary": "This document, with the limits in force",
                 "responses": responses(json!({
                     "200": {
                         "description": "The document",
@@ -63,82 +63,80 @@ pub(crate) fn document(terms: DocumentOptions) -> String {
     });
     if has_page {
         let text = json!({ "schema": { "type": "string" } });
-        document["paths"][PAGE_PATH] = both(
+        document["paths"][PAGE_PATH] = get_and_head(
             "index",
             &json!({
                 "tags": ["state"],
-                "summary": "A page for people with a browser, and a short index for those with a shell",
+                "summary": "A web page for browsers, and a plain-text index for command-line clients",
                 "responses": responses(json!({
                     "200": {
-                        "description": "As the Accept field prefers",
+                        "description": "By the Accept header",
                         "content": { "text/plain": text, "text/html": text },
                     },
                 }), &["400", "405", "406", "431", "503"]),
             }),
         );
     }
-    in_order(&document)
+    restore_order(&document)
 }
 
-/// Writes a document. Names keep the place that [`placed`] gave them.
-fn in_order(document: &Value) -> String {
-    (0..=PLACES).fold(document.to_string(), |text, place| text.replace(&format!("\"\\u{place:04x}"), "\""))
+/// Serializes `document`, and takes off the control characters that [`ordered_name`] has set.
+fn restore_order(document: &Value) -> String {
+    (0..=POSITION_MAX)
+        .fold(document.to_string(), |text, position| text.replace(&format!("\"\\u{position:04x}"), "\""))
 }
 
-/// `name`, for an object in which the order has a meaning for readers: `serde_json` sorts names, and these begin with a control
-/// character that [`in_order`] takes off.
-fn placed(place: u8, name: &str) -> String {
-    debug_assert!(place <= PLACES, "a control character that JSON escapes by its number");
-    format!("{}{name}", char::from(place))
+/// `name` in an object whose order matters to readers. `serde_json` sorts names, so this name begins with a control
+/// character, which [`restore_order`] takes off.
+fn ordered_name(position: u8, name: &str) -> String {
+    debug_assert!(position <= POSITION_MAX, "JSON escapes this control character by its number");
+    format!("{}{name}", char::from(position))
 }
 
-/// The last place: JSON has names of their own for the characters from 8 on.
-const PLACES: u8 = 7;
+/// The last position: JSON has short escapes for control characters from 8 on.
+const POSITION_MAX: u8 = 7;
 
 /// The path of keys or of passwords.
-fn generated(kind: Kind, max_size: u64, needs_token: bool) -> Value {
+fn key_path(kind: Kind, max_size: u64, needs_token: bool) -> Value {
     let (id, summary, unit) = match kind {
-        Kind::Key => ("key", "Random bytes", "bytes of each key, however they are written"),
-        Kind::Password(_) => ("password", "Random characters", "characters of each password"),
+        Kind::Key => ("key", "Random bytes", "number of bytes of each key, in any format"),
+        Kind::Password(_) => ("password", "Random characters", "number of characters of each password"),
     };
-    let mut refusals = vec!["400", "405", "406", "413", "429", "431", "503"];
+    let mut errors = vec!["400", "405", "406", "413", "429", "431", "503"];
     let mut operation = json!({
         "tags": ["keys"],
         "summary": summary,
         "description": format!(
-            "A format that is given wins over the Accept field; without either it is {}. Length times count is at most \
+            "The format parameter wins over the Accept header; without either the format is {}. Length times count is at most \
             {BATCH_BYTES_MAX}.", kind.formats()[0].name()),
         "parameters": query::parameters(kind).iter().map(|name| parameter(kind, name)).collect::<Value>(),
     });
     if needs_token {
         operation["security"] = json!([{ "token": [] }]);
-        refusals.insert(1, "401");
+        errors.insert(1, "401");
     }
-    operation["responses"] = responses(json!({ "200": served(kind) }), &refusals);
-    let mut path = both(id, &operation);
+    operation["responses"] = responses(json!({ "200": key_response(kind) }), &errors);
+    let mut path = get_and_head(id, &operation);
     path["parameters"] = json!([{
         "name": "length",
         "in": "path",
         "required": true,
-        "description": format!("The {unit}, in decimal digits without sign or leading zero. A token may have a smaller bound."),
+        "description": format!("The {unit}, in decimal digits without sign or leading zero. A token may have a smaller limit."),
         "schema": { "type": "integer", "minimum": 1, "maximum": kind.length_max(max_size) },
     }]);
     path
 }
 
-/// A query parameter; its values are those that a request is held to.
+/// A query parameter; its values are those that requests are checked against.
 fn parameter(kind: Kind, name: &str) -> Value {
     let (description, schema) = match name {
         query::FORMAT => (
-            // Without a default: tools send one that is stated, and it would win over the media type that they accept.
-            format!(
-                "How it is written; without it as the Accept field prefers, or {}",
-                kind.formats()[0].name()
-            ),
+            // Without a default: tools send a stated default, and it would win over the media type that they accept.
+            format!("The format; by default that of the Accept header, or {}", kind.formats()[0].name()),
             json!({ "type": "string", "enum": kind.formats().iter().map(|format| format.name()).collect::<Vec<_>>() }),
         ),
         query::ALPHABET => (
-            "The characters that it is made of".to_owned(),
+            "The characters of the password".to_owned(),
             json!({
                 "type": "string",
                 "enum": Alphabet::ALL.map(Alphabet::name),
@@ -151,26 +149,26 @@ fn parameter(kind: Kind, name: &str) -> Value {
             let except = match without[..] {
                 [] => String::new(),
                 _ => format!(
-                    ", which {} keys do not have, since nothing would tell them apart",
-                    without.join(" or ")
+                    "; {} keys have no batches, because they could not be told apart",
+                    without.join(" and ")
                 ),
             };
             (
                 format!(
-                    "Makes it a batch of so many, each drawn on its own: lines, a JSON array or a JWK Set{except}"
+                    "Returns a batch of so many, each generated on its own: lines, a JSON array or a JWK Set{except}"
                 ),
                 json!({ "type": "integer", "minimum": 1, "maximum": COUNT_MAX }),
             )
         }
-        _ => (String::new(), json!({})), // there is no other; one that comes has to be described, says the test
+        _ => (String::new(), json!({})), // a test fails for a parameter without a description
     };
     json!({ "name": name, "in": "query", "description": description, "schema": schema })
 }
 
-/// The answer that has what was asked for. Its media types are in the order of the formats, the default first: generators
-/// of clients that know one type for each status take the first. Of keys that is `application/octet-stream`, which such a
-/// client hands over as bytes, in whatever format they come.
-fn served(kind: Kind) -> Value {
+/// The response with keys. Its media types are in the order of the formats, the default first: client generators that
+/// support one type for each status take the first. For keys that is `application/octet-stream`, which such a client
+/// hands over as bytes, in whatever format they are.
+fn key_response(kind: Kind) -> Value {
     let mut content: Vec<(&str, Value)> = Vec::new();
     for format in kind.formats() {
         for is_batch in [false, true] {
@@ -183,7 +181,9 @@ fn served(kind: Kind) -> Value {
     }
     let content: Map<_, _> = (0..)
         .zip(content)
-        .map(|(place, (media_type, schema))| (placed(place, media_type), json!({ "schema": schema })))
+        .map(|(position, (media_type, schema))| {
+            (ordered_name(position, media_type), json!({ "schema": schema }))
+        })
         .collect();
     let mut headers = json!({
         "RateLimit-Policy": { "$ref": "#/components/headers/RateLimit-Policy" },
@@ -194,15 +194,15 @@ fn served(kind: Kind) -> Value {
     if kind != Kind::Key {
         headers["Entropy-Bits"] = json!({ "$ref": "#/components/headers/Entropy-Bits" });
     }
-    json!({ "description": "Drawn for this request", "headers": headers, "content": content })
+    json!({ "description": "Generated for this request", "headers": headers, "content": content })
 }
 
-/// What a media type holds.
+/// The schema of a format.
 fn schema(kind: Kind, format: Format, is_batch: bool) -> Value {
     let reference = match format {
-        Format::Raw => return json!({ "description": "The bytes as they are" }),
+        Format::Raw => return json!({ "description": "The raw bytes" }),
         Format::Text | Format::Hex | Format::Base64 | Format::Base64Url => {
-            return json!({ "type": "string", "description": "A line for each, with its newline" });
+            return json!({ "type": "string", "description": "A line for each, with a newline at its end" });
         }
         // One media type for one object and for a batch of them.
         Format::Json => {
@@ -217,16 +217,16 @@ fn schema(kind: Kind, format: Format, is_batch: bool) -> Value {
     json!({ "$ref": format!("#/components/schemas/{reference}") })
 }
 
-/// A path that says how the service is.
-fn state(id: &str, summary: &str) -> Value {
-    both(
+/// The path of a health route.
+fn health_path(id: &str, summary: &str) -> Value {
+    get_and_head(
         id,
         &json!({
             "tags": ["state"],
             "summary": summary,
             "responses": responses(json!({
                 "200": {
-                    "description": "It is so",
+                    "description": "Yes",
                     "content": { "text/plain": { "schema": { "type": "string", "const": "OK" } } },
                 },
             }), &["400", "405", "431", "503"]),
@@ -234,107 +234,42 @@ fn state(id: &str, summary: &str) -> Value {
     )
 }
 
-/// GET and HEAD of a path.
-fn both(id: &str, operation: &Value) -> Value {
+/// GET and HEAD of a path, with the responses of `operation`.
+fn get_and_head(id: &str, operation: &Value) -> Value {
     let named = |prefix: &str| {
         let mut named = operation.clone();
         named["operationId"] = format!("{prefix}-{id}").into();
         named
     };
     let mut head = named("head");
-    // The content of a HEAD's answer is none, with whatever type GET's has.
+    // A response to HEAD has no content, whatever the content type of GET's is.
     head["responses"] = ["200", "400", "401", "405", "406", "413", "429", "431", "503"]
         .into_iter()
         .filter(|status| !operation["responses"][status].is_null())
-        .map(|status| (status.to_owned(), json!({ "description": "The head of GET's answer" })))
+        .map(|status| (status.to_owned(), json!({ "description": "The headers of GET's response" })))
         .collect::<Map<_, _>>()
         .into();
     json!({ "get": named("get"), "head": head })
 }
 
-/// `answers` and the refusals that a route may give.
-fn responses(mut answers: Value, refusals: &[&str]) -> Value {
-    for status in refusals {
-        answers[*status] = json!({ "$ref": format!("#/components/responses/{status}") });
+/// `responses` and the shared responses of `errors`, which are statuses.
+fn responses(mut responses: Value, errors: &[&str]) -> Value {
+    for status in errors {
+        responses[*status] = json!({ "$ref": format!("#/components/responses/{status}") });
     }
-    answers
+    responses
 }
 
 fn components(needs_token: bool) -> Value {
-    let header = |description: &str, schema: Value, is_required: bool| json!({ "description": description, "schema": schema, "required": is_required });
-    let problem = |description: &str, headers: &[&str]| {
-        let headers: Map<_, _> = headers
-            .iter()
-            .map(|name| ((*name).to_owned(), json!({ "$ref": format!("#/components/headers/{name}") })))
-            .collect();
-        json!({
-            "description": description,
-            "headers": headers,
-            "content": { "application/problem+json": { "schema": { "$ref": "#/components/schemas/Problem" } } },
-        })
-    };
     let mut components = json!({
-        "responses": {
-            "400": problem("A length, a query parameter or its value that can't be, raw keys with a count, or a malformed message", &[]),
-            "405": problem("Another method than GET and HEAD", &["Allow"]),
-            "406": problem("Nothing satisfies the Accept field; the detail lists what can be had", &[]),
-            "413": problem("A length or a batch above its bound, which max names", &[]),
-            "429": problem("The client asked too often or for too much", &["RateLimit-Policy", "RateLimit"]),
-            "431": problem("Too many header fields, or too large a head, which has no content; the connection closes", &[]),
-            "503": problem("Not available now: the generator is out of service, the service stops, or a limit of connections or of large responses is reached", &["Retry-After"]),
-        },
-        "headers": {
-            "Allow": header("The methods that there are", json!({ "type": "string", "const": "GET, HEAD" }), true),
-            "Entropy-Bits": header("Bits of entropy in each password", json!({ "type": "number", "minimum": 0 }), true),
-            "RateLimit": header("Where the client stands, where rates are bounded", json!({ "type": "string" }), false),
-            "RateLimit-Policy": header("The bounds, where there are", json!({ "type": "string" }), false),
-            "Retry-After": header("Seconds until it is worth another try", json!({ "type": "integer", "minimum": 0 }), true),
-            "X-Accel-Buffering": header("Asks nginx not to spool a response above 16 KiB to its disk; absent below", json!({ "type": "string", "const": "no" }), false),
-            "X-Request-Id": header("Names the audit record, where there is one", json!({ "type": "string" }), false),
-        },
-        "schemas": {
-            "Key": object(json!({
-                "length": { "type": "integer", "minimum": 1 },
-                "encoding": { "type": "string", "const": "base64" },
-                "key": { "type": "string", "pattern": "^[A-Za-z0-9+/]+={0,2}$" },
-            })),
-            "Password": object(json!({
-                "length": { "type": "integer", "minimum": 1 },
-                "alphabet": { "type": "string", "enum": Alphabet::ALL.map(Alphabet::name) },
-                "entropy_bits": { "type": "number", "minimum": 0 },
-                "password": { "type": "string", "minLength": 1 },
-            })),
-            "Jwk": object(json!({
-                "kty": { "type": "string", "const": "oct" },
-                "kid": { "type": "string", "description": "Drawn, not made of the key" },
-                "k": { "type": "string", "pattern": "^[A-Za-z0-9_-]+$" },
-            })),
-            "JwkSet": object(json!({
-                "keys": {
-                    "type": "array",
-                    "items": { "$ref": "#/components/schemas/Jwk" },
-                    "minItems": 1,
-                    "maxItems": COUNT_MAX,
-                },
-            })),
-            "Problem": {
-                "description": "RFC 9457",
-                "type": "object",
-                "properties": {
-                    "title": { "type": "string" },
-                    "status": { "type": "integer", "minimum": 400, "maximum": 599 },
-                    "detail": { "type": "string" },
-                    "min": { "type": "integer", "description": "The smallest value allowed, where it was below" },
-                    "max": { "type": "integer", "description": "The largest value allowed, where it was above" },
-                },
-                "required": ["title", "status", "detail"],
-            },
-        },
+        "responses": error_responses(),
+        "headers": response_headers(),
+        "schemas": schemas(),
     });
     if needs_token {
-        components["responses"]["401"] = problem("No valid bearer token", &["WWW-Authenticate"]);
+        components["responses"]["401"] = error_response("No valid bearer token", &["WWW-Authenticate"]);
         components["headers"]["WWW-Authenticate"] =
-            header("The challenge (RFC 6750)", json!({ "type": "string" }), true);
+            response_header("The challenge (RFC 6750)", json!({ "type": "string" }), true);
         components["securitySchemes"] = json!({
             "token": { "type": "http", "scheme": "bearer", "description": "A token of this service, which begins with ks_" },
         });
@@ -342,7 +277,90 @@ fn components(needs_token: bool) -> Value {
     components
 }
 
-/// An object with these fields and no other.
+/// The error responses by status, except 401.
+fn error_responses() -> Value {
+    json!({
+        "400": error_response("An invalid length, query parameter or value, raw keys with a count, or a malformed request", &[]),
+        "405": error_response("A method other than GET and HEAD", &["Allow"]),
+        "406": error_response("No available type matches the Accept header; the detail lists the available types", &[]),
+        "413": error_response("A length or a batch above its limit, which is in max", &[]),
+        "429": error_response("The client's rate limit of requests or bytes is exceeded", &["RateLimit-Policy", "RateLimit"]),
+        "431": error_response("Too many headers, or headers that are too large; there is no content, and the connection is closed", &[]),
+        "503": error_response("Not available now: the generator is out of service, the service is stopping, or a limit of connections or of large responses is reached", &["Retry-After"]),
+    })
+}
+
+fn error_response(description: &str, headers: &[&str]) -> Value {
+    let headers: Map<_, _> = headers
+        .iter()
+        .map(|name| ((*name).to_owned(), json!({ "$ref": format!("#/components/headers/{name}") })))
+        .collect();
+    json!({
+        "description": description,
+        "headers": headers,
+        "content": { "application/problem+json": { "schema": { "$ref": "#/components/schemas/Problem" } } },
+    })
+}
+
+/// The response headers by name, except that of 401.
+fn response_headers() -> Value {
+    json!({
+        "Allow": response_header("The methods of the path", json!({ "type": "string", "const": "GET, HEAD" }), true),
+        "Entropy-Bits": response_header("Bits of entropy of each password", json!({ "type": "number", "minimum": 0 }), true),
+        "RateLimit": response_header("What is left of the client's rate limits, if there are any", json!({ "type": "string" }), false),
+        "RateLimit-Policy": response_header("The client's rate limits, if there are any", json!({ "type": "string" }), false),
+        "Retry-After": response_header("Seconds until the client may retry", json!({ "type": "integer", "minimum": 0 }), true),
+        "X-Accel-Buffering": response_header("Asks nginx not to spool a response above 16 KiB to its disk; absent below", json!({ "type": "string", "const": "no" }), false),
+        "X-Request-Id": response_header("The id of the audit record, if there is one", json!({ "type": "string" }), false),
+    })
+}
+
+fn response_header(description: &str, schema: Value, is_required: bool) -> Value {
+    json!({ "description": description, "schema": schema, "required": is_required })
+}
+
+fn schemas() -> Value {
+    json!({
+        "Key": object(json!({
+            "length": { "type": "integer", "minimum": 1 },
+            "encoding": { "type": "string", "const": "base64" },
+            "key": { "type": "string", "pattern": "^[A-Za-z0-9+/]+={0,2}$" },
+        })),
+        "Password": object(json!({
+            "length": { "type": "integer", "minimum": 1 },
+            "alphabet": { "type": "string", "enum": Alphabet::ALL.map(Alphabet::name) },
+            "entropy_bits": { "type": "number", "minimum": 0 },
+            "password": { "type": "string", "minLength": 1 },
+        })),
+        "Jwk": object(json!({
+            "kty": { "type": "string", "const": "oct" },
+            "kid": { "type": "string", "description": "Random, and not derived from the key" },
+            "k": { "type": "string", "pattern": "^[A-Za-z0-9_-]+$" },
+        })),
+        "JwkSet": object(json!({
+            "keys": {
+                "type": "array",
+                "items": { "$ref": "#/components/schemas/Jwk" },
+                "minItems": 1,
+                "maxItems": COUNT_MAX,
+            },
+        })),
+        "Problem": {
+            "description": "RFC 9457",
+            "type": "object",
+            "properties": {
+                "title": { "type": "string" },
+                "status": { "type": "integer", "minimum": 400, "maximum": 599 },
+                "detail": { "type": "string" },
+                "min": { "type": "integer", "description": "The smallest allowed value, if the value was smaller" },
+                "max": { "type": "integer", "description": "The largest allowed value, if the value was larger" },
+            },
+            "required": ["title", "status", "detail"],
+        },
+    })
+}
+
+/// The schema of an object with exactly these fields.
 fn object(properties: Value) -> Value {
     let names: Vec<_> = properties.as_object().into_iter().flat_map(Map::keys).cloned().collect();
     json!({ "type": "object", "properties": properties, "required": names, "additionalProperties": false })

@@ -1,4 +1,4 @@
-//! `/`: a page for people with a browser, and an index for those with a shell. Neither holds a key, or knows one.
+//! The route `/`: a web page for browsers, and a plain-text index for command-line clients. Neither contains a key.
 
 use std::sync::LazyLock;
 
@@ -16,36 +16,34 @@ use crate::keys::format::{Format, Kind};
 use crate::keys::password::Alphabet;
 use crate::telemetry::endpoint::{HEALTH_PATH, KEY_PREFIX, OPENAPI_PATH, PASSWORD_PREFIX};
 
-/// Styles, script and all: it loads nothing else.
+/// The page with its styles and script; it loads nothing else.
 const PAGE: &str = include_str!("page.html");
 
-/// What is had here, the index first: whoever accepts anything is no browser.
+/// The media types, that of the index first: a client that accepts anything is not a browser.
 const MEDIA_TYPES: [&str; 2] = ["text/plain", "text/html"];
 
-/// The page for who prefers HTML, the index for who takes text.
+/// The page or the index, by the `Accept` headers of a request.
 ///
 /// # Errors
-/// 406 for who takes neither.
-pub(crate) fn serve(request: &HeaderMap) -> Result<Response, Problem> {
-    let accept = request.get_all(ACCEPT);
-    let chosen = negotiate(&MEDIA_TYPES, |media_type| media_type, accept)
+/// 406 if the client accepts neither.
+pub(crate) fn serve(headers: &HeaderMap) -> Result<Response, Problem> {
+    let chosen = negotiate(&MEDIA_TYPES, |media_type| media_type, headers.get_all(ACCEPT))
         .ok_or_else(|| Problem::not_acceptable(&MEDIA_TYPES.join(", ")))?;
     let vary = (VARY, HeaderValue::from_static("Accept"));
     Ok(if chosen == "text/html" {
         ([vary], PAGE_HEADERS.clone(), PAGE).into_response()
     } else {
-        ([vary, (CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"))], index())
-            .into_response()
+        ([vary], index()).into_response() // a String is text/plain in UTF-8
     })
 }
 
-/// What keeps other code, other pages and other origins out of the page.
+/// The headers that keep other code, other pages and other origins out of the page.
 static PAGE_HEADERS: LazyLock<HeaderMap> = LazyLock::new(|| {
     let policy = format!(
         "default-src 'none'; script-src '{}'; style-src '{}'; connect-src 'self'; img-src data:; base-uri 'none'; \
         form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
-        hash("script"),
-        hash("style")
+        hash_source("script"),
+        hash_source("style")
     );
     HeaderMap::from_iter([
         (CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),
@@ -59,8 +57,8 @@ static PAGE_HEADERS: LazyLock<HeaderMap> = LazyLock::new(|| {
 const CROSS_ORIGIN_OPENER_POLICY: HeaderName = HeaderName::from_static("cross-origin-opener-policy");
 const CROSS_ORIGIN_RESOURCE_POLICY: HeaderName = HeaderName::from_static("cross-origin-resource-policy");
 
-/// The hash source (CSP level 3) of the page's one element of this name.
-fn hash(element: &str) -> String {
+/// The hash source (CSP level 3) of the page's only element of this name.
+fn hash_source(element: &str) -> String {
     let text = PAGE
         .split_once(&format!("<{element}>"))
         .and_then(|(_, rest)| rest.split_once(&format!("</{element}>")))
@@ -68,25 +66,45 @@ fn hash(element: &str) -> String {
     format!("sha256-{}", Base64::encode_string(&Sha256::digest(text)))
 }
 
-/// The routes, for who asks with curl.
+/// The index: examples of the routes.
 fn index() -> String {
     let formats =
         |kind: Kind| kind.formats().iter().map(|format| format.name()).collect::<Vec<_>>().join(", ");
-    let line = |path: String, what: &str| format!("{path:<36} {what}\n");
+    let line = |path: String, description: &str| format!("{path:<36} {description}\n");
     let hex = Format::Hex.name();
-    let kinds = (Kind::Key, Kind::Password(Alphabet::default()));
     [
         format!("key-service {}: cryptographically secure random keys\n\n", env!("CARGO_PKG_VERSION")),
         line(format!("{KEY_PREFIX}32"), "32 random bytes"),
-        line(format!("{KEY_PREFIX}32?{FORMAT}={hex}"), &format!("written otherwise: {}", formats(kinds.0))),
-        line(format!("{KEY_PREFIX}32?{FORMAT}={hex}&{COUNT}=10"), "ten of them"),
-        line(format!("{PASSWORD_PREFIX}24"), &format!("24 random characters: {}", formats(kinds.1))),
+        line(format!("{KEY_PREFIX}32?{FORMAT}={hex}"), &format!("in another format: {}", formats(Kind::Key))),
+        line(format!("{KEY_PREFIX}32?{FORMAT}={hex}&{COUNT}=10"), "a batch of 10 keys"),
+        line(
+            format!("{PASSWORD_PREFIX}24"),
+            &format!("24 random characters: {}", formats(Kind::Password(Alphabet::default()))),
+        ),
         line(
             format!("{PASSWORD_PREFIX}24?{ALPHABET}={}", Alphabet::Unambiguous.name()),
-            &format!("of an alphabet: {}", Alphabet::ALL.map(Alphabet::name).join(", ")),
+            &format!("from an alphabet: {}", Alphabet::ALL.map(Alphabet::name).join(", ")),
         ),
-        line(HEALTH_PATH.into(), "how the service is"),
-        line(OPENAPI_PATH.into(), "all of it, for tools"),
+        line(HEALTH_PATH.into(), "health of the service"),
+        line(OPENAPI_PATH.into(), "description of all routes, for tools"),
     ]
     .concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::endpoint::{KEY_PATH, PASSWORD_PATH};
+
+    /// Its paths are relative, because a proxy may serve the page below a path of its own.
+    #[test]
+    fn the_page_uses_the_paths_of_the_routes() {
+        for path in [HEALTH_PATH, OPENAPI_PATH] {
+            assert!(PAGE.contains(&format!("fetch(\"{}\"", &path[1..])), "{path}");
+        }
+        for path in [KEY_PATH, PASSWORD_PATH] {
+            let kind = path.trim_start_matches('/').trim_end_matches("/{length}");
+            assert!(PAGE.contains(&format!("name=\"kind\" value=\"{kind}\"")), "{path}");
+        }
+    }
 }

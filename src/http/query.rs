@@ -36,9 +36,9 @@ pub struct KeyRequest {
 }
 
 impl KeyRequest {
-    /// Parses a query and negotiates. `kind` is that of the path, with the default alphabet. The query wins over `Accept`
-    /// (RFC 9110 section 12.5.1), whose weights are honoured; of formats with equal weights the first in [`Kind::formats`]
-    /// is chosen.
+    /// Parses a query and negotiates. `kind` is that of the path, with the default alphabet. The query wins over
+    /// `Accept` (RFC 9110 section 12.5.1), whose weights are honoured; of formats with equal weights the first in
+    /// [`Kind::formats`] is chosen.
     ///
     /// # Errors
     /// An unknown, repeated or invalid parameter, or no acceptable format.

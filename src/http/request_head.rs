@@ -34,8 +34,8 @@ impl RequestHead<'_> {
         self.method == Method::HEAD
     }
 
-    /// Checks what hyper accepts and RFC 9112 forbids. Returns whether the request needs content negotiation: whether an
-    /// `Accept` header has another value than `*/*`.
+    /// Checks what hyper accepts and RFC 9112 forbids. Returns whether the request needs content negotiation: whether
+    /// an `Accept` header has another value than `*/*`.
     ///
     /// # Errors
     /// A missing, repeated or invalid `Host`, or any `Transfer-Encoding`. The connection is to be closed.
@@ -51,8 +51,8 @@ impl RequestHead<'_> {
             } else if name == ACCEPT {
                 needs_negotiation |= value != "*/*";
             } else if name == TRANSFER_ENCODING {
-                // RFC 9112 section 6.1: a request with Transfer-Encoding and Content-Length may be smuggled. Hyper hides
-                // one of the two, and no route needs either.
+                // RFC 9112 section 6.1: a request with Transfer-Encoding and Content-Length may be smuggled. Hyper
+                // hides one of the two, and no route needs either.
                 return Err(Problem::malformed("Transfer-Encoding is not accepted: requests have no body"));
             }
         }

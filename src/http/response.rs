@@ -56,8 +56,8 @@ pub(crate) fn problem_response(problem: &Problem) -> Response<Body> {
     with_common_headers(problem.to_response::<String>())
 }
 
-/// Counts `response` by its status, and attaches `request` to it, whose time runs until the last byte is handed over. Takes the
-/// body from the response to a HEAD request, and adds `Connection: close` if the connection is to end.
+/// Counts `response` by its status, and attaches `request` to it, whose time runs until the last byte is handed over.
+/// Takes the body from the response to a HEAD request, and adds `Connection: close` if the connection is to end.
 pub(crate) fn finalize_response(
     mut response: Response<Body>,
     request: InFlightRequest,

@@ -53,7 +53,8 @@ impl HttpService {
         Self { router: routes.router(Arc::clone(&state)), state, has_keys: routes.have_keys() }
     }
 
-    /// The service of the connection of `peer`. An over-limit connection gets health and metrics, and a 503 for the rest.
+    /// The service of the connection of `peer`. An over-limit connection gets health and metrics, and a 503 for the
+    /// rest.
     pub fn serve(self, class: ConnectionClass, peer: Peer) -> ConnectionService {
         ConnectionService { service: self, class, peer }
     }

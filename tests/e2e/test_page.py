@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.tools("chromium", "curl"), pytest.mark.xdist_group("pa
 
 def test_page_shows_that_the_service_is_healthy(daemon, browser):
     page = browser.open(daemon.address)
-    page.until("document.getElementById('state').textContent === 'The service is well'")
+    page.until("document.getElementById('state').textContent === 'The service is healthy'")
     page.until("!document.getElementById('get').disabled")
     expect(page.problems(), [], "errors in the browser")
     expect(page.requests() - {"/", "/health", "/openapi.json"}, set(), "URLs that the page requested, apart from its own")
@@ -169,9 +169,9 @@ def test_page_reports_a_stopped_service(browser, tmp_path):
         with Daemon(tmp_path, port=port.number) as stopping:
             page = browser.ready(stopping.address)
         page("letPass(11_000)")
-        page.until("document.getElementById('state').textContent === 'No answer from the service'")
+        page.until("document.getElementById('state').textContent === 'No response from the service'")
         page("document.getElementById('get').click()")
-        page.until("document.getElementById('note').textContent === 'No answer from the service.'")
+        page.until("document.getElementById('note').textContent === 'No response from the service.'")
 
 
 def keys_of(form, text):
