@@ -169,7 +169,7 @@ fn a_credential_socket_over_tcp_is_refused() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let ended = run_to_end_with_stdin(activated(&folder, "credential", listener.into(), &[]));
     assert!(
-        ended.contains("name \"credential\") is refused: it should be a listening Unix stream socket"),
+        ended.contains("name \"credential\") is refused: expected a listening Unix stream socket"),
         "{ended}"
     );
 }

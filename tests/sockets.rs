@@ -112,7 +112,7 @@ fn a_foreign_name_is_refused_by_name() {
     let log = refused(Some("http:ssh"), vec![tcp().into(), tcp().into()]);
     assert!(
         log.contains(
-            "inherited descriptor 4 (name \"ssh\") is refused: its name should be http, metrics or credential"
+            "inherited descriptor 4 (name \"ssh\") is refused: expected the name http, metrics or credential"
         ),
         "{log}"
     );
@@ -135,7 +135,7 @@ fn what_does_not_listen_is_refused() {
         let log = refused(Some("http"), vec![descriptor]);
         assert!(
             log.contains(
-                "inherited descriptor 3 (name \"http\") is refused: it should be a listening TCP or Unix"
+                "inherited descriptor 3 (name \"http\") is refused: expected a listening TCP or Unix"
             ),
             "{what}: {log}"
         );

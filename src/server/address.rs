@@ -1,18 +1,18 @@
-//! Where to listen: a TCP address or the path of a Unix socket, as the settings name it.
+//! The address of a listener, as the settings name it: an IP address or the path of a Unix socket.
 
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Where to listen: `*`, an IP address, or `unix:` and a path.
+/// The address of a listener without its port: `*`, an IP address, or `unix:` and a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
-    /// Every address of this host, IPv4 and IPv6: one dual-stack socket, or one of IPv4 where the host has no IPv6.
+    /// Every IPv4 and IPv6 address of this host: one dual-stack socket, or an IPv4 socket if the host has no IPv6.
     Any,
-    /// An IPv4 or IPv6 address; `::` takes both kinds, as Linux has it.
+    /// An IPv4 or IPv6 address. `::` accepts both protocols, as Linux does.
     Ip(IpAddr),
-    /// A stream socket in the file system.
+    /// The absolute path of a Unix stream socket.
     Unix(PathBuf),
 }
 
@@ -40,19 +40,19 @@ impl fmt::Display for Host {
     }
 }
 
-/// Who may connect to a Unix socket, as bits of its file (unix(7): connecting takes the right to write).
+/// The mode of the file of a Unix socket. Connecting needs write permission (unix(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SocketMode(u32);
 
 impl SocketMode {
-    /// The mode bits of the socket file.
+    /// The bits for chmod(2).
     pub(crate) fn bits(self) -> u32 {
         self.0
     }
 }
 
 impl Default for SocketMode {
-    /// The user and the group of the service.
+    /// 0660: the user and the group of the service may connect.
     fn default() -> Self {
         Self(0o660)
     }
@@ -61,7 +61,7 @@ impl Default for SocketMode {
 impl FromStr for SocketMode {
     type Err = ();
 
-    /// Octal digits.
+    /// Parses octal digits.
     fn from_str(text: &str) -> Result<Self, ()> {
         u32::from_str_radix(text, 8)
             .ok()

@@ -1,4 +1,4 @@
-//! The end of a TLS connection, which is announced.
+//! A TLS connection that sends close_notify when it ends, so that its client can tell the end from a truncation.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -12,28 +12,27 @@ use tokio_rustls::server::TlsStream;
 
 use crate::server::transport::{SendMode, Transport};
 
-/// How many bytes of records wait for the kernel to take them, beside those of a handshake.
-const NOTSENT_LOWAT: usize = 8 * 1024;
+/// The limit of rustls's buffer of TLS records that the kernel has not accepted, in bytes. A handshake has no limit.
+const RECORD_BUFFER: usize = 8 * 1024;
 
-/// The same while a response is streamed: a chunk.
-const UNSENT_MAX_STREAMING: usize = 64 * 1024;
+/// The limit of that buffer while a response is streamed: one chunk.
+const RECORD_BUFFER_STREAMING: usize = 64 * 1024;
 
-/// A connection that announces its end by close_notify (RFC 8446 section 6.1), whatever ends it: the client, a deadline,
-/// the drain, its eviction. Only a connection that is reset is not announced: its client must not take what it has for
-/// all of it.
+/// A TLS connection that sends close_notify (RFC 8446 section 6.1) whatever ends it: the client, a timeout, the drain or an
+/// eviction. Only a connection that is reset sends none: its client must not take a part of a response for all of it.
 #[derive(Debug)]
 pub struct CloseNotify<S: AsyncRead + Transport + Unpin>(TlsStream<S>);
 
 impl<S: AsyncRead + Transport + Unpin> CloseNotify<S> {
-    /// A connection whose handshake is done.
+    /// Wraps a connection whose handshake is complete.
     pub fn new(mut stream: TlsStream<S>) -> Self {
-        let (below, connection) = stream.get_mut();
-        connection.set_buffer_limit(Some(NOTSENT_LOWAT));
-        below.expect_head();
+        let (transport, connection) = stream.get_mut();
+        connection.set_buffer_limit(Some(RECORD_BUFFER));
+        transport.expect_head();
         Self(stream)
     }
 
-    /// What is known of it since the handshake.
+    /// The state of the TLS connection, with the result of the handshake.
     pub fn connection(&self) -> &ServerConnection {
         self.0.get_ref().1
     }
@@ -44,8 +43,8 @@ impl<S: AsyncRead + Transport + Unpin> Drop for CloseNotify<S> {
         if self.0.get_ref().0.resets_on_close() {
             return;
         }
-        // One try, which never waits: a client that has left no room for it does not read. After a shutdown it does
-        // nothing more. Unconstrained, since the task may have used up its turn.
+        // One attempt that never waits: a client whose buffers are full does not read. After a shutdown it does nothing.
+        // Unconstrained, because the task's budget may be used up.
         let shutdown = pin!(unconstrained(poll_fn(|cx| Pin::new(&mut self.0).poll_shutdown(cx))));
         let _ = shutdown.poll(&mut Context::from_waker(Waker::noop()));
     }
@@ -87,7 +86,7 @@ impl<S: AsyncRead + Transport + Unpin> AsyncWrite for CloseNotify<S> {
     }
 }
 
-/// Its last bytes are a record of its own, close_notify.
+/// `poll_write_final` is the default: the last bytes are not the response's but a record of their own, close_notify.
 impl<S: AsyncRead + Transport + Unpin> Transport for CloseNotify<S> {
     fn reset_on_close(&self) {
         self.0.get_ref().0.reset_on_close();
@@ -101,10 +100,10 @@ impl<S: AsyncRead + Transport + Unpin> Transport for CloseNotify<S> {
         self.0.get_mut().0.expect_head();
     }
 
-    fn set_send_mode(&mut self, sending: SendMode) {
+    fn set_send_mode(&mut self, mode: SendMode) {
         let (stream, connection) = self.0.get_mut();
-        let is_short = sending == SendMode::Short;
-        connection.set_buffer_limit(Some(if is_short { NOTSENT_LOWAT } else { UNSENT_MAX_STREAMING }));
-        stream.set_send_mode(sending);
+        let is_short = mode == SendMode::Short;
+        connection.set_buffer_limit(Some(if is_short { RECORD_BUFFER } else { RECORD_BUFFER_STREAMING }));
+        stream.set_send_mode(mode);
     }
 }

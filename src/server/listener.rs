@@ -1,4 +1,4 @@
-//! Listening sockets: TCP or Unix, bound here or inherited.
+//! Listening sockets, TCP or Unix: bind(2) and accept(2).
 
 use std::fmt;
 use std::fs;
@@ -15,15 +15,15 @@ use crate::access::peer::Peer;
 use crate::server::address::{Host, SocketMode};
 use crate::server::stream::{NOTSENT_LOWAT, Stream};
 
-/// How many connections the kernel holds while they wait to be accepted; it caps this at net.core.somaxconn.
+/// How many connections may wait to be accepted. The kernel limits this to net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
-/// SO_RCVBUF (socket(7)), which the kernel doubles: the largest request header fits, and pipelined requests that nobody
-/// reads take no more. The kernel would let them grow to 6 MB (tcp_rmem).
+/// SO_RCVBUF (socket(7)), which the kernel doubles. The largest request headers fit, and unread pipelined requests take no
+/// more. Without the option, the kernel would hold up to 6 MB of them (tcp_rmem).
 const RECEIVE_BUFFER: usize = 8 * 1024;
 
-/// A listening socket that no runtime has yet. Dropping the last copy of one that was bound here closes it; one that
-/// was inherited stays open in the service manager.
+/// A listening socket outside of a runtime. Dropping the last handle on a socket that was bound here closes it. An
+/// inherited socket stays open in the service manager.
 #[derive(Debug)]
 pub enum Listener {
     /// TCP over IPv4 or IPv6.
@@ -33,10 +33,10 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// Binds `host`, with `port` where it is no path (0: any free port) and `mode` where it is one.
+    /// Binds `host` and listens: on `port` (0: any free port) if it is an IP address, with `mode` if it is a path.
     ///
     /// # Errors
-    /// When the kernel refuses the address or the port.
+    /// If the kernel refuses the address or the port.
     pub fn bind(host: &Host, port: u16, mode: SocketMode) -> Result<Self, BindError> {
         let (address, bound) = match host {
             Host::Any => bind_any(port, bind_tcp),
@@ -52,7 +52,7 @@ impl Listener {
     /// Another handle on the same socket.
     ///
     /// # Errors
-    /// When descriptors have run out.
+    /// If the process is out of descriptors.
     pub fn try_clone(&self) -> io::Result<Self> {
         match self {
             Self::Tcp(listener) => listener.try_clone().map(Self::Tcp),
@@ -60,7 +60,7 @@ impl Listener {
         }
     }
 
-    /// Its port, of TCP.
+    /// The port of a TCP socket.
     pub fn port(&self) -> Option<u16> {
         match self {
             Self::Tcp(listener) => listener.local_addr().ok().map(|address| address.port()),
@@ -68,10 +68,10 @@ impl Listener {
         }
     }
 
-    /// Hands the socket to the runtime of the calling thread.
+    /// Registers the socket with the runtime of the calling thread.
     ///
     /// # Errors
-    /// When the runtime can't register it.
+    /// If the runtime can't register it.
     pub fn into_acceptor(self) -> io::Result<Acceptor> {
         match self {
             Self::Tcp(listener) => tokio::net::TcpListener::from_std(listener).map(Acceptor::Tcp),
@@ -79,11 +79,11 @@ impl Listener {
         }
     }
 
-    /// What every listener needs, inherited or not.
-    pub(crate) fn prepare(self) -> io::Result<Self> {
+    /// Sets the options that every listener needs, inherited or not.
+    pub(crate) fn with_options(self) -> io::Result<Self> {
         match &self {
-            // Accepted connections inherit them, which saves them the calls. TCP_NODELAY: an answer is never held back for
-            // an acknowledgement of the one before.
+            // Accepted connections inherit the options, which saves system calls. TCP_NODELAY: no response waits for the
+            // acknowledgement of the previous one.
             Self::Tcp(listener) => {
                 SockRef::from(listener).set_tcp_nodelay(true)?;
                 SockRef::from(listener).set_tcp_notsent_lowat(NOTSENT_LOWAT)?;
@@ -111,7 +111,7 @@ impl fmt::Display for Listener {
     }
 }
 
-/// A listening socket in a runtime.
+/// A listening socket that is registered with a runtime.
 #[derive(Debug)]
 pub enum Acceptor {
     /// TCP.
@@ -121,7 +121,7 @@ pub enum Acceptor {
 }
 
 impl Acceptor {
-    /// The next connection. Dropping the future loses none.
+    /// Accepts the next connection. Dropping the future loses no connection.
     ///
     /// # Errors
     /// As accept(2).
@@ -149,49 +149,49 @@ pub struct BindError {
 }
 
 impl BindError {
-    /// With the setting to change: `host` and `port` are the names of those that the address came from.
+    /// Adds the setting to change. `host` and `port` are the names of the settings that the address came from.
     pub fn with_settings(self, host: &'static str, port: &'static str) -> ListenError {
-        // The port is to blame where another process has it, or where it is below 1024 and not for this process.
-        let is_of_port =
+        // The port is at fault if another process uses it, or if it is below 1024 and not allowed.
+        let is_port_error =
             matches!(self.source.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied);
-        let setting = if is_of_port && !matches!(self.host, Host::Unix(_)) { port } else { host };
+        let setting = if is_port_error && !matches!(self.host, Host::Unix(_)) { port } else { host };
         ListenError::Bind { address: self.address, setting, source: self.source }
     }
 }
 
-/// Why there is no listener.
+/// Why a listener can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The address can't be bound.
     #[error("can't listen on {address} ({setting}): {source}")]
     Bind {
-        /// The address, as a person writes it.
+        /// The address in its usual notation.
         address: String,
         /// The setting to change.
         setting: &'static str,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
     /// An inherited descriptor can't be used.
     #[error("inherited descriptor {descriptor} (name \"{name}\") is refused: {reason}")]
-    ActivatedSockets {
-        /// Its number.
+    Descriptor {
+        /// The number of the descriptor.
         descriptor: usize,
-        /// Its name in `LISTEN_FDNAMES`; empty where it has none.
+        /// The name in `LISTEN_FDNAMES`; empty if there is none.
         name: String,
-        /// What should be otherwise.
+        /// What was expected.
         reason: &'static str,
     },
 }
 
 impl ListenError {
-    /// Whether this process may make no such sockets at all: in the sandbox of the shipped unit (EAFNOSUPPORT, for a path
-    /// EROFS), or where system calls are filtered (EPERM).
+    /// Whether the process may bind no such sockets at all: in the sandbox of the shipped unit (EAFNOSUPPORT, or EROFS for a
+    /// path), or with a system call filter (EPERM).
     pub fn is_forbidden(&self) -> bool {
         self.is_any_of(&[Errno::AFNOSUPPORT, Errno::ROFS, Errno::PERM])
     }
 
-    /// The same, or that it may not have this port or this path.
+    /// Whether [`ListenError::is_forbidden`], or the process lacks permission for this port or path (EACCES).
     pub fn is_denied(&self) -> bool {
         self.is_forbidden() || self.is_any_of(&[Errno::ACCESS])
     }
@@ -202,9 +202,9 @@ impl ListenError {
     }
 }
 
-/// Every address by one socket, bound by `bind`; the address that was tried last goes with the result. IPv4 alone where
-/// there is no IPv6: socket(2) fails with EAFNOSUPPORT where the kernel (`ipv6.disable=1`) or a sandbox has none, and
-/// bind(2) with EADDRNOTAVAIL where a sysctl (`disable_ipv6`) has taken its addresses away.
+/// Binds all addresses with one socket, by `bind`, and returns the address that was tried last. Without IPv6, the socket is
+/// IPv4 only: socket(2) fails with EAFNOSUPPORT if the kernel (`ipv6.disable=1`) or a sandbox has no IPv6, and bind(2) with
+/// EADDRNOTAVAIL if a sysctl (`disable_ipv6`) has removed its addresses.
 fn bind_any<T>(port: u16, bind: impl Fn(SocketAddr) -> io::Result<T>) -> (String, io::Result<T>) {
     let address = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
     let lacks_ipv6 = |error: &io::Error| {
@@ -223,29 +223,29 @@ fn bind_any<T>(port: u16, bind: impl Fn(SocketAddr) -> io::Result<T>) -> (String
 fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     if address.is_ipv6() {
-        // `::` takes IPv4 too, whatever net.ipv6.bindv6only is.
+        // `::` accepts IPv4 as well, whatever net.ipv6.bindv6only is.
         socket.set_only_v6(false)?;
     }
-    // A restart must not wait for connections of the process before to leave TIME_WAIT.
+    // A restart must not wait until the connections of the previous process leave TIME_WAIT.
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    Listener::Tcp(socket.into()).prepare()
+    Listener::Tcp(socket.into()).with_options()
 }
 
 fn bind_unix(path: &Path, mode: SocketMode) -> io::Result<Listener> {
-    // A socket file outlives the process that made it. It is removed only where nobody answers on it any more, and
-    // anything that is not a socket stays, for bind to trip over.
+    // A socket file outlives its process. It is removed only if no process listens on it. A file that is not a socket stays,
+    // and bind(2) fails.
     let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     if is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
         fs::remove_file(path)?;
     }
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.bind(&socket2::SockAddr::unix(path)?)?;
-    // bind(2) gave it the mode that the umask left. Until listen(2), whoever connects is refused, whatever the mode.
+    // bind(2) applied the umask to the mode. Until listen(2), every connection is refused, whatever the mode.
     fs::set_permissions(path, fs::Permissions::from_mode(mode.bits()))?;
     socket.listen(BACKLOG)?;
-    Listener::Unix(socket.into()).prepare()
+    Listener::Unix(socket.into()).with_options()
 }
 
 #[cfg(test)]
@@ -264,18 +264,18 @@ mod tests {
             (&path, Errno::ACCESS, "host"),
         ] {
             let error = BindError { host: host.clone(), address: "[::]:80".into(), source: errno.into() };
-            let sentence = error.with_settings("host", "srv-port").to_string();
-            assert!(sentence.starts_with(&format!("can't listen on [::]:80 ({setting}): ")), "{sentence}");
+            let message = error.with_settings("host", "srv-port").to_string();
+            assert!(message.starts_with(&format!("can't listen on [::]:80 ({setting}): ")), "{message}");
         }
     }
 
     #[test]
-    fn an_address_in_use_is_not_taken_for_a_forbidden_socket() {
+    fn an_address_in_use_is_neither_forbidden_nor_denied() {
         for (errno, expected) in [
             (Errno::AFNOSUPPORT, [true, true]),
             (Errno::PERM, [true, true]),
             (Errno::ROFS, [true, true]),
-            (Errno::ACCESS, [false, true]), // a port below 1024, a directory of somebody else's
+            (Errno::ACCESS, [false, true]), // a port below 1024, or another user's directory
             (Errno::ADDRINUSE, [false, false]),
             (Errno::ADDRNOTAVAIL, [false, false]),
             (Errno::MFILE, [false, false]),
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn every_address_is_ipv4_alone_where_there_is_no_ipv6() {
+    fn any_address_is_ipv4_only_without_ipv6() {
         let bind = |errno: Option<Errno>, both_fail: bool| {
             bind_any(1123, |address| match errno {
                 Some(errno) if address.is_ipv6() || both_fail => Err(io::Error::from(errno)),
@@ -300,20 +300,20 @@ mod tests {
             assert_eq!(outcome(bind(Some(errno), false)), ("0.0.0.0:1123".into(), true), "{errno:?}");
             assert_eq!(outcome(bind(Some(errno), true)), ("0.0.0.0:1123".into(), false), "{errno:?}");
         }
-        // Another error is of IPv4 too, or would hide that half of the clients are not served.
+        // Any other error would occur with IPv4, too, or hide that IPv6 clients are not served.
         for errno in [Errno::ADDRINUSE, Errno::ACCESS, Errno::MFILE] {
             assert_eq!(outcome(bind(Some(errno), false)), ("[::]:1123".into(), false), "{errno:?}");
         }
     }
 
     #[test]
-    fn a_socket_file_that_nobody_answers_on_is_replaced_and_other_files_are_not() {
-        let folder = tempfile::tempdir().unwrap();
-        let stale = Host::Unix(folder.path().join("stale"));
+    fn bind_replaces_only_a_stale_socket_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let stale = Host::Unix(directory.path().join("stale"));
         drop(Listener::bind(&stale, 0, SocketMode::default()).unwrap());
         let held = Listener::bind(&stale, 0, SocketMode::default()).expect("a stale socket is replaced");
         assert!(Listener::bind(&stale, 0, SocketMode::default()).is_err(), "a socket in use is not");
-        let file = folder.path().join("file");
+        let file = directory.path().join("file");
         fs::write(&file, "mine").unwrap();
         assert!(Listener::bind(&Host::Unix(file.clone()), 0, SocketMode::default()).is_err());
         assert_eq!(fs::read_to_string(&file).unwrap(), "mine");

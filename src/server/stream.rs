@@ -1,4 +1,4 @@
-//! A connection's socket, TCP or Unix, with the socket options that bound what the kernel holds for it.
+//! The socket of a connection, TCP or Unix, with the options that limit what the kernel holds for it.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,25 +13,27 @@ use zeroize::Zeroizing;
 
 use crate::server::transport::{SendMode, Transport};
 
-/// TCP_NOTSENT_LOWAT (tcp(7)) of an ordinary connection: the kernel takes another write only while it holds fewer unsent
-/// bytes than this. A response of 16 KiB over a new connection still goes without a wait. The kernel would take up to 4 MB
-/// (tcp_wmem) otherwise, from each of 10,000 connections that read nothing.
+/// TCP_NOTSENT_LOWAT (tcp(7)) of an ordinary connection: the kernel accepts another write only while it holds fewer unsent
+/// bytes than this. A response of 16 KiB over a new connection is still sent without a wait. Without the option, the kernel
+/// would accept up to 4 MB (tcp_wmem) for each of 10,000 connections that read nothing.
 pub(crate) const NOTSENT_LOWAT: u32 = 4096;
 
-/// The same for a connection with a streamed response, of which there are as many as permits: it must not run dry.
+/// TCP_NOTSENT_LOWAT of a connection with a streamed response, which must not run out of bytes to send. The number of
+/// permits limits such connections.
 const NOTSENT_LOWAT_STREAMING: u32 = 128 * 1024;
 
-/// The same once its client is slow: above what the last large write, of a chunk, left there.
+/// TCP_NOTSENT_LOWAT of a connection with a streamed response to a slow client: more than the last large write, of one
+/// chunk, left unsent.
 const NOTSENT_LOWAT_SLOW: u32 = NOTSENT_LOWAT_STREAMING + 64 * 1024;
 
-/// The most bytes of one write to a Unix socket, whose kernel gives memory back only for whole writes: a slow client has to
-/// have read one before the next is taken.
+/// The most bytes of one write to a Unix socket. The kernel frees the memory of a write only as a whole, so a slow client
+/// has to read one write before the next is accepted.
 const UNIX_WRITE_MAX: usize = 8 * 1024;
 
-/// Bytes that are read at once from a client that goes on sending after its last response.
-const DISCARDED_AT_ONCE: usize = 1024;
+/// Size of the buffer, in bytes, for what a client still sends after its last response.
+const DISCARD_BUFFER: usize = 1024;
 
-/// A connection.
+/// The socket of a connection.
 #[derive(Debug)]
 pub enum Stream {
     /// TCP.
@@ -41,7 +43,7 @@ pub enum Stream {
 }
 
 impl Stream {
-    /// The abstract name that the other end is bound to (unix(7)), without the NUL that begins it.
+    /// The abstract name that the peer is bound to (unix(7)), without the leading NUL.
     pub fn peer_name(&self) -> Option<Vec<u8>> {
         match self {
             Self::Tcp(_) => None,
@@ -49,7 +51,8 @@ impl Stream {
         }
     }
 
-    /// The first byte that is to be read, which stays to be read. `None` at the end, and for a Unix socket.
+    /// Waits for the next byte and returns it without reading it. `None` at the end of the connection, and for a Unix
+    /// socket.
     ///
     /// # Errors
     /// As recv(2).
@@ -62,7 +65,7 @@ impl Stream {
     }
 }
 
-/// Sends by `send`, once the kernel takes bytes again.
+/// Sends with `send` once the socket is writable.
 fn poll_send(
     stream: &tokio::net::TcpStream,
     cx: &mut Context<'_>,
@@ -77,9 +80,9 @@ fn poll_send(
     }
 }
 
-/// send(2): with MSG_EOR each write begins a segment of its own. Without it the kernel adds a write to its last unsent
-/// segment, up to 64 KiB of them, and does not look at TCP_NOTSENT_LOWAT.
-const SEND: SendFlags = SendFlags::EOR.union(SendFlags::NOSIGNAL);
+/// send(2): with MSG_EOR, the next write begins a new segment. Otherwise the kernel adds writes to the last unsent segment, up
+/// to 64 KiB of it, whatever TCP_NOTSENT_LOWAT is.
+const SEND_FLAGS: SendFlags = SendFlags::EOR.union(SendFlags::NOSIGNAL);
 
 macro_rules! delegate {
     ($self:ident, $method:ident $(, $argument:ident)*) => {
@@ -99,7 +102,7 @@ impl AsyncRead for Stream {
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Tcp(stream) => poll_send(stream, cx, || send(&*stream, buf, SEND)),
+            Self::Tcp(stream) => poll_send(stream, cx, || send(&*stream, buf, SEND_FLAGS)),
             Self::Unix(stream) => Pin::new(stream).poll_write(cx, &buf[..buf.len().min(UNIX_WRITE_MAX)]),
         }
     }
@@ -110,9 +113,9 @@ impl AsyncWrite for Stream {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Tcp(stream) => {
-                poll_send(stream, cx, || sendmsg(&*stream, bufs, &mut SendAncillaryBuffer::default(), SEND))
-            }
+            Self::Tcp(stream) => poll_send(stream, cx, || {
+                sendmsg(&*stream, bufs, &mut SendAncillaryBuffer::default(), SEND_FLAGS)
+            }),
             unix @ Self::Unix(_) => {
                 let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| buf);
                 Pin::new(unix).poll_write(cx, first)
@@ -120,7 +123,7 @@ impl AsyncWrite for Stream {
         }
     }
 
-    /// Vectored writes are what keeps key bytes out of hyper's own buffers.
+    /// Vectored writes keep key bytes out of hyper's own buffers.
     fn is_write_vectored(&self) -> bool {
         true
     }
@@ -129,7 +132,8 @@ impl AsyncWrite for Stream {
         delegate!(self, poll_flush, cx)
     }
 
-    /// Sends what waits for the end, and the end: close(2) would forget it if the client had sent more than was read.
+    /// Sends the bytes that [`Transport::poll_write_final`] held back, and the end. close(2) would discard them if the client
+    /// had sent more than was read.
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         delegate!(self, poll_shutdown, cx)
     }
@@ -137,7 +141,7 @@ impl AsyncWrite for Stream {
 
 impl Transport for Stream {
     fn poll_write_final(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        // send(2): with MSG_MORE, one segment has the data and the end, which shutdown(2) sends.
+        // send(2): with MSG_MORE, the bytes wait for shutdown(2), and one segment has both.
         match self.get_mut() {
             Self::Tcp(stream) => {
                 poll_send(stream, cx, || send(&*stream, buf, SendFlags::MORE | SendFlags::NOSIGNAL))
@@ -147,20 +151,20 @@ impl Transport for Stream {
     }
 
     fn reset_on_close(&self) {
-        // tcp(7), socket(7): closing with SO_LINGER of 0 resets. A Unix socket forgets anyway.
+        // socket(7), tcp(7): closing with an SO_LINGER of 0 resets. A Unix socket discards unsent bytes anyway.
         if let Self::Tcp(stream) = self {
-            let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO)); // without it, it is closed in order
+            let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO)); // if it fails, the close is orderly
         }
     }
 
     fn poll_client_closed(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         let Self::Tcp(stream) = self else { return Poll::Ready(true) };
-        let mut input = Zeroizing::new([0; DISCARDED_AT_ONCE]); // it may have a token
+        let mut input = Zeroizing::new([0; DISCARD_BUFFER]); // may have a token
         loop {
             let mut unread = ReadBuf::new(&mut input[..]);
             match ready!(Pin::new(&mut *stream).poll_read(cx, &mut unread)) {
                 Ok(()) if !unread.filled().is_empty() => {}
-                // getpeername(2): a TCP connection has no peer once both ends are closed and acknowledged, or it is reset.
+                // getpeername(2) fails once both ends are closed and acknowledged, or the connection is reset.
                 Ok(()) | Err(_) => return Poll::Ready(stream.peer_addr().is_err()),
             }
         }
@@ -168,15 +172,15 @@ impl Transport for Stream {
 
     fn shutdown_and_duplicate(&self) -> Option<OwnedFd> {
         let Self::Tcp(stream) = self else { return None };
-        let kept = stream.as_fd().try_clone_to_owned().ok()?; // out of descriptors, it is closed in order
-        // While there is another descriptor, close(2) does not end it. It may have ended already, or be broken.
+        let kept = stream.as_fd().try_clone_to_owned().ok()?; // out of descriptors: the close is orderly
+        // close(2) does not shut down the connection while it has another descriptor. This may fail on a broken connection.
         let _ = shutdown(&kept, Shutdown::Write);
         Some(kept)
     }
 
     fn try_write(&mut self, buf: &[u8]) -> io::Result<usize> {
         Ok(match self {
-            Self::Tcp(stream) => send(&*stream, buf, SEND)?,
+            Self::Tcp(stream) => send(&*stream, buf, SEND_FLAGS)?,
             Self::Unix(stream) => send(&*stream, buf, SendFlags::NOSIGNAL)?,
         })
     }
@@ -190,14 +194,14 @@ impl Transport for Stream {
         found.is_ok_and(|(read, _)| read > 0)
     }
 
-    fn set_send_mode(&mut self, sending: SendMode) {
+    fn set_send_mode(&mut self, mode: SendMode) {
         if let Self::Tcp(stream) = self {
-            let lowat = match sending {
+            let lowat = match mode {
                 SendMode::Short => NOTSENT_LOWAT,
                 SendMode::Stream => NOTSENT_LOWAT_STREAMING,
                 SendMode::SlowStream => NOTSENT_LOWAT_SLOW,
             };
-            let _ = SockRef::from(&*stream).set_tcp_notsent_lowat(lowat); // without it, it is slower or holds more
+            let _ = SockRef::from(&*stream).set_tcp_notsent_lowat(lowat); // if it fails, the response is slower or the kernel holds more
         }
     }
 }

@@ -1,5 +1,5 @@
-//! A connection that ends when its client keeps it waiting too long. It sits below hyper, which has no deadline for a
-//! stalled write and would set a timer anew for every request.
+//! A stream with timeouts for slow and idle clients. It is below hyper, which has no timeout for a stalled write and would
+//! restart a timer for every request.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -14,85 +14,84 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use crate::server::timeouts::Timeouts;
 use crate::server::transport::{SendMode, Transport};
 
-/// How often a blocked write is tried again. The kernel wakes a writer only once half of what it holds is sent, which
-/// takes a slow client minutes; it takes a few more bytes long before that, as soon as the client has acknowledged as many.
-const RETRY: Duration = Duration::from_secs(1);
+/// How often a blocked write is retried. The kernel wakes a writer only once half of the bytes it holds are sent, which
+/// takes a slow client minutes. It accepts a few more bytes much earlier, as soon as the client has acknowledged as many.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The most bytes of one write to a client that is not known to be fast: so much has to be acknowledged before the next
-/// write succeeds, which has to happen within the write timeout. A key of 4 KiB and its header fit.
+/// The most bytes of one write to a client that is not known to be fast. The client has to acknowledge as many before the
+/// next write succeeds, within the write timeout. A key of 4 KiB and its headers fit.
 pub const WRITE_MAX: usize = 5 * 1024;
 
-/// A client is fast once it has taken so many bytes of a streamed response without a wait of [`RETRY`]. The buffers of both
-/// kernels hold less, so a slow client never is.
-const FAST_MIN: usize = 512 * 1024;
+/// A client is fast once it has taken so many bytes of a streamed response without a wait of [`RETRY_INTERVAL`]. The buffers
+/// of both kernels hold less, so a slow client never appears fast.
+const FAST_CLIENT_MIN: usize = 512 * 1024;
 
-/// What a connection waits for while it reads.
+/// What a connection reads next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Awaiting {
-    /// The first byte of a request, after a response.
-    Request,
-    /// The rest of its headers. Since when is noted once it waits.
-    Begun,
-    /// The same, since a time that is known.
+enum Reading {
+    /// The first byte of a request after a response: the idle timeout applies.
+    Idle,
+    /// The rest of a request's headers. The head timeout starts with the next wait.
+    HeadBegun,
+    /// The rest of a request's headers, with the head timeout running.
     Head,
 }
 
-/// A stream whose reads and writes fail with `TimedOut` when their time is over.
+/// A stream whose reads and writes fail with `TimedOut` after their timeouts.
 #[derive(Debug)]
 pub struct TimeoutStream<S: Transport + Unpin> {
     stream: S,
     timeouts: Arc<Timeouts>,
-    /// What the deadlines count from: the start of the connection, the last progress of a write, or the first wait for the
-    /// rest of a request.
+    /// The start of the current timeout: when the connection began, a write last made progress, or a read first waited for
+    /// the rest of a request.
     since: Instant,
-    awaiting: Awaiting,
-    /// When a write that waits was last tried.
-    blocked: Option<Instant>,
-    /// Whether the last write was a retry that the kernel took.
-    is_retrying: bool,
-    sending: SendMode,
-    /// Bytes written since a write last waited for long.
-    quickly: usize,
+    reading: Reading,
+    /// When a blocked write was last tried.
+    last_try: Option<Instant>,
+    /// Whether the last write was a retry that the kernel accepted.
+    was_retry: bool,
+    send_mode: SendMode,
+    /// Bytes written since a write last waited for [`RETRY_INTERVAL`].
+    unblocked_bytes: usize,
     resets_on_close: AtomicBool,
-    /// Whether the kernel may hold much of a response that its client has not taken.
+    /// Whether the kernel may hold much of a response that the client has not taken.
     may_have_unsent: bool,
-    /// Since when the sending side is shut down.
-    ended: Option<Instant>,
-    /// One timer for the life of the connection. It is set anew only when it fires or would fire too late, never for
-    /// a request.
+    /// When the sending side was shut down, if the stream lingers after that.
+    shut_down_at: Option<Instant>,
+    /// One timer for the life of the connection. It is reset when it fires or would fire too late, not for each request.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S: Transport + Unpin> TimeoutStream<S> {
-    /// Starts the clock.
+    /// Wraps `stream` and starts the head timeout.
     pub fn new(stream: S, timeouts: Arc<Timeouts>) -> Self {
         Self {
             stream,
             timeouts,
             since: Instant::now(),
-            awaiting: Awaiting::Head,
-            blocked: None,
-            is_retrying: false,
-            sending: SendMode::Short,
-            quickly: 0,
+            reading: Reading::Head,
+            last_try: None,
+            was_retry: false,
+            send_mode: SendMode::Short,
+            unblocked_bytes: 0,
             resets_on_close: AtomicBool::new(false),
             may_have_unsent: false,
-            ended: None,
+            shut_down_at: None,
             timer: None,
         }
     }
 
-    /// The stream itself, for what needs no deadline.
+    /// The stream without timeouts.
     pub fn get_ref(&self) -> &S {
         &self.stream
     }
 
-    /// What the client is held to.
+    /// The timeouts.
     pub fn timeouts(&self) -> &Timeouts {
         &self.timeouts
     }
 
-    /// Ready at `deadline`; else the task is woken when it may have come.
+    /// Ready at `deadline`. Until then, the task is woken no later than that.
     fn poll_deadline(&mut self, cx: &mut Context<'_>, deadline: Instant) -> Poll<()> {
         let mut is_set = self.timer.is_some();
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
@@ -100,9 +99,10 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
             timer.as_mut().reset(deadline);
             is_set = false;
         }
-        // A connection is one task's, whose waker stays the same: once the timer has it, it need not be polled again.
+        // A connection has one task, whose waker stays the same: the timer has it after the first poll.
         while !is_set || timer.is_elapsed() {
-            // Pending, although it has elapsed, where the task's turn is over (tokio::task::coop): then the runtime polls again.
+            // Pending although the timer has elapsed, if the task's budget is used up (tokio::task::coop): then the runtime
+            // polls the task again.
             ready!(timer.as_mut().poll(cx));
             if Instant::now() >= deadline {
                 return Poll::Ready(());
@@ -113,47 +113,49 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
         Poll::Pending
     }
 
-    /// Waits for the request that the client may send, or for the rest of it.
-    fn poll_overdue(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        if self.awaiting == Awaiting::Begun {
-            (self.since, self.awaiting) = (Instant::now(), Awaiting::Head);
+    /// Ready with an error once the head or idle timeout has passed.
+    fn poll_read_timeout(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        if self.reading == Reading::HeadBegun {
+            (self.since, self.reading) = (Instant::now(), Reading::Head);
         }
-        let limit = match self.awaiting {
-            Awaiting::Request => self.timeouts.idle(),
-            Awaiting::Begun | Awaiting::Head => self.timeouts.head(),
+        let timeout = match self.reading {
+            Reading::Idle => self.timeouts.idle(),
+            Reading::HeadBegun | Reading::Head => self.timeouts.head(),
         };
-        ready!(self.poll_deadline(cx, self.since + limit));
-        // A client may use its connection at the last moment. Closed now, it would be reset with a request unread.
-        if self.awaiting == Awaiting::Request && self.stream.has_input() {
-            return Poll::Pending; // the runtime is about to say so
+        ready!(self.poll_deadline(cx, self.since + timeout));
+        // A client may send a request at the last moment. Closing now would reset the connection with the request unread.
+        if self.reading == Reading::Idle && self.stream.has_input() {
+            return Poll::Pending; // the runtime is about to report the input
         }
         Poll::Ready(io::ErrorKind::TimedOut.into())
     }
 
-    /// How many bytes one write may have.
+    /// The most bytes of one write.
     fn write_max(&self) -> usize {
-        let is_fast = self.sending == SendMode::Stream && self.quickly >= FAST_MIN;
+        let is_fast = self.send_mode == SendMode::Stream && self.unblocked_bytes >= FAST_CLIENT_MIN;
         if is_fast { usize::MAX } else { WRITE_MAX }
     }
 
-    /// Keeps an ended connection open until its client has closed it too and has all of it, for at most the write timeout:
-    /// if the drain comes meanwhile, it can still be reset. The drain itself looks after connections that have ended.
-    fn poll_linger(&mut self, cx: &mut Context<'_>, ended: Instant) -> Poll<()> {
-        let end = ended + self.timeouts.write();
-        while !self.timeouts.keeps_ended_connections() && Instant::now() < end {
-            let next_look = match self.stream.poll_client_closed(cx) {
+    /// Keeps a shut-down connection open until the client has closed it, too, and acknowledged everything, for at most the
+    /// write timeout: a drain that begins meanwhile can still reset it. During a drain, connections that have ended are
+    /// watched elsewhere.
+    fn poll_linger(&mut self, cx: &mut Context<'_>, shut_down_at: Instant) -> Poll<()> {
+        let deadline = shut_down_at + self.timeouts.write();
+        while !self.timeouts.keeps_ended_connections() && Instant::now() < deadline {
+            let next_check = match self.stream.poll_client_closed(cx) {
                 Poll::Ready(true) => break,
-                // Nothing wakes the task when the client takes the rest.
-                Poll::Ready(false) => Instant::now() + RETRY,
-                Poll::Pending => end,
+                // Nothing wakes the task when the client acknowledges the rest.
+                Poll::Ready(false) => Instant::now() + RETRY_INTERVAL,
+                Poll::Pending => deadline,
             };
-            ready!(self.poll_deadline(cx, end.min(next_look)));
+            ready!(self.poll_deadline(cx, deadline.min(next_check)));
         }
         Poll::Ready(())
     }
 
-    /// Notes what became of a write of `bufs`.
-    fn written(
+    /// Completes a write of `bufs` with this `result`: retries a blocked write, fails it after the write timeout, and
+    /// records progress.
+    fn poll_complete_write(
         &mut self,
         cx: &mut Context<'_>,
         mut result: Poll<io::Result<usize>>,
@@ -161,39 +163,41 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
     ) -> Poll<io::Result<usize>> {
         while result.is_pending() {
             self.may_have_unsent = true;
-            // After a retry that the kernel took, it is filled at once, or each of the next would pass for progress.
-            if !self.is_retrying {
-                let tried = *self.blocked.get_or_insert_with(Instant::now);
-                ready!(self.poll_deadline(cx, (tried + RETRY).min(self.since + self.timeouts.write())));
-                if self.sending == SendMode::Stream && self.quickly >= FAST_MIN {
+            // Without a wait after a retry that succeeded: the kernel's buffer is filled first, or each of the next retries
+            // would count as progress.
+            if !self.was_retry {
+                let last_try = *self.last_try.get_or_insert_with(Instant::now);
+                let deadline = self.since + self.timeouts.write();
+                ready!(self.poll_deadline(cx, (last_try + RETRY_INTERVAL).min(deadline)));
+                if self.send_mode == SendMode::Stream && self.unblocked_bytes >= FAST_CLIENT_MIN {
                     self.set_send_mode(SendMode::SlowStream);
                 }
-                self.quickly = 0;
+                self.unblocked_bytes = 0;
             }
             let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| buf);
             match self.stream.try_write(&first[..first.len().min(WRITE_MAX)]) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let now = Instant::now();
-                    (self.blocked, self.is_retrying) = (Some(now), false);
+                    (self.last_try, self.was_retry) = (Some(now), false);
                     if now >= self.since + self.timeouts.write() {
-                        // Closed in order, its key bytes would stay in the kernel, megabytes a connection, for as long
-                        // as the client acknowledges and does not read.
+                        // An orderly close would leave up to megabytes of key bytes in the kernel for each connection, for as
+                        // long as the client acknowledges and does not read.
                         self.reset_on_close();
                         result = Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
                     }
                 }
-                tried => {
-                    self.is_retrying = true;
-                    result = Poll::Ready(tried);
+                retried => {
+                    self.was_retry = true;
+                    result = Poll::Ready(retried);
                 }
             }
         }
-        self.blocked = None;
+        self.last_try = None;
         self.since = Instant::now();
-        self.awaiting = Awaiting::Request;
+        self.reading = Reading::Idle;
         if let Poll::Ready(Ok(count)) = result {
-            self.quickly = self.quickly.saturating_add(count);
-            if self.sending == SendMode::SlowStream && self.quickly >= FAST_MIN {
+            self.unblocked_bytes = self.unblocked_bytes.saturating_add(count);
+            if self.send_mode == SendMode::SlowStream && self.unblocked_bytes >= FAST_CLIENT_MIN {
                 self.set_send_mode(SendMode::Stream);
             }
         }
@@ -201,7 +205,7 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
     }
 }
 
-/// At the end of the drain a connection is dropped wherever it is.
+/// The end of a drain drops a connection at any point.
 impl<S: Transport + Unpin> Drop for TimeoutStream<S> {
     fn drop(&mut self) {
         if self.resets_on_close() {
@@ -219,15 +223,15 @@ impl<S: AsyncRead + Transport + Unpin> AsyncRead for TimeoutStream<S> {
         let this = self.get_mut();
         let before = buf.filled().len();
         match Pin::new(&mut this.stream).poll_read(cx, buf) {
-            // While an answer waits for its reader, no request is owed.
-            Poll::Pending if this.blocked.is_none() => {
-                let error = ready!(this.poll_overdue(cx));
+            // No read timeout while a response waits for the client.
+            Poll::Pending if this.last_try.is_none() => {
+                let error = ready!(this.poll_read_timeout(cx));
                 Poll::Ready(Err(error))
             }
             result => {
-                if this.awaiting == Awaiting::Request && buf.filled().len() > before {
-                    // Its client has the response before, most often.
-                    (this.awaiting, this.may_have_unsent) = (Awaiting::Begun, false);
+                if this.reading == Reading::Idle && buf.filled().len() > before {
+                    // A client that sends a request most often has the previous response.
+                    (this.reading, this.may_have_unsent) = (Reading::HeadBegun, false);
                 }
                 result
             }
@@ -240,7 +244,7 @@ impl<S: Transport + Unpin> AsyncWrite for TimeoutStream<S> {
         let this = self.get_mut();
         let buf = &buf[..buf.len().min(this.write_max())];
         let result = Pin::new(&mut this.stream).poll_write(cx, buf);
-        this.written(cx, result, &[IoSlice::new(buf)])
+        this.poll_complete_write(cx, result, &[IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
@@ -252,16 +256,16 @@ impl<S: Transport + Unpin> AsyncWrite for TimeoutStream<S> {
         let mut room = this.write_max();
         if room == usize::MAX {
             let result = Pin::new(&mut this.stream).poll_write_vectored(cx, bufs);
-            return this.written(cx, result, bufs);
+            return this.poll_complete_write(cx, result, bufs);
         }
-        let mut few = [IoSlice::new(&[]); 4];
-        for (few, buf) in few.iter_mut().zip(bufs) {
+        let mut parts = [IoSlice::new(&[]); 4];
+        for (part, buf) in parts.iter_mut().zip(bufs) {
             let size = buf.len().min(room);
-            *few = IoSlice::new(&buf[..size]);
+            *part = IoSlice::new(&buf[..size]);
             room -= size;
         }
-        let result = Pin::new(&mut this.stream).poll_write_vectored(cx, &few);
-        this.written(cx, result, &few)
+        let result = Pin::new(&mut this.stream).poll_write_vectored(cx, &parts);
+        this.poll_complete_write(cx, result, &parts)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -274,12 +278,12 @@ impl<S: Transport + Unpin> AsyncWrite for TimeoutStream<S> {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.ended.is_none() {
+        if this.shut_down_at.is_none() {
             ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
-            // Most connections have sent all that they had when they end.
-            this.ended = this.may_have_unsent.then(Instant::now);
+            // Most connections have nothing unsent when they end, and need not linger.
+            this.shut_down_at = this.may_have_unsent.then(Instant::now);
         }
-        this.ended.map_or(Poll::Ready(()), |ended| this.poll_linger(cx, ended)).map(Ok)
+        this.shut_down_at.map_or(Poll::Ready(()), |at| this.poll_linger(cx, at)).map(Ok)
     }
 }
 
@@ -290,12 +294,12 @@ impl<S: Transport + Unpin> Transport for TimeoutStream<S> {
             return Pin::new(this).poll_write(cx, buf);
         }
         let result = Pin::new(&mut this.stream).poll_write_final(cx, buf);
-        this.written(cx, result, &[IoSlice::new(buf)])
+        this.poll_complete_write(cx, result, &[IoSlice::new(buf)])
     }
 
     fn expect_head(&mut self) {
-        if self.awaiting == Awaiting::Request {
-            self.awaiting = Awaiting::Begun;
+        if self.reading == Reading::Idle {
+            self.reading = Reading::HeadBegun;
         }
     }
 
@@ -308,10 +312,10 @@ impl<S: Transport + Unpin> Transport for TimeoutStream<S> {
         self.resets_on_close.load(Ordering::Relaxed) || self.timeouts.resets_connections()
     }
 
-    fn set_send_mode(&mut self, sending: SendMode) {
-        (self.sending, self.quickly) = (sending, 0);
-        self.may_have_unsent |= sending != SendMode::Short;
-        self.stream.set_send_mode(sending);
+    fn set_send_mode(&mut self, mode: SendMode) {
+        (self.send_mode, self.unblocked_bytes) = (mode, 0);
+        self.may_have_unsent |= mode != SendMode::Short;
+        self.stream.set_send_mode(mode);
     }
 }
 
@@ -324,19 +328,20 @@ mod tests {
     const IDLE: Duration = Duration::from_secs(75);
     const WRITE: Duration = Duration::from_secs(15);
 
+    /// A stream with timeouts, its client, and the timeouts.
     fn pair() -> (TimeoutStream<DuplexStream>, DuplexStream, Arc<Timeouts>) {
-        let (ours, theirs) = duplex(64);
+        let (stream, client) = duplex(64);
         let timeouts = Arc::new(Timeouts::new(HEAD, IDLE, WRITE));
-        (TimeoutStream::new(ours, Arc::clone(&timeouts)), theirs, timeouts)
+        (TimeoutStream::new(stream, Arc::clone(&timeouts)), client, timeouts)
     }
 
-    async fn seconds(count: u64) {
+    async fn sleep_seconds(count: u64) {
         tokio::time::sleep(Duration::from_secs(count)).await;
     }
 
-    /// On a thread of its own, which the wrong code would never give back.
+    /// On a thread of its own, because a regression would loop forever.
     #[test]
-    fn a_deadline_that_has_come_does_not_hold_a_task_whose_turn_is_over() {
+    fn an_elapsed_deadline_yields_when_the_task_budget_is_used_up() {
         use std::future::poll_fn;
         use tokio::task::coop::{consume_budget, has_budget_remaining};
         let (sender, results) = std::sync::mpsc::channel();
@@ -347,18 +352,18 @@ mod tests {
                 .build()
                 .unwrap();
             runtime.block_on(async {
-                let (mut ours, _theirs, _) = pair();
+                let (mut stream, _client, _) = pair();
                 let deadline = Instant::now() + HEAD;
-                let mut is_pending = |cx: &mut Context<'_>| ours.poll_deadline(cx, deadline).is_pending();
+                let mut is_pending = |cx: &mut Context<'_>| stream.poll_deadline(cx, deadline).is_pending();
                 sender.send(poll_fn(|cx| Poll::Ready(is_pending(cx))).await).unwrap();
                 tokio::time::advance(HEAD).await;
-                let at_the_end_of_its_turn = poll_fn(|cx| {
+                let without_budget = poll_fn(|cx| {
                     while has_budget_remaining() {
                         let _ = std::pin::pin!(consume_budget()).poll(cx);
                     }
                     Poll::Ready(is_pending(cx))
                 });
-                sender.send(at_the_end_of_its_turn.await).unwrap();
+                sender.send(without_budget.await).unwrap();
                 tokio::task::yield_now().await;
                 sender.send(poll_fn(|cx| Poll::Ready(is_pending(cx))).await).unwrap();
             });
@@ -369,55 +374,55 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn bytes_that_drip_in_do_not_extend_the_head_timeout() {
-        let (mut ours, mut theirs, _) = pair();
+    async fn slow_bytes_do_not_extend_the_head_timeout() {
+        let (mut stream, mut client, _) = pair();
         let start = Instant::now();
-        let dripping = async {
+        let sending = async {
             loop {
-                theirs.write_all(b"x").await.unwrap();
-                seconds(4).await;
+                client.write_all(b"x").await.unwrap();
+                sleep_seconds(4).await;
             }
         };
-        let reading = async { while ours.read_u8().await.is_ok() {} };
-        tokio::select! { () = dripping => {}, () = reading => {} }
+        let reading = async { while stream.read_u8().await.is_ok() {} };
+        tokio::select! { () = sending => {}, () = reading => {} }
         assert_eq!(start.elapsed(), HEAD);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn after_a_response_the_idle_timeout_holds_until_the_next_request_begins() {
-        let (mut ours, mut theirs, _) = pair();
+    async fn the_idle_timeout_runs_from_response_to_next_request() {
+        let (mut stream, mut client, _) = pair();
         let start = Instant::now();
         for _ in 0..3 {
-            seconds(9).await;
-            theirs.write_all(b"x").await.unwrap();
-            ours.read_u8().await.unwrap();
-            ours.write_all(b"y").await.unwrap();
+            sleep_seconds(9).await;
+            client.write_all(b"x").await.unwrap();
+            stream.read_u8().await.unwrap();
+            stream.write_all(b"y").await.unwrap();
         }
-        let error = ours.read_u8().await.unwrap_err();
+        let error = stream.read_u8().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert_eq!(start.elapsed(), Duration::from_secs(27) + IDLE);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_request_that_has_begun_has_the_head_timeout() {
-        let (mut ours, mut theirs, _) = pair();
+    async fn a_begun_request_has_the_head_timeout() {
+        let (mut stream, mut client, _) = pair();
         for has_unread in [false, true] {
-            ours.write_all(b"y").await.unwrap();
+            stream.write_all(b"y").await.unwrap();
             let start = Instant::now();
-            let client = async {
-                seconds(70).await;
-                theirs.write_all(b"x").await.unwrap();
+            let sending = async {
+                sleep_seconds(70).await;
+                client.write_all(b"x").await.unwrap();
                 std::future::pending::<()>().await;
             };
             let reading = async {
                 if has_unread {
-                    ours.expect_head(); // its beginning came with the request before
+                    stream.expect_head(); // the first bytes came with the previous request
                 } else {
-                    ours.read_u8().await.unwrap();
+                    stream.read_u8().await.unwrap();
                 }
-                ours.read_u8().await.unwrap_err()
+                stream.read_u8().await.unwrap_err()
             };
-            let error = tokio::select! { error = reading => error, () = client => unreachable!() };
+            let error = tokio::select! { error = reading => error, () = sending => unreachable!() };
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
             let began = if has_unread { 0 } else { 70 };
             assert_eq!(start.elapsed(), Duration::from_secs(began) + HEAD);
@@ -425,49 +430,49 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_write_that_makes_no_progress_fails() {
-        let (mut ours, mut theirs, _) = pair();
+    async fn a_write_without_progress_times_out() {
+        let (mut stream, mut client, _) = pair();
         let start = Instant::now();
         let reading = async {
-            seconds(12).await;
-            theirs.read_exact(&mut [0; 10]).await.unwrap();
+            sleep_seconds(12).await;
+            client.read_exact(&mut [0; 10]).await.unwrap();
             std::future::pending::<()>().await;
         };
-        let error = tokio::select! { result = ours.write_all(&[0; 200]) => result.unwrap_err(), () = reading => unreachable!() };
+        let error = tokio::select! { result = stream.write_all(&[0; 200]) => result.unwrap_err(), () = reading => unreachable!() };
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert_eq!(start.elapsed(), Duration::from_secs(12) + WRITE);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_shortened_timeout_holds_from_the_next_poll_on() {
-        let (mut ours, mut theirs, timeouts) = pair();
+    async fn a_shortened_timeout_applies_from_the_next_poll() {
+        let (mut stream, mut client, timeouts) = pair();
         let start = Instant::now();
-        let nudging = async {
-            seconds(3).await;
+        let sending = async {
+            sleep_seconds(3).await;
             timeouts.shorten_read_timeouts(Duration::from_secs(5));
-            theirs.write_all(b"x").await.unwrap();
+            client.write_all(b"x").await.unwrap();
             std::future::pending::<()>().await;
         };
-        let reading = async { while ours.read_u8().await.is_ok() {} };
-        tokio::select! { () = nudging => {}, () = reading => {} }
+        let reading = async { while stream.read_u8().await.is_ok() {} };
+        tokio::select! { () = sending => {}, () = reading => {} }
         assert_eq!(start.elapsed(), Duration::from_secs(5));
     }
 
-    /// A stream that the kernel never calls writable, and that takes bytes all the same when it is tried.
+    /// A stream that is never reported as writable while it is full, and accepts bytes when a write is tried.
     #[derive(Debug, Default)]
-    struct Reluctant {
-        taken: Vec<usize>,
+    struct FakeSocket {
+        writes: Vec<usize>,
         is_full: bool,
-        sending: Vec<SendMode>,
+        modes: Vec<SendMode>,
     }
 
-    impl AsyncWrite for Reluctant {
+    impl AsyncWrite for FakeSocket {
         fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
             let this = self.get_mut();
             if this.is_full {
                 return Poll::Pending;
             }
-            this.taken.push(buf.len());
+            this.writes.push(buf.len());
             Poll::Ready(Ok(buf.len()))
         }
 
@@ -480,39 +485,39 @@ mod tests {
         }
     }
 
-    impl Transport for Reluctant {
+    impl Transport for FakeSocket {
         fn try_write(&mut self, buf: &[u8]) -> io::Result<usize> {
-            self.taken.push(buf.len());
+            self.writes.push(buf.len());
             Ok(buf.len())
         }
 
         fn reset_on_close(&self) {}
 
-        fn set_send_mode(&mut self, sending: SendMode) {
-            self.sending.push(sending);
+        fn set_send_mode(&mut self, mode: SendMode) {
+            self.modes.push(mode);
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn writes_are_small_until_the_client_is_fast_and_again_once_it_is_slow() {
+    async fn writes_are_large_only_while_the_client_is_fast() {
         const LARGE: usize = 64 * 1024;
         let timeouts = Arc::new(Timeouts::new(HEAD, IDLE, WRITE));
-        let mut ours = TimeoutStream::new(Reluctant::default(), timeouts);
+        let mut stream = TimeoutStream::new(FakeSocket::default(), timeouts);
         let large = vec![0; LARGE];
-        ours.write_all(&large).await.unwrap();
-        assert!(ours.get_ref().taken.iter().all(|size| *size <= WRITE_MAX), "a short response");
-        ours.set_send_mode(SendMode::Stream);
-        for _ in 0..2 * FAST_MIN / LARGE {
-            ours.write_all(&large).await.unwrap();
+        stream.write_all(&large).await.unwrap();
+        assert!(stream.get_ref().writes.iter().all(|size| *size <= WRITE_MAX), "a short response");
+        stream.set_send_mode(SendMode::Stream);
+        for _ in 0..2 * FAST_CLIENT_MIN / LARGE {
+            stream.write_all(&large).await.unwrap();
         }
-        let taken = std::mem::take(&mut ours.stream.taken);
-        assert_eq!(taken[0], WRITE_MAX);
-        assert_eq!(taken.last(), Some(&LARGE), "it has taken much without a wait");
-        ours.stream.is_full = true;
+        let writes = std::mem::take(&mut stream.stream.writes);
+        assert_eq!(writes[0], WRITE_MAX);
+        assert_eq!(writes.last(), Some(&LARGE), "the client has taken much without a wait");
+        stream.stream.is_full = true;
         let start = Instant::now();
-        ours.write_all(&large).await.unwrap();
-        assert_eq!(start.elapsed(), RETRY, "then all that it takes");
-        assert!(ours.get_ref().taken.iter().all(|size| *size <= WRITE_MAX));
-        assert_eq!(ours.get_ref().sending, [SendMode::Stream, SendMode::SlowStream]);
+        stream.write_all(&large).await.unwrap();
+        assert_eq!(start.elapsed(), RETRY_INTERVAL, "the retries after the first do not wait");
+        assert!(stream.get_ref().writes.iter().all(|size| *size <= WRITE_MAX));
+        assert_eq!(stream.get_ref().modes, [SendMode::Stream, SendMode::SlowStream]);
     }
 }

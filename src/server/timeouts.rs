@@ -1,30 +1,30 @@
-//! How long clients may keep connections waiting: settings that the connections of a server share.
+//! The timeouts that the connections of a server share, and how connections end during a drain.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::server::unacknowledged::EndedConnections;
 
-/// How long a client may take; shared by the connections of a server, which may shorten it while they run.
+/// How long clients may keep a connection waiting. The connections of a server share one value, which may change while they
+/// are open.
 #[derive(Debug)]
 pub struct Timeouts {
     head: Duration,
     idle: Duration,
     write: Duration,
-    /// What both of the first two are at most.
+    /// The upper limit of `head` and `idle`, in milliseconds.
     read_max: AtomicU64,
     /// Whether connections that end from now on are reset.
     resets: AtomicBool,
-    /// Whether a connection that ends in order is kept until its client has all of it.
+    /// Whether connections that end in order are kept until the client has acknowledged everything.
     keeps: AtomicBool,
-    ended: Arc<EndedConnections>,
+    ended: EndedConnections,
 }
 
 impl Timeouts {
-    /// `head`: until the headers of a request are complete, from the start of the connection or from their first byte.
+    /// `head`: from the start of the connection, or the first byte of a later request, until its headers are complete.
     /// `idle`: from a response until the first byte of the next request. `write`: from the last byte that the client
-    /// acknowledged, while a response waits for it; it is noticed within a second or two.
+    /// acknowledged, while a response waits; it is noticed within a second or two.
     pub fn new(head: Duration, idle: Duration, write: Duration) -> Self {
         Self {
             head,
@@ -33,22 +33,23 @@ impl Timeouts {
             read_max: AtomicU64::new(u64::MAX),
             resets: AtomicBool::new(false),
             keeps: AtomicBool::new(false),
-            ended: Arc::default(),
+            ended: EndedConnections::default(),
         }
     }
 
-    /// The same, each at most `limit`.
+    /// The same timeouts, each at most `limit`.
     #[must_use]
     pub fn at_most(&self, limit: Duration) -> Self {
         Self::new(self.head.min(limit), self.idle.min(limit), self.write.min(limit))
     }
 
-    /// Shortens the wait for requests. Connections learn of it when they are next polled.
-    pub fn shorten_read_timeouts(&self, to: Duration) {
-        self.read_max.fetch_min(millis(to), Ordering::Relaxed);
+    /// Limits the head and the idle timeout. It takes effect for each connection when it is next polled.
+    pub fn shorten_read_timeouts(&self, limit: Duration) {
+        let limit = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        self.read_max.fetch_min(limit, Ordering::Relaxed);
     }
 
-    /// Resets every connection that ends from now on: what a client has of its answer is never taken for all of it.
+    /// Resets every connection that ends from now on, so that no client takes a part of a response for all of it.
     pub fn reset_connections(&self) {
         self.resets.store(true, Ordering::Relaxed);
     }
@@ -63,7 +64,7 @@ impl Timeouts {
         self.keeps.store(true, Ordering::Relaxed);
     }
 
-    /// Whether a connection that ends in order is kept.
+    /// Whether a descriptor of a connection that ends in order now is kept.
     pub(crate) fn keeps_ended_connections(&self) -> bool {
         self.keeps.load(Ordering::Relaxed)
     }
@@ -73,17 +74,17 @@ impl Timeouts {
         &self.ended
     }
 
-    /// How long the headers of a request may take now.
+    /// The current head timeout.
     pub fn head(&self) -> Duration {
         self.head.min(self.read_max())
     }
 
-    /// How long the first byte of the next request may take now.
+    /// The current idle timeout.
     pub(crate) fn idle(&self) -> Duration {
         self.idle.min(self.read_max())
     }
 
-    /// How long a client may acknowledge nothing while a response waits.
+    /// The write timeout.
     pub(crate) fn write(&self) -> Duration {
         self.write
     }
@@ -91,8 +92,4 @@ impl Timeouts {
     fn read_max(&self) -> Duration {
         Duration::from_millis(self.read_max.load(Ordering::Relaxed))
     }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
