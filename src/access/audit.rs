@@ -8,7 +8,7 @@ use crate::access::peer::{Origin, Peer};
 use crate::keys::format::Kind;
 use crate::keys::generator::{Generator, GeneratorError};
 use crate::keys::key_spec::KeySpec;
-use crate::telemetry::log::AUDIT;
+use crate::telemetry::log_event::AUDIT_TARGET;
 
 /// Who gets a key.
 #[derive(Debug)]
@@ -80,7 +80,7 @@ impl AuditRecord {
             Origin::Ip(_) => (None, None, None),
         };
         info!(
-            target: AUDIT,
+            target: AUDIT_TARGET,
             request_id = self.request_id(),
             unit = unit.map(|request| request.unit.as_str()),
             credential = unit.map(|request| request.credential.as_str()),

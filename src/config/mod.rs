@@ -38,7 +38,7 @@ use crate::server::address::{Host, SocketMode};
 use crate::server::tls::identity::{self, TlsFile};
 use crate::server::tls::settings::{MinVersion, TlsSettings};
 use crate::systemd::credentials;
-use crate::telemetry::log::LogLevel;
+use crate::telemetry::log_level::LogLevel;
 
 /// Where the configuration is read from when no other file is named; it need not exist.
 pub const DEFAULT_PATH: &str = "/etc/key-service/config.toml";

@@ -78,7 +78,7 @@ impl Service<'_> {
                 warn!(connections = connections.get(), unacknowledged, "stopped with connections still open");
             }
         }
-        log.wait_for_room();
+        log.block_when_full();
         drain.abort(&all);
         if timeout(ABORT_TIMEOUT, workers.finished()).await.is_ok() {
             return DrainOutcome::Aborted;

@@ -13,7 +13,7 @@ use crate::access::stream_permits::StreamPermit;
 use crate::http::in_flight::InFlightRequest;
 use crate::keys::encoded_stream::{Chunk, EncodedStream};
 use crate::keys::generator::GeneratorError;
-use crate::telemetry::metrics::KeyFailure;
+use crate::telemetry::labels::KeyRequestError;
 
 /// The body of a response.
 #[derive(Debug)]
@@ -130,15 +130,17 @@ impl http_body::Body for Body {
                 match (&chunk, &this.request) {
                     (Some(Ok(chunk)), Some(request)) => {
                         let (spec, metrics) = (stream.spec(), request.metrics());
-                        metrics.generated(started);
-                        (0..chunk.keys_started).for_each(|_| metrics.key_served(spec.length().bytes()));
-                        metrics.key_bytes_served(spec.format(), chunk.key_bytes);
+                        metrics.observe_generation(started);
+                        (0..chunk.keys_started).for_each(|_| metrics.count_key(spec.length().bytes()));
+                        metrics.count_key_bytes(spec.format(), chunk.key_bytes);
                         let is_last = stream.remaining() == 0;
                         if let Some(record) = &mut this.record {
                             record.add_sent(chunk.bytes.len(), is_last);
                         }
                     }
-                    (Some(Err(_)), Some(request)) => request.metrics().key_failed(KeyFailure::Generator),
+                    (Some(Err(_)), Some(request)) => {
+                        request.metrics().count_key_error(KeyRequestError::Generator)
+                    }
                     _ => {}
                 }
                 let frame = |chunk: Result<Chunk, GeneratorError>| {

@@ -22,7 +22,7 @@ use crate::keys::key::{KeyLength, LengthError};
 use crate::keys::key_spec::{BATCH_BYTES_MAX, BatchError, KeySpec};
 use crate::keys::password::Alphabet;
 use crate::telemetry::endpoint::{Endpoint, KEY_PREFIX, PASSWORD_PREFIX};
-use crate::telemetry::metrics::{KeyFailure, Rejection};
+use crate::telemetry::labels::{KeyRequestError, Rejection};
 
 /// Seconds until a client may retry after all permits of streamed responses were taken.
 const STREAM_RETRY_AFTER: u32 = 1;
@@ -93,7 +93,7 @@ pub(crate) fn respond(
     if let Some(authorized) = &mut authorized {
         let bytes = if is_head { 0 } else { spec.key_bytes() };
         state.authorizer.check_rate_limit(authorized, peer, bytes).map_err(|status| {
-            state.metrics.rejected(Rejection::Rate);
+            state.metrics.count_rejection(Rejection::Rate);
             Problem::too_many_requests(&status)
         })?;
     }
@@ -126,7 +126,7 @@ fn authorize(state: &AppState, headers: &HeaderMap, peer: &Peer) -> Result<Optio
         return Ok(None);
     }
     let authorized = state.authorizer.authorize(peer, headers).map_err(|reason| {
-        state.metrics.rejected(Rejection::Unauthorized);
+        state.metrics.count_rejection(Rejection::Unauthorized);
         Problem::unauthorized(reason)
     })?;
     Ok(Some(authorized))
@@ -160,11 +160,11 @@ fn stream_permit(
     peer: &Peer,
 ) -> Result<StreamPermit, Problem> {
     if state.health.is_stopping() {
-        state.metrics.key_failed(KeyFailure::Draining);
+        state.metrics.count_key_error(KeyRequestError::Draining);
         return Err(Problem::draining());
     }
     state.authorizer.acquire_stream_permit(authorized, peer, headers).ok_or_else(|| {
-        state.metrics.key_failed(KeyFailure::Bulk);
+        state.metrics.count_key_error(KeyRequestError::Bulk);
         Problem::unavailable("Too many large responses are being sent", STREAM_RETRY_AFTER)
     })
 }

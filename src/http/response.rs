@@ -67,7 +67,7 @@ pub(crate) fn finalize_response(
     if is_closing {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
-    request.metrics().answered(response.status());
+    request.metrics().count_response(response.status());
     if is_head {
         // The length of GET's body: hyper derives the header from a body, and there is none.
         if let Some(size) = http_body::Body::size_hint(response.body()).exact() {

@@ -29,7 +29,7 @@ use crate::server::fast_path::request::FastRequest;
 use crate::server::fast_path::response_buffer::{FAST_KEY_MAX, ResponseBuffer};
 use crate::server::fast_path::service::{FastOutcome, FastPath};
 use crate::telemetry::endpoint::Endpoint;
-use crate::telemetry::metrics::Rejection;
+use crate::telemetry::labels::Rejection;
 
 /// The service of a listener; cheap to clone for each connection.
 #[derive(Debug, Clone)]
@@ -74,14 +74,14 @@ impl ConnectionService {
         let is_closing = self.class != ConnectionClass::Normal || state.health.is_draining();
         let validated = head.validate();
         let response = if let Err(problem) = &validated {
-            metrics.rejected(Rejection::Malformed);
+            metrics.count_rejection(Rejection::Malformed);
             problem_response(problem)
         } else if let Some(reason) = self.class.failure()
             && !matches!(endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics)
         {
             match key_path {
-                Some(_) => metrics.key_failed(reason),
-                None => metrics.rejected(reason.into()),
+                Some(_) => metrics.count_key_error(reason),
+                None => metrics.count_rejection(reason.into()),
             }
             problem_response(&Problem::too_many_connections())
         } else if let Some(key_path) = key_path {
@@ -152,7 +152,7 @@ impl FastPath for ConnectionService {
         let generate = |key: &mut [u8]| state.generate_with(&spec, || state.generator.fill(key));
         match responses.add(request, length, &KEY_HEAD, &headers, generate) {
             Ok(()) => {
-                state.metrics.answered(StatusCode::OK);
+                state.metrics.count_response(StatusCode::OK);
                 FastOutcome::Written
             }
             Err(_) => FastOutcome::NotHandled, // the generator fails every time from now on

@@ -12,8 +12,9 @@ use crate::http::health::Health;
 use crate::http::problem::Problem;
 use crate::keys::generator::{Generator, GeneratorError};
 use crate::keys::key_spec::KeySpec;
-use crate::telemetry::log::DropCounters;
-use crate::telemetry::metrics::{KeyFailure, Metrics};
+use crate::telemetry::drop_counters::DropCounters;
+use crate::telemetry::labels::KeyRequestError;
+use crate::telemetry::metrics::Metrics;
 
 /// What the routes need, shared by every connection.
 #[derive(Debug)]
@@ -60,23 +61,23 @@ impl AppState {
     ) -> Result<T, GeneratorError> {
         let started = Instant::now();
         let generated = generate()?;
-        self.metrics.generated(started);
-        (0..spec.key_count()).for_each(|_| self.metrics.key_served(spec.length().bytes()));
-        self.metrics.key_bytes_served(spec.format(), spec.key_bytes());
+        self.metrics.observe_generation(started);
+        (0..spec.key_count()).for_each(|_| self.metrics.count_key(spec.length().bytes()));
+        self.metrics.count_key_bytes(spec.format(), spec.key_bytes());
         Ok(generated)
     }
 
     /// Reports and counts a request that gets a 503 because of `failure`, and returns that response's problem.
     pub(crate) fn generator_problem(&self, failure: GeneratorError) -> Problem {
         self.report_failure();
-        self.metrics.key_failed(KeyFailure::Generator);
+        self.metrics.count_key_error(KeyRequestError::Generator);
         Problem::generator_failed(failure)
     }
 
     /// Logs a failure of the generator and sets its metric, once for the life of the process.
     pub fn report_failure(&self) {
         if let Some(failure) = self.generator.take_report() {
-            self.metrics.generator_failed();
+            self.metrics.set_generator_failed();
             error!(%failure, "the random generator is out of service; no key is issued until a restart");
         }
     }

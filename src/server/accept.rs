@@ -19,7 +19,8 @@ use crate::server::heartbeat::Heartbeat;
 use crate::server::listener::{Acceptor, Listener};
 use crate::server::memory;
 use crate::server::stream::Stream;
-use crate::telemetry::metrics::{AcceptError, Metrics, Rejection};
+use crate::telemetry::labels::{AcceptError, Rejection};
+use crate::telemetry::metrics::Metrics;
 
 /// How long an accept loop may go on to empty its queue when the drain begins: clients that keep connecting must not
 /// hold it.
@@ -126,7 +127,7 @@ impl<F: Fn(Accepted)> AcceptLoop<F> {
         let context = &self.context;
         let Some(permit) = ClientConnectionLimit::acquire(context.client_limit.as_ref(), peer.origin) else {
             // The client has connections that get a 503 already; dropped here, this one holds nothing.
-            context.metrics.rejected(Rejection::ClientConnections);
+            context.metrics.count_rejection(Rejection::ClientConnections);
             return;
         };
         let class = context.connection_limit.acquire(permit.is_over_limit(), !context.uses_proxy_protocol);
@@ -155,8 +156,8 @@ struct AcceptFailures {
 impl AcceptFailures {
     /// Counts `error`. Returns at once if only one connection has failed; logs and backs off if it is persistent.
     async fn handle(&mut self, error: &io::Error, metrics: &Metrics) {
-        let kind = AcceptError::of(error);
-        metrics.accept_failed(kind);
+        let kind = AcceptError::classify(error);
+        metrics.count_accept_error(kind);
         self.consecutive += 1;
         if kind == AcceptError::Connection && self.consecutive <= ACCEPT_FAILURES_MAX {
             debug!(%error, "connection closed before it was accepted");

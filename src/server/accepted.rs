@@ -17,7 +17,7 @@ use crate::server::drain::{Phase, wait_for_phase};
 use crate::server::idle::Activity;
 use crate::server::stream::Stream;
 use crate::server::timeout_stream::TimeoutStream;
-use crate::telemetry::metrics::Rejection;
+use crate::telemetry::labels::Rejection;
 
 /// A connection of which no byte was read. Dropping it closes it and releases its slot.
 #[derive(Debug)]
@@ -70,7 +70,7 @@ impl Accepted {
         if let Some(origin) = client.map(Origin::Ip) {
             let context = &self.guard.context;
             let Some(permit) = ClientConnectionLimit::acquire(context.client_limit.as_ref(), origin) else {
-                context.metrics.rejected(Rejection::ClientConnections);
+                context.metrics.count_rejection(Rejection::ClientConnections);
                 return false;
             };
             if permit.is_over_limit() {

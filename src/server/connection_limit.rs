@@ -10,7 +10,8 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout_at};
 
 use crate::server::idle::IdleConnections;
-use crate::telemetry::metrics::{KeyFailure, Metrics, Rejection};
+use crate::telemetry::labels::{KeyRequestError, Rejection};
+use crate::telemetry::metrics::Metrics;
 
 /// Connections above the limit that are still accepted, to return 503 and to answer health checks.
 pub const OVER_LIMIT_CONNECTIONS: usize = 256;
@@ -31,11 +32,11 @@ pub enum ConnectionClass {
 
 impl ConnectionClass {
     /// Why requests for keys fail on such a connection; `None` if they don't.
-    pub fn failure(self) -> Option<KeyFailure> {
+    pub fn failure(self) -> Option<KeyRequestError> {
         match self {
             Self::Normal => None,
-            Self::OverLimit => Some(KeyFailure::Connections),
-            Self::OverClientLimit => Some(KeyFailure::ClientConnections),
+            Self::OverLimit => Some(KeyRequestError::Connections),
+            Self::OverClientLimit => Some(KeyRequestError::ClientConnections),
         }
     }
 }
@@ -119,7 +120,7 @@ impl ConnectionLimit {
             Some((since, _)) if *since + EVICTION_GRACE > now => return *since + EVICTION_GRACE,
             Some((_, oldest)) => {
                 oldest.abort();
-                metrics.rejected(Rejection::Connections);
+                metrics.count_rejection(Rejection::Connections);
             }
             None => {}
         }

@@ -20,7 +20,8 @@ use crate::access::forwarded::TrustedProxies;
 use crate::access::proxy_header::{self, ProxyHeader, ProxyHeaderError};
 use crate::server::accepted::Accepted;
 use crate::server::stream::Stream;
-use crate::telemetry::metrics::{ProxyProtocolError, ProxyProtocolMetrics};
+use crate::telemetry::labels::ProxyProtocolError;
+use crate::telemetry::metrics::ProxyProtocolMetrics;
 
 /// Minimum time between two log entries for the same reason.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -65,7 +66,7 @@ impl ProxyProtocol {
             None if !is_trusted || accepted.is_closing() => return None,
             None => (ProxyProtocolError::Timeout, "expected a complete PROXY header within head-timeout"),
         };
-        self.metrics.failed(reason);
+        self.metrics.count_error(reason);
         if self.is_due(reason) {
             warn!(address = %origin, reason = <&str>::from(reason), "connection closed by proxy-protocol: {detail}");
         }

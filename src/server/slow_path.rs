@@ -19,7 +19,8 @@ use crate::server::fast_path::connection::FastPathConnection;
 use crate::server::fast_path::rewind::Exchange;
 use crate::server::fast_path::service::FastPath;
 use crate::server::transport::Transport;
-use crate::telemetry::metrics::{Metrics, Rejection};
+use crate::telemetry::labels::Rejection;
+use crate::telemetry::metrics::Metrics;
 
 /// The largest size of request headers, in bytes; hyper answers larger ones with 431.
 const HEAD_MAX: usize = 16 * 1024;
@@ -85,7 +86,7 @@ where
         Some(Err(error)) => {
             // Neither the client nor its bytes are logged; malformed requests are counted.
             if error.is_parse() {
-                metrics.rejected(Rejection::Malformed);
+                metrics.count_rejection(Rejection::Malformed);
             }
             debug!(%error, "connection failed");
             if error.is_user() { SlowPathExit::Reset } else { SlowPathExit::Closed }
@@ -97,7 +98,7 @@ where
             SlowPathExit::Handover(unread)
         }
         None => {
-            metrics.rejected(Rejection::Buffers);
+            metrics.count_rejection(Rejection::Buffers);
             SlowPathExit::Reset
         }
     }

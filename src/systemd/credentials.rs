@@ -15,7 +15,7 @@ use crate::keys::format::{Format, Kind};
 use crate::keys::key::KeyLength;
 use crate::keys::key_spec::KeySpec;
 use crate::server::accepted::Accepted;
-use crate::telemetry::metrics::CredentialOutcome as Outcome;
+use crate::telemetry::labels::CredentialOutcome as Outcome;
 
 /// The largest credential in bytes, or characters of a password. In every format the kernel takes it in one piece, so
 /// that half of one is never read.
@@ -90,7 +90,7 @@ impl CredentialServer {
             let credential_server = Arc::clone(&credential_server);
             tokio::spawn(async move {
                 let outcome = credential_server.serve(accepted).await;
-                credential_server.api.metrics.credential(outcome);
+                credential_server.api.metrics.count_credential(outcome);
             });
         }
     }

@@ -15,7 +15,7 @@ use tokio::time::MissedTickBehavior;
 use tracing::{error, warn};
 
 use crate::keys::generator::Generator;
-use crate::telemetry::log::truncate;
+use crate::telemetry::text::truncate;
 
 /// How many messages may wait to be sent.
 const QUEUE: usize = 64;

@@ -1,8 +1,8 @@
-//! The process's own figures, under the names that Prometheus clients agree on.
+//! Metrics of the process, under the names that all Prometheus clients use.
 //!
 //! The `prometheus` crate has a collector for these, but it takes the start time from /proc/stat, which the unit's
-//! sandbox hides (ProcSubset=pid), and counts CPU in whole seconds. This one reads only /proc/self, clocks, and the control
-//! group.
+//! sandbox hides (ProcSubset=pid), and counts CPU in whole seconds. This one reads only /proc/self,
+//! clocks, and the control group.
 
 use std::fs;
 
@@ -11,24 +11,24 @@ use rustix::param::{clock_ticks_per_second, page_size};
 use rustix::process::{Resource, getrlimit};
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-use crate::telemetry::cgroup;
+use crate::telemetry::cgroup::CgroupMemory;
 use crate::telemetry::register::{counter, gauge};
 
-/// The gauges, brought up to date by [`Process::refresh`].
+/// The metrics, updated by [`ProcessMetrics::refresh`].
 #[derive(Debug)]
-pub(crate) struct Process {
+pub(super) struct ProcessMetrics {
     cpu_seconds: Counter,
     open_fds: Gauge,
     max_fds: Gauge,
-    resident: Gauge,
+    resident_memory: Gauge,
     virtual_memory: Gauge,
     threads: Gauge,
-    /// Use and limit, where they can be read.
+    /// Usage and limit, if they can be read.
     cgroup_memory: Option<[Gauge; 2]>,
 }
 
-impl Process {
-    pub(crate) fn register(registry: &Registry) -> Self {
+impl ProcessMetrics {
+    pub(super) fn register(registry: &Registry) -> Self {
         let start = gauge(
             registry,
             "process_start_time_seconds",
@@ -44,37 +44,33 @@ impl Process {
                 "User and system CPU time spent, in seconds.",
             ),
             open_fds: gauge(registry, "process_open_fds", "Open file descriptors."),
-            max_fds: gauge(
-                registry,
-                "process_max_fds",
-                "Most file descriptors that may be open (RLIMIT_NOFILE).",
-            ),
-            resident: gauge(registry, "process_resident_memory_bytes", "Resident memory, in bytes."),
+            max_fds: gauge(registry, "process_max_fds", "Limit of open file descriptors (RLIMIT_NOFILE)."),
+            resident_memory: gauge(registry, "process_resident_memory_bytes", "Resident memory, in bytes."),
             virtual_memory: gauge(registry, "process_virtual_memory_bytes", "Virtual memory, in bytes."),
-            threads: gauge(registry, "process_threads", "Threads."),
-            cgroup_memory: cgroup::Memory::read().map(|_| {
+            threads: gauge(registry, "process_threads", "Threads of the process."),
+            cgroup_memory: CgroupMemory::read().map(|_| {
                 [
                     gauge(
                         registry,
                         "cgroup_memory_usage_bytes",
-                        "Memory of the control group, with the kernel's for its sockets, in bytes.",
+                        "Memory of the control group, with the kernel's memory for its sockets, in bytes.",
                     ),
                     gauge(
                         registry,
                         "cgroup_memory_limit_bytes",
-                        "Most memory that the control group may use, in bytes; +Inf without a limit.",
+                        "Memory limit of the control group, in bytes; +Inf without a limit.",
                     ),
                 ]
             }),
         }
     }
 
-    /// Reads the figures anew. What can't be read keeps its last value.
-    pub(crate) fn refresh(&self) {
+    /// Updates all metrics. A value that can't be read stays as it was.
+    pub(super) fn refresh(&self) {
         let cpu = seconds(clock_gettime(ClockId::ProcessCPUTime));
         self.cpu_seconds.inc_by((cpu - self.cpu_seconds.get()).max(0.0));
         if let Ok(entries) = fs::read_dir("/proc/self/fd") {
-            // One of them is the open directory itself.
+            // One of them is the directory that is being read.
             self.open_fds.set(count(entries.count().saturating_sub(1) as u64));
         }
         if let Some(limit) = getrlimit(Resource::Nofile).current {
@@ -85,13 +81,13 @@ impl Process {
             let pages: Vec<u64> = statm.split(' ').map_while(|field| field.parse().ok()).collect();
             if let [size, resident, ..] = pages[..] {
                 self.virtual_memory.set(count(size * page_size() as u64));
-                self.resident.set(count(resident * page_size() as u64));
+                self.resident_memory.set(count(resident * page_size() as u64));
             }
         }
         if let Some(threads) = stat_field(20) {
             self.threads.set(count(threads));
         }
-        if let (Some([usage, limit]), Some(memory)) = (&self.cgroup_memory, cgroup::Memory::read()) {
+        if let (Some([usage, limit]), Some(memory)) = (&self.cgroup_memory, CgroupMemory::read()) {
             usage.set(count(memory.usage));
             limit.set(memory.limit.map_or(f64::INFINITY, count));
         }
@@ -101,12 +97,12 @@ impl Process {
 /// Field `number` of /proc/self/stat, as proc_pid_stat(5) counts them.
 fn stat_field(number: usize) -> Option<u64> {
     let stat = fs::read_to_string("/proc/self/stat").ok()?;
-    // The command's name may hold spaces and parentheses; field 3 follows its last parenthesis.
+    // The command's name may contain spaces and parentheses; field 3 follows its last parenthesis.
     let (_, fields) = stat.rsplit_once(") ")?;
     fields.split(' ').nth(number - 3)?.parse().ok()
 }
 
-/// The start in clock ticks since boot, moved to the calendar by the two clocks' difference.
+/// The start time of the process in seconds since 1970: the kernel has it in clock ticks since boot.
 fn start_time() -> Option<f64> {
     let since_boot = count(stat_field(22)?) / count(clock_ticks_per_second());
     let now = seconds(clock_gettime(ClockId::Realtime));
@@ -131,16 +127,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_figures_are_those_of_this_process() {
-        let process = Process::register(&Registry::new());
+    fn metrics_are_those_of_this_process() {
+        let process = ProcessMetrics::register(&Registry::new());
         process.refresh();
         let now = seconds(clock_gettime(ClockId::Realtime));
         let started = start_time().unwrap();
         assert!(started <= now && now - started < 3600.0, "{started} {now}");
         assert!(process.open_fds.get() >= 3.0);
         assert!(process.max_fds.get() >= process.open_fds.get());
-        assert!(process.resident.get() > 100e3);
-        assert!(process.virtual_memory.get() >= process.resident.get());
+        assert!(process.resident_memory.get() > 100e3);
+        assert!(process.virtual_memory.get() >= process.resident_memory.get());
         assert!(process.threads.get() >= 2.0, "the test runner and this test");
         assert!(process.cpu_seconds.get() > 0.0);
     }

@@ -16,7 +16,8 @@ use crate::server::fast_path::rewind::{Exchange, Rewind};
 use crate::server::fast_path::service::{FastOutcome, FastPath};
 use crate::server::idle::Activity;
 use crate::server::transport::Transport;
-use crate::telemetry::metrics::{Metrics, Rejection};
+use crate::telemetry::labels::Rejection;
+use crate::telemetry::metrics::Metrics;
 
 /// Reads or writes of one connection before other connections have a turn: at most some 0.2 ms of work.
 const OPERATIONS_PER_TURN: usize = 4;
@@ -142,7 +143,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
                     let permit = self.buffer_permit.get_or_insert_with(|| self.buffers.hold(cx.waker()));
                     if permit.is_evicted() {
                         self.io.reset_on_close();
-                        self.metrics.rejected(Rejection::Buffers);
+                        self.metrics.count_rejection(Rejection::Buffers);
                         return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
                     }
                     return Poll::Pending;

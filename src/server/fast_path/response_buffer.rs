@@ -144,7 +144,7 @@ impl Drop for ResponseBuffer<'_> {
         let latency = self.read_at.elapsed();
         for _ in 0..self.count {
             self.metrics.requests_in_flight.dec();
-            self.metrics.finished(Endpoint::Key, latency);
+            self.metrics.observe_latency(Endpoint::Key, latency);
         }
     }
 }

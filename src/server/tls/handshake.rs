@@ -19,7 +19,8 @@ use crate::server::tls::identity::{self, LoadError, LoadedIdentity};
 use crate::server::tls::plain_http::refuse_plain_http;
 use crate::server::tls::reload::{ReloadError, ReloadableIdentity};
 use crate::server::tls::settings::TlsSettings;
-use crate::telemetry::metrics::{HandshakeFailure, TlsMetrics};
+use crate::telemetry::labels::HandshakeError;
+use crate::telemetry::metrics::TlsMetrics;
 
 /// Handshakes at once. Further connections wait, and nothing is read from them. A client may send 64 KiB before it is
 /// authenticated, so this limits that memory to 16 MiB.
@@ -44,7 +45,7 @@ impl Tls {
     /// Every error in the files.
     pub fn new(settings: TlsSettings, metrics: TlsMetrics) -> Result<(Self, LoadedIdentity), Vec<LoadError>> {
         let loaded = identity::load(&settings)?;
-        metrics.loaded(loaded.not_after().unix_duration().as_secs());
+        metrics.set_certificate(loaded.not_after().unix_duration().as_secs());
         // aws-lc seeds its generator at the first use, which takes 70 ms: that happens here, and not in a worker with
         // connections. If it fails, each handshake fails again, with an alert to its client.
         let _ = loaded.server.crypto_provider().secure_random.fill(&mut [0]);
@@ -66,10 +67,10 @@ impl Tls {
         let result = self.identity.reload(settings);
         let loaded = result.as_ref().map_or_else(|error| error.applied.as_ref(), Some);
         if let Some(loaded) = loaded {
-            self.metrics.loaded(loaded.not_after().unix_duration().as_secs());
+            self.metrics.set_certificate(loaded.not_after().unix_duration().as_secs());
         }
         if result.is_err() {
-            self.metrics.reload_refused();
+            self.metrics.set_reload_failed();
         }
         result
     }
@@ -85,11 +86,11 @@ impl Tls {
     ) -> Option<(CloseNotify<TimeoutStream<Stream>>, Option<Arc<str>>)> {
         match self.accept(stream, timeout, permit).await {
             Ok(accepted) => {
-                self.metrics.handshake_done();
+                self.metrics.count_handshake();
                 Some(accepted)
             }
             Err(error) => {
-                self.metrics.handshake_failed(failure_reason(&error));
+                self.metrics.count_error(failure_reason(&error));
                 debug!(%error, "TLS handshake failed");
                 None
             }
@@ -148,25 +149,25 @@ impl Tls {
 struct PlainHttpError;
 
 /// The reason of a failed handshake, as the metric counts it.
-fn failure_reason(error: &io::Error) -> HandshakeFailure {
+fn failure_reason(error: &io::Error) -> HandshakeError {
     use rustls::Error;
     if error.get_ref().is_some_and(|inner| inner.is::<PlainHttpError>()) {
-        return HandshakeFailure::PlainHttp;
+        return HandshakeError::PlainHttp;
     }
     match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
-        Some(Error::InvalidMessage(_)) => HandshakeFailure::Malformed,
-        Some(Error::PeerIncompatible(_) | Error::NoApplicationProtocol) => HandshakeFailure::Incompatible,
+        Some(Error::InvalidMessage(_)) => HandshakeError::Malformed,
+        Some(Error::PeerIncompatible(_) | Error::NoApplicationProtocol) => HandshakeError::Incompatible,
         Some(Error::NoCertificatesPresented | Error::InvalidCertificate(_)) => {
-            HandshakeFailure::ClientCertificate
+            HandshakeError::ClientCertificate
         }
-        Some(Error::AlertReceived(_)) => HandshakeFailure::ClientAlert,
-        Some(_) => HandshakeFailure::Other,
+        Some(Error::AlertReceived(_)) => HandshakeError::ClientAlert,
+        Some(_) => HandshakeError::Other,
         None => match error.kind() {
-            io::ErrorKind::TimedOut => HandshakeFailure::Timeout,
+            io::ErrorKind::TimedOut => HandshakeError::Timeout,
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
-                HandshakeFailure::Closed
+                HandshakeError::Closed
             }
-            _ => HandshakeFailure::Other,
+            _ => HandshakeError::Other,
         },
     }
 }
