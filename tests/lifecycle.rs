@@ -1,4 +1,4 @@
-//! What the service manager sees, and what clients see of a start, a stop, a reload.
+//! Start, shutdown and reload, as the service manager and clients see them.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use common::{Client, Daemon, Folder, Process, get, request, until};
 
-/// The daemon with its standard input handed over as descriptor 3 (sd_listen_fds(3)).
-fn handing_over(folder: &Folder) -> Command {
+/// The daemon, which inherits its standard input as descriptor 3 (sd_listen_fds(3)).
+fn socket_activated(folder: &Folder) -> Command {
     let mut command = common::process::shell("exec 3<&0 && exec \"$@\"");
     common::scrub(&mut command, folder);
     command.arg(env!("CARGO_BIN_EXE_key-service"));
@@ -23,14 +23,14 @@ fn handing_over(folder: &Folder) -> Command {
 }
 
 #[test]
-fn ready_comes_with_the_addresses() {
+fn ready_reports_the_addresses() {
     let daemon = Daemon::start(&[]);
     assert_eq!(daemon.status, format!("Keys on {}; metrics on {}", daemon.keys(), daemon.metrics()));
-    assert_eq!(daemon.get("/readyz").status, 200, "ready means ready");
+    assert_eq!(daemon.get("/readyz").status, 200, "the daemon serves requests once it is ready");
 }
 
 #[test]
-fn sigterm_and_sigint_end_an_idle_daemon_with_0() {
+fn sigterm_and_sigint_stop_an_idle_daemon_with_status_0() {
     for signal in ["TERM", "INT"] {
         let mut daemon = Daemon::start(&[]);
         daemon.signal(signal);
@@ -42,8 +42,8 @@ fn sigterm_and_sigint_end_an_idle_daemon_with_0() {
 }
 
 #[test]
-fn a_download_is_finished_before_the_end() {
-    const LENGTH: usize = 16 << 20; // more than sockets hold
+fn a_download_finishes_before_the_daemon_exits() {
+    const LENGTH: usize = 16 << 20; // more than the socket buffers hold
     let mut daemon = Daemon::start(&[("MAX_SIZE", "1073741824"), ("DRAIN_TIMEOUT", "60")]);
     let mut client = Client::connect(daemon.keys());
     client.send(request(&format!("/key/{LENGTH}")));
@@ -57,38 +57,38 @@ fn a_download_is_finished_before_the_end() {
 }
 
 #[test]
-fn a_stream_that_the_end_cuts_is_short_of_its_length() {
+fn an_aborted_stream_is_shorter_than_its_content_length() {
     let mut daemon = Daemon::start(&[("MAX_SIZE", "1073741824"), ("DRAIN_TIMEOUT", "1")]);
     let mut client = Client::connect(daemon.keys());
     client.send(request("/key/1073741824"));
     until("the stream to begin", || (daemon.metric("key_bytes_total{format=\"raw\"}") > 0.0).then_some(()));
     daemon.signal("TERM");
-    assert_eq!(daemon.wait(), 0); // it does not wait for a client that does not read
+    assert_eq!(daemon.wait(), 0); // the daemon does not wait for a client that does not read
     assert!(daemon.log().contains("connections still open"));
-    assert!(client.read_response(true).is_none(), "never a complete message");
+    assert!(client.read_response(true).is_none(), "the response must not look complete");
 }
 
-/// A client whose response is all in the sockets, where it reads nothing of it.
-fn with_an_unread_response(daemon: &Daemon, connection: &str) -> Client {
+/// A client that has read nothing of its response, all of which is in the socket buffers.
+fn with_unread_response(daemon: &Daemon, connection: &str) -> Client {
     let mut client = Client::connect(daemon.keys());
     client.send(format!("GET /key/150000 HTTP/1.1\r\nHost: a\r\nConnection: {connection}\r\n\r\n"));
-    until("the response to be handed over", || {
-        let is_begun = daemon.metric("key_bytes_total{format=\"raw\"}") >= 150_000.0;
-        (is_begun && daemon.metric("http_requests_in_flight") == 1.0).then_some(()) // that of the metrics
+    until("the response to be written", || {
+        let is_generated = daemon.metric("key_bytes_total{format=\"raw\"}") >= 150_000.0;
+        (is_generated && daemon.metric("http_requests_in_flight") == 1.0).then_some(()) // the request for the metrics
     });
     client
 }
 
 #[test]
-fn a_response_that_nobody_reads_is_reset_at_the_end_of_the_drain() {
+fn an_unread_response_is_reset_at_the_end_of_the_drain() {
     for connection in ["close", "keep-alive"] {
         let mut daemon = Daemon::start(&[("MAX_SIZE", "1000000"), ("DRAIN_TIMEOUT", "1")]);
-        let mut client = with_an_unread_response(&daemon, connection);
+        let mut client = with_unread_response(&daemon, connection);
         daemon.signal("TERM");
         assert_eq!(daemon.wait(), 0);
         assert!(
             client.read_response(true).is_none(),
-            "the kernel of this host would send it without the process"
+            "after a normal close, the kernel would still send the rest"
         );
         let log = daemon.log();
         assert!(log.contains("connections still open connections=0 unacknowledged=1"), "{log}");
@@ -96,15 +96,15 @@ fn a_response_that_nobody_reads_is_reset_at_the_end_of_the_drain() {
 }
 
 #[test]
-fn a_response_that_is_read_during_the_drain_is_whole_and_ends_it() {
+fn a_response_read_during_the_drain_is_complete_and_ends_it() {
     for connection in ["close", "keep-alive"] {
         let mut daemon = Daemon::start(&[("MAX_SIZE", "1000000"), ("DRAIN_TIMEOUT", "3600")]);
-        let mut client = with_an_unread_response(&daemon, connection);
+        let mut client = with_unread_response(&daemon, connection);
         daemon.signal("TERM");
         daemon.manager.wait_for("STOPPING=1");
         assert_eq!(client.response().body.len(), 150_000);
         assert!(client.is_closed());
-        assert_eq!(daemon.wait(), 0); // though the client does not close
+        assert_eq!(daemon.wait(), 0); // although the client keeps the connection open
         assert!(!daemon.log().contains("connections still open"), "{}", daemon.log());
     }
 }
@@ -126,21 +126,21 @@ fn a_second_signal_ends_the_drain_at_once() {
         });
         daemon.signal("TERM");
         daemon.manager.wait_for("STOPPING=1");
-        daemon.signal("HUP"); // no word to end it
+        daemon.signal("HUP"); // a signal that does not end the drain
         daemon.signal(second);
         assert_eq!(daemon.wait(), 0);
         let log = daemon.log();
         assert!(log.contains("a second signal ends the drain"), "{log}");
         assert!(log.contains(&format!("signal=SIG{second}")), "{log}");
         assert!(log.contains("outcome=aborted"), "{log}");
-        assert!(client.read_response(true).is_none(), "never a complete message");
+        assert!(client.read_response(true).is_none(), "the response must not look complete");
     }
 }
 
 #[test]
-fn a_request_on_its_way_is_answered_and_told_to_go() {
-    // The daemon reads on for a quarter of a second, which a test on a busy machine may miss: one of five is enough.
-    let answered = (0..5).any(|_| {
+fn a_request_in_flight_gets_a_response_that_closes() {
+    // The daemon keeps reading for 250 ms, which a test on a busy machine may miss: one of five tries is enough.
+    let is_served = (0..5).any(|_| {
         let mut daemon = Daemon::start(&[]);
         let mut client = Client::connect(daemon.keys());
         assert_eq!(client.send(request("/key/32")).response().header("connection"), None);
@@ -156,11 +156,11 @@ fn a_request_on_its_way_is_answered_and_told_to_go() {
         assert_eq!(daemon.wait(), 0);
         true
     });
-    assert!(answered);
+    assert!(is_served);
 }
 
 #[test]
-fn half_a_request_does_not_hold_the_end() {
+fn half_a_request_does_not_delay_the_exit() {
     let mut daemon = Daemon::start(&[("HEAD_TIMEOUT", "3600"), ("DRAIN_TIMEOUT", "3600")]);
     let mut half = Client::connect(daemon.keys());
     half.send("GET /key/32 HT");
@@ -173,7 +173,7 @@ fn half_a_request_does_not_hold_the_end() {
 }
 
 #[test]
-fn during_the_drain_delay_everything_is_served_but_readiness() {
+fn the_drain_delay_fails_readiness_and_serves_the_rest() {
     let mut daemon = Daemon::start(&[("DRAIN_DELAY", "3600"), ("MAX_SIZE", "1000000")]);
     daemon.signal("TERM");
     daemon.manager.wait_for("STOPPING=1");
@@ -188,7 +188,7 @@ fn during_the_drain_delay_everything_is_served_but_readiness() {
 }
 
 #[test]
-fn a_reload_is_announced_in_one_datagram_and_takes_what_may_change() {
+fn a_reload_is_announced_in_one_datagram_and_applied() {
     let folder = Folder::new();
     let file = folder.write("config.toml", "max-size = 10\nlog-level = \"info\"\nworkers = 1\n");
     let daemon = Daemon::start_with(folder, |command| {
@@ -206,14 +206,14 @@ fn a_reload_is_announced_in_one_datagram_and_takes_what_may_change() {
     for setting in ["workers", "head-timeout"] {
         daemon.wait_for_log(&format!("setting={setting}"));
     }
-    // At the new level a refused message leaves a line.
+    // At the new level, a malformed request is logged.
     let _ = common::exchange(daemon.keys(), "nonsense\r\n\r\n");
     daemon.wait_for_log("connection failed");
     daemon.wait_for_metric("config_last_reload_successful", 1.0);
 }
 
 #[test]
-fn a_reload_with_mistakes_changes_nothing_and_says_so() {
+fn a_reload_with_errors_changes_nothing_and_reports_them() {
     let folder = Folder::new();
     let file = folder.write("config.toml", "max-size = 10\n");
     let daemon = Daemon::start_with(folder, |command| {
@@ -223,13 +223,13 @@ fn a_reload_with_mistakes_changes_nothing_and_says_so() {
     daemon.signal("HUP");
     daemon.manager.wait_for("RELOADING=1");
     let ready = daemon.manager.wait_for("READY=1");
-    // All of the reasons, in one line.
+    // All errors are in one line.
     let status = ready.iter().find(|line| line.contains("; reload 1 was refused: ")).expect("a status");
     assert!(
         status.contains("log-level: expected one of") && status.contains("maxsize: not a setting"),
         "{status}"
     );
-    assert_eq!(daemon.get("/key/11").status, 413, "nothing of it was taken");
+    assert_eq!(daemon.get("/key/11").status, 413, "no change was applied");
     daemon.wait_for_log("keeping the previous configuration");
     daemon.wait_for_log("log-level: expected one of");
     daemon.wait_for_log("maxsize: not a setting");
@@ -246,7 +246,7 @@ fn start(config: &str) -> Daemon {
     })
 }
 
-/// Sends SIGHUP and returns what the service manager was told at the end of the reload.
+/// Sends SIGHUP, and returns the message to the service manager at the end of the reload.
 fn reload(daemon: &Daemon) -> Vec<String> {
     daemon.signal("HUP");
     daemon.manager.wait_for("RELOADING=1");
@@ -288,7 +288,7 @@ fn a_reload_that_removes_protection_warns_and_names_it() {
     let [warning] = warnings[..] else { panic!("one warning: {log}") };
     assert!(warning.contains("protection removed by this reload"), "{warning}");
     assert!(warning.contains("settings=tokens-file, rate-requests, rate-bytes, audit"), "{warning}");
-    // What was removed is not removed again.
+    // A second reload does not report it again.
     reload(&daemon);
     until("the second reload", || {
         (daemon.log().matches("configuration reloaded").count() == 2).then_some(())
@@ -299,7 +299,7 @@ fn a_reload_that_removes_protection_warns_and_names_it() {
 #[test]
 fn a_changed_file_alone_removes_no_protection() {
     let daemon = start(PROTECTED);
-    daemon.folder.write("config.toml", ""); // what an editor leaves for a moment
+    daemon.folder.write("config.toml", ""); // as an editor leaves it for a moment
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
     assert_eq!(daemon.get("/key/32").status, 401);
     daemon.wait_for_log("a changed file alone removes no protection");
@@ -308,7 +308,7 @@ fn a_changed_file_alone_removes_no_protection() {
     assert!(status.contains("; the last reload was refused: tokens-file, rate-requests"), "{status}");
     let ready = reload(&daemon);
     assert!(ready.iter().any(|line| line.ends_with("; reload 1 succeeded")), "{ready:?}");
-    assert_eq!(daemon.get("/key/32").status, 200, "on purpose it is removed");
+    assert_eq!(daemon.get("/key/32").status, 200, "a reload by signal removes the protection");
 }
 
 #[test]
@@ -317,19 +317,19 @@ fn a_changed_file_is_reloaded_without_a_signal() {
     daemon.folder.write("config.toml", "max-size = 11\nworkers = 2\n");
     until("the larger key", || (daemon.get("/key/11").status == 200).then_some(()));
     let message = daemon.manager.message();
-    assert_eq!(message, [format!("STATUS={}", daemon.status)], "nobody asked for a reload");
+    assert_eq!(message, [format!("STATUS={}", daemon.status)], "no reload was requested");
     daemon.wait_for_log("configuration reloaded");
     assert_eq!(daemon.log().matches("setting=workers").count(), 1, "{}", daemon.log());
 }
 
 #[test]
-fn a_refused_change_is_logged_once_and_taken_when_it_is_fixed() {
+fn a_refused_change_is_logged_once_and_applied_when_fixed() {
     let daemon = start("max-size = 10\n");
     daemon.folder.write("config.toml", "max-size = 11\nmax-sise = 1\n");
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
-    std::thread::sleep(Duration::from_secs(12)); // two looks
+    std::thread::sleep(Duration::from_secs(12)); // two checks of the files
     reload(&daemon);
-    std::thread::sleep(Duration::from_secs(7)); // what a signal has read is not read again
+    std::thread::sleep(Duration::from_secs(7)); // files that a signal has reloaded are not reloaded again
     let log = daemon.log();
     assert_eq!(log.matches("max-sise: not a setting").count(), 2, "{log}");
     assert_eq!(log.matches("files have changed").count(), 1, "{log}");
@@ -340,8 +340,8 @@ fn a_refused_change_is_logged_once_and_taken_when_it_is_fixed() {
 }
 
 #[test]
-fn a_start_that_serves_everybody_says_so() {
-    const EVERYBODY: &str = "keys are served to every client that reaches these addresses";
+fn serving_keys_to_everyone_logs_a_warning() {
+    const WARNING: &str = "keys are served to every client that reaches these addresses";
     let start = |host: &str, tokens: bool| {
         let folder = Folder::new();
         let path = folder.write("tokens", "");
@@ -354,11 +354,11 @@ fn a_start_that_serves_everybody_says_so() {
     };
     for host in ["0.0.0.0", "*"] {
         let daemon = start(host, false);
-        daemon.wait_for_log(EVERYBODY);
+        daemon.wait_for_log(WARNING);
         let log = daemon.log();
-        let line = log.lines().find(|line| line.contains(EVERYBODY)).unwrap();
+        let line = log.lines().find(|line| line.contains(WARNING)).unwrap();
         assert!(line.contains("WARN") && line.contains(&format!("addresses={}", daemon.keys())), "{line}");
-        assert_eq!(log.matches(EVERYBODY).count(), 1);
+        assert_eq!(log.matches(WARNING).count(), 1);
     }
     for (host, tokens) in [("127.0.0.1", false), ("::1", false), ("0.0.0.0", true)] {
         if host == "::1" && !common::has_ipv6() {
@@ -367,29 +367,29 @@ fn a_start_that_serves_everybody_says_so() {
         let mut daemon = start(host, tokens);
         daemon.signal("TERM");
         assert_eq!(daemon.wait(), 0);
-        assert!(!daemon.log().contains(EVERYBODY), "{host}: {}", daemon.log());
+        assert!(!daemon.log().contains(WARNING), "{host}: {}", daemon.log());
     }
 }
 
 #[test]
-fn a_start_on_inherited_sockets_that_serves_everybody_says_so() {
-    for (host, is_said) in [("0.0.0.0", true), ("127.0.0.1", false)] {
+fn serving_keys_to_everyone_on_inherited_sockets_logs_a_warning() {
+    for (host, is_exposed) in [("0.0.0.0", true), ("127.0.0.1", false)] {
         let listener = TcpListener::bind((host, 0)).unwrap();
         let folder = Folder::new();
-        let mut command = handing_over(&folder);
+        let mut command = socket_activated(&folder);
         command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
-        // The setting is not what counts: it is not used where a socket is inherited.
-        command.args(["--host", if is_said { "127.0.0.1" } else { "0.0.0.0" }]);
+        // The setting is not used for an inherited socket.
+        command.args(["--host", if is_exposed { "127.0.0.1" } else { "0.0.0.0" }]);
         command.env("LISTEN_FDS", "1").stdin(OwnedFd::from(listener));
         let mut daemon = Daemon::run(folder, command);
         daemon.signal("TERM");
         assert_eq!(daemon.wait(), 0);
-        assert_eq!(daemon.log().contains("keys are served to every client"), is_said, "{}", daemon.log());
+        assert_eq!(daemon.log().contains("keys are served to every client"), is_exposed, "{}", daemon.log());
     }
 }
 
 #[test]
-fn the_watchdog_is_pinged_while_everything_moves() {
+fn the_watchdog_is_pinged_while_the_workers_make_progress() {
     let daemon = Daemon::start_with(Folder::new(), |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("WATCHDOG_USEC", "300000");
@@ -400,7 +400,7 @@ fn the_watchdog_is_pinged_while_everything_moves() {
 }
 
 #[test]
-fn a_stopped_process_blames_no_worker_and_is_alive_again() {
+fn a_suspended_process_resumes_without_blaming_a_worker() {
     let daemon = Daemon::start_with(Folder::new(), |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("WATCHDOG_USEC", "3000000");
@@ -410,7 +410,7 @@ fn a_stopped_process_blames_no_worker_and_is_alive_again() {
         daemon.signal("STOP");
         std::thread::sleep(Duration::from_secs(4)); // longer than the watchdog's limit, four of its ticks
         daemon.signal("CONT");
-        // One may have been on its way when it was stopped.
+        // A ping may have been in flight when the process was suspended.
         for _ in 0..3 {
             daemon.manager.wait_for("WATCHDOG=1");
         }
@@ -457,7 +457,7 @@ fn a_watchdog_of_another_process_is_not_pinged() {
         assert_eq!(daemon.get("/key/32").status, 200);
     }
     daemon.signal("TERM");
-    assert!(daemon.manager.message().contains(&"STOPPING=1".to_owned()), "nothing came before");
+    assert!(daemon.manager.message().contains(&"STOPPING=1".to_owned()), "no watchdog message came before");
 }
 
 #[test]
@@ -468,10 +468,10 @@ fn a_full_notify_socket_stalls_no_request() {
     let filler = UnixDatagram::unbound().unwrap();
     filler.set_nonblocking(true).unwrap();
     while filler.send_to(b"full", &path).is_ok() {}
-    // READY can't be said, so the socket to ask is handed over.
+    // The daemon can't report its address by READY, so its socket is inherited.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut command = handing_over(&folder);
+    let mut command = socket_activated(&folder);
     command.arg("--config").arg(folder.file("config.toml")).args([
         "--metrics-port",
         "0",
@@ -485,18 +485,18 @@ fn a_full_notify_socket_stalls_no_request() {
         assert_eq!(get(address, "/key/32").body.len(), 32);
     }
     child.signal("TERM");
-    assert_eq!(child.wait().code(), Some(0), "nor does it hold the end");
+    assert_eq!(child.wait().code(), Some(0), "the exit is not delayed either");
     drop(stuck);
 }
 
 #[test]
 fn a_full_log_stalls_no_request() {
-    // Stderr is a pipe that nobody reads: what a stopped journal does to its writers.
+    // Stderr is a pipe that is never read, which blocks writers as a stopped journal does.
     let (reader, writer) = std::io::pipe().unwrap();
     let folder = Folder::new();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut command = handing_over(&folder);
+    let mut command = socket_activated(&folder);
     command.arg("--config").arg(folder.file("config.toml")).args([
         "--metrics-port",
         "0",
@@ -506,7 +506,7 @@ fn a_full_log_stalls_no_request() {
     command.env("LISTEN_FDS", "1").env("KEYSERVICE_MAX_CONNECTIONS", "100");
     command.stdin(OwnedFd::from(listener)).stderr(writer.as_fd().try_clone_to_owned().unwrap());
     let child = Process::spawn(command);
-    // Each refused message is a line; the pipe holds 64 KiB and the queue 1,024 lines.
+    // Each malformed request logs a line; the pipe holds 64 KiB and the queue 1,024 lines.
     for _ in 0..3000 {
         let _ = common::exchange(address, "nonsense\r\n\r\n");
     }
@@ -520,29 +520,29 @@ fn restarts_on_an_inherited_socket_lose_no_connection() {
     let address = listener.local_addr().unwrap();
     let start = || {
         let folder = Folder::new();
-        let mut command = handing_over(&folder);
+        let mut command = socket_activated(&folder);
         command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
         command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "http");
         command.stdin(OwnedFd::from(listener.try_clone().unwrap()));
         Daemon::run(folder, command)
     };
     let stop = std::sync::atomic::AtomicBool::new(false);
-    let goes_on = || !stop.load(std::sync::atomic::Ordering::Relaxed);
-    let ask_anew = || {
+    let is_running = || !stop.load(std::sync::atomic::Ordering::Relaxed);
+    let connect_for_each_key = || {
         let mut served = 0;
-        while goes_on() {
-            assert_eq!(get(address, "/key/32").body.len(), 32, "a new connection for each key");
+        while is_running() {
+            assert_eq!(get(address, "/key/32").body.len(), 32);
             served += 1;
         }
         served
     };
-    let ask_again = || {
+    let keep_connections = || {
         let mut served = 0;
-        while goes_on() {
+        while is_running() {
             let mut client = Client::connect(address);
-            // For as long as the server keeps the connection.
+            // Until the server closes the connection.
             while client.send(request("/key/32")).response().header("connection") != Some("close")
-                && goes_on()
+                && is_running()
             {
                 served += 1;
             }
@@ -550,8 +550,8 @@ fn restarts_on_an_inherited_socket_lose_no_connection() {
         served
     };
     std::thread::scope(|scope| {
-        let mut askers: Vec<_> = (0..2).map(|_| scope.spawn(ask_anew)).collect();
-        askers.extend((0..2).map(|_| scope.spawn(ask_again)));
+        let mut clients: Vec<_> = (0..2).map(|_| scope.spawn(connect_for_each_key)).collect();
+        clients.extend((0..2).map(|_| scope.spawn(keep_connections)));
         for _ in 0..5 {
             let mut daemon = start();
             until("some load", || (daemon.metric("key_length_bytes_count") > 50.0).then_some(()));
@@ -560,23 +560,24 @@ fn restarts_on_an_inherited_socket_lose_no_connection() {
         }
         let _last = start();
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
-        let served: u32 = askers.into_iter().map(|asker| asker.join().expect("no connection was lost")).sum();
+        let served: u32 =
+            clients.into_iter().map(|client| client.join().expect("no connection was lost")).sum();
         assert!(served > 250, "{served}");
     });
 }
 
 #[test]
-fn an_activated_daemon_ends_when_it_is_idle() {
+fn an_activated_daemon_exits_when_idle() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let folder = Folder::new();
-    let mut command = handing_over(&folder);
+    let mut command = socket_activated(&folder);
     command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
     command.env("LISTEN_FDS", "1").env("KEYSERVICE_EXIT_IDLE", "2").stdin(OwnedFd::from(listener));
     let mut daemon = Daemon::run(folder, command);
     let mut client = Client::connect(address);
     client.send(request("/key/32")).response();
-    std::thread::sleep(Duration::from_secs(3)); // a connection is open: it is not idle
+    std::thread::sleep(Duration::from_secs(3)); // an open connection keeps the daemon running
     assert!(daemon.is_running());
     drop(client);
     assert_eq!(daemon.wait(), 0);
@@ -584,16 +585,16 @@ fn an_activated_daemon_ends_when_it_is_idle() {
 }
 
 #[test]
-fn a_daemon_that_bound_its_own_socket_never_ends_by_itself() {
+fn a_daemon_that_bound_its_socket_never_exits_when_idle() {
     let mut daemon = Daemon::start(&[("EXIT_IDLE", "1")]);
     std::thread::sleep(Duration::from_secs(3));
     assert!(daemon.is_running());
 }
 
 #[test]
-fn the_service_manager_is_told_why_there_is_no_start() {
-    let held = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = held.local_addr().unwrap().port().to_string();
+fn a_failed_start_reports_the_reason_to_the_service_manager() {
+    let occupied = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = occupied.local_addr().unwrap().port().to_string();
     for (arguments, code, reason) in [
         (["--max-size", "1k", "--log-level", "loud"], 78, "max-size: expected"),
         (["--host", "127.0.0.1", "--srv-port", &port], 1, "can't listen on 127.0.0.1:"),
@@ -618,19 +619,19 @@ fn core_dumps_are_forbidden() {
 }
 
 #[test]
-fn the_health_subcommand_asks_the_running_service() {
+fn the_health_subcommand_queries_the_running_service() {
     let daemon = Daemon::start(&[("DRAIN_DELAY", "3600")]);
-    let ask = |path: &str| {
+    let query = |path: &str| {
         let folder = Folder::new();
         let mut command = common::key_service(&folder);
         command.args(["health", "--url", &format!("http://{}{path}", daemon.keys())]);
         common::run_to_end(command)
     };
-    let well = ask("");
-    assert_eq!((well.status.code(), &*well.stdout), (Some(0), b"OK\n".as_slice()));
+    let healthy = query("");
+    assert_eq!((healthy.status.code(), &*healthy.stdout), (Some(0), b"OK\n".as_slice()));
     daemon.signal("TERM");
     daemon.manager.wait_for("STOPPING=1");
-    let unready = ask("/readyz");
+    let unready = query("/readyz");
     assert_eq!(unready.status.code(), Some(1));
     assert!(String::from_utf8(unready.stderr).unwrap().contains("503"));
 }

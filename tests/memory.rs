@@ -1,4 +1,4 @@
-//! After a key has been sent, the server's memory holds no part of it.
+//! Once a key has been sent, the daemon's memory holds no part of it.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -13,10 +13,10 @@ use common::tls::{Authority, connect, trusting};
 use common::{Client, Daemon, Folder, find, get, key_service, request, run_to_end};
 use rustls::version::{TLS12, TLS13};
 
-/// How many bytes in a row have to be found for a key to have been kept: 16 bytes match by chance never.
+/// How many bytes of a key in a row count as a find: 16 bytes never match by chance.
 const WINDOW: usize = 16;
 
-/// Every byte of a process that is anywhere, run of pages by run of pages. What it reserved and never touched is nowhere.
+/// All memory of a process, by runs of resident or swapped pages. Pages that it reserved and never touched are left out.
 fn memory(pid: u32) -> Vec<Vec<u8>> {
     let open = |name| File::open(format!("/proc/{pid}/{name}")).expect("a child of one's own may be read");
     let (memory, pages) = (open("mem"), open("pagemap"));
@@ -29,37 +29,37 @@ fn memory(pid: u32) -> Vec<Vec<u8>> {
         let number = |text| u64::from_str_radix(text, 16).unwrap();
         (rest.starts_with('r') && !is_special).then(|| (number(start), number(end)))
     });
-    // proc_pid_pagemap(5): eight bytes for each page; it is in memory or in swap.
-    let is_somewhere = |entry: &[u8; 8]| u64::from_ne_bytes(*entry) >> 62 != 0;
+    // proc_pid_pagemap(5): eight bytes for each page; the top bits tell whether it is in memory or in swap.
+    let is_present = |entry: &[u8; 8]| u64::from_ne_bytes(*entry) >> 62 != 0;
     let runs = regions.flat_map(|(start, end)| {
         let mut entries = vec![0; usize::try_from((end - start) / page * 8).unwrap()];
         pages.read_exact_at(&mut entries, start / page * 8).unwrap();
         let (entries, _) = entries.as_chunks::<8>();
         let mut at = start;
-        let runs = entries.chunk_by(|one, next| is_somewhere(one) == is_somewhere(next)).filter_map(|run| {
+        let runs = entries.chunk_by(|one, next| is_present(one) == is_present(next)).filter_map(|run| {
             let begin = at;
             at += run.len() as u64 * page;
-            is_somewhere(&run[0]).then_some((begin, at))
+            is_present(&run[0]).then_some((begin, at))
         });
         runs.collect::<Vec<_>>()
     });
     runs.filter_map(|(start, end)| {
         let mut bytes = vec![0; usize::try_from(end - start).unwrap()];
-        memory.read_exact_at(&mut bytes, start).ok()?; // it may be gone by now
+        memory.read_exact_at(&mut bytes, start).ok()?; // it may be unmapped by now
         Some(bytes)
     })
     .collect()
 }
 
-/// How many of `keys` the memory holds a window of: its beginning, its middle or its end.
-fn found(memory: &[Vec<u8>], keys: &[Vec<u8>]) -> usize {
+/// How many of `keys` are in memory, by a window at their beginning, middle or end.
+fn count_found(memory: &[Vec<u8>], keys: &[Vec<u8>]) -> usize {
     let windows = |key: &Vec<u8>| {
         let last = key.len() - WINDOW;
         [0, last / 2, last].map(|at| key[at..at + WINDOW].to_vec())
     };
     let wanted: Vec<(usize, Vec<u8>)> =
         keys.iter().enumerate().flat_map(|(n, key)| windows(key).map(|window| (n, window))).collect();
-    // All windows at once: a table of their first two bytes keeps this a single pass.
+    // A table of the windows' first two bytes finds all of them in a single pass.
     let mut starts = vec![Vec::new(); 1 << 16];
     for (n, window) in &wanted {
         starts[usize::from(u16::from_ne_bytes([window[0], window[1]]))].push((*n, window));
@@ -76,20 +76,20 @@ fn found(memory: &[Vec<u8>], keys: &[Vec<u8>]) -> usize {
 }
 
 #[test]
-fn the_scan_finds_what_is_there() {
+fn the_scan_finds_a_known_text() {
     let daemon = Daemon::start(&[]);
     let mut client = Client::connect(daemon.keys());
-    // A head that is not complete yet is in the server's buffer, and so is this mark.
+    // Incomplete request headers, with this mark, stay in the daemon's buffer.
     let mark = b"0123456789abcdef-a-mark-that-must-be-found".to_vec();
     client.send("GET /key/32 HTTP/1.1\r\nHost: a\r\nX-Mark: ").send(&mark);
-    common::until("the head to be read", || {
-        (found(&memory(daemon.pid()), std::slice::from_ref(&mark)) == 1).then_some(())
+    common::until("the headers to be read", || {
+        (count_found(&memory(daemon.pid()), std::slice::from_ref(&mark)) == 1).then_some(())
     });
 }
 
 #[test]
 fn no_key_is_in_memory_after_its_response() {
-    // 20 keys of each kind: from the kernel as they are, expanded, and in pieces.
+    // 20 keys of each kind: directly from the kernel, expanded from a seed, and streamed in chunks.
     let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
     let mut client = Client::connect(daemon.keys());
     for length in [16, 32, 64, 128, 129, 1024, 4096, 65_536, 300_000] {
@@ -99,43 +99,43 @@ fn no_key_is_in_memory_after_its_response() {
         let memory = memory(daemon.pid());
         assert!(
             memory.iter().any(|region| find(region, b"application/octet-stream").is_some()),
-            "it was read"
+            "the scan reads the memory"
         );
-        // The client can be here before the server has returned from its last write.
-        common::until("the keys to be gone", || {
-            (found(&self::memory(daemon.pid()), &keys) == 0).then_some(())
+        // The client may get here before the daemon has returned from its last write.
+        common::until("the keys to be wiped", || {
+            (count_found(&self::memory(daemon.pid()), &keys) == 0).then_some(())
         });
     }
 }
 
-/// The runs of digits in a text that could be keys: longer than any of its words.
-fn digits(text: &str) -> Vec<Vec<u8>> {
+/// The encoded keys in a text: runs of digits longer than any of its words.
+fn encoded_keys(text: &str) -> Vec<Vec<u8>> {
     let is_digit = |c: char| c.is_ascii_alphanumeric() || "+/=-_".contains(c);
     let runs = text.split(|c| !is_digit(c)).filter(|run| run.len() > 2 * WINDOW);
     runs.map(|run| run.as_bytes().to_vec()).collect()
 }
 
 #[test]
-fn no_key_is_in_memory_in_any_format_neither_as_it_was_written_nor_as_it_was_drawn() {
+fn no_key_is_in_memory_raw_or_encoded_in_any_format() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
     for format in &FORMATS[1..] {
         for length in [32, 300_000] {
-            // A scan may take longer than an idle connection is kept.
+            // A new connection, since the last scan may have taken longer than the idle timeout.
             let mut client = Client::connect(daemon.keys());
-            let answers: Vec<_> = (0..20)
+            let responses: Vec<_> = (0..20)
                 .map(|_| client.send(request(&format!("/key/{length}?format={format}"))).response())
                 .collect();
-            let mut secrets: Vec<_> = answers.iter().map(|answer| key(format, answer)).collect();
-            secrets.extend(answers.iter().flat_map(|answer| digits(&answer.text())));
-            assert_eq!(secrets.len(), 40, "a key and its digits");
+            let mut secrets: Vec<_> = responses.iter().map(|response| key(format, response)).collect();
+            secrets.extend(responses.iter().flat_map(|response| encoded_keys(&response.text())));
+            assert_eq!(secrets.len(), 40, "each key, raw and encoded");
             if length == 32 {
-                let answer = client.send(request(&format!("/key/32?format={format}&count=100"))).response();
-                secrets.extend(batch(format, &answer));
-                secrets.extend(digits(&answer.text()));
+                let response = client.send(request(&format!("/key/32?format={format}&count=100"))).response();
+                secrets.extend(batch(format, &response));
+                secrets.extend(encoded_keys(&response.text()));
                 assert_eq!(secrets.len(), 240);
             }
-            common::until("the keys to be gone", || {
-                (found(&memory(daemon.pid()), &secrets) == 0).then_some(())
+            common::until("the keys to be wiped", || {
+                (count_found(&memory(daemon.pid()), &secrets) == 0).then_some(())
             });
         }
     }
@@ -148,38 +148,38 @@ fn no_password_is_in_memory_after_its_response() {
         for alphabet in ["alnum", "ascii"] {
             let mut client = Client::connect(daemon.keys());
             let path = format!("/password/100?alphabet={alphabet}&count=20&format={format}");
-            let answer = client.send(request(&path)).response();
+            let response = client.send(request(&path)).response();
             let secrets: Vec<_> = match format {
-                "text" => answer.text().lines().map(|line| line.as_bytes().to_vec()).collect(),
+                "text" => response.text().lines().map(|line| line.as_bytes().to_vec()).collect(),
                 _ => {
-                    let json = answer.json();
+                    let json = response.json();
                     let all = json.as_array().unwrap().iter();
                     all.map(|one| one["password"].as_str().unwrap().as_bytes().to_vec()).collect()
                 }
             };
             assert!(secrets.len() == 20 && secrets.iter().all(|secret| secret.len() == 100));
-            common::until("the passwords to be gone", || {
-                (found(&memory(daemon.pid()), &secrets) == 0).then_some(())
+            common::until("the passwords to be wiped", || {
+                (count_found(&memory(daemon.pid()), &secrets) == 0).then_some(())
             });
         }
     }
 }
 
 #[test]
-fn no_credential_is_in_memory_after_its_unit_has_it() {
+fn no_credential_is_in_memory_after_it_was_sent() {
     let daemon = start("[credentials]\nhex = { format = \"hex\" }\nbig = { length = 4096 }\n", &[]);
     let mut secrets = Vec::new();
     for credential in ["raw", "hex", "big"] {
         secrets.extend((0..20).map(|_| fetch(&daemon.folder, "web.service", credential)));
     }
     assert!(secrets.iter().all(|secret| secret.len() >= 32));
-    common::until("the credentials to be gone", || {
-        (found(&memory(daemon.pid()), &secrets) == 0).then_some(())
+    common::until("the credentials to be wiped", || {
+        (count_found(&memory(daemon.pid()), &secrets) == 0).then_some(())
     });
 }
 
 #[test]
-fn no_key_is_in_memory_after_its_connection_was_cut() {
+fn no_key_is_in_memory_after_its_connection_was_aborted() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1073741824")]);
     let mut client = Client::connect(daemon.keys());
     client.send(request("/key/1073741824"));
@@ -188,8 +188,10 @@ fn no_key_is_in_memory_after_its_connection_was_cut() {
     drop(client);
     daemon.wait_for_metric("http_connections", 0.0);
     let begin = find(&received, b"\r\n\r\n").unwrap() + 4;
-    let pieces: Vec<_> = received[begin..].chunks_exact(4096).map(<[u8]>::to_vec).collect();
-    common::until("the pieces to be gone", || (found(&memory(daemon.pid()), &pieces) == 0).then_some(()));
+    let chunks: Vec<_> = received[begin..].chunks_exact(4096).map(<[u8]>::to_vec).collect();
+    common::until("the chunks to be wiped", || {
+        (count_found(&memory(daemon.pid()), &chunks) == 0).then_some(())
+    });
 }
 
 #[test]
@@ -203,13 +205,15 @@ fn no_key_is_in_memory_after_it_was_sent_over_tls() {
             let keys: Vec<_> =
                 (0..20).map(|_| client.send(request(&format!("/key/{length}"))).response().body).collect();
             assert!(keys.iter().all(|key| key.len() == length));
-            common::until("the keys to be gone", || (found(&memory(daemon.pid()), &keys) == 0).then_some(()));
+            common::until("the keys to be wiped", || {
+                (count_found(&memory(daemon.pid()), &keys) == 0).then_some(())
+            });
         }
     }
 }
 
 #[test]
-fn no_key_is_in_memory_after_its_tls_connection_was_cut() {
+fn no_key_is_in_memory_after_its_tls_connection_was_aborted() {
     let authority = Authority::new();
     let daemon = common::tls::daemon(&authority, &[("MAX_SIZE", "1073741824")]);
     let mut client = connect(daemon.keys(), &trusting(&authority, &[&TLS13], None));
@@ -219,11 +223,13 @@ fn no_key_is_in_memory_after_its_tls_connection_was_cut() {
     drop(client);
     daemon.wait_for_metric("http_connections", 0.0);
     let begin = find(&received, b"\r\n\r\n").unwrap() + 4;
-    let pieces: Vec<_> = received[begin..].chunks_exact(4096).map(<[u8]>::to_vec).collect();
-    common::until("the pieces to be gone", || (found(&memory(daemon.pid()), &pieces) == 0).then_some(()));
+    let chunks: Vec<_> = received[begin..].chunks_exact(4096).map(<[u8]>::to_vec).collect();
+    common::until("the chunks to be wiped", || {
+        (count_found(&memory(daemon.pid()), &chunks) == 0).then_some(())
+    });
 }
 
-/// What `token new` prints, twenty times.
+/// The output of `token new`, twenty times.
 fn new_tokens() -> Vec<String> {
     let folder = Folder::new();
     let new = |n: i32| {
@@ -234,7 +240,7 @@ fn new_tokens() -> Vec<String> {
     (0..20).map(new).collect()
 }
 
-/// A daemon that knows all tokens but the first, and logs everything.
+/// A daemon that accepts all tokens but the first, and logs everything.
 fn start_with_tokens(tokens: &[String]) -> Daemon {
     let lines: Vec<_> = tokens[1..].iter().map(|made| made.lines().nth(1).unwrap()).collect();
     let folder = Folder::new();

@@ -18,7 +18,7 @@ use key_service::http::service::HttpService;
 use key_service::http::state::AppState;
 use key_service::keys::generator::{Generator, GeneratorError, OsRandom, Source};
 use key_service::server::buffers::{BufferAccount, BufferLimit};
-use key_service::server::connection::connection;
+use key_service::server::connection::serve_connection;
 use key_service::server::connection_limit::ConnectionClass;
 use key_service::server::drain::Drain;
 use key_service::server::idle::IdleConnections;
@@ -89,7 +89,7 @@ impl Service {
         let session = self.site.clone().serve(ConnectionClass::Normal, peer);
         let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
         let activity = IdleConnections::new().activity();
-        let serving = connection(server, session, drain.subscribe(), &self.metrics, buffers, activity);
+        let serving = serve_connection(server, session, drain.subscribe(), &self.metrics, buffers, activity);
         let asking = async {
             let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
             client.write_all(request.as_bytes()).await.unwrap();

@@ -1,4 +1,4 @@
-//! Sockets that a service manager hands over, and those that are bound here. With systemd itself: tests/e2e/test_system.py.
+//! Inherited sockets, and sockets that the daemon binds. With systemd itself: tests/e2e/test_system.py.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -14,9 +14,9 @@ use std::process::{Command, Stdio};
 use common::process::{run_to_end_keeping_stdout, shell};
 use common::{Daemon, Folder, get, run_to_end};
 
-/// The daemon with descriptors 3, 4 and 5 handed over, as sd_listen_fds(3) has it: they come to a shell as its standard
-/// streams, and it moves them.
-fn activated(folder: &Folder, names: Option<&str>, sockets: Vec<OwnedFd>) -> Command {
+/// The daemon, which inherits up to two sockets as descriptors 3 and 4 (sd_listen_fds(3)). A shell gets them as its
+/// standard streams, and moves them.
+fn socket_activated(folder: &Folder, names: Option<&str>, sockets: Vec<OwnedFd>) -> Command {
     let count = sockets.len();
     let mut command = shell("exec 3<&0 4<&1; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null");
     common::scrub(&mut command, folder);
@@ -36,25 +36,26 @@ fn activated(folder: &Folder, names: Option<&str>, sockets: Vec<OwnedFd>) -> Com
 
 fn start(names: Option<&str>, sockets: Vec<OwnedFd>) -> Daemon {
     let folder = Folder::new();
-    let command = activated(&folder, names, sockets);
+    let command = socket_activated(&folder, names, sockets);
     Daemon::run(folder, command)
 }
 
-fn refused(names: Option<&str>, sockets: Vec<OwnedFd>) -> String {
+/// Standard error of a daemon that refuses these sockets.
+fn refuse_error(names: Option<&str>, sockets: Vec<OwnedFd>) -> String {
     let folder = Folder::new();
-    let ended = run_to_end_keeping_stdout(activated(&folder, names, sockets));
+    let ended = run_to_end_keeping_stdout(socket_activated(&folder, names, sockets));
     assert_eq!(ended.status.code(), Some(1));
     String::from_utf8(ended.stderr).unwrap()
 }
 
-fn tcp() -> TcpListener {
+fn tcp_listener() -> TcpListener {
     TcpListener::bind("127.0.0.1:0").unwrap()
 }
 
 #[test]
-fn sockets_are_taken_by_name_in_any_order() {
+fn named_sockets_are_taken_in_any_order() {
     for names in ["http:metrics", "metrics:http"] {
-        let (first, second) = (tcp(), tcp());
+        let (first, second) = (tcp_listener(), tcp_listener());
         let addresses = [first.local_addr().unwrap(), second.local_addr().unwrap()];
         let daemon = start(Some(names), vec![first.into(), second.into()]);
         let http = usize::from(names == "metrics:http");
@@ -66,9 +67,9 @@ fn sockets_are_taken_by_name_in_any_order() {
 }
 
 #[test]
-fn sockets_without_names_are_taken_in_order() {
+fn unnamed_sockets_are_taken_in_order() {
     for names in [None, Some(""), Some("unknown:unknown")] {
-        let (first, second) = (tcp(), tcp());
+        let (first, second) = (tcp_listener(), tcp_listener());
         let addresses = [first.local_addr().unwrap(), second.local_addr().unwrap()];
         let daemon = start(names, vec![first.into(), second.into()]);
         assert_eq!([daemon.keys(), daemon.metrics()], addresses);
@@ -76,8 +77,8 @@ fn sockets_without_names_are_taken_in_order() {
 }
 
 #[test]
-fn several_sockets_of_a_name_are_all_served() {
-    let (first, second) = (tcp(), tcp());
+fn several_sockets_of_one_name_are_all_served() {
+    let (first, second) = (tcp_listener(), tcp_listener());
     let addresses = [first.local_addr().unwrap(), second.local_addr().unwrap()];
     let daemon = start(Some("http:http"), vec![first.into(), second.into()]);
     assert!(daemon.status.starts_with(&format!("Keys on {}, {};", addresses[0], addresses[1])));
@@ -87,8 +88,8 @@ fn several_sockets_of_a_name_are_all_served() {
 }
 
 #[test]
-fn what_is_not_inherited_is_bound() {
-    let metrics = tcp();
+fn sockets_that_are_not_inherited_are_bound() {
+    let metrics = tcp_listener();
     let address = metrics.local_addr().unwrap();
     let daemon = start(Some("metrics"), vec![metrics.into()]);
     assert_eq!(daemon.metrics(), address);
@@ -96,27 +97,27 @@ fn what_is_not_inherited_is_bound() {
 }
 
 #[test]
-fn a_unix_socket_is_taken_too() {
+fn an_inherited_unix_socket_is_served() {
     let folder = Folder::new();
     let path = folder.file("http.sock");
     let daemon = start(Some("http"), vec![UnixListener::bind(&path).unwrap().into()]);
     assert!(daemon.status.starts_with(&format!("Keys on unix:{};", path.display())));
     let mut stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
     stream.write_all(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
-    let answer = std::io::read_to_string(stream).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    let response = std::io::read_to_string(stream).unwrap();
+    assert!(response.starts_with("HTTP/1.1 200 OK\r\n"), "{response}");
 }
 
 #[test]
-fn a_foreign_name_is_refused_by_name() {
-    let log = refused(Some("http:ssh"), vec![tcp().into(), tcp().into()]);
+fn an_unknown_socket_name_is_refused() {
+    let log = refuse_error(Some("http:ssh"), vec![tcp_listener().into(), tcp_listener().into()]);
     assert!(
         log.contains(
             "inherited descriptor 4 (name \"ssh\") is refused: expected the name http, metrics or credential"
         ),
         "{log}"
     );
-    let log = refused(Some("key-service.socket"), vec![tcp().into()]);
+    let log = refuse_error(Some("key-service.socket"), vec![tcp_listener().into()]);
     assert!(
         log.contains("descriptor 3 (name \"key-service.socket\")") && log.contains("FileDescriptorName="),
         "{log}"
@@ -124,15 +125,15 @@ fn a_foreign_name_is_refused_by_name() {
 }
 
 #[test]
-fn what_does_not_listen_is_refused() {
-    let listener = tcp();
+fn a_descriptor_that_does_not_listen_is_refused() {
+    let listener = tcp_listener();
     let stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     for (what, descriptor) in [
         ("a connection", OwnedFd::from(stream)),
         ("a datagram socket", UdpSocket::bind("127.0.0.1:0").unwrap().into()),
         ("a file", File::open("/dev/null").unwrap().into()),
     ] {
-        let log = refused(Some("http"), vec![descriptor]);
+        let log = refuse_error(Some("http"), vec![descriptor]);
         assert!(
             log.contains(
                 "inherited descriptor 3 (name \"http\") is refused: expected a listening TCP or Unix"
@@ -143,12 +144,12 @@ fn what_does_not_listen_is_refused() {
 }
 
 #[test]
-fn a_third_socket_without_a_name_is_refused() {
+fn a_third_unnamed_socket_is_refused() {
     let folder = Folder::new();
     let mut command = shell("exec 3<&0 4<&1 5<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null");
     common::scrub(&mut command, &folder);
     command.args([env!("CARGO_BIN_EXE_key-service"), "--config"]).arg(folder.file("config.toml"));
-    command.env("LISTEN_FDS", "3").stdin(OwnedFd::from(tcp())).stdout(OwnedFd::from(tcp()));
+    command.env("LISTEN_FDS", "3").stdin(OwnedFd::from(tcp_listener())).stdout(OwnedFd::from(tcp_listener()));
     let ended = run_to_end_keeping_stdout(command);
     assert_eq!(ended.status.code(), Some(1));
     let log = String::from_utf8(ended.stderr).unwrap();
@@ -156,7 +157,7 @@ fn a_third_socket_without_a_name_is_refused() {
 }
 
 #[test]
-fn sockets_meant_for_another_process_are_left_alone() {
+fn sockets_for_another_process_are_ignored() {
     let folder = Folder::new();
     let mut command = common::key_service(&folder);
     command.arg("--config").arg(folder.file("config.toml"));
@@ -168,8 +169,8 @@ fn sockets_meant_for_another_process_are_left_alone() {
 
 #[test]
 fn a_blocking_socket_is_made_non_blocking() {
-    // std's listeners block. Many clients that come and go at once would leave a blocked accept behind.
-    let listener = tcp();
+    // std's listeners block. A client that disconnects before it is accepted would leave the accept loop blocked.
+    let listener = tcp_listener();
     let address = listener.local_addr().unwrap();
     let daemon = start(Some("http"), vec![listener.into()]);
     for _ in 0..20 {
@@ -179,8 +180,8 @@ fn a_blocking_socket_is_made_non_blocking() {
     assert_eq!(daemon.get("/livez").status, 200);
 }
 
-/// The daemon without `--host`: on every address.
-fn on_every_address() -> Daemon {
+/// The daemon without `--host`, on every address.
+fn start_on_every_address() -> Daemon {
     Daemon::start_with(Folder::new(), |command| {
         command.args(["--srv-port", "0", "--metrics-port", "0"]);
     })
@@ -188,7 +189,7 @@ fn on_every_address() -> Daemon {
 
 #[test]
 fn localhost_is_served_over_ipv4_and_ipv6() {
-    let daemon = on_every_address();
+    let daemon = start_on_every_address();
     let (keys, metrics) = (daemon.keys().port(), daemon.metrics().port());
     let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
     for ip in loopback.into_iter().filter(|ip| ip.is_ipv4() || common::has_ipv6()) {
@@ -201,7 +202,7 @@ fn localhost_is_served_over_ipv4_and_ipv6() {
 }
 
 #[test]
-fn an_ipv4_client_of_a_dual_stack_socket_is_known_by_its_ipv4_address() {
+fn a_dual_stack_socket_reports_ipv4_clients_as_ipv4() {
     let daemon = Daemon::start_with(Folder::new(), |command| {
         command.args(["--srv-port", "0", "--metrics-port", "0"]).env("KEYSERVICE_AUDIT", "true");
     });
@@ -212,7 +213,7 @@ fn an_ipv4_client_of_a_dual_stack_socket_is_known_by_its_ipv4_address() {
 }
 
 #[test]
-fn a_given_host_of_ipv4_is_ipv4_alone() {
+fn an_ipv4_host_leaves_the_ipv6_port_free() {
     let daemon = Daemon::start_with(Folder::new(), |command| {
         command.args(["--host", "0.0.0.0", "--srv-port", "0", "--metrics-port", "0"]);
     });
@@ -223,8 +224,8 @@ fn a_given_host_of_ipv4_is_ipv4_alone() {
 }
 
 #[test]
-fn the_health_subcommand_finds_a_service_on_every_address() {
-    let daemon = on_every_address();
+fn the_health_subcommand_finds_a_wildcard_listener() {
+    let daemon = start_on_every_address();
     let folder = Folder::new();
     let mut command = common::key_service(&folder);
     command.arg("--config").arg(folder.file("config.toml"));
@@ -233,7 +234,7 @@ fn the_health_subcommand_finds_a_service_on_every_address() {
     assert_eq!((ended.status.code(), &*ended.stdout), (Some(0), b"OK\n".as_slice()));
 }
 
-/// Standard error of a daemon that has no place to listen.
+/// Standard error of a daemon that can't bind its sockets.
 fn bind_error(flags: &[&str], settings: &[(&str, &str)]) -> String {
     let folder = Folder::new();
     let mut command = common::key_service(&folder);
@@ -247,8 +248,8 @@ fn bind_error(flags: &[&str], settings: &[(&str, &str)]) -> String {
 }
 
 #[test]
-fn a_failure_to_listen_names_the_address_and_the_setting() {
-    let taken = tcp();
+fn a_bind_error_names_the_address_and_the_setting() {
+    let taken = tcp_listener();
     let taken = taken.local_addr().unwrap().port().to_string();
     let folder = Folder::new();
     let file = folder.write("a-file", "").to_str().unwrap().to_owned();
@@ -263,7 +264,7 @@ fn a_failure_to_listen_names_the_address_and_the_setting() {
             format!("127.0.0.1:{taken} (srv-port): {in_use}"),
         ),
         ([local, free, metrics(&taken)], None, format!("127.0.0.1:{taken} (metrics-port): {in_use}")),
-        // A socket of every address conflicts with one of a single address.
+        // A socket on every address conflicts with one on a single address.
         (
             [["--host", "*"], ["--srv-port", &taken], metrics("0")],
             None,
@@ -289,11 +290,11 @@ fn a_failure_to_listen_names_the_address_and_the_setting() {
 }
 
 #[test]
-fn one_port_may_serve_both() {
-    let listener = tcp();
+fn one_port_serves_keys_and_metrics() {
+    let listener = tcp_listener();
     let folder = Folder::new();
-    let mut command = activated(&folder, Some("http"), vec![listener.into()]);
-    command.args(["--srv-port", "1123", "--metrics-port", "1123"]); // what is inherited is not bound
+    let mut command = socket_activated(&folder, Some("http"), vec![listener.into()]);
+    command.args(["--srv-port", "1123", "--metrics-port", "1123"]); // not used, since the socket is inherited
     let daemon = Daemon::run(folder, command);
     assert!(daemon.status.ends_with("; metrics on the same"));
     for path in ["/key/32", "/health", "/metrics"] {

@@ -1,4 +1,4 @@
-//! What a client can't do: hold a connection without progress, or take more than its share.
+//! Timeouts and limits: no client can hold a connection without progress, or take more than its share.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -15,29 +15,30 @@ use common::{
 };
 
 /// Reads to the end of the connection and returns how many bytes came.
-fn drain(stream: &mut TcpStream) -> usize {
+fn read_to_end(stream: &mut TcpStream) -> usize {
     let mut bytes = Vec::new();
     let _ = stream.read_to_end(&mut bytes); // a reset is an end too
     bytes.len()
 }
 
-/// A client that holds its slot: it has had a key and begun another request.
-fn busy(daemon: &Daemon) -> Client {
+/// A client that keeps its slot: it has received a key and begun another request.
+fn busy_client(daemon: &Daemon) -> Client {
     let mut client = Client::connect(daemon.keys());
-    // Together: between the two it would be idle.
-    assert_eq!(client.send(request("/key/32") + BEGINNING).response().status, 200);
+    // Both in one write: between the two, the connection would be idle.
+    assert_eq!(client.send(request("/key/32") + HALF).response().status, 200);
     client
 }
 
-const BEGINNING: &str = "GET /key/32 HTTP/1.1\r\n";
+const HALF: &str = "GET /key/32 HTTP/1.1\r\n";
 
-const REST: &str = "Host: localhost\r\n\r\n";
+/// What makes [`HALF`] a whole request.
+const OTHER_HALF: &str = "Host: localhost\r\n\r\n";
 
 #[test]
 fn a_silent_connection_is_closed_after_the_head_timeout() {
     let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1")]);
     let mut client = Client::connect(daemon.keys());
-    assert!(client.is_closed(), "without a word");
+    assert!(client.is_closed(), "without a response");
 }
 
 #[test]
@@ -67,7 +68,7 @@ fn an_idle_connection_outlives_the_head_timeout() {
         client
     });
     let mut silent = Client::connect(daemon.keys());
-    assert!(silent.is_closed(), "after a second, as the others would be");
+    assert!(silent.is_closed(), "a second has passed");
     for client in &mut idle {
         assert_eq!(client.send(request("/key/32")).response().status, 200);
     }
@@ -76,22 +77,22 @@ fn an_idle_connection_outlives_the_head_timeout() {
 #[test]
 fn half_a_request_after_a_response_is_closed_after_the_head_timeout() {
     let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1"), ("IDLE_TIMEOUT", "3600")]);
-    let mut together = busy(&daemon);
-    let mut alone = Client::connect(daemon.keys());
-    alone.send(request("/key/32")).response();
-    alone.send(BEGINNING);
-    assert!(alone.is_closed() && together.is_closed());
+    let mut in_one_write = busy_client(&daemon);
+    let mut in_two_writes = Client::connect(daemon.keys());
+    in_two_writes.send(request("/key/32")).response();
+    in_two_writes.send(HALF);
+    assert!(in_two_writes.is_closed() && in_one_write.is_closed());
 }
 
 #[test]
-fn a_request_that_begins_early_is_closed_after_the_head_timeout() {
+fn a_pipelined_half_request_is_closed_after_the_head_timeout() {
     let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1"), ("IDLE_TIMEOUT", "3600")]);
     let body = "POST /key/32 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc";
     let cases = [
         (request("/key/32"), "GET /hea"),
         (request("/health"), "GET /hea"),
-        (request("/health"), BEGINNING),
-        (body.to_owned(), BEGINNING),
+        (request("/health"), HALF),
+        (body.to_owned(), HALF),
         (body.to_owned(), ""),
     ];
     let mut clients = cases.map(|(whole, half)| {
@@ -104,38 +105,38 @@ fn a_request_that_begins_early_is_closed_after_the_head_timeout() {
 
 #[test]
 fn the_longest_idle_connection_is_closed_at_the_limit() {
-    // One worker has noted that a connection is idle before it accepts another.
+    // With one worker, a connection is known to be idle before another one is accepted.
     let daemon = Daemon::start(&[("MAX_CONNECTIONS", "3"), ("WORKERS", "1")]);
-    let ask = |client: &mut Client, path| client.send(request(path)).response().status;
+    let status_of = |client: &mut Client, path| client.send(request(path)).response().status;
     let open = |path| {
         let mut client = Client::connect(daemon.keys());
-        assert_eq!(ask(&mut client, path), 200);
+        assert_eq!(status_of(&mut client, path), 200);
         client
     };
     let (mut first, mut second, mut third) = (open("/key/32"), open("/key/500?format=hex"), open("/health"));
-    assert_eq!(ask(&mut first, "/key/32"), 200, "now the second has been idle for longest");
+    assert_eq!(status_of(&mut first, "/key/32"), 200, "now the second has been idle for longest");
     let mut new = open("/key/32");
     assert!(second.is_closed());
-    assert_eq!([&mut third, &mut first, &mut new].map(|client| ask(client, "/key/32")), [200; 3]);
+    assert_eq!([&mut third, &mut first, &mut new].map(|client| status_of(client, "/key/32")), [200; 3]);
     let mut newer = open("/health");
     assert!(third.is_closed());
-    assert_eq!([&mut first, &mut new, &mut newer].map(|client| ask(client, "/key/32")), [200; 3]);
+    assert_eq!([&mut first, &mut new, &mut newer].map(|client| status_of(client, "/key/32")), [200; 3]);
     assert_eq!(daemon.metric("http_idle_connections_closed_total"), 2.0);
     assert_eq!(daemon.metric("http_rejections_total{reason=\"connections\"}"), 0.0);
 }
 
 #[test]
-fn a_head_that_drips_in_is_closed_all_the_same() {
+fn request_headers_sent_byte_by_byte_time_out() {
     let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1")]);
     let mut stream = TcpStream::connect(daemon.keys()).unwrap();
     let start = Instant::now();
     // A byte every 100 ms would go on for 100 seconds.
     let head = format!("GET /key/32 HTTP/1.1\r\nHost: a\r\nX: {}", "x".repeat(1000));
-    let cut = head.bytes().any(|byte| {
+    let is_closed = head.bytes().any(|byte| {
         thread::sleep(Duration::from_millis(100));
         stream.write_all(&[byte]).is_err()
     });
-    assert!(cut && start.elapsed() < PATIENCE);
+    assert!(is_closed && start.elapsed() < PATIENCE);
 }
 
 #[test]
@@ -146,8 +147,8 @@ fn a_client_that_never_reads_is_closed_after_the_write_timeout() {
     client.send(request("/key/1073741824"));
     until("the stream to begin", || (daemon.metric("key_bytes_total{format=\"raw\"}") > 0.0).then_some(()));
     daemon.wait_for_metric("http_connections", 0.0);
-    let received = drain(&mut client.stream);
-    assert!(received < 64 << 20, "{received} bytes of 1 GiB were buffered for one that does not read");
+    let received = read_to_end(&mut client.stream);
+    assert!(received < 64 << 20, "{received} bytes of 1 GiB were buffered for a client that does not read");
     assert!(daemon.metric("process_resident_memory_bytes") < 64e6);
 }
 
@@ -176,9 +177,9 @@ fn a_client_that_reads_slowly_gets_its_whole_response() {
 }
 
 #[test]
-fn past_the_connection_limit_health_is_answered_and_the_rest_is_503() {
+fn over_limit_connections_get_health_checks_and_503() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS", "4"), ("HEAD_TIMEOUT", "3600")]);
-    let mut held: Vec<_> = (0..4).map(|_| busy(&daemon)).collect();
+    let mut clients: Vec<_> = (0..4).map(|_| busy_client(&daemon)).collect();
     for path in ["/health", "/livez", "/readyz"] {
         let mut client = Client::connect(daemon.keys());
         let response = client.send(request(path)).response();
@@ -193,41 +194,41 @@ fn past_the_connection_limit_health_is_answered_and_the_rest_is_503() {
     assert!(client.is_closed());
     assert_eq!(daemon.metric("http_rejections_total{reason=\"connections\"}"), 1.0);
     assert_eq!(daemon.metric("http_connections_limit"), 4.0);
-    // A slot that is given back is taken again.
-    drop(held.pop());
+    // A released slot is taken again.
+    drop(clients.pop());
     until("a slot", || (daemon.get("/key/32").status == 200).then_some(()));
-    for client in &mut held {
-        assert_eq!(client.send(REST).response().status, 200, "those with a slot keep it");
+    for client in &mut clients {
+        assert_eq!(client.send(OTHER_HALF).response().status, 200, "connections keep their slot");
     }
 }
 
 #[test]
-fn a_slot_that_is_given_back_is_there_at_once_whatever_the_crowd_is() {
+fn a_released_slot_is_free_despite_over_limit_connections() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS", "4"), ("HEAD_TIMEOUT", "60")]);
-    let seated = || {
+    let with_slot = || {
         let mut client = Client::connect(daemon.keys());
-        // An idle one would make room for the crowd.
-        (client.send(request("/key/32") + BEGINNING).response().status == 200).then_some(client)
+        // An idle connection would be closed for an over-limit one.
+        (client.send(request("/key/32") + HALF).response().status == 200).then_some(client)
     };
-    let mut held: Vec<_> = (0..4).map(|_| until("a slot", seated)).collect();
-    // The crowd is closed after a second of silence, and a busy machine may take as long: one of five is enough.
-    let is_there_at_once = (0..5).any(|_| {
-        let crowd: Vec<_> = (0..20).map(|_| TcpStream::connect(daemon.keys()).unwrap()).collect();
-        drop(held.pop());
-        held.push(until("the slot", seated));
-        crowd.iter().any(|silent| {
+    let mut clients: Vec<_> = (0..4).map(|_| until("a slot", with_slot)).collect();
+    // Silent over-limit connections are closed after a second, which a busy machine may take: one of five tries is enough.
+    let is_free_at_once = (0..5).any(|_| {
+        let over_limit: Vec<_> = (0..20).map(|_| TcpStream::connect(daemon.keys()).unwrap()).collect();
+        drop(clients.pop());
+        clients.push(until("the slot", with_slot));
+        over_limit.iter().any(|silent| {
             silent.set_nonblocking(true).unwrap();
             silent.peek(&mut [0]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
         })
     });
-    assert!(is_there_at_once, "the crowd had to go first");
+    assert!(is_free_at_once, "the over-limit connections were closed first");
 }
 
 #[test]
-fn a_crowd_past_the_limit_is_let_in_bit_by_bit_and_the_daemon_outlives_it() {
+fn over_limit_connections_are_evicted_for_waiting_clients() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS", "4")]);
     let silent: Vec<_> = (0..600).map(|_| Client::connect(daemon.keys())).collect();
-    // Those without a slot are closed when others wait, so that this one is reached in the end.
+    // The oldest connections without a slot are closed for waiting ones, so that this one is accepted in the end.
     let response = get(daemon.keys(), "/health");
     assert_eq!(response.status, 200);
     assert!(daemon.metric("http_connections") <= 4.0 + 256.0 + 16.0);
@@ -236,17 +237,17 @@ fn a_crowd_past_the_limit_is_let_in_bit_by_bit_and_the_daemon_outlives_it() {
 }
 
 #[test]
-fn a_connection_that_is_closed_for_others_is_counted_as_turned_away() {
+fn an_evicted_over_limit_connection_is_counted_as_rejected() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS", "4"), ("MAX_CONNECTIONS_PER_CLIENT", "0")]);
     let silent: Vec<_> = (0..600).map(|_| Client::connect(daemon.keys())).collect();
     assert_eq!(get(daemon.keys(), "/health").status, 200);
-    // Over TLS it may have been in its handshake: no request and no route, and yet a client that got nothing.
+    // Over TLS it may have been in its handshake, so it counts as rejected without a request or a route.
     assert!(daemon.metric("http_rejections_total{reason=\"connections\"}") >= 1.0);
     assert_eq!(daemon.metric("key_request_failures_total{reason=\"connections\"}"), 0.0);
     drop(silent);
 }
 
-/// A daemon that may open `count` files.
+/// A daemon with a limit of `count` open files.
 fn with_descriptors(count: u32, settings: &[(&str, &str)]) -> Daemon {
     let folder = Folder::new();
     let mut command = common::process::shell(&format!("ulimit -n {count} && exec \"$@\""));
@@ -260,67 +261,67 @@ fn with_descriptors(count: u32, settings: &[(&str, &str)]) -> Daemon {
 }
 
 #[test]
-fn connections_over_the_limit_never_use_up_the_descriptors() {
+fn over_limit_connections_never_exhaust_the_descriptors() {
     for count in [64, 300, 600] {
         let daemon = with_descriptors(count, &[("WORKERS", "2"), ("MAX_CONNECTIONS_PER_CLIENT", "0")]);
         assert_eq!(daemon.metric("process_max_fds"), f64::from(count));
         daemon.wait_for_log("max-connections is lowered");
-        // The test's own address has a share of the connections for metrics.
+        // From other addresses than the test's own, which has to read the metrics.
         let from = |n: u32| format!("127.0.{}.{}", 1 + n / 200, 1 + n % 200);
         let connect = |to| (0..count).map(|n| connect_from(&from(n), to)).collect::<Vec<_>>();
-        let held = (connect(daemon.keys()), connect(daemon.metrics()));
+        let connections = (connect(daemon.keys()), connect(daemon.metrics()));
         let limit = daemon.metric("http_connections_limit");
         assert!(limit >= f64::from(count) / 8.0, "{limit} of {count}");
         until("every slot to be taken", || (daemon.metric("http_connections") >= limit).then_some(()));
         assert_eq!(daemon.get("/health").status, 200);
         assert_eq!(daemon.metric("accept_errors_total{kind=\"resources\"}"), 0.0, "with {count} open files");
-        drop(held);
+        drop(connections);
         until("recovery", || (daemon.get("/key/32").status == 200).then_some(()));
     }
 }
 
 #[test]
-fn metrics_are_readable_however_many_idle_connections_there_are() {
+fn idle_connections_never_block_the_metrics() {
     let daemon = Daemon::start(&[("HEAD_TIMEOUT", "3600")]);
-    let held: Vec<_> =
+    let connections: Vec<_> =
         (0..330).map(|n| connect_from(&format!("127.0.0.{}", 2 + n % 4), daemon.metrics())).collect();
     let response = get(daemon.metrics(), "/metrics");
     assert_eq!(response.status, 200);
     let closed = common::metric(&response.text(), "http_rejections_total{reason=\"client_connections\"}");
-    assert!(closed >= 330.0 - 4.0 * 24.0, "an address has a share of the connections for metrics");
-    drop(held);
+    assert!(closed >= 330.0 - 4.0 * 24.0, "each address has its own limit");
+    drop(connections);
 }
 
 #[test]
-fn a_client_with_as_many_unread_responses_as_all_may_have_loses_its_oldest() {
+fn a_client_with_too_many_unread_responses_loses_its_oldest() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS_PER_CLIENT", "0"), ("WRITE_TIMEOUT", "3600")]);
-    let ask = request("/key/1024").repeat(1000);
+    let requests = request("/key/1024").repeat(1000);
     let count: u16 = if IS_SLOW { 200 } else { 600 };
-    let deaf: Vec<_> = (0..count)
+    let unread: Vec<_> = (0..count)
         .map(|_| {
             let mut stream = TcpStream::connect(daemon.keys()).unwrap();
             stream.set_nonblocking(true).unwrap();
-            let _ = stream.write(ask.as_bytes()).unwrap(); // as much as the socket takes
+            let _ = stream.write(requests.as_bytes()).unwrap(); // as much as the socket takes
             stream
         })
         .collect();
-    // 128 may wait for their clients; the others were reset to make room.
+    // 128 connections may hold buffers; the others were reset.
     daemon.wait_for_metric("http_rejections_total{reason=\"buffers\"}", f64::from(count) - 128.0);
     assert_eq!(daemon.metric("http_connections"), 128.0);
     assert_eq!(daemon.get("/key/32").status, 200);
-    drop(deaf);
+    drop(unread);
     daemon.wait_for_metric("http_connections", 0.0);
 }
 
 #[test]
-fn connections_that_end_with_an_unread_response_are_as_many_as_may_hold_buffers() {
+fn closing_connections_with_unread_responses_are_limited() {
     let settings = [("MAX_CONNECTIONS_PER_CLIENT", "0"), ("WRITE_TIMEOUT", "3600"), ("MAX_SIZE", "1000000")];
     let daemon = Daemon::start(&settings);
-    let ask = request("/key/150000").replace("Host", "Connection: close\r\nHost");
+    let request = request("/key/150000").replace("Host", "Connection: close\r\nHost");
     let unread: Vec<_> = (1..=200)
         .map(|count| {
             let mut client = Client::connect(daemon.keys());
-            client.send(&ask);
+            client.send(&request);
             let bytes = 150_000.0 * f64::from(count);
             until("the response", || {
                 (daemon.metric("key_bytes_total{format=\"raw\"}") >= bytes).then_some(())
@@ -332,9 +333,9 @@ fn connections_that_end_with_an_unread_response_are_as_many_as_may_hold_buffers(
     assert_eq!(
         daemon.metric("http_connections"),
         128.0,
-        "what the kernel holds of each is bounded by their number"
+        "their number limits what the kernel holds for them"
     );
-    let whole = unread.into_iter().filter_map(|mut client| client.read_response(true)).count();
-    assert_eq!(whole, 128);
+    let complete = unread.into_iter().filter_map(|mut client| client.read_response(true)).count();
+    assert_eq!(complete, 128);
     daemon.wait_for_metric("http_connections", 0.0);
 }
