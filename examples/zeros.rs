@@ -23,7 +23,7 @@ use hyper::{Request, Response};
 use key_service::keys::generator::CHUNK_SIZE;
 use key_service::server::accept::serve;
 use key_service::server::activation::ActivatedSockets;
-use key_service::server::connection::http;
+use key_service::server::connection::http_handler;
 use key_service::server::connection_limit::ConnectionLimit;
 use key_service::server::context::ServerContext;
 use key_service::server::drain::Drain;
@@ -39,19 +39,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut heartbeats = Heartbeats::new();
     let listeners = inherited.http.into_iter().map(|listener| (listener, heartbeats.register())).collect();
     let timeouts = Timeouts::new(Duration::from_secs(10), Duration::from_secs(75), Duration::from_secs(15));
-    let terms = ServerContext::new(ConnectionLimit::new(10_000, 256), timeouts, Arc::new(Metrics::new()));
+    let context = ServerContext::new(ConnectionLimit::new(10_000, 256), timeouts, Arc::new(Metrics::new()));
     let drain = Drain::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     runtime.block_on(serve(
         listeners,
-        http(|_, _| SlowPathOnly(service_fn(answer))),
-        terms,
+        http_handler(|_, _| SlowPathOnly(service_fn(respond))),
+        context,
         drain.subscribe(),
     ))?;
     Ok(())
 }
 
-fn answer(request: Request<Incoming>) -> Ready<Result<Response<Zeros>, Infallible>> {
+fn respond(request: Request<Incoming>) -> Ready<Result<Response<Zeros>, Infallible>> {
     let length = request.uri().path().strip_prefix("/key/").and_then(|length| length.parse().ok());
     ready(Ok(Response::new(Zeros { remaining: length.unwrap_or(0) })))
 }

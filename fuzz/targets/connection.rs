@@ -34,7 +34,7 @@ use key_service::http::state::AppState;
 use key_service::keys::format::{Format, Kind};
 use key_service::keys::generator::{Generator, OsRandom};
 use key_service::server::buffers::{BufferAccount, BufferLimit};
-use key_service::server::connection::connection;
+use key_service::server::connection::serve_connection;
 use key_service::server::connection_limit::ConnectionClass;
 use key_service::server::drain::Drain;
 use key_service::server::fast_path::request::FastRequest;
@@ -179,7 +179,7 @@ async fn exchange(setup: &Setup, wire: &[u8], has_fast_path: bool) -> (Vec<Recor
     let (mut incoming, mut outgoing) = split(theirs);
     let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
     let activity = IdleConnections::new().activity();
-    let serving = connection(ours, recorder, drain.subscribe(), &METRICS, buffers, activity);
+    let serving = serve_connection(ours, recorder, drain.subscribe(), &METRICS, buffers, activity);
     let sending = async {
         for chunk in wire.chunks(setup.chunk_size) {
             if outgoing.write_all(chunk).await.is_err() {

@@ -222,7 +222,7 @@ fn proxy_protocol(config: &Config, metrics: &Metrics) -> Option<Arc<ProxyProtoco
 /// Serves `routes` over HTTP on each connection.
 fn serve_http(routes: Routes, app: &Arc<AppState>) -> impl Fn(Accepted) + Clone + Send + 'static + use<> {
     let service = HttpService::new(routes, Arc::clone(app));
-    connection::http(move |class, peer| -> ConnectionService { service.clone().serve(class, peer) })
+    connection::http_handler(move |class, peer| -> ConnectionService { service.clone().serve(class, peer) })
 }
 
 /// Accepts connections on the control thread.

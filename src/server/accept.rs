@@ -38,8 +38,8 @@ const ACCEPT_FAILURES_MAX: u32 = 100;
 /// How often a persistent failure is logged.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Serves `listeners` until the drain is over or aborted. `begin` starts a task for each connection, as
-/// [`http`](crate::server::connection::http) does.
+/// Serves `listeners` until the drain is over or aborted. `handler` starts a task for each connection, as
+/// [`http_handler`](crate::server::connection::http_handler) does.
 ///
 /// Runs on the calling thread's runtime; the connections it accepts stay there.
 ///
@@ -47,7 +47,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// If the runtime can't register a listener.
 pub async fn serve(
     listeners: Vec<(Listener, Heartbeat)>,
-    begin: impl Fn(Accepted) + Clone + Send + 'static,
+    handler: impl Fn(Accepted) + Clone + Send + 'static,
     context: ServerContext,
     mut phase: watch::Receiver<Phase>,
 ) -> io::Result<()> {
@@ -57,7 +57,7 @@ pub async fn serve(
     for (listener, heartbeat) in listeners {
         let accept_loop = AcceptLoop {
             acceptor: listener.into_acceptor()?,
-            begin: begin.clone(),
+            handler: handler.clone(),
             context: Arc::clone(&context),
             phase: phase.clone(),
             alive: alive.clone(),
@@ -76,7 +76,7 @@ pub async fn serve(
 
 struct AcceptLoop<F> {
     acceptor: Acceptor,
-    begin: F,
+    handler: F,
     context: Arc<ServerContext>,
     phase: watch::Receiver<Phase>,
     alive: mpsc::Sender<Infallible>,
@@ -136,7 +136,7 @@ impl<F: Fn(Accepted)> AcceptLoop<F> {
             memory::reserve();
         }
         let guard = ConnectionGuard::new(Arc::clone(context), class, permit, self.alive.clone());
-        (self.begin)(Accepted { stream, peer, phase: self.phase.clone(), guard });
+        (self.handler)(Accepted { stream, peer, phase: self.phase.clone(), guard });
     }
 }
 

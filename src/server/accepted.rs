@@ -25,7 +25,7 @@ pub struct Accepted {
     /// Its bytes, without timeouts.
     pub stream: Stream,
     /// Its client.
-    pub peer: Peer,
+    pub(crate) peer: Peer,
     pub(crate) phase: watch::Receiver<Phase>,
     pub(crate) guard: ConnectionGuard,
 }
@@ -38,7 +38,7 @@ impl Accepted {
     }
 
     /// Spawns `task` with the connection. That of an over-limit connection may be aborted when there are too many.
-    pub fn spawn<F>(self, task: impl FnOnce(Self) -> F)
+    pub(crate) fn spawn<F>(self, task: impl FnOnce(Self) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -48,7 +48,7 @@ impl Accepted {
 
     /// The output of `read`, unless it takes longer than request headers may take, or more than a second once idle
     /// connections close.
-    pub async fn within_head_timeout<T>(&self, read: impl Future<Output = T>) -> Option<T> {
+    pub(crate) async fn within_head_timeout<T>(&self, read: impl Future<Output = T>) -> Option<T> {
         let read = timeout(self.guard.context.timeouts(self.guard.class).head(), read);
         pin!(read);
         let mut phase = self.phase.clone();
@@ -60,13 +60,13 @@ impl Accepted {
     }
 
     /// Whether idle connections are being closed.
-    pub fn is_closing(&self) -> bool {
+    pub(crate) fn is_closing(&self) -> bool {
         *self.phase.borrow() >= Phase::Closing
     }
 
     /// Counts the connection for `client`, as named by a proxy; `None` leaves it to its own address. Returns `false` if
     /// it must be closed, because the client has too many. One that is merely over its client's limit releases its slot.
-    pub fn set_client(&mut self, client: Option<IpAddr>) -> bool {
+    pub(crate) fn set_client(&mut self, client: Option<IpAddr>) -> bool {
         if let Some(origin) = client.map(Origin::Ip) {
             let context = &self.guard.context;
             let Some(permit) = ClientConnectionLimit::acquire(context.client_limit.as_ref(), origin) else {

@@ -100,7 +100,7 @@ impl BufferAccount {
 
     /// Counts a connection, whose task has `waker`, until the permit is dropped. Over the limit, this connection or
     /// another one is evicted.
-    pub fn hold(&self, waker: &Waker) -> BufferPermit {
+    pub(crate) fn hold(&self, waker: &Waker) -> BufferPermit {
         let holder = Arc::new(Holder {
             client: self.client,
             since: Instant::now(),
@@ -125,14 +125,14 @@ impl BufferAccount {
 
 /// Lets a connection hold buffers until this is dropped or the connection is evicted.
 #[derive(Debug)]
-pub struct BufferPermit {
+pub(crate) struct BufferPermit {
     limit: Arc<BufferLimit>,
     holder: Arc<Holder>,
 }
 
 impl BufferPermit {
     /// Whether the connection must be reset to free its buffers for another one.
-    pub fn is_evicted(&self) -> bool {
+    pub(crate) fn is_evicted(&self) -> bool {
         self.holder.is_evicted.load(Ordering::Relaxed)
     }
 }

@@ -28,8 +28,8 @@ use crate::server::tls::handshake::Tls;
 use crate::server::transport::Transport;
 use crate::telemetry::metrics::Metrics;
 
-/// Serves HTTP on each connection. `service` makes the service of one.
-pub fn http<F, S, B>(service: F) -> impl Fn(Accepted) + Clone + Send + 'static
+/// A handler for [`serve`](crate::server::accept::serve) that speaks HTTP. `service` makes the service of a connection.
+pub fn http_handler<F, S, B>(service: F) -> impl Fn(Accepted) + Clone + Send + 'static
 where
     F: Fn(ConnectionClass, Peer) -> S + Clone + Send + 'static,
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
@@ -60,7 +60,7 @@ where
                 // In a box, since the runtime moves a task's future several times.
                 let task = async move {
                     let activity = Arc::clone(&guard.activity);
-                    connection(stream, service, phase, &guard.context.metrics, buffers, activity).await;
+                    serve_connection(stream, service, phase, &guard.context.metrics, buffers, activity).await;
                 };
                 spawn(over_limit, Box::pin(task));
             }
@@ -88,7 +88,7 @@ async fn serve_tls<S, B>(
     let mut handshake = Box::pin(async move {
         let (stream, identity) = tls.handshake(stream, head_timeout, &guard.client_permit).await?;
         let (metrics, activity) = (&guard.context.metrics, Arc::clone(&guard.activity));
-        Some(Box::pin(connection(stream, service(identity), serving, metrics, buffers, activity)))
+        Some(Box::pin(serve_connection(stream, service(identity), serving, metrics, buffers, activity)))
     });
     let connection = tokio::select! {
         biased;
@@ -103,7 +103,7 @@ async fn serve_tls<S, B>(
 
 /// Serves HTTP/1.1 on one connection until it closes. Simple requests for keys take the fast path; any other goes to
 /// hyper, which hands the connection back once it has answered.
-pub fn connection<I, S, B>(
+pub fn serve_connection<I, S, B>(
     io: I,
     service: S,
     mut phase: watch::Receiver<Phase>,
@@ -172,7 +172,7 @@ mod tests {
             let service = service_fn(|_: Request<Incoming>| ready(Ok(Response::new(String::from("served")))));
             let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
             let activity = IdleConnections::new().activity();
-            connection(io, SlowPathOnly(service), phase.clone(), &metrics, buffers, activity)
+            serve_connection(io, SlowPathOnly(service), phase.clone(), &metrics, buffers, activity)
         };
         let request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
         let (mut new, server_of_new) = duplex(1024);

@@ -15,7 +15,7 @@ use crate::telemetry::metrics::Metrics;
 /// How long an over-limit connection may take for its one request, and request headers while the service drains.
 pub(crate) const OVER_LIMIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What every connection of a server is held to.
+/// What the connections of a server share.
 #[derive(Debug, Clone)]
 pub struct ServerContext {
     /// The connection slots.
@@ -75,10 +75,8 @@ impl ServerContext {
         self
     }
 
-    /// Waits for [`Accepted::set_client`] before a connection takes the slot of an idle one: its client may be over its
+    /// Has a connection take the slot of an idle one only once the PROXY header has named its client, which may be over its
     /// limit.
-    ///
-    /// [`Accepted::set_client`]: crate::server::accepted::Accepted::set_client
     #[must_use]
     pub fn with_proxy_protocol(mut self, uses_proxy_protocol: bool) -> Self {
         self.uses_proxy_protocol = uses_proxy_protocol;

@@ -80,7 +80,7 @@ mod tests {
     use crate::access::peer::Peer;
     use crate::server::accept::serve;
     use crate::server::address::{Host, SocketMode};
-    use crate::server::connection::http;
+    use crate::server::connection::http_handler;
     use crate::server::connection_limit::{ConnectionClass, ConnectionLimit};
     use crate::server::context::ServerContext;
     use crate::server::drain::Drain;
@@ -118,7 +118,9 @@ mod tests {
                     ready(Ok(Response::new(String::new())))
                 }))
             };
-            runtime.block_on(serve(vec![(listener, heartbeat)], http(service), context, phase)).unwrap();
+            runtime
+                .block_on(serve(vec![(listener, heartbeat)], http_handler(service), context, phase))
+                .unwrap();
         });
         let answers = |heartbeats: &Heartbeats| {
             // The call before has started a round; a worker that makes progress answers within milliseconds.

@@ -68,14 +68,14 @@ impl IdleConnections {
     }
 
     /// Adds a connection that may be evicted; [`IdleConnections::remove`] has to follow.
-    pub fn add(&self, activity: &Arc<Activity>) {
+    pub(crate) fn add(&self, activity: &Arc<Activity>) {
         let connections = &mut self.registry().connections;
         activity.index.store(connections.len(), Ordering::Relaxed);
         connections.push(Arc::clone(activity));
     }
 
     /// Removes a connection that was added. It counts as busy from then on.
-    pub fn remove(&self, activity: &Activity) {
+    pub(crate) fn remove(&self, activity: &Activity) {
         activity.set_busy();
         let connections = &mut self.registry().connections;
         let index = activity.index.load(Ordering::Relaxed);
@@ -88,7 +88,7 @@ impl IdleConnections {
     }
 
     /// Makes the longest idle connection close. Returns `false` if none is idle.
-    pub fn evict(&self) -> bool {
+    pub(crate) fn evict(&self) -> bool {
         let mut registry = self.registry();
         let evicted = registry.longest_idle().or_else(|| {
             let now = Instant::now();
@@ -148,22 +148,22 @@ impl Registry {
 
 impl Activity {
     /// The connection has been waiting for a request since `since`. If that is in the future, it is not evicted before.
-    pub fn set_idle(&self, since: Instant) {
+    pub(crate) fn set_idle(&self, since: Instant) {
         self.idle_since.store(sort_key(since - self.start), Ordering::Relaxed);
     }
 
     /// The connection has read something.
-    pub fn set_busy(&self) {
+    pub(crate) fn set_busy(&self) {
         self.idle_since.store(BUSY, Ordering::Relaxed);
     }
 
     /// Whether the connection must close as soon as it is idle.
-    pub fn is_evicted(&self) -> bool {
+    pub(crate) fn is_evicted(&self) -> bool {
         self.is_evicted.load(Ordering::Relaxed)
     }
 
     /// Calls `waker` on eviction. A task's waker stays the same, so only the first one is kept.
-    pub fn wake_on_eviction(&self, waker: &Waker) {
+    pub(crate) fn wake_on_eviction(&self, waker: &Waker) {
         self.waker.get_or_init(|| waker.clone());
     }
 }

@@ -1,6 +1,11 @@
-//! How bytes move: listeners, the accept loop, limits, timeouts, TLS, shutdown, and the two transports of HTTP/1.1.
+//! How bytes move: listeners, the accept loop, connection limits, timeouts, TLS, graceful shutdown, and the fast path and
+//! the slow path of HTTP/1.1. What a request means is decided in [`http`](crate::http).
 //!
-//! May import: [`access`](crate::access), [`telemetry`](crate::telemetry), [`keys`](crate::keys). What a request means is decided in [`http`](crate::http). A new limit on connections goes here.
+//! May import: [`access`](crate::access), [`telemetry`](crate::telemetry), [`keys`](crate::keys).
+//!
+//! A connection goes from [`listener`] through [`accept`] to [`connection`], and from there to [`fast_path`] or to
+//! `slow_path`. A new limit gets a file next to [`connection_limit`] and a field in [`context`]; a new timeout goes to
+//! [`timeouts`]; what depends on the phase of the shutdown goes to [`drain`].
 
 pub mod accept;
 pub mod accepted;
@@ -25,4 +30,4 @@ pub mod timeout_stream;
 pub mod timeouts;
 pub mod tls;
 pub mod transport;
-pub mod unacknowledged;
+pub(crate) mod unacknowledged;

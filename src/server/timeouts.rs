@@ -70,7 +70,7 @@ impl Timeouts {
     }
 
     /// The connections that were kept.
-    pub fn ended_connections(&self) -> &EndedConnections {
+    pub(crate) fn ended_connections(&self) -> &EndedConnections {
         &self.ended
     }
 

@@ -24,16 +24,16 @@ const UNACKNOWLEDGED_STATES: [&str; 3] = ["04", "09", "0B"];
 /// Descriptors of connections that have ended since the drain began. Their sending side is shut down: they only have to be
 /// closed or reset.
 #[derive(Debug, Default)]
-pub struct EndedConnections(Mutex<Vec<OwnedFd>>);
+pub(crate) struct EndedConnections(Mutex<Vec<OwnedFd>>);
 
 impl EndedConnections {
     /// Keeps the descriptor of an ended connection.
-    pub fn add(&self, connection: OwnedFd) {
+    pub(crate) fn add(&self, connection: OwnedFd) {
         self.lock().push(connection);
     }
 
     /// Closes the connections that are not in `sockets`, and returns how many are left.
-    pub fn close_acknowledged(&self, sockets: &UnacknowledgedSockets) -> usize {
+    pub(crate) fn close_acknowledged(&self, sockets: &UnacknowledgedSockets) -> usize {
         let mut connections = self.lock();
         connections
             .retain(|connection| fstat(connection).is_ok_and(|found| sockets.inodes.contains(&found.st_ino)));
@@ -41,7 +41,7 @@ impl EndedConnections {
     }
 
     /// Resets all connections.
-    pub fn reset(&self) {
+    pub(crate) fn reset(&self) {
         for connection in self.lock().drain(..) {
             let _ = SockRef::from(&connection).set_linger(Some(Duration::ZERO)); // socket(7), tcp(7)
         }
@@ -54,7 +54,7 @@ impl EndedConnections {
 
 /// The sockets that are shut down and whose end the client has not acknowledged.
 #[derive(Debug, Default)]
-pub struct UnacknowledgedSockets {
+pub(crate) struct UnacknowledgedSockets {
     /// The inodes of sockets with a descriptor.
     inodes: HashSet<u64>,
     /// The local and remote addresses of sockets without one, which can no longer be reset. It is a set since the kernel
@@ -64,13 +64,13 @@ pub struct UnacknowledgedSockets {
 
 impl UnacknowledgedSockets {
     /// How many sockets have no descriptor.
-    pub fn orphans(&self) -> usize {
+    pub(crate) fn orphans(&self) -> usize {
         self.orphans.len()
     }
 
     /// Reads the kernel's tables. Of the sockets without a descriptor, only those whose local port is one of `ports` are
     /// taken. Finds none if the tables can't be read.
-    pub fn read(ports: &[u16]) -> Self {
+    pub(crate) fn read(ports: &[u16]) -> Self {
         let mut sockets = Self::default();
         for table in TABLES {
             sockets.add_table(&fs::read_to_string(table).unwrap_or_default(), ports);
