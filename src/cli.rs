@@ -3,49 +3,32 @@
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand};
+use clap::{Arg, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 use zeroize::Zeroizing;
 
 use crate::access::token::Token;
 use crate::access::tokens_file::{ExpiryDate, Grant, TokenName};
-use crate::config::Sources;
+use crate::config::{Setting, Sources, settings};
 use crate::keys::generator::{Generator, OsRandom};
 
-/// Hands out cryptographically secure random keys over HTTP.
+/// Issues cryptographically secure random keys over HTTP.
 ///
-/// Settings come from flags, then KEYSERVICE_* variables, then the configuration file, then defaults; see
-/// key-service.toml(5) for all of them.
+/// Settings come from flags, then KEYSERVICE_* variables, then the configuration file, then defaults. key-service.toml(5)
+/// describes all of them.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "key-service", version, max_term_width = 100)]
 #[command(
-    after_help = "Exit status: 0 stopped as told, 1 could not start or go on, 2 wrong usage, 78 wrong configuration."
+    after_help = "Exit status: 0 clean shutdown, 1 runtime failure, 2 wrong usage, 78 invalid configuration."
 )]
 pub struct Cli {
-    /// Address to serve keys on: IPv4, IPv6, unix:/path, or * for every address [default: *]
-    #[arg(long, global = true, value_name = "ADDRESS")]
-    host: Option<String>,
+    #[command(flatten)]
+    settings: SettingFlags,
 
-    /// Port to serve keys on [default: 1123]
-    #[arg(long, global = true, value_name = "PORT")]
-    srv_port: Option<String>,
-
-    /// Largest key that is handed out, in bytes [default: 1024]
-    #[arg(long, value_name = "BYTES")]
-    max_size: Option<String>,
-
-    /// Port to serve metrics on; the same as --srv-port serves them beside the keys [default: 8000]
-    #[arg(long, global = true, value_name = "PORT")]
-    metrics_port: Option<String>,
-
-    /// Severity from which on events are logged: off, error, warn, info, debug or trace [default: info]
-    #[arg(long, global = true, value_name = "LEVEL")]
-    log_level: Option<String>,
-
-    /// Configuration file, which must exist [default: /etc/key-service/config.toml, which need not]
+    /// Configuration file, which must exist [default: /etc/key-service/config.toml, which need not exist]
     #[arg(long, global = true, value_name = "PATH")]
     config: Option<PathBuf>,
 
-    /// Read the configuration, print what is in effect, and stop
+    /// Check the configuration, print the effective settings, and exit
     #[arg(long, global = true)]
     pub check: bool,
 
@@ -57,23 +40,23 @@ pub struct Cli {
 /// What to do instead of serving keys.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Ask a running service how it is: prints its answer, and exits with 0 if it is well, else with 1
+    /// Check the health of a running service: prints its response, and exits with 0 if it is healthy, else with 1
     Health {
-        /// Whom to ask: http://host:port, with a path other than /health if need be [default: the configured address]
+        /// URL to check: http://host:port, or https://, with a path unless it is /health [default: the configured address]
         #[arg(long, value_name = "URL")]
         url: Option<String>,
 
-        /// As before `health`. It can't be a global option: `token new` has one of the same name.
+        /// Ignored, as the other settings that `health` does not need. Not a global option: `token new` has one of its own.
         #[arg(long, value_name = "BYTES", hide = true)]
         max_size: Option<String>,
     },
-    /// What the unit runs for `systemctl reload`: sends SIGHUP to $MAINPID, waits, and exits with 1 if the reload was refused
+    /// Reload the unit's service, for ExecReload=: sends SIGHUP to $MAINPID, waits, and exits with 1 if the reload was refused
     Reload {
-        /// The unit, as systemd calls it: %n
+        /// Name of the unit (%n)
         #[arg(value_name = "UNIT")]
         unit: String,
     },
-    /// Make a bearer token
+    /// Create a bearer token
     Token {
         /// What to do.
         #[command(subcommand)]
@@ -84,44 +67,68 @@ pub enum Command {
 /// What to do with tokens.
 #[derive(Debug, Clone, Subcommand)]
 pub enum TokenAction {
-    /// Print a new token, which is shown once, and on the next line what to add to the tokens file: its hash
+    /// Print a new token, which is shown only once, and on the next line its entry for the tokens file, with its hash
     New {
-        /// Whose it is: letters, digits, dots, hyphens, underscores and at signs
+        /// Name of the client: letters, digits, dots, hyphens, underscores and at signs
         #[arg(long, value_name = "NAME", value_parser = |text: &str| text.parse::<TokenName>().map_err(|()| TokenName::GRAMMAR))]
         name: TokenName,
 
-        /// Largest key that it is good for, in bytes [default: as everyone's]
+        /// Maximum key size for this token, in bytes [default: max-size]
         #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1..))]
         max_size: Option<u64>,
 
-        /// Requests a second, wherever they come from [default: as every address's]
+        /// Requests per second for this token, from all addresses together [default: rate-requests for each address]
         #[arg(long, value_name = "NUMBER")]
         rate_requests: Option<NonZeroU64>,
 
-        /// Key bytes a second [default: as every address's]
+        /// Key bytes per second for this token, from all addresses together [default: rate-bytes for each address]
         #[arg(long, value_name = "BYTES")]
         rate_bytes: Option<NonZeroU64>,
 
-        /// First day on which it is not valid any more, in UTC: YYYY-MM-DD [default: never]
+        /// First day on which the token is no longer valid, in UTC: YYYY-MM-DD [default: never]
         #[arg(long, value_name = "DATE", value_parser = |text: &str| text.parse::<ExpiryDate>().map_err(|()| "expected a date such as 2027-01-31"))]
         expires: Option<ExpiryDate>,
     },
 }
 
 impl Cli {
-    /// The configuration's sources; flags are read there, with the other layers and by the same rules.
+    /// The configuration's sources; flags are parsed there, with the other layers and by the same rules.
     pub fn sources(self) -> Sources {
-        let flags = [
-            ("host", self.host),
-            ("srv-port", self.srv_port),
-            ("max-size", self.max_size),
-            ("metrics-port", self.metrics_port),
-            ("log-level", self.log_level),
-        ];
-        Sources {
-            file: self.config,
-            flags: flags.into_iter().filter_map(|(name, value)| Some((name, value?))).collect(),
-        }
+        Sources { file: self.config, flags: self.settings.0 }
+    }
+}
+
+/// The flags of the table of settings: names and values.
+#[derive(Debug, Clone)]
+struct SettingFlags(Vec<(&'static str, String)>);
+
+impl Args for SettingFlags {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let flag = |setting: Setting| {
+            let Setting { name, flag, help, values, default, .. } = setting;
+            let help = format!("{help}: {values} [default: {}]", default.trim_matches('"')).replace('`', "");
+            // `token new` has an option --max-size of its own.
+            Some(Arg::new(name).long(name).value_name(flag?).help(help).global(name != "max-size"))
+        };
+        command.args(settings().into_iter().filter_map(flag))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for SettingFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let names =
+            settings().into_iter().filter(|setting| setting.flag.is_some()).map(|setting| setting.name);
+        let given = |name| Some((name, matches.get_one::<String>(name)?.clone()));
+        Ok(Self(names.filter_map(given).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
     }
 }
 

@@ -354,7 +354,7 @@ fn a_quarter_is_that_of_the_client_behind_a_trusted_proxy() {
 fn the_new_settings_are_checked() {
     for (name, value, expected) in [
         ("RATE_REQUESTS", "-1", "expected a whole number from 0"),
-        ("RATE_BURST", "0", "expected a whole number from 1 to 3600"),
+        ("RATE_BURST", "0", "expected a duration from 1s to 1h"),
         ("TRUSTED_PROXIES", "localhost", "expected an IP address, a network"),
         ("TRUSTED_PROXIES", "10.0.0.0/33", "expected an IP address, a network"),
         ("FORWARDED_HEADER", "x-real-ip", "expected one of x-forwarded-for, forwarded"),

@@ -1,4 +1,4 @@
-//! Where a setting comes from, which one wins, and what is said of mistakes.
+//! Where settings come from, which source wins, and how errors are reported.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -67,17 +67,17 @@ credentials = {}
 "#;
 
 #[test]
-fn nothing_configured_means_the_defaults() {
+fn an_empty_file_means_the_defaults() {
     assert_eq!(check(None, &[], &[]), (Some(0), DEFAULTS.into(), String::new()));
 }
 
 #[test]
-fn what_is_printed_can_be_read_again() {
+fn printed_defaults_can_be_read_again() {
     assert_eq!(check(Some(DEFAULTS), &[], &[]), (Some(0), DEFAULTS.into(), String::new()));
 }
 
 #[test]
-fn any_text_that_is_printed_can_be_read_again() {
+fn any_printed_text_can_be_read_again() {
     // TOML has no escape of Rust's for most of these, and forbids the control characters as they are.
     let host = "unix:/run/'\"\\\u{1}\u{8}\t\n\u{1b}\u{7f}\u{85}\u{e9}\u{301}\u{200b}\u{1f600}";
     let (status, printed, errors) = check(None, &[], &["--host", host]);
@@ -87,7 +87,36 @@ fn any_text_that_is_printed_can_be_read_again() {
 }
 
 #[test]
-fn a_flag_wins_over_the_environment_over_the_file_over_the_default() {
+fn durations_are_seconds_or_have_a_unit() {
+    let file = Some("idle-timeout = \"5m\"\nexit-idle = \"24h\"\ndrain-delay = \"0s\"\nhead-timeout = 20\n");
+    let (status, printed, errors) = check(file, &[("WRITE_TIMEOUT", "30s"), ("RATE_BURST", "1h")], &[]);
+    assert_eq!((status, errors.as_str()), (Some(0), ""));
+    for (name, seconds) in [
+        ("idle-timeout", 300),
+        ("exit-idle", 86_400),
+        ("drain-delay", 0),
+        ("head-timeout", 20),
+        ("write-timeout", 30),
+        ("rate-burst", 3600),
+    ] {
+        assert!(printed.contains(&format!("\n{name} = {seconds}\n")), "{name}: {printed}");
+    }
+    assert_eq!(check(Some(&printed), &[], &[]).1, printed);
+
+    let expected = "expected a duration from 1s to 1h (whole seconds, or a number with s, m or h), found";
+    let file = "head-timeout = \"2h\"\nidle-timeout = \"10\"\nwrite-timeout = 1.5\n";
+    assert_eq!(
+        errors_in(file),
+        [
+            format!("1: head-timeout: {expected} \"2h\""),
+            format!("2: idle-timeout: {expected} \"10\""),
+            format!("3: write-timeout: {expected} 1.5"),
+        ]
+    );
+}
+
+#[test]
+fn flags_override_environment_file_and_defaults() {
     let file = Some("max-size = 2\nsrv-port = 2\nmetrics-port = 2\nworkers = 2\n");
     let variables = [("MAX_SIZE", "3"), ("SRV_PORT", "3"), ("METRICS_PORT", "3")];
     let (status, printed, _) = check(file, &variables, &["--max-size", "4", "--srv-port=4"]);
@@ -98,7 +127,7 @@ fn a_flag_wins_over_the_environment_over_the_file_over_the_default() {
 }
 
 #[test]
-fn every_mistake_is_reported_with_its_source() {
+fn every_error_is_reported_with_its_source() {
     let file =
         Some("host = \"localhost\"\nworkers = -1\nsrv-port = \"1123\"\nmaxsize = 1\n[table]\nkey = 1\n");
     let variables =
@@ -112,7 +141,7 @@ fn every_mistake_is_reported_with_its_source() {
         "/config.toml:4: maxsize: not a setting; did you mean max-size?\n",
         "/config.toml:5: table: not a setting; the settings are host, ",
         "max-size: expected a whole number from 1 to 1073741824, found \"1k\" (KEYSERVICE_MAX_SIZE)",
-        "head-timeout: expected a whole number from 1 to 3600, found 0 (KEYSERVICE_HEAD_TIMEOUT)",
+        "head-timeout: expected a duration from 1s to 1h (whole seconds, or a number with s, m or h), found 0 (KEYSERVICE_HEAD_TIMEOUT)",
         "log-level: expected one of off, error, warn, info, debug, trace, found \"verbose\" (KEYSERVICE_LOG_LEVEL)",
         "port: not a setting; the settings are host, ",
         "(KEYSERVICE_PORT)",
@@ -127,13 +156,13 @@ fn every_mistake_is_reported_with_its_source() {
 fn errors_in(file: &str) -> Vec<String> {
     let (status, _, errors) = check(Some(file), &[], &[]);
     assert_eq!(status, Some(78), "{file}");
-    let after_folder =
+    let after_directory =
         |line: &str| line.split_once("/config.toml:").unwrap_or_else(|| panic!("{line}")).1.to_owned();
-    errors.lines().map(after_folder).collect()
+    errors.lines().map(after_directory).collect()
 }
 
 #[test]
-fn an_error_in_a_file_has_its_line_and_the_value_as_written() {
+fn file_errors_have_line_and_value_as_written() {
     let size = "expected a whole number from 1 to 1073741824, found";
     for (found, shown) in [
         ("4096.0", "4096.0"),
@@ -160,7 +189,7 @@ fn an_error_in_a_file_has_its_line_and_the_value_as_written() {
 }
 
 #[test]
-fn an_error_inside_a_table_or_a_list_has_a_line_of_its_own() {
+fn errors_in_tables_and_lists_have_their_own_line() {
     let length = "expected length to be a whole number from 1 to 4096, found";
     for (file, expected) in [
         ("[credentials.x]\nformat = \"hex\"\nlength = 0.5\n", vec![format!("3: credentials: \"x\": {length} 0.5")]),
@@ -191,13 +220,20 @@ fn an_error_inside_a_table_or_a_list_has_a_line_of_its_own() {
         ),
         (
             "trusted-proxies = 7.0\n",
-            vec!["1: trusted-proxies: expected a list, each of which is an IP address, a network (10.0.0.0/8) or unix, found 7.0".into()],
+            vec!["1: trusted-proxies: expected a list, each item an IP address, a network (10.0.0.0/8) or unix, found 7.0".into()],
         ),
         (
             "\n[max-size]\nx = 1\n",
             vec!["2: max-size: expected a whole number from 1 to 1073741824, found [max-size]".into()],
         ),
         ("page = false\n\n\"a b\" = 1", vec![]),
+        (
+            "unix-trust = true\ntrusted-proxies = [\"unix\"]\ntls-cert = \"/a\"",
+            vec![
+                "3: tls-cert: expected tls-key beside it, found none".into(),
+                "1: unix-trust: expected false where trusted-proxies has unix, found true".into(),
+            ],
+        ),
         ("unix-trust = true\ntrusted-proxies = [\"unix\"]", vec!["1: unix-trust: expected false where trusted-proxies has unix, found true".into()]),
         ("\n\ntls-client-ca = \"/ca\"", vec!["3: tls-client-ca: expected tls-cert and tls-key beside it, found none".into()]),
     ] {
@@ -211,7 +247,7 @@ fn an_error_inside_a_table_or_a_list_has_a_line_of_its_own() {
 }
 
 #[test]
-fn each_line_that_is_not_toml_is_reported() {
+fn every_line_that_is_not_toml_is_reported() {
     for (file, expected) in [
         ("max-size = 1\nmax-size = 2\n", vec!["2: not valid TOML: duplicate key, found max-size"]),
         (
@@ -231,22 +267,18 @@ fn each_line_that_is_not_toml_is_reported() {
             assert!(!found.contains(|c: char| c.is_control()), "{found:?}");
         }
     }
-    assert_eq!(errors_in(&"x\n".repeat(1000)).len(), 10, "and no more than ten of them");
+    assert_eq!(errors_in(&"x\n".repeat(1000)).len(), 10, "at most ten of them");
     let folder = Folder::new();
     let path = folder.file("config.toml");
     std::fs::write(&path, b"page = true\nhost = \"\xff\"\n").unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     let errors = texts(run_to_end(with_path(&folder, &path))).2;
     assert!(errors.contains("/config.toml:2: expected UTF-8, found invalid utf-8"), "{errors}");
-    assert_eq!(
-        check(Some("\u{feff}page = true\r\n"), &[], &[]).0,
-        Some(0),
-        "a byte order mark is none of it"
-    );
+    assert_eq!(check(Some("\u{feff}page = true\r\n"), &[], &[]).0, Some(0), "a byte order mark is skipped");
 }
 
 #[test]
-fn a_variable_and_a_flag_are_shown_as_they_are_written() {
+fn variables_and_flags_are_quoted_as_written() {
     for (text, found) in
         [("4096.0", "4096.0"), ("-0", "-0"), ("1k", "\"1k\""), ("[1.50]", "[1.50]"), ("{a=1.0}", "{a=1.0}")]
     {
@@ -268,7 +300,7 @@ fn a_variable_and_a_flag_are_shown_as_they_are_written() {
 }
 
 #[test]
-fn each_tls_setting_is_shown_or_refused_without_the_others() {
+fn each_tls_setting_is_printed_or_refused_alone() {
     for (name, value) in
         [("tls-cert", "/a"), ("tls-key", "/a"), ("tls-client-ca", "/a"), ("tls-min-version", "1.2")]
     {
@@ -282,7 +314,7 @@ fn each_tls_setting_is_shown_or_refused_without_the_others() {
 }
 
 #[test]
-fn options_may_stand_before_and_after_a_subcommand() {
+fn options_stand_before_or_after_a_subcommand() {
     let folder = Folder::new();
     let file = folder.write("config.toml", "");
     let file = file.to_str().unwrap();
@@ -313,10 +345,10 @@ fn options_may_stand_before_and_after_a_subcommand() {
     let (status, printed, _) = run(&["health", "--check", "--config", file, "--srv-port", "7"]);
     assert!(status == Some(0) && printed.contains("srv-port = 7"), "{printed}");
     let granted = run(&["--max-size", "64", "token", "new", "--name=a"]).1;
-    assert!(!granted.contains("max-size"), "the service's is not the token's: {granted}");
+    assert!(!granted.contains("max-size"), "the service's limit is not the token's: {granted}");
 }
 
-/// What the kubelet and Docker set for a Service, or a link, of this name.
+/// The variables that the kubelet and Docker set for a Service, or a link, of this name.
 const INJECTED: [(&str, &str); 22] = [
     ("SERVICE_HOST", "10.0.0.1"),
     ("SERVICE_PORT", "1123"),
@@ -343,7 +375,7 @@ const INJECTED: [(&str, &str); 22] = [
 ];
 
 #[test]
-fn what_kubernetes_and_docker_inject_is_ignored_and_logged() {
+fn injected_variables_are_ignored_and_logged() {
     assert_eq!(check(None, &INJECTED, &[]), (Some(0), DEFAULTS.into(), String::new()));
     let daemon = Daemon::start(&[&INJECTED[..], &[("LOG_LEVEL", "debug"), ("MAX_SIZE", "32")]].concat());
     daemon.wait_for_log(
@@ -355,13 +387,13 @@ fn what_kubernetes_and_docker_inject_is_ignored_and_logged() {
 }
 
 #[test]
-fn a_variable_that_only_looks_injected_is_an_error() {
+fn variables_that_only_look_injected_are_errors() {
     for (name, value) in [
         // Settings, whatever their value is; a Service named keyservice-metrics or keyservice-srv has these names.
         ("METRICS_PORT", "tcp://10.0.0.1:1123"),
         ("SRV_PORT", "tcp://10.0.0.1:1123"),
         ("HOST", "tcp://10.0.0.1:1123"),
-        // What does not agree with the rest.
+        // Disagreeing with the rest.
         ("SERVICE_HOST", "10.0.0.2"),
         ("SERVICE_HOST", "example.org"),
         ("SERVICE_PORT", "9000"),
@@ -389,7 +421,7 @@ fn a_variable_that_only_looks_injected_is_an_error() {
         assert_eq!(status, Some(78), "{name}={value}: {errors}");
         assert!(errors.contains(&format!("(KEYSERVICE_{name})")), "{name}={value}: {errors}");
     }
-    // Alone, none of them but the two that say it all.
+    // Alone, each is an error, except the two that prove their origin by themselves.
     for (name, value) in INJECTED {
         let status = check(None, &[(name, value)], &[]).0;
         assert_eq!(
@@ -401,7 +433,7 @@ fn a_variable_that_only_looks_injected_is_an_error() {
 }
 
 #[test]
-fn bounds_are_those_that_are_named() {
+fn ranges_are_as_documented() {
     for (flag, good, bad) in [
         (
             "--max-size",
@@ -423,18 +455,18 @@ fn bounds_are_those_that_are_named() {
 }
 
 #[test]
-fn a_file_that_is_named_must_be_there() {
+fn a_named_file_must_exist() {
     let folder = Folder::new();
     let mut command = key_service(&folder);
     command.arg("--check").arg("--config").arg(folder.file("absent.toml")).args(["--max-size", "0"]);
     let (status, _, errors) = texts(run_to_end(command));
     assert_eq!(status, Some(78));
     assert!(errors.contains("absent.toml: there is no such file"), "{errors}");
-    assert!(errors.contains("(--max-size)"), "the other layers are looked at too: {errors}");
+    assert!(errors.contains("(--max-size)"), "the other layers are checked too: {errors}");
 }
 
 #[test]
-fn a_file_that_is_not_toml_is_refused_with_its_line() {
+fn a_syntax_error_is_reported_with_its_line() {
     let (status, _, errors) = check(Some("max-size = 1\nhost = \n"), &[], &["--max-size", "0"]);
     assert_eq!(status, Some(78));
     assert!(errors.contains("/config.toml:2: not valid TOML: "), "{errors}");
@@ -443,7 +475,7 @@ fn a_file_that_is_not_toml_is_refused_with_its_line() {
 }
 
 #[test]
-fn a_folder_in_place_of_the_file_is_refused() {
+fn a_directory_instead_of_the_file_is_refused() {
     let folder = Folder::new();
     let path = folder.file("folder.toml");
     std::fs::create_dir(&path).unwrap();
@@ -498,7 +530,7 @@ fn with_path(folder: &Folder, path: &std::path::Path) -> Command {
 }
 
 #[test]
-fn with_mistakes_nothing_starts() {
+fn nothing_starts_with_an_error() {
     let folder = Folder::new();
     let mut command = key_service(&folder);
     command.args(["--max-size", "0", "--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
@@ -508,7 +540,7 @@ fn with_mistakes_nothing_starts() {
 }
 
 #[test]
-fn wrong_usage_is_2() {
+fn wrong_usage_exits_with_status_2() {
     let folder = Folder::new();
     for flags in [&["--port", "1"][..], &["--max-size"], &["unknown"]] {
         let ended = run_to_end(with(key_service(&folder), flags));
@@ -517,25 +549,10 @@ fn wrong_usage_is_2() {
 }
 
 #[test]
-fn what_kubernetes_sets_for_a_service_named_key_service_is_not_ours() {
+fn variables_of_a_service_named_key_service_are_not_read() {
     let folder = Folder::new();
     let mut command = key_service(&folder);
     command.arg("--check").arg("--config").arg(folder.write("config.toml", ""));
     command.env("KEY_SERVICE_PORT", "tcp://10.0.0.1:1123").env("KEY_SERVICE_SERVICE_HOST", "10.0.0.1");
     assert_eq!(texts(run_to_end(command)).1, DEFAULTS);
-}
-
-#[test]
-fn the_documents_name_every_setting_with_its_default() {
-    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md");
-    let page = std::fs::read_to_string(page).unwrap();
-    for line in DEFAULTS.lines() {
-        let (name, default) = line.split_once(" = ").unwrap();
-        let row = page.lines().find(|row| row.starts_with(&format!("| `{name}` |")));
-        let row = row.unwrap_or_else(|| panic!("no row for {name}"));
-        assert!(row.contains(&format!("`KEYSERVICE_{}`", name.replace('-', "_").to_uppercase())), "{row}");
-        if name != "metrics-host" {
-            assert!(row.contains(&format!("| `{default}` |")), "{name} = {default}: {row}");
-        }
-    }
 }

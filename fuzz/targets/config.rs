@@ -32,8 +32,10 @@ fuzz_target!(|input: &[u8]| {
     match load(file, &flags) {
         Ok(config) => {
             assert!((1..=MAX_SIZE_LIMIT).contains(&config.max_size));
-            assert!(config.max_connections > 0 && config.max_bulk_streams > 0 && config.rates.burst > 0);
-            assert!(!config.proxy_protocol || !config.proxies.sources.is_empty());
+            assert!(
+                config.max_connections > 0 && config.max_bulk_streams > 0 && !config.rate_burst.is_zero()
+            );
+            assert!(!config.proxy_protocol || !config.trusted_proxies.is_empty());
             let printed = config.to_string();
             assert_eq!(load(printed.as_bytes(), &[]), Ok(config), "{printed}");
         }

@@ -1,49 +1,59 @@
-//! The environment: settings, and what Kubernetes and Docker inject for a Service or a container of this name.
+//! The environment: settings, and the variables that Kubernetes and Docker inject for a Service or container of this name.
 
 use std::collections::BTreeMap;
 use std::env;
 use std::net::{IpAddr, SocketAddr};
 
-use super::{ENV_PREFIX, NAMES};
+/// The prefix of variables that are settings. Not `KEY_SERVICE_`: Kubernetes sets `KEY_SERVICE_PORT` and the like for a
+/// Service of that name.
+pub const ENV_PREFIX: &str = "KEYSERVICE_";
 
 /// A variable with our prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Variable {
-    /// As the environment has it.
+    /// The name, with the prefix.
     pub(super) name: String,
     pub(super) text: String,
 }
 
 impl Variable {
-    /// What it sets.
+    /// The name of the setting, as a file has it; not every name is a setting.
     pub(super) fn setting(&self) -> String {
         self.name[ENV_PREFIX.len()..].to_ascii_lowercase().replace('_', "-")
     }
 }
 
-/// Settings, and the names of injected variables.
-pub(super) fn read() -> (Vec<Variable>, Vec<String>) {
-    let text = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
-    sort(env::vars_os().map(|(name, value)| (text(name), text(value))))
+/// The variables with our prefix.
+#[derive(Debug, Default)]
+pub(super) struct Variables {
+    pub(super) settings: Vec<Variable>,
+    /// The names of injected variables.
+    pub(super) injected: Vec<String>,
 }
 
-fn sort(variables: impl Iterator<Item = (String, String)>) -> (Vec<Variable>, Vec<String>) {
+/// Reads the environment. A variable that is named as one of the `known` settings counts as a setting, whatever its value is.
+pub(super) fn read(known: &[&str]) -> Variables {
+    let text = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
+    sort(known, env::vars_os().map(|(name, value)| (text(name), text(value))))
+}
+
+fn sort(known: &[&str], variables: impl Iterator<Item = (String, String)>) -> Variables {
     let ours: BTreeMap<_, _> = variables
         .filter(|(name, _)| {
             name.get(..ENV_PREFIX.len()).is_some_and(|start| start.eq_ignore_ascii_case(ENV_PREFIX))
         })
         .collect();
-    let (mut settings, mut injected) = (Vec::new(), Vec::new());
+    let mut sorted = Variables::default();
     for (name, text) in &ours {
         let variable = Variable { name: name.clone(), text: text.clone() };
-        // A Service named keyservice-metrics has a variable of the name of our setting: that one is an error, not ignored.
-        if !NAMES.contains(&variable.setting().as_str()) && is_injected(name, text, &ours) {
-            injected.push(name.clone());
+        // A Service named keyservice-metrics has a variable with the name of our setting: that one is an error, not ignored.
+        if !known.contains(&variable.setting().as_str()) && is_injected(name, text, &ours) {
+            sorted.injected.push(name.clone());
         } else {
-            settings.push(variable);
+            sorted.settings.push(variable);
         }
     }
-    (settings, injected)
+    sorted
 }
 
 /// Whether Kubernetes injects the variable for a Service ("Discovering services" in its manual, `envvars.FromServices` in its
@@ -51,12 +61,12 @@ fn sort(variables: impl Iterator<Item = (String, String)>) -> (Vec<Variable>, Ve
 /// variables of the same Service or link. The name may go on after `KEYSERVICE`, as in `KEYSERVICE_1_PORT`.
 fn is_injected(name: &str, value: &str, all: &BTreeMap<String, String>) -> bool {
     let mut ends = name.match_indices('_').map(|(at, _)| at).filter(|at| *at + 1 >= ENV_PREFIX.len());
-    ends.any(|at| is_of_service(&name[..at], &name[at + 1..], value, all))
+    ends.any(|at| belongs_to_service(&name[..at], &name[at + 1..], value, all))
 }
 
-fn is_of_service(service: &str, rest: &str, value: &str, all: &BTreeMap<String, String>) -> bool {
+fn belongs_to_service(service: &str, rest: &str, value: &str, all: &BTreeMap<String, String>) -> bool {
     if rest == "NAME" || rest.starts_with("ENV_") {
-        // `/container/alias`, of a link alone.
+        // Only a link has it: `/container/alias`.
         let mut path = all.get(&format!("{service}_NAME")).map_or("", String::as_str).split('/');
         let (root, container, alias) = (path.next(), path.next(), path.next().unwrap_or_default());
         return root == Some("")
@@ -64,7 +74,7 @@ fn is_of_service(service: &str, rest: &str, value: &str, all: &BTreeMap<String, 
             && path.next().is_none()
             && alias.to_ascii_uppercase().replace('-', "_") == service;
     }
-    // `tcp://10.0.0.1:1123`: each Service and link has it, and every other variable repeats some of it.
+    // Each Service and link has `tcp://10.0.0.1:1123`, and every other variable repeats some of it.
     let Some((_, first)) = all.get(&format!("{service}_PORT")).and_then(|text| url(text)) else {
         return false;
     };
@@ -119,11 +129,12 @@ fn port(text: &str) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::settings::NAMES;
     use super::*;
     use proptest::prelude::*;
 
-    /// What the kubelet and Docker set for a Service or a link of this name (in capitals).
-    fn injected(name: &str, ip: IpAddr, port: u16, protocol: &str) -> Vec<(String, String)> {
+    /// The variables that the kubelet and Docker set for a Service or a link of this name (in capitals).
+    fn injected_for(name: &str, ip: IpAddr, port: u16, protocol: &str) -> Vec<(String, String)> {
         let (upper, url) = (protocol.to_uppercase(), format!("{protocol}://{}", SocketAddr::new(ip, port)));
         let exposed = format!("{name}_PORT_{port}_{upper}");
         vec![
@@ -148,35 +159,35 @@ mod tests {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn what_is_injected_is_no_setting_and_no_setting_is_injected(
+        fn injected_variables_and_settings_are_told_apart(
             suffix in "(_[A-Z0-9]{1,9}){0,2}", v6: bool, address: u128, port in 1u16..,
-            protocol in prop::sample::select(&PROTOCOLS[..]), setting in prop::sample::select(&NAMES[..]), text in ".{0,20}"
+            protocol in prop::sample::select(&PROTOCOLS[..]), setting in prop::sample::select(NAMES), text in ".{0,20}"
         ) {
             let ip = if v6 { IpAddr::V6(address.into()) } else { IpAddr::V4(u32::try_from(address >> 96).unwrap().into()) };
             let service = format!("KEYSERVICE{suffix}");
-            let theirs = injected(&service, ip, port, protocol);
-            let (settings, ignored) = sort(theirs.iter().cloned());
-            // Where a Service is named as a setting begins, such as keyservice-metrics, one of its variables is that setting.
+            let theirs = injected_for(&service, ip, port, protocol);
+            let Variables { settings, injected } = sort(NAMES, theirs.iter().cloned());
+            // If a Service has the name that a setting begins with, such as keyservice-metrics, one of its variables is that setting.
             prop_assert!(settings.iter().all(|variable| NAMES.contains(&&*variable.setting())), "{settings:?}");
-            prop_assert_eq!(ignored.len() + settings.len(), theirs.len());
+            prop_assert_eq!(injected.len() + settings.len(), theirs.len());
 
             let ours = format!("{ENV_PREFIX}{}", setting.to_uppercase().replace('-', "_"));
             for text in [&text, &theirs[3].1, &theirs[8].1] {
                 let all = theirs.iter().cloned().chain([(ours.clone(), text.clone())]);
-                let (settings, ignored) = sort(all);
-                prop_assert!(names(&settings).contains(&&*ours), "{ignored:?}");
+                let Variables { settings, injected } = sort(NAMES, all);
+                prop_assert!(names(&settings).contains(&&*ours), "{injected:?}");
             }
         }
 
         #[test]
-        fn nothing_is_ignored_where_nothing_is_injected(
+        fn variables_without_an_origin_are_not_injected(
             variables in prop::collection::vec(("KEYSERVICE_[A-Z0-9_]{0,20}", "[a-z0-9:/.]{0,20}"), 0..8)
         ) {
             let has_origin = |(name, text): &(String, String)| {
                 name.ends_with("_PORT") && url(text).is_some() || name.ends_with("_NAME") && text.starts_with('/')
             };
             prop_assume!(!variables.iter().any(has_origin));
-            prop_assert_eq!(sort(variables.into_iter()).1, Vec::<String>::new());
+            prop_assert_eq!(sort(NAMES, variables.into_iter()).injected, Vec::<String>::new());
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The configuration file as a layer, with the line of each value.
 
+use std::fs;
+use std::io;
 use std::ops::Range;
 use std::path::Path;
 
@@ -7,12 +9,43 @@ use figment::value::{Dict, Empty, Map, Tag, Value};
 use figment::{Metadata, Profile, Provider};
 use toml::de::{DeTable, DeValue, Error};
 
-use super::one_line;
+use super::print::one_line;
+use crate::access::file_source;
+
+/// The largest configuration file that is read, in bytes.
+const FILE_MAX: u64 = 1 << 20;
 
 /// The most syntax errors that are reported: a file of another kind may have one on each line.
 const ERRORS_MAX: usize = 10;
 
-/// A file that was read, and is TOML.
+/// The text of the configuration file; `None` if nothing has this path.
+///
+/// # Errors
+/// A sentence, if there is something that can't be read, or that others may write to.
+pub(super) fn read(path: &Path) -> Result<Option<String>, String> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // A directory above it may be a dangling symbolic link.
+            return file_source::dangling_link(path).map_or(Ok(None), Err);
+        }
+        Err(error) => {
+            return Err(format!("{}: expected a file that can be read, found: {error}", path.display()));
+        }
+        Ok(_) => {}
+    }
+    // Everybody may write to it, and yet it is always empty.
+    if path == Path::new("/dev/null") {
+        return Ok(Some(String::new()));
+    }
+    let (bytes, _) = file_source::read_file(path, FILE_MAX)?;
+    let text = str::from_utf8(&bytes).map_err(|error| {
+        let line = 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
+        format!("{}:{line}: expected UTF-8, found {error}", path.display())
+    })?;
+    Ok(Some(text.to_owned()))
+}
+
+/// A configuration file that is valid TOML.
 pub(super) struct File<'a> {
     path: &'a Path,
     text: &'a str,
@@ -34,7 +67,7 @@ impl<'a> File<'a> {
         Err(lines.into_iter().take(ERRORS_MAX).map(|(_, sentence)| sentence).collect())
     }
 
-    /// `/path:line` of the setting, of an entry of its table, or of an item of its list.
+    /// `/path:line` of the setting, or of the part of its value that `names` lead to.
     pub(super) fn place(&self, names: &[&str]) -> String {
         let line = self.find(names).map_or(1, |(key, _)| self.line(key.start));
         format!("{}:{line}", self.path.display())
@@ -59,7 +92,7 @@ impl<'a> File<'a> {
         1 + self.text.bytes().take(at).filter(|byte| *byte == b'\n').count()
     }
 
-    /// Where the key and the value are, as far along `names` as there are any; an item of a list is its own key.
+    /// The spans of key and value, as far along `names` as they exist; an item of a list is its own key.
     fn find(&self, names: &[&str]) -> Option<(Range<usize>, Range<usize>)> {
         let (name, inner) = names.split_first()?;
         let (key, value) = self.table.iter().find(|(key, _)| key.get_ref() == name)?;
@@ -97,17 +130,18 @@ fn dict(table: &DeTable<'_>) -> Dict {
     table.iter().map(|(key, entry)| (key.get_ref().to_string(), value(entry.get_ref()))).collect()
 }
 
-/// What no setting can be (a date, a number beyond 64 bits) is no value: it is shown as it is written.
+/// A value of figment. One that no setting can have (a date, a number beyond 64 bits) becomes empty: errors quote it as it is
+/// written.
 fn value(found: &DeValue<'_>) -> Value {
-    let nothing = || Value::Empty(Tag::Default, Empty::Unit);
+    let empty = || Value::Empty(Tag::Default, Empty::Unit);
     match found {
         DeValue::String(text) => text.to_string().into(),
         DeValue::Integer(number) => {
-            i64::from_str_radix(number.as_str(), number.radix()).map_or_else(|_| nothing(), Value::from)
+            i64::from_str_radix(number.as_str(), number.radix()).map_or_else(|_| empty(), Value::from)
         }
-        DeValue::Float(number) => number.as_str().parse::<f64>().map_or_else(|_| nothing(), Value::from),
-        DeValue::Boolean(truth) => (*truth).into(),
-        DeValue::Datetime(_) => nothing(),
+        DeValue::Float(number) => number.as_str().parse::<f64>().map_or_else(|_| empty(), Value::from),
+        DeValue::Boolean(boolean) => (*boolean).into(),
+        DeValue::Datetime(_) => empty(),
         DeValue::Array(items) => items.iter().map(|item| value(item.get_ref())).collect::<Vec<_>>().into(),
         DeValue::Table(table) => dict(table).into(),
     }

@@ -1,7 +1,7 @@
 //! Notices when the configuration file, or a file that a setting names, changes.
 //!
-//! Files are polled: there is no inotify in the sandbox, and a Kubernetes volume changes by a symbolic link that is
-//! swapped two directories above the file.
+//! Files are polled: the sandbox has no inotify, and a Kubernetes volume changes by a symbolic link that is swapped two
+//! directories above the file.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -10,22 +10,22 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
-/// How often the files are looked at.
-const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the files are polled.
+const POLL_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How long a changed file must have stayed the same before it is read: an editor may be writing it.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// After so many looks a file that never settles is read all the same.
-const SETTLE_LOOKS: u32 = 10;
+/// After so many polls, a file that never settles is read all the same.
+const SETTLE_POLLS: u32 = 10;
 
-/// What changes when a file does: device, inode, size and number of names; modification and status change times with
+/// What changes when a file does: device, inode, size and number of links; modification and status change times with
 /// nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct FileFingerprint([u64; 4], [i64; 4]);
 
 impl FileFingerprint {
-    /// Of the file at the end of all symbolic links; `None` where there is none or it can't be looked at.
+    /// The fingerprint of the file that `path` leads to; `None` if there is none or it can't be examined.
     fn of(path: &Path) -> Option<Self> {
         let found = fs::metadata(path).ok()?;
         Some(Self(
@@ -47,31 +47,31 @@ impl WatchedFiles {
         }
     }
 
-    /// The files whose fingerprints differ between `self` and `earlier`, or that only one of them has.
+    /// The files of `self` whose fingerprints differ in `earlier`, or that `earlier` does not have.
     pub fn changed_since(&self, earlier: &Self) -> Vec<&Path> {
         let differs = |entry: &&(PathBuf, Option<FileFingerprint>)| !earlier.0.contains(entry);
         self.0.iter().filter(differs).map(|(path, _)| path.as_path()).collect()
     }
 
-    /// The files that have no name any more: each is mounted by itself, and what was put in its place is not seen here.
+    /// The files without a link in any directory: each is mounted by itself, so what replaces it is not visible here.
     pub fn deleted(&self) -> impl Iterator<Item = &Path> {
         let is_deleted = |(_, fingerprint): &&(PathBuf, Option<FileFingerprint>)| {
-            fingerprint.is_some_and(|FileFingerprint([.., names], _)| names == 0)
+            fingerprint.is_some_and(|FileFingerprint([.., links], _)| links == 0)
         };
         self.0.iter().filter(is_deleted).map(|(path, _)| path.as_path())
     }
 
-    /// Returns once a file is not as it was when it was added, and has stayed as it is for a second.
+    /// Returns once a file differs from when it was added, and has then stayed the same for a second.
     pub async fn changed(&self) {
         loop {
-            sleep(LOOK_INTERVAL).await;
-            let mut found = self.look();
+            sleep(POLL_INTERVAL).await;
+            let mut found = self.poll();
             if found.0 == self.0 {
                 continue;
             }
-            for _ in 0..SETTLE_LOOKS {
+            for _ in 0..SETTLE_POLLS {
                 sleep(SETTLE).await;
-                let again = self.look();
+                let again = self.poll();
                 if again.0 == found.0 {
                     break;
                 }
@@ -82,7 +82,7 @@ impl WatchedFiles {
     }
 
     /// The same files as they are now.
-    fn look(&self) -> Self {
+    fn poll(&self) -> Self {
         Self(self.0.iter().map(|(path, _)| (path.clone(), FileFingerprint::of(path))).collect())
     }
 }

@@ -97,11 +97,11 @@ impl Reloader<'_> {
             warn!(settings = removed.join(", "), "protection removed by this reload");
         }
         if let Some(tls) = &self.tls {
-            match tls.reload(new.tls.clone()) {
+            match tls.reload(new.tls()) {
                 Ok(identity) => {
                     certificate::log_loaded("TLS certificate reloaded", &identity);
-                    if new.tls.is_some() {
-                        self.config.tls.clone_from(&new.tls);
+                    if new.tls_cert.is_some() {
+                        self.config.apply_tls(new);
                     }
                 }
                 // The files were valid a moment ago: what has changed since is noticed within seconds.
@@ -125,17 +125,18 @@ impl Reloader<'_> {
         let tls_has_changed = |settings: &TlsSettings| {
             settings.files().filter_map(|file| file.path().ok()).any(|path| has_changed(&path))
         };
-        if let Some(tls) = self.tls.as_ref().filter(|_| self.config.tls.as_ref().is_some_and(tls_has_changed))
+        if let Some(tls) =
+            self.tls.as_ref().filter(|_| self.config.tls().as_ref().is_some_and(tls_has_changed))
         {
             match tls.reload(None) {
                 Ok(identity) => certificate::log_loaded(certificate::CHANGED, &identity),
                 Err(error) => certificate::log_refused(&error),
             }
         }
-        let Some(tokens) = &mut self.config.tokens else { return };
-        let path = tokens.path().filter(has_changed);
+        let tokens_file = self.config.tokens_file.as_ref();
+        let path = tokens_file.and_then(|file| file.path().ok()).filter(has_changed);
         if let Some(Ok(grants)) = path.map(|path| tokens_file::read(&path)) {
-            tokens.grants = grants.into();
+            self.config.grants = grants.into();
             self.app.authorizer.replace(self.config.rules());
             self.log_tokens();
         }
@@ -143,8 +144,12 @@ impl Reloader<'_> {
 
     /// Logs the number of tokens, so that a file which was not read shows.
     pub(super) fn log_tokens(&self) {
-        if let Some(file) = &self.config.tokens {
-            info!(count = file.grants.len(), file = file.place, "requests for keys need a token");
+        if let Some(file) = &self.config.tokens_file {
+            info!(
+                count = self.config.grants.len(),
+                file = file.to_string(),
+                "requests for keys need a token"
+            );
         }
     }
 }

@@ -143,7 +143,7 @@ impl Service<'_> {
         info!(version = env!("CARGO_PKG_VERSION"), "ready: {}", self.status);
         self.reloader.log_tokens();
         let config = &self.reloader.config;
-        if config.tokens.is_none() && config.tls.is_none() && !exposed.is_empty() {
+        if config.tokens_file.is_none() && config.tls_cert.is_none() && !exposed.is_empty() {
             warn!(
                 addresses = exposed.join(", "),
                 "keys are served to every client that reaches these addresses, without TLS and without a token: set \
@@ -172,7 +172,7 @@ impl Contexts {
             let timeouts = Timeouts::new(config.head_timeout, config.idle_timeout, config.write_timeout);
             ServerContext::new(limit, timeouts, Arc::clone(metrics))
         };
-        let client_limit = |limit| Arc::new(ClientConnectionLimit::new(limit, config.proxies.clone()));
+        let client_limit = |limit| Arc::new(ClientConnectionLimit::new(limit, config.proxies()));
         Self {
             keys: context(budget.keys, budget.over_limit)
                 .with_gauge(metrics.connections.clone())
@@ -208,14 +208,14 @@ fn app_state(config: &Config, generator: &Arc<Generator>, log: &Log) -> Arc<AppS
 }
 
 fn start_tls(config: &Config, metrics: &Metrics) -> Result<Option<Arc<Tls>>, RunError> {
-    let Some(settings) = config.tls.clone() else { return Ok(None) };
+    let Some(settings) = config.tls() else { return Ok(None) };
     let (tls, identity) = Tls::new(settings, metrics.tls()).map_err(RunError::Tls)?;
     certificate::log_loaded("keys are served over TLS", &identity);
     Ok(Some(Arc::new(tls)))
 }
 
 fn proxy_protocol(config: &Config, metrics: &Metrics) -> Option<Arc<ProxyProtocol>> {
-    let protocol = || ProxyProtocol::new(config.proxies.clone(), metrics.proxy_protocol());
+    let protocol = || ProxyProtocol::new(config.proxies(), metrics.proxy_protocol());
     config.proxy_protocol.then(|| Arc::new(protocol()))
 }
 
