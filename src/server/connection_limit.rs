@@ -138,7 +138,8 @@ impl ConnectionLimit {
     }
 
     fn over_limit_tasks(&self) -> MutexGuard<'_, VecDeque<(Instant, AbortHandle)>> {
-        self.over_limit_tasks.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+        // Nothing that can panic is done under it.
+        self.over_limit_tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a connection as open and returns its class; [`ConnectionLimit::release`] has to follow. With `evicts`, and

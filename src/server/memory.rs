@@ -43,7 +43,8 @@ impl Chunks {
     /// `count` chunks of each size. malloc takes them from the thread's cache first.
     fn allocate(count: usize) -> Self {
         let sizes = CACHED_SIZES.step_by(16).flat_map(|size| std::iter::repeat_n(size, count));
-        let mut chunks = Vec::with_capacity(CACHED_SIZES.step_by(16).count() * count); // never grows: that would free small chunks
+        // With its full capacity from the start: growing would free small chunks.
+        let mut chunks = Vec::with_capacity(CACHED_SIZES.step_by(16).count() * count);
         chunks.extend(sizes.map(|size| Vec::with_capacity(black_box(size))));
         Self(black_box(chunks))
     }
