@@ -1,4 +1,4 @@
-//! The record that each key leaves, where it is asked for.
+//! The audit log: one record for each key, if `audit` is on.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use common::{Client, Daemon, Folder, exchange, request, until};
 use socket2::{Domain, Socket, Type};
 
-/// The records so far.
+/// The audit records so far.
 fn records(daemon: &Daemon) -> Vec<String> {
     daemon.log().lines().filter(|line| line.contains("key issued")).map(str::to_owned).collect()
 }
@@ -25,14 +25,14 @@ fn wait_for_records(daemon: &Daemon, count: usize) -> Vec<String> {
 }
 
 #[test]
-fn without_audit_nothing_is_recorded_and_no_id_is_sent() {
+fn without_audit_there_is_no_record_and_no_request_id() {
     let daemon = Daemon::start(&[("LOG_LEVEL", "trace")]);
     assert_eq!(daemon.get("/key/32").header("x-request-id"), None);
     assert!(records(&daemon).is_empty());
 }
 
 #[test]
-fn each_key_leaves_one_record_whatever_the_log_level_is() {
+fn each_key_has_one_record_at_every_log_level() {
     for level in ["off", "error", "info", "trace"] {
         let daemon =
             Daemon::start(&[("AUDIT", "true"), ("LOG_LEVEL", level), ("TRUSTED_PROXIES", "127.0.0.1")]);
@@ -42,8 +42,8 @@ fn each_key_leaves_one_record_whatever_the_log_level_is() {
         let sent =
             "GET /key/16 HTTP/1.1\r\nHost: a\r\nX-Request-Id: mine\r\nX-Forwarded-For: 192.0.2.7\r\n\r\n";
         let second = exchange(daemon.keys(), sent);
-        assert_ne!(second.header("x-request-id"), Some("mine"), "a client's own is not taken");
-        // Neither of these is a key.
+        assert_ne!(second.header("x-request-id"), Some("mine"), "a client's own request ID is not used");
+        // None of these requests gets a key.
         assert_eq!(daemon.get("/key/0").header("x-request-id"), None);
         Client::connect(daemon.keys()).send(request("/key/8").replace("GET", "HEAD")).head_response();
         daemon.get("/health");
@@ -65,7 +65,7 @@ fn each_key_leaves_one_record_whatever_the_log_level_is() {
         assert!(second.contains("address=192.0.2.7 proxy=127.0.0.1"), "{second}");
         let hex: String = key.body.iter().map(|byte| format!("{byte:02x}")).collect();
         assert!(!daemon.log().contains(&hex[..12]));
-        // Other events keep to the level.
+        // The log level applies to other events.
         if ["info", "trace"].contains(&level) {
             daemon.wait_for_log("Keys on");
         } else {
@@ -76,7 +76,7 @@ fn each_key_leaves_one_record_whatever_the_log_level_is() {
 }
 
 #[test]
-fn a_key_that_its_client_left_is_recorded_as_aborted() {
+fn an_interrupted_key_is_recorded_as_aborted() {
     let daemon = Daemon::start(&[("AUDIT", "true"), ("MAX_SIZE", "1073741824")]);
     let mut stream = TcpStream::connect(daemon.keys()).unwrap();
     stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
@@ -88,7 +88,7 @@ fn a_key_that_its_client_left_is_recorded_as_aborted() {
     assert!(record.contains("length=300000") && record.contains("sent=300000 outcome=complete"), "{record}");
 }
 
-/// The id that the head of a response names, of which nothing more is read.
+/// Reads the headers of a response, and returns the request ID in them.
 fn request_id(stream: &mut TcpStream) -> String {
     let mut head = Vec::new();
     while common::find(&head, b"\r\n\r\n").is_none() {
@@ -102,14 +102,14 @@ fn request_id(stream: &mut TcpStream) -> String {
 }
 
 #[test]
-fn a_streamed_key_leaves_a_record_before_a_crash() {
+fn a_streamed_key_has_a_record_before_a_crash() {
     let mut daemon = Daemon::start(&[("AUDIT", "true"), ("MAX_SIZE", "1073741824"), ("LOG_LEVEL", "off")]);
     let mut stream = TcpStream::connect(daemon.keys()).unwrap();
     stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
     let id = request_id(&mut stream);
     daemon.wait_for_log(&id);
     daemon.signal("KILL");
-    until("the end", || (!daemon.is_running()).then_some(()));
+    until("the daemon to be killed", || (!daemon.is_running()).then_some(()));
     let log = daemon.log();
     assert_eq!(log.lines().count(), 1, "{log}");
     for part in ["key stream started", &id, "length=1073741824", "sent=0 outcome=started"] {
@@ -118,8 +118,8 @@ fn a_streamed_key_leaves_a_record_before_a_crash() {
 }
 
 #[test]
-fn the_end_of_the_drain_leaves_a_record_of_every_stream() {
-    const STREAMS: usize = 1500; // more than the queue of the log holds
+fn every_stream_that_shutdown_aborts_has_a_record() {
+    const STREAMS: usize = 1500; // more than the log queue holds
     let mut daemon = Daemon::start(&[
         ("AUDIT", "true"),
         ("MAX_SIZE", "1073741824"),
@@ -134,7 +134,7 @@ fn the_end_of_the_drain_leaves_a_record_of_every_stream() {
         TcpStream::from(socket)
     };
     let mut streams: Vec<_> = (0..STREAMS).map(|_| connect()).collect();
-    // One after the other: they read nothing more, so that before long the oldest are reset for the newest to have buffers.
+    // One after the other, and nothing more is read: soon the oldest are reset so that the newest get buffers.
     let ids: Vec<_> = streams
         .iter_mut()
         .map(|stream| {
@@ -156,12 +156,16 @@ fn the_end_of_the_drain_leaves_a_record_of_every_stream() {
     }
     for mut stream in streams {
         let end = std::io::copy(&mut stream, &mut std::io::sink());
-        assert_eq!(end.map_err(|error| error.kind()), Err(ErrorKind::ConnectionReset), "no end in order");
+        assert_eq!(
+            end.map_err(|error| error.kind()),
+            Err(ErrorKind::ConnectionReset),
+            "the response is cut short by a reset"
+        );
     }
 }
 
 #[test]
-fn a_process_at_the_unix_socket_is_named_by_its_user() {
+fn a_unix_socket_client_is_recorded_by_user_and_process() {
     let folder = Folder::new();
     let socket = folder.file("socket");
     let daemon = Daemon::start_with(folder, |command| {
@@ -178,7 +182,7 @@ fn a_process_at_the_unix_socket_is_named_by_its_user() {
 }
 
 #[test]
-fn a_log_that_nobody_reads_stalls_no_key_and_lost_records_are_counted() {
+fn an_unread_log_stalls_no_key_and_lost_records_are_counted() {
     let (reader, writer) = std::io::pipe().unwrap();
     let daemon = Daemon::start_with_stderr(Folder::new(), writer, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
@@ -189,13 +193,13 @@ fn a_log_that_nobody_reads_stalls_no_key_and_lost_records_are_counted() {
         assert_eq!(client.send(request("/key/16")).response().status, 200);
     }
     let lost = daemon.metric("audit_records_dropped_total");
-    assert!(lost > 1000.0, "{lost}: the queue and the pipe hold fewer than 4,000");
-    assert_eq!(daemon.metric("log_events_dropped_total"), 0.0, "they are counted on their own");
-    eprintln!("5,000 keys with a log that is not read: {lost} records dropped, no key delayed");
+    assert!(lost > 1000.0, "{lost}: the queue and the pipe hold fewer than 4,000 records");
+    assert_eq!(daemon.metric("log_events_dropped_total"), 0.0, "audit records have a counter of their own");
+    eprintln!("5,000 keys with an unread log: {lost} records dropped, no key delayed");
     drop(reader);
 }
 
-/// A daemon that writes one record for each key, and nothing else, to `stderr`.
+/// A daemon that writes only audit records to `stderr`.
 fn daemon_with_stderr(stderr: impl Into<OwnedFd>) -> Daemon {
     Daemon::start_with_stderr(Folder::new(), stderr.into(), |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
@@ -217,16 +221,19 @@ fn records_that_stderr_refuses_are_counted() {
     let full_disk = File::options().write(true).open("/dev/full").unwrap();
     for stderr in [OwnedFd::from(broken_pipe), full_disk.into()] {
         let daemon = daemon_with_stderr(stderr);
-        issue(&daemon, 1500); // more than the queue holds
+        issue(&daemon, 1500); // more than the log queue holds
         daemon.wait_for_metric("audit_records_dropped_total", 1500.0);
         let errors = daemon.metric("log_write_errors_total");
-        assert!(errors >= 1024.0, "{errors}: it goes on after the first, at least with what the queue holds");
+        assert!(
+            errors >= 1024.0,
+            "{errors}: writes go on after the first error, at least those of the queue"
+        );
         assert_eq!(daemon.metric("log_events_dropped_total"), 0.0);
     }
 }
 
 #[test]
-fn records_are_counted_while_stderr_is_full_and_written_after_that() {
+fn a_full_stderr_drops_and_counts_records_until_it_is_read() {
     let (reader, writer) = std::io::pipe().unwrap();
     rustix::io::ioctl_fionbio(&writer, true).unwrap();
     let daemon = daemon_with_stderr(writer);
@@ -242,7 +249,7 @@ fn records_are_counted_while_stderr_is_full_and_written_after_that() {
     });
     let written = || f64::from(lines.load(Ordering::Relaxed));
     let all = |keys| {
-        until("each record, written or dropped", || {
+        until("each record to be written or dropped", || {
             (daemon.metric("audit_records_dropped_total") + written() == keys).then_some(())
         });
     };
@@ -250,7 +257,7 @@ fn records_are_counted_while_stderr_is_full_and_written_after_that() {
     let before = written();
     issue(&daemon, 10);
     all(2010.0);
-    assert!(written() > before, "it writes again");
+    assert!(written() > before, "records are written again");
     drop(daemon);
     reading.join().unwrap();
 }

@@ -1,4 +1,4 @@
-//! PROXY protocol: whom a header names, who may send one, and what happens to every other connection.
+//! PROXY protocol: the client in a header, the peers that may send one, and what happens to other connections.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -15,7 +15,7 @@ use rustls::pki_types::ServerName;
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConnection, StreamOwned};
 
-/// The address of the trusted proxy. Others of loopback are not trusted.
+/// The address of the trusted proxy. Other loopback addresses are not trusted.
 const PROXY: &str = "127.0.0.9";
 
 const LOCAL: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
@@ -26,20 +26,20 @@ fn start(settings: &[(&str, &str)]) -> Daemon {
     Daemon::start(&[&[("PROXY_PROTOCOL", "true"), ("TRUSTED_PROXIES", PROXY)], settings].concat())
 }
 
-/// A header of version 1 for a client at `ip`.
+/// A version 1 header for a client at `ip`.
 fn v1(ip: &str) -> Vec<u8> {
     let (family, to) = if ip.contains(':') { ("TCP6", "2001:db8::7") } else { ("TCP4", "198.51.100.7") };
     format!("PROXY {family} {ip} {to} 56324 1123\r\n").into_bytes()
 }
 
-/// A header of version 2.
+/// A version 2 header.
 fn v2(command: u8, family: u8, block: &[u8]) -> Vec<u8> {
     let length = u16::try_from(block.len()).unwrap();
     [&LOCAL[..12], &[command, family], &length.to_be_bytes(), block].concat()
 }
 
-/// A header of version 2 for a client at `ip`, with a TLV of `padding` bytes behind it.
-fn v2_of(ip: &str, padding: u16) -> Vec<u8> {
+/// A version 2 header for a client at `ip`, with a TLV of `padding` bytes.
+fn v2_for(ip: &str, padding: u16) -> Vec<u8> {
     let noop = [[4].as_slice(), &padding.to_be_bytes(), &vec![0; padding.into()]].concat();
     match ip.parse().unwrap() {
         std::net::IpAddr::V4(ip) => v2(0x21, 0x11, &[&ip.octets(), [7; 8].as_slice(), &noop].concat()),
@@ -47,18 +47,18 @@ fn v2_of(ip: &str, padding: u16) -> Vec<u8> {
     }
 }
 
-/// A connection from `source` that began with `bytes`.
-fn begin(daemon: &Daemon, source: &str, bytes: &[u8]) -> Client {
+/// A connection from `source` that has sent `bytes`.
+fn connect_with(daemon: &Daemon, source: &str, bytes: &[u8]) -> Client {
     let mut client = Client::on(connect_from(source, daemon.keys()));
     client.send(bytes);
     client
 }
 
 fn through_proxy(daemon: &Daemon, header: &[u8]) -> Client {
-    begin(daemon, PROXY, header)
+    connect_with(daemon, PROXY, header)
 }
 
-/// The status of one request behind a header.
+/// The status of one request after a header.
 fn status(daemon: &Daemon, header: &[u8], path: &str) -> u16 {
     through_proxy(daemon, &[header, request(path).as_bytes()].concat()).response().status
 }
@@ -69,18 +69,18 @@ fn errors(daemon: &Daemon) -> [f64; 4] {
         .map(|reason| common::metric(&text, &format!("proxy_protocol_errors_total{{reason=\"{reason}\"}}")))
 }
 
-/// The one warning in the log; the log is written by a thread of its own.
-fn closing(daemon: &Daemon) -> String {
-    let mut lines = until("a warning", || Some(closings(daemon)).filter(|lines| !lines.is_empty()));
+/// Waits for the warning in the log, of which there must be one.
+fn warning(daemon: &Daemon) -> String {
+    let mut lines = until("a warning", || Some(warnings(daemon)).filter(|lines| !lines.is_empty()));
     assert_eq!(lines.len(), 1, "once a minute: {lines:?}");
     lines.remove(0)
 }
 
-fn closings(daemon: &Daemon) -> Vec<String> {
+fn warnings(daemon: &Daemon) -> Vec<String> {
     daemon.log().lines().filter(|line| line.contains("closed by proxy-protocol")).map(str::to_owned).collect()
 }
 
-/// The last record of the audit, once there are `count`.
+/// The last audit record, once there are `count`.
 fn record(daemon: &Daemon, count: usize) -> String {
     until("the record", || {
         let log = daemon.log();
@@ -90,16 +90,16 @@ fn record(daemon: &Daemon, count: usize) -> String {
 }
 
 #[test]
-fn the_header_names_the_client_of_the_audit_record() {
+fn the_header_sets_the_address_in_the_audit_record() {
     let daemon = start(&[("AUDIT", "true")]);
     let mapped = [[0; 10].as_slice(), &[255, 255, 192, 0, 2, 5], &[0; 20]].concat();
     let cases = [
         (v1("192.0.2.1"), "192.0.2.1"),
         (v1("2001:db8::1"), "2001:db8::1"),
         (v1("::ffff:192.0.2.2"), "192.0.2.2"),
-        (v2_of("192.0.2.3", 0), "192.0.2.3"),
-        (v2_of("2001:db8::3", 0), "2001:db8::3"),
-        (v2_of("192.0.2.4", 4000), "192.0.2.4"),
+        (v2_for("192.0.2.3", 0), "192.0.2.3"),
+        (v2_for("2001:db8::3", 0), "2001:db8::3"),
+        (v2_for("192.0.2.4", 4000), "192.0.2.4"),
         (v2(0x21, 0x21, &mapped), "192.0.2.5"),
         (b"PROXY UNKNOWN\r\n".to_vec(), PROXY),
         (b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n".to_vec(), PROXY),
@@ -114,13 +114,13 @@ fn the_header_names_the_client_of_the_audit_record() {
         let record = record(&daemon, n + 1);
         assert!(record.contains(&format!("address={address} length=32")), "{address}: {record}");
     }
-    assert_eq!((errors(&daemon), closings(&daemon)), ([0.0; 4], Vec::new()));
+    assert_eq!((errors(&daemon), warnings(&daemon)), ([0.0; 4], Vec::new()));
 }
 
 #[test]
 fn a_header_may_arrive_byte_by_byte() {
     let daemon = start(&[("AUDIT", "true")]);
-    for (n, header) in [v1("192.0.2.1"), v2_of("192.0.2.1", 300), LOCAL.to_vec()].iter().enumerate() {
+    for (n, header) in [v1("192.0.2.1"), v2_for("192.0.2.1", 300), LOCAL.to_vec()].iter().enumerate() {
         let mut client = through_proxy(&daemon, b"");
         for byte in header {
             client.send([*byte]);
@@ -131,19 +131,19 @@ fn a_header_may_arrive_byte_by_byte() {
         }
         record(&daemon, n + 1);
     }
-    // The parts of one that the client never ends, and those of what is none.
+    // Headers that the client does not complete, and bytes that are not a header.
     let mut half = through_proxy(&daemon, b"PROXY TCP4 192.0.2.1");
     half.stream.shutdown(Shutdown::Write).unwrap();
     assert!(half.is_closed());
-    let mut half = through_proxy(&daemon, &v2_of("192.0.2.1", 300)[..200]);
+    let mut half = through_proxy(&daemon, &v2_for("192.0.2.1", 300)[..200]);
     half.stream.shutdown(Shutdown::Write).unwrap();
     assert!(half.is_closed());
-    assert!(through_proxy(&daemon, b"GE").is_closed(), "at the first byte that is none");
+    assert!(through_proxy(&daemon, b"GE").is_closed(), "at the first byte that is not of a header");
     assert_eq!(errors(&daemon), [0.0, 1.0, 2.0, 0.0]);
 }
 
 #[test]
-fn tls_begins_behind_the_header() {
+fn tls_begins_after_the_header() {
     let authority = Authority::new();
     let settings = [
         ("PROXY_PROTOCOL", "true"),
@@ -161,7 +161,7 @@ fn tls_begins_behind_the_header() {
     for version in [&TLS13, &TLS12] {
         for (header, address) in [
             (v1("192.0.2.1"), "192.0.2.1"),
-            (v2_of("2001:db8::1", 100), "2001:db8::1"),
+            (v2_for("2001:db8::1", 100), "2001:db8::1"),
             (LOCAL.to_vec(), PROXY),
         ] {
             let stream = through_proxy(&daemon, &header).stream;
@@ -171,7 +171,7 @@ fn tls_begins_behind_the_header() {
             assert!(record(&daemon, count).contains(&format!("address={address} ")));
         }
     }
-    // The first flight in one segment with the header.
+    // The ClientHello in one segment with the header.
     let mut hello = Vec::new();
     let name = ServerName::from(daemon.keys().ip());
     let mut connection = ClientConnection::new(trusting(&authority, &[&TLS13], None), name).unwrap();
@@ -205,7 +205,7 @@ fn a_malformed_header_closes_the_connection_without_a_response() {
         assert!(through_proxy(&daemon, &bytes).is_closed(), "{}", wire.escape_ascii());
     }
     assert_eq!(errors(&daemon), [0.0, 0.0, wires.len() as f64, 0.0]);
-    let logged = closing(&daemon);
+    let logged = warning(&daemon);
     assert!(logged.contains("WARN") && logged.contains("address=127.0.0.9 reason=malformed"), "{logged}");
     assert_eq!(daemon.metric("key_length_bytes_count"), 0.0);
 }
@@ -217,7 +217,7 @@ fn a_trusted_proxy_without_a_header_is_closed_and_logged() {
         assert!(through_proxy(&daemon, wire.as_bytes()).is_closed(), "{wire}");
     }
     assert_eq!(errors(&daemon), [0.0, 4.0, 0.0, 0.0]);
-    let logged = closing(&daemon);
+    let logged = warning(&daemon);
     assert!(logged.contains("address=127.0.0.9 reason=missing"), "{logged}");
 }
 
@@ -226,12 +226,12 @@ fn a_late_header_closes_the_connection() {
     let daemon = start(&[("HEAD_TIMEOUT", "1"), ("MAX_CONNECTIONS", "4")]);
     let mut silent = through_proxy(&daemon, b"");
     let mut half = through_proxy(&daemon, b"PROXY TCP4 192.0.2.1 ");
-    let mut without_tlvs = through_proxy(&daemon, &v2_of("192.0.2.1", 9)[..30]);
-    let mut direct = begin(&daemon, "127.0.0.2", b"P");
+    let mut without_tlvs = through_proxy(&daemon, &v2_for("192.0.2.1", 9)[..30]);
+    let mut direct = connect_with(&daemon, "127.0.0.2", b"P");
     daemon.wait_for_metric("http_connections", 4.0);
     assert!(silent.is_closed() && half.is_closed() && without_tlvs.is_closed() && direct.is_closed());
-    assert_eq!(errors(&daemon), [0.0, 0.0, 0.0, 3.0], "a client that is not trusted owes none");
-    assert!(closing(&daemon).contains("address=127.0.0.9 reason=timeout"));
+    assert_eq!(errors(&daemon), [0.0, 0.0, 0.0, 3.0], "an untrusted peer owes no header");
+    assert!(warning(&daemon).contains("address=127.0.0.9 reason=timeout"));
     daemon.wait_for_metric("http_connections", 0.0);
 }
 
@@ -239,7 +239,7 @@ fn a_late_header_closes_the_connection() {
 fn an_over_limit_connection_has_a_second_for_its_header() {
     let daemon = start(&[("HEAD_TIMEOUT", "3600"), ("MAX_CONNECTIONS", "1")]);
     let mut held = through_proxy(&daemon, &v1("192.0.2.1"));
-    // With the beginning of another request, since an idle connection would make room.
+    // With the start of another request, since an idle connection would be evicted.
     assert_eq!(held.send(request("/key/32") + "GET /key").response().status, 200);
     assert!(through_proxy(&daemon, b"PROXY ").is_closed());
     assert_eq!(errors(&daemon), [0.0, 0.0, 0.0, 1.0]);
@@ -250,24 +250,24 @@ fn an_over_limit_connection_has_a_second_for_its_header() {
 #[test]
 fn a_header_from_an_untrusted_address_is_refused_and_logged() {
     let daemon = start(&[("AUDIT", "true")]);
-    for wire in [v1("192.0.2.1"), v2_of("192.0.2.1", 0), LOCAL.to_vec(), b"PROXY garbage".to_vec()] {
+    for wire in [v1("192.0.2.1"), v2_for("192.0.2.1", 0), LOCAL.to_vec(), b"PROXY garbage".to_vec()] {
         let bytes = [wire.as_slice(), request("/key/32").as_bytes()].concat();
-        assert!(begin(&daemon, "127.0.0.2", &bytes).is_closed(), "{}", wire.escape_ascii());
+        assert!(connect_with(&daemon, "127.0.0.2", &bytes).is_closed(), "{}", wire.escape_ascii());
     }
-    assert!(begin(&daemon, "127.0.0.3", &v1("192.0.2.1")).is_closed());
+    assert!(connect_with(&daemon, "127.0.0.3", &v1("192.0.2.1")).is_closed());
     assert_eq!(errors(&daemon), [5.0, 0.0, 0.0, 0.0]);
-    let logged = closing(&daemon);
+    let logged = warning(&daemon);
     assert!(logged.contains("address=127.0.0.2 reason=untrusted"), "{logged}");
     assert!(logged.contains("trusted-proxies"), "{logged}");
-    // Without one it is a client like any other, whose address is its own.
-    let mut direct = begin(&daemon, "127.0.0.2", request("/key/32").as_bytes());
+    // Without a header, the peer is the client.
+    let mut direct = connect_with(&daemon, "127.0.0.2", request("/key/32").as_bytes());
     assert_eq!(direct.response().status, 200);
     assert!(record(&daemon, 1).contains("address=127.0.0.2 "));
-    // Half of what begins like a header.
-    let mut post = begin(&daemon, "127.0.0.2", b"P");
+    // Bytes that begin like a header, and are not one.
+    let mut post = connect_with(&daemon, "127.0.0.2", b"P");
     daemon.wait_for_metric("http_connections", 2.0);
     assert_eq!(post.send(request("/key/32").replace("GET", "OST")).response().status, 405);
-    let mut ended = begin(&daemon, "127.0.0.2", b"PROX");
+    let mut ended = connect_with(&daemon, "127.0.0.2", b"PROX");
     ended.stream.shutdown(Shutdown::Write).unwrap();
     assert!(ended.is_closed());
     assert_eq!(errors(&daemon), [5.0, 0.0, 0.0, 0.0]);
@@ -276,7 +276,7 @@ fn a_header_from_an_untrusted_address_is_refused_and_logged() {
 #[test]
 fn without_the_setting_a_header_is_malformed_http() {
     let daemon = Daemon::start(&[("TRUSTED_PROXIES", PROXY)]);
-    for header in [v1("192.0.2.1"), v2_of("192.0.2.1", 0)] {
+    for header in [v1("192.0.2.1"), v2_for("192.0.2.1", 0)] {
         let bytes = [header.as_slice(), request("/key/32").as_bytes()].concat();
         assert_eq!(through_proxy(&daemon, &bytes).response().status, 400);
     }
@@ -286,7 +286,7 @@ fn without_the_setting_a_header_is_malformed_http() {
 #[test]
 fn a_second_header_is_malformed_http() {
     let daemon = start(&[]);
-    for second in [v1("192.0.2.2"), v2_of("192.0.2.2", 0)] {
+    for second in [v1("192.0.2.2"), v2_for("192.0.2.2", 0)] {
         let mut client = through_proxy(&daemon, &[v1("192.0.2.1"), second.clone()].concat());
         assert_eq!(client.send(request("/key/32")).response().status, 400, "at once");
         let mut client = through_proxy(&daemon, &v1("192.0.2.1"));
@@ -296,12 +296,12 @@ fn a_second_header_is_malformed_http() {
 }
 
 #[test]
-fn health_checks_are_no_errors() {
+fn health_checks_are_not_errors() {
     let daemon = start(&[("LOG_LEVEL", "info")]);
     daemon.wait_for_log("Keys on");
     let before = daemon.log();
     for header in [LOCAL, b"PROXY UNKNOWN\r\n", &v1("127.0.0.9"), b""] {
-        // As haproxy ends a check that needs no answer: by a reset, or by the end.
+        // haproxy ends a check that needs no response by a reset or by closing the connection.
         let client = through_proxy(&daemon, header);
         socket2::SockRef::from(&client.stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
         drop(client);
@@ -317,19 +317,19 @@ fn health_checks_are_no_errors() {
 }
 
 #[test]
-fn rates_are_those_of_the_client() {
+fn rates_count_for_the_client_in_the_header() {
     let daemon = start(&[("RATE_BYTES", "1"), ("RATE_BURST", "1000")]);
     assert_eq!(status(&daemon, &v1("192.0.2.1"), "/key/900"), 200);
-    for header in [v1("192.0.2.1"), v2_of("192.0.2.1", 0), v1("::ffff:192.0.2.1")] {
-        assert_eq!(status(&daemon, &header, "/key/900"), 429, "whatever the version and the form");
+    for header in [v1("192.0.2.1"), v2_for("192.0.2.1", 0), v1("::ffff:192.0.2.1")] {
+        assert_eq!(status(&daemon, &header, "/key/900"), 429, "in every version and form");
     }
-    for header in [v1("192.0.2.2"), v2_of("2001:db8::1", 0), LOCAL.to_vec()] {
+    for header in [v1("192.0.2.2"), v2_for("2001:db8::1", 0), LOCAL.to_vec()] {
         assert_eq!(status(&daemon, &header, "/key/900"), 200);
     }
 }
 
 #[test]
-fn permits_for_streams_are_those_of_the_client() {
+fn stream_permits_count_for_the_client_in_the_header() {
     let daemon = start(&[("MAX_SIZE", "1073741824"), ("MAX_BULK_STREAMS", "4")]);
     let stream = |ip: &str| {
         let bytes = [v1(ip), request("/key/1073741824").into_bytes()].concat();
@@ -343,14 +343,14 @@ fn permits_for_streams_are_those_of_the_client() {
 }
 
 #[test]
-fn connections_are_those_of_the_client() {
+fn connections_count_for_the_client_in_the_header() {
     let daemon =
         start(&[("MAX_CONNECTIONS_PER_CLIENT", "2"), ("MAX_CONNECTIONS", "4"), ("HEAD_TIMEOUT", "3600")]);
     let open = |ip: &str| through_proxy(&daemon, &v1(ip));
     let held: Vec<_> = (0..2)
         .map(|_| {
             let mut client = open("192.0.2.1");
-            // With the beginning of another request, since an idle connection would make room.
+            // With the start of another request, since an idle connection would be evicted.
             assert_eq!(client.send(request("/key/32") + "GET /key").response().status, 200);
             client
         })
@@ -359,7 +359,7 @@ fn connections_are_those_of_the_client() {
     let refused = over.send(request("/key/32")).response();
     assert_eq!((refused.status, refused.header("connection")), (503, Some("close")));
     assert_eq!(open("192.0.2.1").send(request("/health")).response().status, 200, "health is answered");
-    // Eight of them get an answer, and more are closed; none keeps a slot, which others have.
+    // Up to eight over-limit connections get a response, and more are closed; none holds a slot.
     let half = [v1("192.0.2.1").as_slice(), b"GET /key"].concat();
     let mut flood: Vec<_> = (0..40).map(|_| through_proxy(&daemon, &half)).collect();
     let closed = "http_rejections_total{reason=\"client_connections\"}";
@@ -367,21 +367,21 @@ fn connections_are_those_of_the_client() {
     let others: Vec<_> = ["192.0.2.2", "192.0.2.2"]
         .map(|ip| {
             let mut client = open(ip);
-            assert_eq!(client.send(request("/key/32")).response().status, 200, "others have slots");
+            assert_eq!(client.send(request("/key/32")).response().status, 200, "other clients have slots");
             client
         })
         .into();
     assert!(
         flood.iter_mut().all(Client::is_closed),
-        "those that may get an answer, after a second of silence"
+        "those that may get a response are closed after a second of silence"
     );
     daemon.wait_for_metric("http_connections", 4.0);
     drop(held);
-    until("a free share", || {
+    until("a free slot", || {
         (open("192.0.2.1").send(request("/key/32")).response().status == 200).then_some(())
     });
     drop(others);
-    // The proxy itself has no such limit, and neither has a proxy behind it.
+    // The proxy itself has no limit, nor has a proxy behind it.
     daemon.wait_for_metric("http_connections", 0.0);
     for header in [LOCAL.to_vec(), v1(PROXY)] {
         let held: Vec<_> = (0..4)
@@ -398,7 +398,7 @@ fn connections_are_those_of_the_client() {
 
 #[test]
 fn a_client_over_its_limit_closes_no_idle_connection_of_others() {
-    // One worker has noted that a connection is idle before it accepts another.
+    // A single worker registers an idle connection before it accepts another.
     let daemon = start(&[("MAX_CONNECTIONS_PER_CLIENT", "1"), ("MAX_CONNECTIONS", "2"), ("WORKERS", "1")]);
     let hold = |ip: &str| {
         let mut client = through_proxy(&daemon, &v1(ip));
@@ -410,20 +410,20 @@ fn a_client_over_its_limit_closes_no_idle_connection_of_others() {
         assert_eq!(status(&daemon, &v1("192.0.2.2"), "/key/32"), 503);
     }
     assert_eq!(other.send(request("/key/32")).response().status, 200);
-    assert_eq!(oldest.send(request("/key/32")).response().status, 200, "is still open");
-    // A client within its limit gets the slot of the one that has been idle for longest; so does one without a header.
+    assert_eq!(oldest.send(request("/key/32")).response().status, 200, "the connection is still open");
+    // A client within its limit gets the slot of the longest idle connection; so does a peer that sends no header.
     drop(hold("192.0.2.3"));
     assert!(other.is_closed());
     daemon.wait_for_metric("http_connections", 1.0);
     let _held = hold("192.0.2.4");
-    assert_eq!(begin(&daemon, "127.0.0.2", request("/key/32").as_bytes()).response().status, 200);
+    assert_eq!(connect_with(&daemon, "127.0.0.2", request("/key/32").as_bytes()).response().status, 200);
     assert!(oldest.is_closed());
 }
 
 #[test]
 fn a_forwarded_address_counts_only_from_a_trusted_client() {
     let daemon = start(&[("AUDIT", "true")]);
-    let ask = "GET /key/32 HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 203.0.113.7\r\n\r\n";
+    let request = "GET /key/32 HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 203.0.113.7\r\n\r\n";
     for (n, (header, expected)) in [
         (v1("192.0.2.1"), "address=192.0.2.1 length"),
         (v1(PROXY), "address=203.0.113.7 proxy=127.0.0.9 length"),
@@ -433,21 +433,21 @@ fn a_forwarded_address_counts_only_from_a_trusted_client() {
     .enumerate()
     {
         let mut client = through_proxy(&daemon, &header);
-        assert_eq!(client.send(ask).response().status, 200);
+        assert_eq!(client.send(request).response().status, 200);
         let record = record(&daemon, n + 1);
         assert!(record.contains(expected), "{record}");
     }
 }
 
 #[test]
-fn a_connection_without_a_header_does_not_hold_the_end() {
+fn a_connection_without_a_header_does_not_delay_shutdown() {
     let mut daemon = start(&[("HEAD_TIMEOUT", "3600"), ("DRAIN_TIMEOUT", "3600")]);
     let mut silent = through_proxy(&daemon, b"");
-    let mut half = through_proxy(&daemon, &v2_of("192.0.2.1", 100)[..60]);
-    let mut direct = begin(&daemon, "127.0.0.2", b"PRO");
+    let mut half = through_proxy(&daemon, &v2_for("192.0.2.1", 100)[..60]);
+    let mut direct = connect_with(&daemon, "127.0.0.2", b"PRO");
     let mut idle = through_proxy(&daemon, &v1("192.0.2.1"));
     assert_eq!(idle.send(request("/key/32")).response().status, 200);
-    // On its way when the end begins.
+    // Its header is in flight when shutdown begins.
     let mut late = through_proxy(&daemon, b"PROXY TCP4 192.0.2.2 ");
     daemon.wait_for_metric("http_connections", 5.0);
     daemon.signal("TERM");
@@ -456,12 +456,12 @@ fn a_connection_without_a_header_does_not_hold_the_end() {
     assert_eq!(late.send(rest).response().status, 200);
     assert_eq!(daemon.wait(), 0);
     assert!([&mut silent, &mut half, &mut direct, &mut idle].into_iter().all(Client::is_closed));
-    assert_eq!(closings(&daemon), Vec::<String>::new());
+    assert_eq!(warnings(&daemon), Vec::<String>::new());
     assert!(!daemon.log().contains("still open"), "{}", daemon.log());
 }
 
 #[test]
-fn the_unix_socket_takes_headers_too() {
+fn the_unix_socket_accepts_headers_too() {
     for trusted in ["unix", "192.0.2.9"] {
         let folder = Folder::new();
         let path = folder.file("socket");
@@ -470,30 +470,30 @@ fn the_unix_socket_takes_headers_too() {
             command.env("KEYSERVICE_PROXY_PROTOCOL", "true").env("KEYSERVICE_TRUSTED_PROXIES", trusted);
             command.env("KEYSERVICE_AUDIT", "true");
         });
-        let ask = |header: &[u8]| {
+        let send = |header: &[u8]| {
             let mut client = Client::over(UnixStream::connect(&path).unwrap());
             client.stream.set_read_timeout(Some(PATIENCE)).unwrap();
             let sent = [header, b"GET /key/32 HTTP/1.1\r\nHost: a\r\n\r\n"].concat();
             for byte in sent {
                 if client.stream.write_all(&[byte]).is_err() {
-                    return None; // closed early
+                    return None; // the connection was closed
                 }
             }
             client.read_response(true).map(|response| response.status)
         };
-        let answers =
-            [v1("192.0.2.1"), v2_of("192.0.2.1", 500), LOCAL.to_vec(), Vec::new()].map(|header| ask(&header));
+        let answers = [v1("192.0.2.1"), v2_for("192.0.2.1", 500), LOCAL.to_vec(), Vec::new()]
+            .map(|header| send(&header));
         if trusted == "unix" {
             assert_eq!(answers, [Some(200), Some(200), Some(200), None]);
-            assert!(record(&daemon, 3).contains("peer_uid="), "of LOCAL");
+            assert!(record(&daemon, 3).contains("peer_uid="), "the record of LOCAL");
             assert!(daemon.log().contains("address=192.0.2.1 length=32"));
             assert_eq!(errors(&daemon), [0.0, 1.0, 0.0, 0.0]);
-            assert!(closing(&daemon).contains("address=unix"));
+            assert!(warning(&daemon).contains("address=unix"));
         } else {
             assert_eq!(answers, [None, None, None, Some(200)]);
             assert_eq!(errors(&daemon), [3.0, 0.0, 0.0, 0.0]);
         }
-        // The health command sends what is wanted of it.
+        // The health command sends a header if one is expected.
         let mut health = key_service(&daemon.folder);
         health.arg("--config").arg(daemon.folder.file("config.toml")).arg("health");
         health.env("KEYSERVICE_HOST", format!("unix:{}", path.display()));
@@ -504,7 +504,7 @@ fn the_unix_socket_takes_headers_too() {
 }
 
 #[test]
-fn the_health_command_sends_a_header_where_it_is_a_trusted_proxy() {
+fn the_health_command_sends_a_header_if_it_is_trusted() {
     let authority = Authority::new();
     for trusted in ["127.0.0.1", PROXY] {
         for has_tls in [false, true] {
@@ -536,7 +536,7 @@ fn the_health_command_sends_a_header_where_it_is_a_trusted_proxy() {
 }
 
 #[test]
-fn metrics_on_the_same_port_are_behind_the_header_too() {
+fn metrics_on_the_same_port_need_the_header_too() {
     let (held, port) = common::held_port();
     let port = port.to_string();
     let daemon = Daemon::start_with(Folder::new(), |command| {
@@ -551,7 +551,7 @@ fn metrics_on_the_same_port_are_behind_the_header_too() {
 }
 
 #[test]
-fn the_setting_takes_trusted_proxies() {
+fn the_setting_requires_trusted_proxies() {
     let check = |settings: &[(&str, &str)]| {
         let folder = Folder::new();
         let mut command = key_service(&folder);
@@ -574,7 +574,7 @@ fn the_setting_takes_trusted_proxies() {
 }
 
 #[test]
-fn the_setting_takes_a_restart() {
+fn the_setting_requires_a_restart() {
     let folder = Folder::new();
     let file = folder.write("config.toml", "trusted-proxies = [\"127.0.0.9\"]\n");
     let daemon = Daemon::start_with(folder, |command| {
@@ -585,11 +585,11 @@ fn the_setting_takes_a_restart() {
     daemon.manager.wait_for("RELOADING=1");
     daemon.manager.wait_for("READY=1");
     daemon.wait_for_log("setting=proxy-protocol");
-    assert_eq!(begin(&daemon, PROXY, request("/key/32").as_bytes()).response().status, 200);
+    assert_eq!(connect_with(&daemon, PROXY, request("/key/32").as_bytes()).response().status, 200);
 }
 
 #[test]
-fn a_client_certificate_names_a_client_behind_the_header() {
+fn a_record_has_the_certificate_and_the_address_in_the_header() {
     let authority = Authority::new();
     let folder = Folder::new();
     authority.server().write(&folder);

@@ -692,7 +692,7 @@ fn every_mistake_in_certificates_and_keys_is_reported_with_its_source() {
         ),
         (
             vec![("TLS_CERT", "/dev"), ("TLS_KEY", "credential:key")],
-            vec!["/dev: expected a file, found something else (KEYSERVICE_TLS_CERT)"],
+            vec!["/dev: expected a regular file, found something else (KEYSERVICE_TLS_CERT)"],
         ),
         (
             vec![("TLS_CERT", "credential:a/b"), ("TLS_MIN_VERSION", "1.1")],

@@ -197,7 +197,7 @@ impl Authorizer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unauthorized {
     /// The request has no bearer token.
-    #[error("A bearer token is needed")]
+    #[error("A bearer token is required")]
     Missing,
     /// The token has no grant, or the request has more than one.
     #[error("The token is not valid")]

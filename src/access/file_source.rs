@@ -80,7 +80,7 @@ pub fn read_file(path: &Path, max: u64) -> Result<(Zeroizing<Vec<u8>>, u32), Str
     };
     // Checked before the file is opened, since opening a FIFO waits for its writer.
     if !fs::metadata(path).map_err(unreadable)?.is_file() {
-        return Err(refused("expected a file, found something else".into()));
+        return Err(refused("expected a regular file, found something else".into()));
     }
     let file = File::open(path).map_err(unreadable)?;
     let mode = file.metadata().map_err(unreadable)?.mode() & 0o7777;

@@ -151,7 +151,7 @@ def test_token_field_appears_if_tokens_are_required(daemon, browser, tmp_path):
         page = browser.ready(guarded.address)
         expect(page("document.getElementById('token-field').hidden"), False, "whether the token field is hidden with tokens")
         page("document.getElementById('get').click()")
-        page.until("document.getElementById('note').textContent === 'A bearer token is needed'")
+        page.until("document.getElementById('note').textContent === 'A bearer token is required'")
         page.choose("token", token)
         line = page("document.getElementById('curl').textContent")
         assert "-H @token.header" in line and token not in line and "Authorization" not in line, line

@@ -1,4 +1,4 @@
-//! How much a client may have: rates, connections, long keys; and who the client is when a proxy speaks for it.
+//! The limits of each client: rates, connections and streamed responses; also for a client behind a trusted proxy.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -10,32 +10,33 @@ use std::time::Instant;
 
 use common::{Client, Daemon, IS_SLOW, PATIENCE, Response, connect_from, request, until};
 
-/// One exchange from an address of this host's.
-fn ask_from(source: &str, to: SocketAddr, request: &str) -> Response {
-    client(connect_from(source, to)).send(request).response()
+/// Sends one request from the address `source` of this host.
+fn exchange_from(source: &str, to: SocketAddr, request: &str) -> Response {
+    Client::on(connect_from(source, to)).send(request).response()
 }
 
-fn client(stream: TcpStream) -> Client {
-    Client::on(stream)
+/// The status of one request from the address `source`.
+fn status(daemon: &Daemon, source: &str, path: &str) -> u16 {
+    exchange_from(source, daemon.keys(), &request(path)).status
 }
 
-fn forwarded(path: &str, field: &str) -> String {
-    format!("GET {path} HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n")
+fn request_with(path: &str, header: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n")
 }
 
 #[test]
-fn each_address_has_a_rate_and_is_told_of_it() {
-    // A slow machine may add a request or two to the twenty; the refusal comes all the same.
+fn each_address_has_its_own_rate_and_rate_limit_headers() {
+    // On a slow machine, more than twenty requests may be served before the 429.
     let daemon = Daemon::start(&[("RATE_REQUESTS", "1"), ("RATE_BURST", "20"), ("RATE_BYTES", "1000000")]);
-    let first = ask_from("127.0.0.2", daemon.keys(), &request("/key/32"));
+    let first = exchange_from("127.0.0.2", daemon.keys(), &request("/key/32"));
     assert_eq!(first.status, 200);
     assert_eq!(
         first.header("ratelimit-policy"),
         Some("\"requests\";q=20;w=20, \"bytes\";q=20000000;qu=\"content-bytes\";w=20")
     );
     assert_eq!(first.header("ratelimit"), Some("\"requests\";r=19;t=20, \"bytes\";r=19999968;t=20"));
-    let refused = until("a refusal", || {
-        let response = ask_from("127.0.0.2", daemon.keys(), &request("/key/32"));
+    let refused = until("a 429", || {
+        let response = exchange_from("127.0.0.2", daemon.keys(), &request("/key/32"));
         (response.status != 200).then_some(response)
     });
     assert_eq!(refused.status, 429);
@@ -43,18 +44,18 @@ fn each_address_has_a_rate_and_is_told_of_it() {
     assert_eq!(refused.header("retry-after"), Some("1"));
     assert!(refused.header("ratelimit").unwrap().starts_with("\"requests\";r=0;t=1, "));
     assert!(refused.header("ratelimit-policy").is_some());
-    assert_eq!(ask_from("127.0.0.3", daemon.keys(), &request("/key/32")).status, 200, "others are not");
+    assert_eq!(status(&daemon, "127.0.0.3", "/key/32"), 200, "another address is served");
     for path in ["/health", "/livez", "/readyz"] {
-        assert_eq!(ask_from("127.0.0.2", daemon.keys(), &request(path)).status, 200, "nor is health");
+        assert_eq!(status(&daemon, "127.0.0.2", path), 200, "health is not limited");
     }
     assert!(daemon.metric("http_rejections_total{reason=\"rate\"}") >= 1.0);
     assert!(daemon.metric("http_responses_total{status_code=\"429\"}") >= 1.0);
 }
 
 #[test]
-fn bytes_are_counted_and_errors_and_heads_are_not() {
+fn key_bytes_count_but_errors_and_head_requests_do_not() {
     let daemon = Daemon::start(&[("RATE_BYTES", "1"), ("RATE_BURST", "1000"), ("MAX_SIZE", "100000")]);
-    let mut client = client(connect_from("127.0.0.2", daemon.keys()));
+    let mut client = Client::on(connect_from("127.0.0.2", daemon.keys()));
     for _ in 0..20 {
         assert_eq!(client.send(request("/key/0")).response().status, 400);
         assert_eq!(client.send(request("/key/900").replace("GET", "HEAD")).head_response().status, 200);
@@ -64,16 +65,16 @@ fn bytes_are_counted_and_errors_and_heads_are_not() {
     assert_eq!(refused.status, 429);
     let wait: u32 = refused.header("retry-after").unwrap().parse().unwrap();
     assert!((700..=800).contains(&wait), "{wait}");
-    // More than it could ever save up takes all that it can save up.
-    let large = ask_from("127.0.0.3", daemon.keys(), &request("/key/100000"));
+    // A key larger than the burst needs the full burst.
+    let large = exchange_from("127.0.0.3", daemon.keys(), &request("/key/100000"));
     assert_eq!((large.status, large.body.len()), (200, 100_000));
-    let after = ask_from("127.0.0.3", daemon.keys(), &request("/key/1"));
+    let after = exchange_from("127.0.0.3", daemon.keys(), &request("/key/1"));
     let wait: u32 = after.header("retry-after").unwrap().parse().unwrap();
-    assert!((98_000..=99_001).contains(&wait), "and is paid in full: {wait}");
+    assert!((98_000..=99_001).contains(&wait), "all of its bytes count: {wait}");
 }
 
 #[test]
-fn rates_change_at_a_reload() {
+fn a_reload_changes_the_rates() {
     let folder = common::Folder::new();
     let file = folder.write("config.toml", "");
     let daemon = Daemon::start_with(folder, |command| {
@@ -91,53 +92,56 @@ fn rates_change_at_a_reload() {
 }
 
 #[test]
-fn only_a_trusted_proxy_says_who_its_client_is() {
+fn only_a_trusted_proxy_can_forward_an_address() {
     let settings = [("RATE_REQUESTS", "1"), ("RATE_BURST", "2"), ("TRUSTED_PROXIES", "127.0.0.8/29, ::1")];
     let daemon = Daemon::start(&settings);
-    // Whoever is refused here was counted as one client; thirty different ones are not.
-    let refused = |source: &str, field: &dyn Fn(usize) -> String| {
+    // The number of 429s in thirty requests: none if each is another client's, else some.
+    let refused = |source: &str, header: &dyn Fn(usize) -> String| {
         (0..30)
             .filter(|n| {
-                let request = forwarded("/key/1", &field(*n));
-                ask_from(source, daemon.keys(), &request).status == 429
+                let request = request_with("/key/1", &header(*n));
+                exchange_from(source, daemon.keys(), &request).status == 429
             })
             .count()
     };
     assert_eq!(refused("127.0.0.9", &|n| format!("X-Forwarded-For: 192.0.2.{n}")), 0);
-    assert!(refused("127.0.0.2", &|n| format!("X-Forwarded-For: 192.0.2.{n}")) > 0, "not a proxy");
+    assert!(
+        refused("127.0.0.2", &|n| format!("X-Forwarded-For: 192.0.2.{n}")) > 0,
+        "the peer is not a trusted proxy"
+    );
     assert!(
         refused("127.0.0.9", &|n| format!("X-Forwarded-For: 198.51.100.{n}, 203.0.113.1")) > 0,
-        "rightmost"
+        "the rightmost address is the client"
     );
     assert_eq!(
         refused("127.0.0.9", &|n| format!("X-Forwarded-For: 203.0.114.{n}, 127.0.0.10")),
         0,
-        "through two"
+        "through two proxies"
     );
     assert!(
         refused("127.0.0.9", &|n| format!("X-Forwarded-For: 2001:db8::{n}")) > 0,
-        "an IPv6 network is one"
+        "an IPv6 network is one client"
     );
     assert!(
         refused("127.0.0.11", &|n| format!("X-Forwarded-For: made-up-{n}")) > 0,
-        "malformed is the proxy itself"
+        "a malformed element counts for the proxy"
     );
     assert!(
         refused("127.0.0.12", &|n| format!("Forwarded: for=192.0.3.{n}")) > 0,
-        "the other field is not read"
+        "the other header is not read"
     );
 }
 
 #[test]
-fn bytes_left_of_the_client_do_not_change_who_it_is() {
+fn bytes_left_of_the_client_do_not_change_its_address() {
     let left: [&[u8]; 5] = [b"\xe9", b"\xff\xfe\"", b"x=\"", b"a\"b\\", b"for=\"\xc3"];
-    for (field, element) in [("X-Forwarded-For", ""), ("Forwarded", "for=")] {
-        let trusted = [("TRUSTED_PROXIES", "127.0.0.1"), ("FORWARDED_HEADER", &field.to_lowercase())];
+    for (header, element) in [("X-Forwarded-For", ""), ("Forwarded", "for=")] {
+        let trusted = [("TRUSTED_PROXIES", "127.0.0.1"), ("FORWARDED_HEADER", &header.to_lowercase())];
         let daemon = Daemon::start(&[&[("RATE_REQUESTS", "1"), ("RATE_BURST", "2")], &trusted[..]].concat());
-        for separator in [", ".to_owned(), format!("\r\n{field}: ")] {
+        for separator in [", ".to_owned(), format!("\r\n{header}: ")] {
             let mut client = Client::connect(daemon.keys());
             for n in 0..30 {
-                let start = format!("GET /key/1 HTTP/1.1\r\nHost: a\r\n{field}: ");
+                let start = format!("GET /key/1 HTTP/1.1\r\nHost: a\r\n{header}: ");
                 let end = format!("{separator}{element}192.0.2.{}\r\n\r\n", n + separator.len() % 7 * 32);
                 let request = [start.as_bytes(), left[n % left.len()], end.as_bytes()].concat();
                 assert_eq!(client.send(&request).response().status, 200, "{}", request.escape_ascii());
@@ -147,7 +151,7 @@ fn bytes_left_of_the_client_do_not_change_who_it_is() {
 }
 
 #[test]
-fn a_million_forwarded_addresses_take_no_more_memory_and_free_nobody() {
+fn a_million_addresses_use_no_more_memory_and_reset_no_limit() {
     let clients: u32 = if IS_SLOW { 1_000 } else { 1_000_000 };
     let settings = [
         ("RATE_REQUESTS", "1"),
@@ -158,16 +162,16 @@ fn a_million_forwarded_addresses_take_no_more_memory_and_free_nobody() {
         ("LOG_LEVEL", "error"),
     ];
     let daemon = Daemon::start(&settings);
-    let spend = forwarded("/key/3600", "X-Forwarded-For: 203.0.113.7");
-    assert_eq!(ask_from("127.0.0.1", daemon.keys(), &spend).status, 200);
-    assert_eq!(ask_from("127.0.0.1", daemon.keys(), &spend).status, 429);
+    let spend = request_with("/key/3600", "X-Forwarded-For: 203.0.113.7");
+    assert_eq!(exchange_from("127.0.0.1", daemon.keys(), &spend).status, 200);
+    assert_eq!(exchange_from("127.0.0.1", daemon.keys(), &spend).status, 429);
     let before = daemon.metric("process_resident_memory_bytes");
     let started = Instant::now();
     let stream = TcpStream::connect(daemon.keys()).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut writer = stream.try_clone().unwrap();
     let mut reader = BufReader::new(stream);
-    // HEAD and pipelined: a million answers without a body in a few seconds.
+    // Pipelined HEAD requests: a million responses without a body in a few seconds.
     let sending = std::thread::spawn(move || {
         for chunk in 0..clients / 1000 {
             let mut batch = String::new();
@@ -180,68 +184,72 @@ fn a_million_forwarded_addresses_take_no_more_memory_and_free_nobody() {
             writer.write_all(batch.as_bytes()).unwrap();
         }
     });
-    let mut answers = [0u32; 2];
+    let mut responses = [0u32; 2];
     let mut line = String::new();
-    while answers.iter().sum::<u32>() < clients {
+    while responses.iter().sum::<u32>() < clients {
         line.clear();
-        assert!(reader.read_line(&mut line).unwrap() > 0, "the connection ended after {answers:?}");
+        assert!(reader.read_line(&mut line).unwrap() > 0, "the connection was closed after {responses:?}");
         match line.trim_end() {
-            "HTTP/1.1 200 OK" => answers[0] += 1,
-            "HTTP/1.1 429 Too Many Requests" => answers[1] += 1,
+            "HTTP/1.1 200 OK" => responses[0] += 1,
+            "HTTP/1.1 429 Too Many Requests" => responses[1] += 1,
             other => assert!(!other.starts_with("HTTP/"), "{other}"),
         }
     }
     sending.join().unwrap();
     let after = daemon.metric("process_resident_memory_bytes");
     eprintln!(
-        "{clients} forwarded addresses in {:.1?}: {} answered 200, {} answered 429; resident before {:.1} MB, after {:.1} MB",
+        "{clients} forwarded addresses in {:.1?}: {} times 200, {} times 429; resident before {:.1} MB, after {:.1} MB",
         started.elapsed(),
-        answers[0],
-        answers[1],
+        responses[0],
+        responses[1],
         before / 1e6,
         after / 1e6
     );
     assert!(after - before < 16e6, "{before} {after}");
-    assert_eq!(ask_from("127.0.0.1", daemon.keys(), &spend).status, 429, "who was in debt still is");
+    assert_eq!(
+        exchange_from("127.0.0.1", daemon.keys(), &spend).status,
+        429,
+        "the limited client is still limited"
+    );
 }
 
 #[test]
 fn one_address_can_not_take_every_connection() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS_PER_CLIENT", "3"), ("HEAD_TIMEOUT", "3600")]);
-    let mut held: Vec<_> = (0..3).map(|_| client(connect_from("127.0.0.2", daemon.keys()))).collect();
+    let mut held: Vec<_> = (0..3).map(|_| Client::on(connect_from("127.0.0.2", daemon.keys()))).collect();
     for client in &mut held {
         assert_eq!(client.send(request("/key/32")).response().status, 200);
     }
-    let mut excess = client(connect_from("127.0.0.2", daemon.keys()));
-    let refused = excess.send(request("/key/32")).response();
+    let mut over_limit = Client::on(connect_from("127.0.0.2", daemon.keys()));
+    let refused = over_limit.send(request("/key/32")).response();
     assert_eq!((refused.status, refused.header("connection")), (503, Some("close")));
     assert!(refused.header("retry-after").is_some());
-    assert_eq!(ask_from("127.0.0.2", daemon.keys(), &request("/health")).status, 200, "health is answered");
-    assert_eq!(ask_from("127.0.0.3", daemon.keys(), &request("/key/32")).status, 200, "others are served");
-    // So many that nobody is told any more: closed, and still no slot of others' taken.
+    assert_eq!(status(&daemon, "127.0.0.2", "/health"), 200, "health is answered");
+    assert_eq!(status(&daemon, "127.0.0.3", "/key/32"), 200, "others are served");
+    // Most of these are closed without a response, and none takes a slot of another client.
     let mut flood: Vec<_> = (0..100).map(|_| connect_from("127.0.0.2", daemon.keys())).collect();
     until("the rest to be closed", || {
         (daemon.metric("http_rejections_total{reason=\"client_connections\"}") >= 80.0).then_some(())
     });
-    until("those without a slot to go", || (daemon.metric("http_connections") <= 3.0 + 8.0).then_some(()));
+    until("the over-limit connections to close", || {
+        (daemon.metric("http_connections") <= 3.0 + 8.0).then_some(())
+    });
     let closed = flood
         .iter_mut()
         .map(|stream| stream.read(&mut [0]))
         .filter(|read| matches!(read, Ok(0) | Err(_)))
         .count();
-    assert_eq!(closed, 100, "those who were let in to be told are closed after a second of silence");
+    assert_eq!(closed, 100, "the over-limit connections are closed after a second of silence");
     drop((held, flood));
-    until("a free share", || {
-        (ask_from("127.0.0.2", daemon.keys(), &request("/key/32")).status == 200).then_some(())
-    });
+    until("a free slot", || (status(&daemon, "127.0.0.2", "/key/32") == 200).then_some(()));
 }
 
 #[test]
-fn a_trusted_proxy_has_connections_for_many() {
+fn a_trusted_proxy_has_no_connection_limit() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS_PER_CLIENT", "1"), ("TRUSTED_PROXIES", "127.0.0.9")]);
     let held: Vec<_> = (0..50)
         .map(|_| {
-            let mut client = client(connect_from("127.0.0.9", daemon.keys()));
+            let mut client = Client::on(connect_from("127.0.0.9", daemon.keys()));
             assert_eq!(client.send(request("/key/1")).response().status, 200);
             client
         })
@@ -249,7 +257,7 @@ fn a_trusted_proxy_has_connections_for_many() {
     drop(held);
 }
 
-/// A stream that was begun and is not read.
+/// A connection whose streamed response has begun and is not read.
 fn stalled(address: &str, daemon: &Daemon, path: &str) -> TcpStream {
     let mut stream = connect_from(address, daemon.keys());
     stream.write_all(request(path).as_bytes()).unwrap();
@@ -260,7 +268,7 @@ fn stalled(address: &str, daemon: &Daemon, path: &str) -> TcpStream {
 }
 
 #[test]
-fn streamed_responses_have_permits_and_beyond_them_503_comes_at_once() {
+fn without_a_stream_permit_a_large_response_is_503_at_once() {
     let daemon =
         Daemon::start(&[("MAX_SIZE", "1073741824"), ("MAX_BULK_STREAMS", "8"), ("RATE_REQUESTS", "1000000")]);
     let mut held: Vec<_> =
@@ -279,25 +287,29 @@ fn streamed_responses_have_permits_and_beyond_them_503_comes_at_once() {
     let started = Instant::now();
     assert_eq!(daemon.get("/health").status, 200);
     eprintln!(
-        "with every permit taken: 503 after {:.2?} in the median, {:.2?} at most (of {}); /health after {:.2?}",
+        "with every permit held: 503 after {:.2?} in the median, {:.2?} at most (of {}); /health after {:.2?}",
         times[times.len() / 2],
         times[times.len() - 1],
         times.len(),
         started.elapsed()
     );
     let head = request("/key/65537").replace("GET", "HEAD");
-    assert_eq!(Client::connect(daemon.keys()).send(head).head_response().status, 200, "nor does a head");
+    assert_eq!(
+        Client::connect(daemon.keys()).send(head).head_response().status,
+        200,
+        "a HEAD request needs no permit"
+    );
     assert_eq!(daemon.metric("http_rejections_total{reason=\"bulk\"}"), 50.0);
     drop(held.pop());
-    until("the permit of a client that is gone", || (daemon.get("/key/65537").status == 200).then_some(()));
-    // One that was read to its end is given back as well.
+    until("the permit of the closed connection", || (daemon.get("/key/65537").status == 200).then_some(()));
+    // A permit is also released when the whole response has been read.
     for _ in 0..5 {
         until("the permit", || (daemon.get("/key/100000").status == 200).then_some(()));
     }
 }
 
 #[test]
-fn every_response_above_16_kib_takes_a_permit_of_its_clients_quarter() {
+fn every_response_above_16_kib_needs_a_permit_of_the_client() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1073741824"), ("MAX_BULK_STREAMS", "8")]);
     let large = [
         "/key/16385",
@@ -312,31 +324,27 @@ fn every_response_above_16_kib_takes_a_permit_of_its_clients_quarter() {
     for path in large {
         assert_eq!(daemon.get(path).status, 200, "{path}");
     }
-    // A quarter of eight. The client has permits of its own for as long as it reads nothing.
+    // The client's quarter of eight permits, held as long as it reads nothing.
     let held = [0, 1].map(|_| stalled("127.0.0.2", &daemon, "/key/1073741824"));
     for path in large {
-        let refused = ask_from("127.0.0.2", daemon.keys(), &request(path));
+        let refused = exchange_from("127.0.0.2", daemon.keys(), &request(path));
         assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")), "{path}");
-        assert_eq!(
-            ask_from("127.0.0.3", daemon.keys(), &request(path)).status,
-            200,
-            "{path} for another client"
-        );
+        assert_eq!(status(&daemon, "127.0.0.3", path), 200, "{path} for another client");
     }
     for path in ["/key/16384", "/key/32?count=200&format=hex", "/key/4096?format=hex", "/health"] {
-        assert_eq!(ask_from("127.0.0.2", daemon.keys(), &request(path)).status, 200, "{path} takes none");
+        assert_eq!(status(&daemon, "127.0.0.2", path), 200, "{path} needs no permit");
     }
     drop(held);
 }
 
 #[test]
-fn a_quarter_is_that_of_the_client_behind_a_trusted_proxy() {
+fn permits_count_for_the_client_behind_a_trusted_proxy() {
     let daemon = Daemon::start(&[
         ("MAX_SIZE", "1073741824"),
         ("MAX_BULK_STREAMS", "4"),
         ("TRUSTED_PROXIES", "127.0.0.9"),
     ]);
-    let ask = |client: &str| {
+    let open = |client: &str| {
         let mut stream = connect_from("127.0.0.9", daemon.keys());
         let path = "/key/1073741824";
         let text = format!("GET {path} HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: {client}\r\n\r\n");
@@ -345,13 +353,13 @@ fn a_quarter_is_that_of_the_client_behind_a_trusted_proxy() {
         stream.read_exact(&mut status).unwrap();
         (String::from_utf8(status[9..].to_vec()).unwrap(), stream)
     };
-    let held: Vec<_> = ["192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.3"].map(ask).into();
+    let held: Vec<_> = ["192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.3"].map(open).into();
     let statuses: Vec<_> = held.iter().map(|(status, _)| status.as_str()).collect();
     assert_eq!(statuses, ["200", "503", "200", "200"]);
 }
 
 #[test]
-fn the_new_settings_are_checked() {
+fn invalid_access_settings_are_errors() {
     for (name, value, expected) in [
         ("RATE_REQUESTS", "-1", "expected a whole number from 0"),
         ("RATE_BURST", "0", "expected a duration from 1s to 1h"),
