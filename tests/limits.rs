@@ -211,7 +211,8 @@ fn a_released_slot_is_free_despite_over_limit_connections() {
         (client.send(request("/key/32") + HALF).response().status == 200).then_some(client)
     };
     let mut clients: Vec<_> = (0..4).map(|_| until("a slot", with_slot)).collect();
-    // Silent over-limit connections are closed after a second, which a busy machine may take: one of five tries is enough.
+    // Silent over-limit connections are closed after a second, which a busy machine may take: one of five tries is
+    // enough.
     let is_free_at_once = (0..5).any(|_| {
         let over_limit: Vec<_> = (0..20).map(|_| TcpStream::connect(daemon.keys()).unwrap()).collect();
         drop(clients.pop());

@@ -16,7 +16,8 @@ use rustls::version::{TLS12, TLS13};
 /// How many bytes of a key in a row count as a find: 16 bytes never match by chance.
 const WINDOW: usize = 16;
 
-/// All memory of a process, by runs of resident or swapped pages. Pages that it reserved and never touched are left out.
+/// All memory of a process, by runs of resident or swapped pages. Pages that it reserved and never touched are left
+/// out.
 fn memory(pid: u32) -> Vec<Vec<u8>> {
     let open = |name| File::open(format!("/proc/{pid}/{name}")).expect("a child of one's own may be read");
     let (memory, pages) = (open("mem"), open("pagemap"));

@@ -65,7 +65,8 @@ impl Accepted {
     }
 
     /// Counts the connection for `client`, as named by a proxy; `None` leaves it to its own address. Returns `false` if
-    /// it must be closed, because the client has too many. One that is merely over its client's limit releases its slot.
+    /// it must be closed, because the client has too many. One that is merely over its client's limit releases its
+    /// slot.
     pub(crate) fn set_client(&mut self, client: Option<IpAddr>) -> bool {
         if let Some(origin) = client.map(Origin::Ip) {
             let context = &self.guard.context;

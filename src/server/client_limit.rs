@@ -12,8 +12,8 @@ use crate::access::peer::{Client, Origin};
 /// How many connections over its limit a client may have, each of which gets a 503; more are closed without a response.
 const OVER_LIMIT_PER_CLIENT: u32 = 8;
 
-/// How many TLS handshakes of one client run at once while many run; its others wait for these. 40 clients, who may have
-/// 10,000 connections, then run fewer than half of all handshakes that run at once.
+/// How many TLS handshakes of one client run at once while many run; its others wait for these. 40 clients, who may
+/// have 10,000 connections, then run fewer than half of all handshakes that run at once.
 const HANDSHAKES_PER_CLIENT: usize = 3;
 
 /// The connections of each client that has any. Its memory is limited by the number of connections.

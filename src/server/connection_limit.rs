@@ -98,8 +98,8 @@ impl ConnectionLimit {
         }
     }
 
-    /// Returns when a connection may be accepted: at once, unless `over_limit` connections have no slot. Then the oldest
-    /// of those is closed, and counted in `metrics` as rejected: its request was not read.
+    /// Returns when a connection may be accepted: at once, unless `over_limit` connections have no slot. Then the
+    /// oldest of those is closed, and counted in `metrics` as rejected: its request was not read.
     pub(crate) async fn ready(&self, metrics: &Metrics) {
         loop {
             let closed = self.closed.notified();
@@ -142,8 +142,8 @@ impl ConnectionLimit {
         self.over_limit_tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a connection as open and returns its class; [`ConnectionLimit::release`] has to follow. With `evicts`, and
-    /// all slots taken, it gets the slot of the longest idle connection, which closes.
+    /// Counts a connection as open and returns its class; [`ConnectionLimit::release`] has to follow. With `evicts`,
+    /// and all slots taken, it gets the slot of the longest idle connection, which closes.
     ///
     /// Connections over their client's limit take no slot: a client that keeps connecting would take each one that is
     /// released, and no other client would get a key.

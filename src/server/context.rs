@@ -75,8 +75,8 @@ impl ServerContext {
         self
     }
 
-    /// Has a connection take the slot of an idle one only once the PROXY header has named its client, which may be over its
-    /// limit.
+    /// Has a connection take the slot of an idle one only once the PROXY header has named its client, which may be over
+    /// its limit.
     #[must_use]
     pub fn with_proxy_protocol(mut self, uses_proxy_protocol: bool) -> Self {
         self.uses_proxy_protocol = uses_proxy_protocol;

@@ -52,8 +52,8 @@ impl Drain {
         self.0.subscribe()
     }
 
-    /// Stops accepting connections, keeps reading requests in flight for a moment, then closes idle connections. Returns
-    /// then; busy connections may still be open.
+    /// Stops accepting connections, keeps reading requests in flight for a moment, then closes idle connections.
+    /// Returns then; busy connections may still be open.
     pub async fn begin(&self, contexts: &[&ServerContext]) {
         for timeouts in all_timeouts(contexts) {
             timeouts.keep_ended_connections();
@@ -72,8 +72,8 @@ impl Drain {
         self.0.send_replace(Phase::Closing);
     }
 
-    /// Returns when the clients of all ended connections have acknowledged their last bytes and their end. Until then the
-    /// network namespace has to stay, and that of a pod or a container goes away with the process.
+    /// Returns when the clients of all ended connections have acknowledged their last bytes and their end. Until then
+    /// the network namespace has to stay, and that of a pod or a container goes away with the process.
     pub async fn wait_until_acknowledged(&self, contexts: &[&ServerContext], ports: &[u16]) {
         while self.close_acknowledged(contexts, ports) > 0 {
             tokio::time::sleep(ACKNOWLEDGED_INTERVAL).await;

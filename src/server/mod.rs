@@ -1,5 +1,5 @@
-//! How bytes move: listeners, the accept loop, connection limits, timeouts, TLS, graceful shutdown, and the fast path and
-//! the slow path of HTTP/1.1. What a request means is decided in [`http`](crate::http).
+//! How bytes move: listeners, the accept loop, connection limits, timeouts, TLS, graceful shutdown, and the fast path
+//! and the slow path of HTTP/1.1. What a request means is decided in [`http`](crate::http).
 //!
 //! May import: [`access`](crate::access), [`telemetry`](crate::telemetry), [`keys`](crate::keys).
 //!

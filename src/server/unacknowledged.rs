@@ -1,8 +1,8 @@
 //! Connections that have ended normally, but whose last bytes or end (FIN) the client has not acknowledged.
 //!
-//! The kernel goes on sending both after the process has exited, unless the network namespace goes away with the process,
-//! as that of a pod or a container does. The client would then get neither the rest nor a reset, and wait until its own
-//! timeout.
+//! The kernel goes on sending both after the process has exited, unless the network namespace goes away with the
+//! process, as that of a pod or a container does. The client would then get neither the rest nor a reset, and wait
+//! until its own timeout.
 
 use std::collections::HashSet;
 use std::fs;
@@ -17,12 +17,12 @@ use socket2::SockRef;
 /// sockets of another namespace are not in them: that namespace stays.
 const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
 
-/// FIN_WAIT1, LAST_ACK and CLOSING (the kernel's include/net/tcp_states.h): the client has not acknowledged the end, and
-/// maybe not the bytes before it.
+/// FIN_WAIT1, LAST_ACK and CLOSING (the kernel's include/net/tcp_states.h): the client has not acknowledged the end,
+/// and maybe not the bytes before it.
 const UNACKNOWLEDGED_STATES: [&str; 3] = ["04", "09", "0B"];
 
-/// Descriptors of connections that have ended since the drain began. Their sending side is shut down: they only have to be
-/// closed or reset.
+/// Descriptors of connections that have ended since the drain began. Their sending side is shut down: they only have to
+/// be closed or reset.
 #[derive(Debug, Default)]
 pub(crate) struct EndedConnections(Mutex<Vec<OwnedFd>>);
 
@@ -57,8 +57,8 @@ impl EndedConnections {
 pub(crate) struct UnacknowledgedSockets {
     /// The inodes of sockets with a descriptor.
     inodes: HashSet<u64>,
-    /// The local and remote addresses of sockets without one, which can no longer be reset. It is a set since the kernel
-    /// may list a socket twice when others are added meanwhile.
+    /// The local and remote addresses of sockets without one, which can no longer be reset. It is a set since the
+    /// kernel may list a socket twice when others are added meanwhile.
     orphans: HashSet<(String, String)>,
 }
 
@@ -68,8 +68,8 @@ impl UnacknowledgedSockets {
         self.orphans.len()
     }
 
-    /// Reads the kernel's tables. Of the sockets without a descriptor, only those whose local port is one of `ports` are
-    /// taken. Finds none if the tables can't be read.
+    /// Reads the kernel's tables. Of the sockets without a descriptor, only those whose local port is one of `ports`
+    /// are taken. Finds none if the tables can't be read.
     pub(crate) fn read(ports: &[u16]) -> Self {
         let mut sockets = Self::default();
         for table in TABLES {
