@@ -32,14 +32,9 @@ fn main() {
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1))
         .configure_from_args();
-    by_size(&mut criterion);
-    criterion.final_summary();
-}
-
-fn by_size(criterion: &mut Criterion) {
     let generator = Generator::new(OsRandom).expect("this machine's kernel generator works");
-    for (use_, size) in SIZES {
-        let mut group = criterion.benchmark_group(format!("{size} B, {use_}"));
+    for (purpose, size) in SIZES {
+        let mut group = criterion.benchmark_group(format!("{size} B, {purpose}"));
         group.throughput(Throughput::Bytes(size as u64));
         let mut key = vec![0; size];
         group.bench_function(BenchmarkId::from_parameter("kernel"), |bench| {
@@ -53,6 +48,7 @@ fn by_size(criterion: &mut Criterion) {
         });
         group.finish();
     }
+    criterion.final_summary();
 }
 
 fn kernel(key: &mut [u8]) {

@@ -1,4 +1,4 @@
-//! What Prometheus reads.
+//! The metrics that Prometheus scrapes: their values, labels and documentation.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -11,18 +11,18 @@ use std::net::TcpStream;
 use common::{Client, Daemon, exchange, get, request, until};
 
 #[test]
-fn answers_are_counted_by_status_and_route() {
+fn responses_are_counted_by_status_and_route() {
     let daemon = Daemon::start(&[("MAX_SIZE", "100000")]);
     for path in ["/key/32", "/key/32", "/key/100000", "/key/0", "/key/100001", "/health", "/nowhere"] {
         daemon.get(path);
     }
-    // A short key is counted once it is sent, when its client may have it already.
+    // A short key is counted when it is sent, so its client may receive it first.
     let mut scrapes = 0.0;
-    let text = until("the last answer to be counted", || {
+    let text = until("the last response to be counted", || {
         scrapes += 1.0;
         let text = get(daemon.metrics(), "/metrics").text();
-        let answers = common::metric(&text, "request_latency_seconds_count{endpoint=\"/key/{length}\"}");
-        (answers == 5.0).then_some(text)
+        let responses = common::metric(&text, "request_latency_seconds_count{endpoint=\"/key/{length}\"}");
+        (responses == 5.0).then_some(text)
     });
     for (series, value) in [
         ("http_responses_total{status_code=\"200\"}", 3.0 + scrapes),
@@ -43,24 +43,25 @@ fn answers_are_counted_by_status_and_route() {
     assert_eq!(
         daemon.metric("http_responses_total{status_code=\"200\"}"),
         4.0 + scrapes,
-        "a scrape counts once it is done"
+        "a scrape is counted when it is complete"
     );
 }
 
-/// Why a request for a key or a password fails.
+/// The reasons why a request for a key or a password fails.
 const REASONS: [&str; 5] = ["connections", "client_connections", "generator", "draining", "bulk"];
 
-/// How many requests for keys and passwords were answered, and how many of them failed, by reason: what the rules divide.
+/// The number of responses to requests for keys and passwords, and the number of failures by reason: the alerting rules
+/// divide the two.
 fn key_requests(metrics: &str) -> (f64, [f64; 5]) {
-    let answered = ["/key/{length}", "/password/{length}"].map(|route| {
+    let responses = ["/key/{length}", "/password/{length}"].map(|route| {
         common::metric(metrics, &format!("request_latency_seconds_count{{endpoint=\"{route}\"}}"))
     });
     let failed = REASONS
         .map(|reason| common::metric(metrics, &format!("key_request_failures_total{{reason=\"{reason}\"}}")));
-    (answered.iter().sum(), failed)
+    (responses.iter().sum(), failed)
 }
 
-/// What all other routes answered.
+/// The number of responses of all other routes.
 fn other_requests(metrics: &str) -> f64 {
     ["/", "/openapi.json", "/health", "/livez", "/readyz", "/metrics", "other"]
         .iter()
@@ -70,28 +71,28 @@ fn other_requests(metrics: &str) -> f64 {
         .sum()
 }
 
-/// `count` failures for `reason` and no other.
+/// `count` failures for `reason` and none for the others.
 fn failures(reason: &str, count: usize) -> [f64; 5] {
     REASONS.map(|other| if other == reason { count as f64 } else { 0.0 })
 }
 
-/// A GET, or a HEAD where that is written before the path.
-fn ask(daemon: &Daemon, what: &str) -> u16 {
+/// The status of a GET of a path, or of a HEAD if the path follows `HEAD`.
+fn ask(daemon: &Daemon, target: &str) -> u16 {
     let mut client = Client::connect(daemon.keys());
-    match what.strip_prefix("HEAD ") {
+    match target.strip_prefix("HEAD ") {
         Some(path) => client.send(request(path).replace("GET", "HEAD")).head_response().status,
-        None => client.send(request(what)).response().status,
+        None => client.send(request(target)).response().status,
     }
 }
 
-/// A client that has had a key and begun another request: it holds its slot.
+/// A client that received a key and began another request: it holds its slot.
 fn busy(daemon: &Daemon) -> TcpStream {
     let mut client = Client::connect(daemon.keys());
     assert_eq!(client.send(request("/key/32") + "GET /key/32 HTTP/1.1\r\n").response().status, 200);
     client.stream
 }
 
-/// A client that has begun to read a long key, and holds its permit.
+/// A client that began to read a streamed key: it holds its permit.
 fn streaming(daemon: &Daemon) -> TcpStream {
     let mut stream = TcpStream::connect(daemon.keys()).unwrap();
     stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
@@ -100,7 +101,7 @@ fn streaming(daemon: &Daemon) -> TcpStream {
 }
 
 #[test]
-fn a_key_request_that_fails_counts_once_above_and_once_below() {
+fn a_failed_key_request_counts_once_as_request_and_failure() {
     let short = [
         "/key/32",
         "HEAD /key/32",
@@ -111,7 +112,7 @@ fn a_key_request_that_fails_counts_once_above_and_once_below() {
         "/password/24?count=1000",
     ];
     let large = ["/key/20000", "/key/32?count=1024&format=hex", "/password/24?count=1000"];
-    for (reason, setting, hold, asked) in [
+    for (reason, setting, hold, targets) in [
         ("connections", ("MAX_CONNECTIONS", "1"), busy as fn(&Daemon) -> TcpStream, &short[..]),
         ("client_connections", ("MAX_CONNECTIONS_PER_CLIENT", "1"), busy, &short),
         ("bulk", ("MAX_BULK_STREAMS", "1"), streaming, &large),
@@ -124,14 +125,14 @@ fn a_key_request_that_fails_counts_once_above_and_once_below() {
         for path in ["/key/32", "/key/{length}", "/password/{length}", "/readyz", "/nowhere"] {
             get(daemon.metrics(), path);
         }
-        for what in asked {
-            assert_eq!(ask(&daemon, what), 503, "{reason}: {what}");
+        for target in targets {
+            assert_eq!(ask(&daemon, target), 503, "{reason}: {target}");
         }
-        let own = if reason == "bulk" { 0 } else { 1 }; // the stream has no end yet
+        let own = if reason == "bulk" { 0 } else { 1 }; // the stream has not ended
         let mut scrapes = 0;
         until("all requests to be counted", || {
             let text = get(daemon.metrics(), "/metrics").text();
-            let done = ((asked.len() + own) as f64, failures(reason, asked.len()));
+            let done = ((targets.len() + own) as f64, failures(reason, targets.len()));
             let others = (others.len() + 5 + scrapes) as f64;
             scrapes += 1;
             let (requests, failed) = key_requests(&text);
@@ -140,12 +141,12 @@ fn a_key_request_that_fails_counts_once_above_and_once_below() {
                 .then(|| assert_eq!(failed, done.1, "{reason}"))
         });
         drop(held);
-        until("what it held", || (ask(&daemon, asked[0]) == 200).then_some(()));
+        until("the slot or permit to be free", || (ask(&daemon, targets[0]) == 200).then_some(()));
     }
 }
 
 #[test]
-fn a_large_response_that_the_end_refuses_counts_once_above_and_once_below() {
+fn a_stream_refused_while_draining_counts_as_a_failure() {
     let mut daemon =
         Daemon::start(&[("DRAIN_TIMEOUT", "3600"), ("HEAD_TIMEOUT", "3600"), ("MAX_SIZE", "20000")]);
     let begun = |to, path: &str| {
@@ -153,14 +154,14 @@ fn a_large_response_that_the_end_refuses_counts_once_above_and_once_below() {
         client.send(&request(path)[..request(path).len() - 2]);
         client
     };
-    // Nothing is accepted any more once the drain has begun.
+    // No connection is accepted after the drain has begun.
     let paths = ["/key/20000", "/password/24?count=1000"].repeat(10);
     let waiting: Vec<_> = paths.iter().map(|path| begun(daemon.keys(), path)).collect();
     let mut scrape = begun(daemon.metrics(), "/metrics");
     until("all to be accepted", || (daemon.metric("http_connections") == 20.0).then_some(()));
     daemon.signal("TERM");
     daemon.manager.wait_for("STOPPING=1");
-    // The listener is closed once large responses are refused.
+    // The listener closes after large responses are refused.
     until("the drain to begin", || TcpStream::connect(daemon.keys()).is_err().then_some(()));
     for (mut client, path) in waiting.into_iter().zip(&paths) {
         assert_eq!(client.send("\r\n").response().status, 503, "{path}");
@@ -171,10 +172,10 @@ fn a_large_response_that_the_end_refuses_counts_once_above_and_once_below() {
 }
 
 #[test]
-fn what_is_refused_for_what_the_client_did_is_no_failure() {
+fn client_errors_do_not_count_as_failures() {
     let daemon = Daemon::start(&[("RATE_REQUESTS", "1"), ("RATE_BURST", "1")]);
-    let asked = ["/key/0", "/key/2048", "/password/x", "/key/32?format=x", "/key/32", "/key/32"];
-    let statuses = asked.map(|path| ask(&daemon, path));
+    let paths = ["/key/0", "/key/2048", "/password/x", "/key/32?format=x", "/key/32", "/key/32"];
+    let statuses = paths.map(|path| ask(&daemon, path));
     assert_eq!(statuses, [400, 413, 400, 400, 200, 429]);
     until("the requests to be counted", || {
         (key_requests(&get(daemon.metrics(), "/metrics").text()) == (6.0, [0.0; 5])).then_some(())
@@ -182,7 +183,7 @@ fn what_is_refused_for_what_the_client_did_is_no_failure() {
 }
 
 #[test]
-fn no_path_and_no_client_makes_a_series() {
+fn no_path_and_no_client_creates_a_series() {
     let daemon = Daemon::start(&[]);
     let series = |text: &str| text.lines().filter(|line| !line.starts_with('#')).count();
     let before = series(&get(daemon.metrics(), "/metrics").text());
@@ -215,7 +216,7 @@ fn no_key_byte_is_in_the_metrics_or_the_log() {
 }
 
 #[test]
-fn the_process_and_the_build_are_described() {
+fn process_and_build_metrics_have_plausible_values() {
     let daemon = Daemon::start(&[]);
     let text = get(daemon.metrics(), "/metrics").text();
     let version = env!("CARGO_PKG_VERSION");
@@ -229,36 +230,36 @@ fn the_process_and_the_build_are_described() {
         assert!(common::metric(&text, name) > 0.0, "{name}");
     }
     assert_eq!(common::metric(&text, "workers_healthy"), 1.0);
-    // Where the kernel shows it, and the test's own group, of which the daemon is.
+    // The group is the test's own, and not every kernel shows it.
     if text.contains("cgroup_memory_") {
         assert!(common::metric(&text, "cgroup_memory_usage_bytes") > 1e6);
         assert!(common::metric(&text, "cgroup_memory_limit_bytes") > 1e6);
     }
     let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
-    let told = common::metric(&text, "process_open_fds");
-    // The scrape's own connection is gone by now.
-    assert!((told - f64::from(u32::try_from(open).unwrap())).abs() <= 2.0, "{told} {open}");
+    let reported = common::metric(&text, "process_open_fds");
+    // The connection of the scrape is closed by now.
+    assert!((reported - f64::from(u32::try_from(open).unwrap())).abs() <= 2.0, "{reported} {open}");
 }
 
 #[test]
-fn metrics_have_the_type_that_prometheus_expects_and_are_not_on_the_key_port() {
+fn metrics_have_their_own_port_and_media_type() {
     let daemon = Daemon::start(&[]);
     let response = get(daemon.metrics(), "/metrics");
     assert_eq!(response.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
     assert_eq!(daemon.get("/metrics").status, 404);
-    assert_eq!(get(daemon.metrics(), "/key/32").status, 404, "nor are keys on the metrics port");
+    assert_eq!(get(daemon.metrics(), "/key/32").status, 404, "keys are not on the metrics port");
     assert_eq!(exchange(daemon.metrics(), request("/metrics").replace("GET", "POST")).status, 405);
 }
 
-/// The label of a metric, and the values of that.
+/// The label of a metric, and its values.
 type Label = (Option<String>, BTreeSet<String>);
 
 #[test]
-fn the_readme_lists_every_metric_label_and_value() {
+fn every_metric_label_and_value_is_documented() {
     let authority = common::tls::Authority::new();
     let proxies = [("PROXY_PROTOCOL", "true"), ("TRUSTED_PROXIES", "127.0.0.1")];
     let documented = documented();
-    for (what, daemon) in [
+    for (mode, daemon) in [
         ("plain", Daemon::start(&[])),
         ("with TLS", common::tls::daemon(&authority, &[])),
         ("with `proxy-protocol`", Daemon::start(&proxies)),
@@ -268,20 +269,17 @@ fn the_readme_lists_every_metric_label_and_value() {
             let found = documented.get(name);
             let (expected, condition) = found.unwrap_or_else(|| panic!("{name} is not documented"));
             assert_eq!(expected, label, "{name} as documented and as exported");
-            assert!(["", what].contains(&&**condition) || condition.starts_with("where "), "{name}: {what}");
+            assert!(["", mode].contains(&&**condition) || condition.starts_with("where "), "{name}: {mode}");
         }
         for (name, (_, condition)) in &documented {
-            let may_lack = !["", what].contains(&&**condition);
-            assert!(
-                may_lack || exported.contains_key(name),
-                "{name} is documented, and not exported: {what}"
-            );
+            let may_lack = !["", mode].contains(&&**condition);
+            assert!(may_lack || exported.contains_key(name), "{name} is documented but not exported: {mode}");
         }
     }
 }
 
 #[test]
-fn the_reasons_of_failed_handshakes_are_documented() {
+fn handshake_failure_reasons_are_documented() {
     let authority = common::tls::Authority::new();
     let daemon = common::tls::daemon(&authority, &[]);
     let (_, exported) =
@@ -291,7 +289,7 @@ fn the_reasons_of_failed_handshakes_are_documented() {
     assert_eq!(rows.iter().flat_map(|row| marked(row[0])).collect::<BTreeSet<_>>(), exported);
 }
 
-/// The metrics of the table in docs/monitoring.md, each with what it takes to be there, if it takes something.
+/// The metrics of the table in docs/monitoring.md, each with the condition on which it exists, or an empty one.
 fn documented() -> BTreeMap<String, (Label, String)> {
     let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/monitoring.md")).unwrap();
     let mut metrics = BTreeMap::new();
@@ -311,7 +309,7 @@ fn documented() -> BTreeMap<String, (Label, String)> {
                 _ => marked(values).into_iter().collect(),
             };
             let before = metrics.insert(name.clone(), ((label, values), condition.to_owned()));
-            assert!(before.is_none(), "{name} is there twice");
+            assert!(before.is_none(), "{name} is in the table twice");
         }
     }
     metrics
@@ -323,7 +321,7 @@ fn exported(text: &str) -> BTreeMap<String, Label> {
         text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect();
     let mut metrics = BTreeMap::<String, Label>::new();
     for line in text.lines().filter(|line| !line.starts_with('#')) {
-        // A value in quotation marks may have any character but that, here.
+        // A quoted value contains no quotation mark here.
         let (series, _) = line.rsplit_once(' ').unwrap();
         let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
         let is_of = |metric: &str, kind: &str| match name.strip_prefix(metric) {
@@ -337,7 +335,7 @@ fn exported(text: &str) -> BTreeMap<String, Label> {
             let (key, value) = pair.split_once('=').unwrap();
             match key {
                 "le" => {}
-                "version" => *label = Some(key.to_owned()), // of its values, the table names none
+                "version" => *label = Some(key.to_owned()), // the table names none of its values
                 _ => {
                     assert!(
                         label.replace(key.to_owned()).is_none_or(|before| before == key),
@@ -351,7 +349,7 @@ fn exported(text: &str) -> BTreeMap<String, Label> {
     metrics
 }
 
-/// The cells of each row of the table whose header begins so.
+/// The cells of each row of the table whose header line starts with `header`.
 fn rows_of<'a>(text: &'a str, header: &str) -> Vec<Vec<&'a str>> {
     let rows: Vec<_> = text
         .lines()
@@ -364,7 +362,7 @@ fn rows_of<'a>(text: &'a str, header: &str) -> Vec<Vec<&'a str>> {
     rows
 }
 
-/// What stands between back ticks.
+/// The texts between back ticks.
 fn marked(cell: &str) -> Vec<String> {
     cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }

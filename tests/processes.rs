@@ -1,4 +1,4 @@
-//! No test leaves a process behind, however it ends, and none needs a program that a minimal Debian with Rust lacks.
+//! No test leaves a process behind, however it ends, or needs a program that a minimal Debian with Rust lacks.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -14,12 +14,12 @@ use common::process::{Process, shell};
 use common::{Daemon, Folder, until};
 use rustix::process::{Pid, test_kill_process};
 
-/// Whether the process is there, running or not waited for yet.
+/// Whether the process exists: running, or not yet waited for.
 fn exists(pid: u32) -> bool {
     test_kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap()).is_ok()
 }
 
-/// The process id that a script wrote to the file.
+/// The process id that a script writes to the file.
 fn written_pid(file: &Path) -> u32 {
     until("the process id", || fs::read_to_string(file).ok()?.strip_suffix('\n')?.parse().ok())
 }
@@ -51,7 +51,7 @@ fn a_panicking_test_leaves_no_process() {
 fn a_panic_before_ready_leaves_no_process() {
     let folder = Folder::new();
     let (file, notify) = (folder.file("pid"), folder.file("notify"));
-    let manager_is_told = thread::spawn({
+    let notifying = thread::spawn({
         let file = file.clone();
         move || {
             let pid = written_pid(&file);
@@ -62,11 +62,11 @@ fn a_panic_before_ready_leaves_no_process() {
     let mut command = shell(NEVER_ENDS);
     command.arg(&file);
     assert!(catch_unwind(AssertUnwindSafe(|| Daemon::run(folder, command))).is_err());
-    assert!(!exists(manager_is_told.join().unwrap()));
+    assert!(!exists(notifying.join().unwrap()));
 }
 
 #[test]
-fn no_process_has_a_standard_stream_of_the_test() {
+fn no_process_inherits_a_standard_stream_of_the_test() {
     let daemon = Daemon::start(&[]);
     let stream = |number: u32| fs::read_link(format!("/proc/{}/fd/{number}", daemon.pid())).unwrap();
     let null = PathBuf::from("/dev/null");
@@ -82,7 +82,7 @@ fn sources(directory: &Path) -> Vec<PathBuf> {
     directories.iter().flat_map(|path| sources(path)).chain(files).collect()
 }
 
-/// What starts a process past [`Process`], in a text.
+/// A line that starts a process without [`Process`].
 fn unguarded(text: &str) -> Option<&str> {
     let starts = [concat!("Command::", "new("), concat!(".sp", "awn()"), concat!(".out", "put()")];
     text.lines().find(|line| starts.iter().any(|start| line.contains(start)))
@@ -95,20 +95,20 @@ fn every_process_is_started_by_the_guard() {
         ["src", "tests", "benches"].iter().flat_map(|name| sources(&root.join(name))).collect();
     let guard = root.join("tests/common/process.rs");
     assert!(files.contains(&guard) && files.len() > 50, "{files:?}");
-    // The subcommand is no test, and runs systemctl(1).
+    // The subcommand is not a test, and runs systemctl(1).
     let reload = root.join("src/systemd/reload.rs");
     for file in files.iter().filter(|file| **file != guard) {
         let mut found = fs::read_to_string(file).unwrap();
         if *file == reload {
             let lines: Vec<_> = found.lines().filter(|line| !line.contains("\"systemctl\"")).collect();
-            assert_eq!(lines.len() + 1, found.lines().count(), "it is started in one place");
+            assert_eq!(lines.len() + 1, found.lines().count(), "systemctl is started in one place");
             found = lines.join("\n");
         }
         assert_eq!(unguarded(&found), None, "{}: start it by tests/common/process.rs", file.display());
     }
     let guard = fs::read_to_string(guard).unwrap();
-    assert!(unguarded(&guard).is_some(), "the search finds what it is for");
-    // sh is dash on Debian, and essential there; rustc has built these tests.
+    assert!(unguarded(&guard).is_some(), "the search finds process starts");
+    // sh is dash on Debian, an essential package; rustc built these tests.
     let programs: Vec<_> =
         guard.lines().filter_map(|line| line.split_once("quiet(")).map(|(_, rest)| rest).collect();
     assert_eq!(programs.len(), 4, "the daemon, sh, rustc, and the function itself: {programs:?}");

@@ -1,7 +1,11 @@
-//! What clients see of a broken source, and whether what they are served looks random.
+//! What clients get when the random source breaks, and whether served bytes look random.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
-#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bytes of a counter are meant")]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the low byte of a counter is meant"
+)]
 
 mod common;
 
@@ -30,7 +34,7 @@ use key_service::telemetry::metrics::Metrics;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-/// The kernel's bytes until it is told to break.
+/// A source of the kernel's bytes that breaks on demand.
 struct Breakable {
     is_broken: Arc<AtomicBool>,
     broken: fn(&mut [u8]) -> io::Result<usize>,
@@ -42,9 +46,9 @@ impl Source for Breakable {
     }
 }
 
-/// The daemon's own routes over the daemon's own connection, with a source that can be broken.
+/// The daemon's routes over the daemon's connection, with a source that can break.
 struct Service {
-    site: HttpService,
+    http: HttpService,
     metrics: Arc<Metrics>,
     is_broken: Arc<AtomicBool>,
 }
@@ -56,7 +60,7 @@ impl Service {
         let generator = Arc::new(Generator::new(source).unwrap());
         let metrics = Arc::new(Metrics::new());
         let authorizer = Authorizer::new(AccessRules::default(), 64);
-        let api = AppState {
+        let state = AppState {
             max_size: AtomicU64::new(1 << 20),
             generator: Arc::clone(&generator),
             health: Arc::new(Health::new(generator)),
@@ -65,16 +69,16 @@ impl Service {
             dropped: Arc::default(),
             has_page: false,
         };
-        Self { site: HttpService::new(Routes::Both, Arc::new(api)), metrics, is_broken }
+        Self { http: HttpService::new(Routes::Both, Arc::new(state)), metrics, is_broken }
     }
 
-    /// One GET on a connection of its own: everything that comes back until its end.
+    /// Sends one GET on a new connection, and returns all bytes of the response.
     async fn get(&self, path: &str) -> Vec<u8> {
         let (client, server) = tokio::io::duplex(1 << 16);
         self.get_over(client, server, path).await.0
     }
 
-    /// The same on the two ends of a connection, and how it ended.
+    /// Sends one GET over the two ends of a connection, and returns all bytes of the response and how it ended.
     async fn get_over<I>(
         &self,
         mut client: impl AsyncRead + AsyncWrite + Unpin,
@@ -86,22 +90,22 @@ impl Service {
     {
         let drain = Drain::new();
         let peer = Peer::tcp(([127, 0, 0, 1], 1).into());
-        let session = self.site.clone().serve(ConnectionClass::Normal, peer);
+        let service = self.http.clone().serve(ConnectionClass::Normal, peer);
         let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
         let activity = IdleConnections::new().activity();
-        let serving = serve_connection(server, session, drain.subscribe(), &self.metrics, buffers, activity);
-        let asking = async {
+        let serving = serve_connection(server, service, drain.subscribe(), &self.metrics, buffers, activity);
+        let exchange = async {
             let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
             client.write_all(request.as_bytes()).await.unwrap();
-            let mut answer = Vec::new();
-            let end = client.read_to_end(&mut answer).await;
-            (answer, end)
+            let mut response = Vec::new();
+            let end = client.read_to_end(&mut response).await;
+            (response, end)
         };
-        tokio::join!(serving, asking).1
+        tokio::join!(serving, exchange).1
     }
 
-    /// Every 503 to a request for a key or a password, and nothing else, is counted as the generator's failure.
-    async fn count(&self) {
+    /// Asserts that every 503 to a request for a key or a password, and nothing else, counts as the generator's failure.
+    async fn assert_failures_are_counted(&self) {
         let metrics = String::from_utf8(self.get("/metrics").await).unwrap();
         let failed = common::metric(&metrics, "key_request_failures_total{reason=\"generator\"}");
         let probes = 2.0; // /health and /readyz
@@ -109,8 +113,8 @@ impl Service {
     }
 
     async fn status(&self, path: &str) -> String {
-        let answer = self.get(path).await;
-        String::from_utf8_lossy(&answer[9..12]).into_owned()
+        let response = self.get(path).await;
+        String::from_utf8_lossy(&response[9..12]).into_owned()
     }
 }
 
@@ -132,7 +136,7 @@ fn exhausted(_: &mut [u8]) -> io::Result<usize> {
     Ok(0)
 }
 
-/// 40 different blocks, over and over.
+/// A cycle of 40 different blocks.
 fn repeating(buffer: &mut [u8]) -> io::Result<usize> {
     static AT: AtomicU64 = AtomicU64::new(0);
     let n = AT.fetch_add(1, Ordering::Relaxed) % 40;
@@ -141,7 +145,7 @@ fn repeating(buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 #[tokio::test]
-async fn a_source_that_breaks_is_answered_with_503_and_never_trusted_again() {
+async fn a_broken_source_gets_503_and_is_never_trusted_again() {
     for (name, broken) in [
         ("stuck", stuck as fn(&mut [u8]) -> io::Result<usize>),
         ("zero", zero),
@@ -154,39 +158,39 @@ async fn a_source_that_breaks_is_answered_with_503_and_never_trusted_again() {
             let path = format!("/key/{length}");
             assert_eq!(service.status(&path).await, "200");
             service.is_broken.store(true, Ordering::Relaxed);
-            // A source that repeats is found out at its first repetition, not before.
-            let mut answers = 0;
+            // A repeating source is detected at its first repetition, not before.
+            let mut served = 0;
             while service.status(&path).await == "200" {
-                answers += 1;
-                assert!(answers <= 400, "{name}, {length}");
+                served += 1;
+                assert!(served <= 400, "{name}, {length}");
             }
             service.is_broken.store(false, Ordering::Relaxed);
-            let answer = String::from_utf8(service.get(&path).await).unwrap();
+            let response = String::from_utf8(service.get(&path).await).unwrap();
             assert!(
-                answer.starts_with("HTTP/1.1 503 "),
-                "a source that seems well again stays out: {answer}"
+                response.starts_with("HTTP/1.1 503 "),
+                "a source that seems to have recovered is not trusted: {response}"
             );
             assert!(
-                answer.contains("\r\nretry-after: ")
-                    && answer.contains("No keys can be generated: the random source")
+                response.contains("\r\nretry-after: ")
+                    && response.contains("No keys can be generated: the random source")
             );
             assert_eq!(service.status("/health").await, "503");
             assert_eq!(service.status("/readyz").await, "503");
-            assert_eq!(service.status("/livez").await, "200", "a restart would not mend a source");
+            assert_eq!(service.status("/livez").await, "200", "a restart would not repair the source");
             let metrics = String::from_utf8(service.get("/metrics").await).unwrap();
             assert_eq!(common::metric(&metrics, "generator_healthy"), 0.0);
             assert!(common::metric(&metrics, "http_rejections_total{reason=\"generator\"}") > 0.0);
             assert_eq!(service.status("/password/16").await, "503");
             if length < 500_000 {
-                service.count().await; // a stream that was cut has had its 200
+                service.assert_failures_are_counted().await; // a stream that is cut short began with 200
             }
         }
     }
 }
 
 #[tokio::test]
-async fn a_source_that_breaks_within_a_long_key_leaves_it_short() {
-    // 500,000 bytes are 8 pieces; the source breaks after the first ones.
+async fn a_failure_within_a_streamed_key_cuts_the_response_short() {
+    // 500,000 bytes take 16 chunks; the source breaks after the third read.
     static READS: AtomicU64 = AtomicU64::new(0);
     fn late(buffer: &mut [u8]) -> io::Result<usize> {
         if READS.fetch_add(1, Ordering::Relaxed) < 3 { OsRandom.read(buffer) } else { denied(buffer) }
@@ -197,7 +201,7 @@ async fn a_source_that_breaks_within_a_long_key_leaves_it_short() {
         service.is_broken.store(true, Ordering::Relaxed);
         service
     };
-    // No end in order, which TLS would announce.
+    // The connection is reset: TLS would announce an orderly close.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let server = Stream::Tcp(listener.accept().await.unwrap().0);
@@ -208,11 +212,11 @@ async fn a_source_that_breaks_within_a_long_key_leaves_it_short() {
     let (_, end) = broken().get_over(client, server, "/key/500000").await;
     assert_eq!(end.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionReset));
     let service = broken();
-    let answer = service.get("/key/500000").await;
-    assert!(answer.starts_with(b"HTTP/1.1 200 "));
-    assert!(common::find(&answer, b"content-length: 500000\r\n").is_some());
-    let body = answer.len() - common::find(&answer, b"\r\n\r\n").unwrap() - 4;
-    assert!(body <= 3 * 65_536, "{body} bytes of a key that could not be made");
+    let response = service.get("/key/500000").await;
+    assert!(response.starts_with(b"HTTP/1.1 200 "));
+    assert!(common::find(&response, b"content-length: 500000\r\n").is_some());
+    let body = response.len() - common::find(&response, b"\r\n\r\n").unwrap() - 4;
+    assert!(body <= 3 * 65_536, "{body} bytes of a key that could not be generated");
     let failures = "key_request_failures_total{reason=\"generator\"}";
     let metrics = String::from_utf8(service.get("/metrics").await).unwrap();
     assert_eq!(common::metric(&metrics, failures), 1.0, "a response that is cut short is a failure");
@@ -222,7 +226,7 @@ async fn a_source_that_breaks_within_a_long_key_leaves_it_short() {
 }
 
 #[test]
-fn health_notices_a_broken_source_before_any_key_is_asked_for() {
+fn health_detects_a_broken_source_without_a_key_request() {
     let is_broken = Arc::new(AtomicBool::new(false));
     let generator =
         Arc::new(Generator::new(Breakable { is_broken: Arc::clone(&is_broken), broken: denied }).unwrap());
@@ -242,10 +246,10 @@ fn every_key_takes_fresh_bytes_from_the_source() {
             OsRandom.read(buffer)
         }
     }
-    let drawn = Arc::new(AtomicU64::new(0));
-    let generator = Generator::new(Counted(Arc::clone(&drawn))).unwrap();
-    // A block for a short key, the key itself up to 128 bytes, above that a seed for each 64 KiB: and nothing is left over
-    // that the next key, or this one in a copy of the process, would be made of.
+    let bytes_read = Arc::new(AtomicU64::new(0));
+    let generator = Generator::new(Counted(Arc::clone(&bytes_read))).unwrap();
+    // A short key takes a block, a key of up to 128 bytes takes its size, and a larger one takes a seed for each 64 KiB.
+    // Nothing is left over that the next key, or a key in a copy of the process, could be made of.
     for (length, expected) in [
         (1, 32),
         (16, 32),
@@ -258,20 +262,21 @@ fn every_key_takes_fresh_bytes_from_the_source() {
         (300_000, 160),
     ] {
         for _ in 0..3 {
-            let before = drawn.load(Ordering::Relaxed);
+            let before = bytes_read.load(Ordering::Relaxed);
             generator.fill(&mut vec![0; length]).unwrap();
-            assert_eq!(drawn.load(Ordering::Relaxed) - before, expected, "a key of {length} bytes");
+            assert_eq!(bytes_read.load(Ordering::Relaxed) - before, expected, "a key of {length} bytes");
         }
     }
 }
 
-/// How far from what is expected of random bytes, in standard deviations, for three tests: the count of set bits, the
-/// count of runs of equal bits, and chi-square of the byte values (made normal by Wilson and Hilferty's cube root).
+/// The distance from the expected value for random bytes, in standard deviations, of three statistics: the number of set
+/// bits, the number of runs of equal bits, and chi-square of the byte values (made normal by Wilson and Hilferty's cube
+/// root).
 fn deviations(bytes: &[u8]) -> [f64; 3] {
     let bits = bytes.len() as f64 * 8.0;
     let ones: u64 = bytes.iter().map(|byte| u64::from(byte.count_ones())).sum();
     let monobit = (ones as f64 - bits / 2.0) / (bits / 4.0).sqrt();
-    // A run ends wherever a bit differs from the one before it.
+    // A run ends wherever a bit differs from the previous one.
     let within = |byte: u8| u64::from(((byte ^ (byte >> 1)) & 0x7f).count_ones());
     let between = |pair: &[u8]| u64::from((pair[0] & 1) ^ (pair[1] >> 7));
     let changes =
@@ -286,14 +291,14 @@ fn deviations(bytes: &[u8]) -> [f64; 3] {
     [monobit, runs, chi]
 }
 
-/// A healthy source exceeds 7 standard deviations, on either side, with a probability of 2.6e-12; with 3 tests of 4
-/// lengths that is 3.1e-11 a run.
+/// A healthy source exceeds 7 standard deviations, on either side, with a probability of 2.6e-12; with 3 statistics of
+/// 4 lengths, a run fails by chance with a probability of 3.1e-11.
 const LIMIT: f64 = 7.0;
 
 #[test]
 fn served_bytes_look_random() {
     let daemon = Daemon::start(&[("MAX_SIZE", "4194304")]);
-    // As keys of each way of making them: cut from a block, from the kernel as they are, expanded, in pieces.
+    // One length for each way to generate a key: cut from a block, read from the kernel, expanded, streamed.
     for (length, count) in [(16, 8192), (100, 4096), (4096, 256), (4_194_304, 1)] {
         let mut client = common::Client::connect(daemon.keys());
         let path = common::request(&format!("/key/{length}"));
@@ -316,7 +321,7 @@ fn biased_bytes_do_not_look_random() {
         good.iter().enumerate().map(|(at, byte)| change(at, *byte)).collect()
     };
     let exceeds = |bytes: &[u8]| deviations(bytes).map(|deviation| deviation.abs() > LIMIT);
-    // 16 standard deviations on average: one run in 10^18 would find less than the limit.
+    // 16 standard deviations on average: one run in 10^18 finds less than the limit.
     assert!(
         exceeds(&broken(|at, byte| if at % 8 == 0 { byte | 1 } else { byte }))[0],
         "one bit in 64 is always set"
@@ -325,5 +330,5 @@ fn biased_bytes_do_not_look_random() {
         exceeds(&broken(|at, byte| if at % 8 == 0 { 0xaa } else { byte }))[1],
         "every eighth byte alternates"
     );
-    assert!(exceeds(&broken(|_, byte| byte % 251))[2], "five values never come");
+    assert!(exceeds(&broken(|_, byte| byte % 251))[2], "five values never occur");
 }
