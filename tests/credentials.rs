@@ -246,7 +246,7 @@ fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_k
             Timeouts::new(PATIENCE, PATIENCE, PATIENCE),
             metrics,
         );
-        runtime.block_on(serve(vec![(listener, heartbeat)], outlet.service(), terms, phase)).unwrap();
+        runtime.block_on(serve(vec![(listener, heartbeat)], outlet.handler(), terms, phase)).unwrap();
     });
     assert_eq!(fetch(&folder, "web.service", "key").len(), 32);
     is_broken.store(true, Ordering::Relaxed);

@@ -980,7 +980,7 @@ fn health_names_the_certificate_that_it_can_not_read() {
     let (_metrics, metrics) = held_port(); // where nothing listens
     for (port, expected) in [
         (metrics, format!("127.0.0.1:{metrics}/health: Connection refused (os error 111) (metrics: /absent: expected a file")),
-        (1123, "expected a metrics-port of its own to ask for health, found that of srv-port: /absent: expected a file".into()),
+        (1123, "expected a metrics-port of its own to check health, found that of srv-port: /absent: expected a file".into()),
     ] {
         let mut command = key_service(&folder);
         command.args(["health", "--host", "127.0.0.1", "--metrics-port", &port.to_string()]);
@@ -1012,8 +1012,8 @@ fn health_reports_the_wrong_protocol_in_a_sentence() {
         });
         (address, server)
     };
-    let speaks_tls = "expected plain HTTP, found a port that speaks TLS: name the service's certificate (tls-cert, or \
-                      KEYSERVICE_TLS_CERT=FILE) and ask by --url https://";
+    let speaks_tls = "expected plain HTTP, found a port that speaks TLS: set the service's certificate (tls-cert, or \
+                      KEYSERVICE_TLS_CERT=FILE) and use --url https://";
     let ask = |url: Option<String>, address: SocketAddr, settings: &[(&str, &str)]| {
         let mut command = key_service(&daemon.folder);
         command.args(["health", "--host", "127.0.0.1", "--srv-port", &address.port().to_string()]);
@@ -1039,7 +1039,7 @@ fn health_reports_the_wrong_protocol_in_a_sentence() {
     let certificate = daemon.folder.file("cert.pem").display().to_string();
     let pinned = [("TLS_CERT", certificate.as_str())];
     let said = ask(Some(format!("https://{}", daemon.metrics())), keys, &pinned);
-    assert!(said.contains("expected TLS, found something else: ask by --url http://"), "{said}");
+    assert!(said.contains("expected TLS, found something else: use --url http://"), "{said}");
 
     for (bytes, expected) in [
         (&b"\x15\x03\x01\0\x02\x02\x46"[..], speaks_tls), // an alert before any handshake

@@ -112,7 +112,7 @@ impl Reloader<'_> {
         self.log.set_level(new.log_level);
         self.config.apply_reloadable(new);
         self.app.authorizer.replace(self.config.rules());
-        self.credential_server.replace(self.config.credentials.clone());
+        self.credential_server.replace_rules(self.config.credentials.clone());
         self.app.metrics.config_last_reload_successful.set(1);
         info!(max_size = new.max_size, log_level = %new.log_level, "configuration reloaded");
         self.log_tokens();

@@ -109,7 +109,7 @@ impl<'a> Started<'a> {
             spawn_accept(bound.metrics, metrics, &contexts.metrics, &drain, &mut heartbeats),
             spawn_accept(
                 bound.credentials,
-                credential_server.service(),
+                credential_server.handler(),
                 &contexts.credentials,
                 &drain,
                 &mut heartbeats,
