@@ -224,7 +224,7 @@ fn one_address_can_not_take_every_connection() {
     let refused = over_limit.send(request("/key/32")).response();
     assert_eq!((refused.status, refused.header("connection")), (503, Some("close")));
     assert!(refused.header("retry-after").is_some());
-    assert_eq!(status(&daemon, "127.0.0.2", "/health"), 200, "health is answered");
+    assert_eq!(status(&daemon, "127.0.0.2", "/health"), 200, "health checks get a 200");
     assert_eq!(status(&daemon, "127.0.0.3", "/key/32"), 200, "others are served");
     // Most of these are closed without a response, and none takes a slot of another client.
     let mut flood: Vec<_> = (0..100).map(|_| connect_from("127.0.0.2", daemon.keys())).collect();

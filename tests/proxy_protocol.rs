@@ -358,7 +358,7 @@ fn connections_count_for_the_client_in_the_header() {
     let mut over = open("192.0.2.1");
     let refused = over.send(request("/key/32")).response();
     assert_eq!((refused.status, refused.header("connection")), (503, Some("close")));
-    assert_eq!(open("192.0.2.1").send(request("/health")).response().status, 200, "health is answered");
+    assert_eq!(open("192.0.2.1").send(request("/health")).response().status, 200, "health checks get a 200");
     // Up to eight over-limit connections get a response, and more are closed; none holds a slot.
     let half = [v1("192.0.2.1").as_slice(), b"GET /key"].concat();
     let mut flood: Vec<_> = (0..40).map(|_| through_proxy(&daemon, &half)).collect();
@@ -481,16 +481,16 @@ fn the_unix_socket_accepts_headers_too() {
             }
             client.read_response(true).map(|response| response.status)
         };
-        let answers = [v1("192.0.2.1"), v2_for("192.0.2.1", 500), LOCAL.to_vec(), Vec::new()]
+        let statuses = [v1("192.0.2.1"), v2_for("192.0.2.1", 500), LOCAL.to_vec(), Vec::new()]
             .map(|header| send(&header));
         if trusted == "unix" {
-            assert_eq!(answers, [Some(200), Some(200), Some(200), None]);
+            assert_eq!(statuses, [Some(200), Some(200), Some(200), None]);
             assert!(record(&daemon, 3).contains("peer_uid="), "the record of LOCAL");
             assert!(daemon.log().contains("address=192.0.2.1 length=32"));
             assert_eq!(errors(&daemon), [0.0, 1.0, 0.0, 0.0]);
             assert!(warning(&daemon).contains("address=unix"));
         } else {
-            assert_eq!(answers, [None, None, None, Some(200)]);
+            assert_eq!(statuses, [None, None, None, Some(200)]);
             assert_eq!(errors(&daemon), [3.0, 0.0, 0.0, 0.0]);
         }
         // The health command sends a header if one is expected.

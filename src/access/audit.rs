@@ -1,4 +1,5 @@
-//! The audit log: one record for each key, with who got it, its length, and whether all of it was sent. Never the key.
+//! The audit log: one record for each key, with its recipient, its length, and whether all of it was sent. Never the
+//! key.
 
 use tracing::info;
 
@@ -10,7 +11,7 @@ use crate::keys::generator::{Generator, GeneratorError};
 use crate::keys::key_spec::KeySpec;
 use crate::telemetry::log_event::AUDIT_TARGET;
 
-/// Who gets a key.
+/// The recipient of a key.
 #[derive(Debug)]
 pub enum AuditSubject {
     /// A client, over HTTP.

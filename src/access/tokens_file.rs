@@ -171,7 +171,7 @@ impl fmt::Display for ExpiryDate {
 ///
 /// # Errors
 /// Every error in the file, each with its line number. [`file_source::read_file`] refuses a file that others can write
-/// to: whoever can write to it decides who gets keys. A reader learns names and hashes, and a hash reveals nothing.
+/// to: write access to it is access to keys. A reader learns names and hashes, and a hash reveals nothing.
 pub fn read(path: &Path) -> Result<Vec<Grant>, Vec<String>> {
     let (bytes, _) = file_source::read_file(path, FILE_MAX).map_err(|error| vec![error])?;
     let text = str::from_utf8(&bytes).map_err(|error| vec![format!("{}: {error}", path.display())])?;

@@ -142,7 +142,7 @@ async fn peek<T>(stream: &Stream, parse: impl Fn(&[u8]) -> Option<T>) -> io::Res
     // Wiped, since the start of a request, with a token, may have arrived behind the header.
     let mut buffer = Zeroizing::new([0; proxy_header::V1_MAX]);
     loop {
-        // When `receive` asks for more bytes, tokio clears the readiness for bytes, but never that for the end of the
+        // When `receive` needs more bytes, tokio clears the readiness for bytes, but never that for the end of the
         // stream: without this check, a client that sends half a header and closes would keep the task running. The
         // check comes first, since bytes that arrive after it are another event.
         let has_ended = readable(stream).await?.is_read_closed();
