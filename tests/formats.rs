@@ -1,4 +1,4 @@
-//! The shapes that keys come in: formats, by query and by Accept, and batches.
+//! Formats of keys, selected by query and by Accept, and batches.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -19,7 +19,7 @@ fn media_type(format: &str) -> &'static str {
 }
 
 #[test]
-fn every_format_gives_exactly_the_bytes_that_were_asked_for_and_head_tells_its_length() {
+fn every_format_has_the_requested_length_also_for_head() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
     let mut client = Client::connect(daemon.keys());
     let lengths = [1, 2, 3, 4, 31, 32, 33, 1024, 49_152, 65_536, 65_537, 98_305, 200_000, 1_048_576];
@@ -49,20 +49,20 @@ fn every_format_gives_exactly_the_bytes_that_were_asked_for_and_head_tells_its_l
 }
 
 #[test]
-fn streamed_responses_alone_ask_proxies_not_to_buffer_them() {
+fn only_streamed_responses_ask_proxies_not_to_buffer() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
     let mut client = Client::connect(daemon.keys());
-    let (mut whole, mut streamed) = (0, 0);
+    let (mut unstreamed, mut streamed) = (0, 0);
     let mut check = |path: &str| {
         let response = client.send(request(path)).response();
         assert_eq!(response.status, 200, "{path}");
         let expected = (response.body.len() > 16 * 1024).then_some("no");
-        *if expected.is_some() { &mut streamed } else { &mut whole } += 1;
+        *if expected.is_some() { &mut streamed } else { &mut unstreamed } += 1;
         assert_eq!(response.header("x-accel-buffering"), expected, "{path}: {} bytes", response.body.len());
         let head = client.send(request(path).replace("GET", "HEAD")).head_response();
         assert_eq!(head.header("x-accel-buffering"), expected, "HEAD {path}");
     };
-    // 16,384 bytes are the last that are sent whole: as raw bytes, and with their encoding and separators.
+    // Responses of up to 16,384 bytes are not streamed, counting encoding and separators.
     for format in FORMATS {
         for length in
             [1, 4096, 8191, 8192, 12_000, 12_286, 12_287, 12_400, 16_383, 16_384, 16_385, 65_537, 1_048_576]
@@ -82,15 +82,15 @@ fn streamed_responses_alone_ask_proxies_not_to_buffer_them() {
             check(&format!("/password/{length}?format={format}&count={count}"));
         }
     }
-    assert!(whole > 40 && streamed > 40, "{whole} whole, {streamed} streamed");
+    assert!(unstreamed > 40 && streamed > 40, "{unstreamed} not streamed, {streamed} streamed");
     for path in ["/", "/health", "/openapi.json", "/key/0", "/key/1048577", "/key/16385?format=no", "/no"] {
         assert_eq!(client.send(request(path)).response().header("x-accel-buffering"), None, "{path}");
     }
 }
 
 #[test]
-fn every_bit_of_a_key_is_written() {
-    // A bit that is the same in all of 64 keys has a probability of 2⁻⁶³; of 256 bits in 6 formats, below 2⁻⁵².
+fn every_bit_of_a_key_varies() {
+    // A bit is the same in all 64 keys with a probability of 2⁻⁶³; for any of 256 bits in 6 formats it is below 2⁻⁵².
     let daemon = Daemon::start(&[]);
     let mut client = Client::connect(daemon.keys());
     for format in FORMATS {
@@ -104,7 +104,7 @@ fn every_bit_of_a_key_is_written() {
 }
 
 #[test]
-fn accept_chooses_and_the_query_wins() {
+fn accept_selects_the_format_and_the_query_wins() {
     let daemon = Daemon::start(&[]);
     let get = |path: &str, accept: &str| {
         exchange(daemon.keys(), format!("GET {path} HTTP/1.1\r\nHost: a\r\nAccept: {accept}\r\n\r\n"))
@@ -124,19 +124,20 @@ fn accept_chooses_and_the_query_wins() {
     }
     let refused = get("/key/32", "image/png");
     assert_eq!(refused.status, 406);
-    let offered = "application/octet-stream, text/plain, application/json, application/jwk+json";
-    assert!(refused.problem().ends_with(offered), "{}", refused.problem());
+    let available = "application/octet-stream, text/plain, application/json, application/jwk+json";
+    assert!(refused.problem().ends_with(available), "{}", refused.problem());
     let refused = daemon.get("/key/32?format=pem");
     assert_eq!(refused.status, 400);
     assert_eq!(refused.problem(), "Unknown format \"pem\"; known: raw, hex, base64, base64url, json, jwk");
 }
 
 #[test]
-fn the_name_of_a_jwk_is_not_made_of_its_key() {
+fn the_kid_of_a_jwk_does_not_depend_on_its_key() {
     let daemon = Daemon::start(&[]);
     let names: HashSet<String> = (0..50)
         .map(|_| {
-            // Of 256 possible keys of a byte some repeat in 50 draws; names that were made of them would too.
+            // Some of the 256 possible keys of one byte repeat among 50; a kid derived from the key would repeat as
+            // well.
             let jwk = daemon.get("/key/1?format=jwk").json();
             jwk["kid"].as_str().unwrap().to_owned()
         })
@@ -145,7 +146,7 @@ fn the_name_of_a_jwk_is_not_made_of_its_key() {
 }
 
 #[test]
-fn a_batch_has_as_many_keys_as_were_asked_for_and_no_two_are_the_same() {
+fn a_batch_has_the_requested_number_of_distinct_keys() {
     let daemon = Daemon::start(&[("MAX_SIZE", "65536")]);
     let mut client = Client::connect(daemon.keys());
     for format in &FORMATS[1..] {
@@ -170,7 +171,7 @@ fn a_batch_has_as_many_keys_as_were_asked_for_and_no_two_are_the_same() {
 }
 
 #[test]
-fn a_batch_is_bounded_and_raw_keys_have_none() {
+fn a_batch_is_limited_and_raw_keys_have_none() {
     let daemon = Daemon::start(&[("MAX_SIZE", "70000")]);
     for count in ["0", "1025", "-1", "x", "", "1.5", "18446744073709551617"] {
         let refused = daemon.get(&format!("/key/1?format=hex&count={count}"));
@@ -189,16 +190,16 @@ fn a_batch_is_bounded_and_raw_keys_have_none() {
         assert!(refused.problem().ends_with("hex, base64, base64url, json, jwk"), "{}", refused.problem());
     }
     assert_eq!(daemon.get("/key/32?count=2&count=2&format=hex").status, 400);
-    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "none of them drew a key");
+    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no request generated a key");
 }
 
 #[test]
-fn a_batch_costs_as_many_bytes_as_it_has() {
+fn a_batch_is_charged_for_all_its_bytes() {
     let daemon = Daemon::start(&[("RATE_BYTES", "100"), ("RATE_BURST", "10"), ("AUDIT", "true")]);
     let response = daemon.get("/key/32?format=hex&count=30");
     assert_eq!(response.status, 200);
     let left = response.header("ratelimit").unwrap().to_owned();
-    assert!(left.contains("r=40"), "1,000 were there and 960 are taken: {left}");
+    assert!(left.contains("r=40"), "960 of 1,000 bytes are used: {left}");
     assert_eq!(daemon.get("/key/32?format=hex&count=30").status, 429);
     daemon.wait_for_log("key issued");
     let log = daemon.log();

@@ -1,15 +1,15 @@
-//! The grammar of a length, over texts that nobody thought of.
+//! The grammar of a length, on exhaustive and random texts.
 
 use key_service::keys::key::{KeyLength, LengthError};
 use proptest::prelude::*;
 
-/// The grammar, written another way than the code has it.
-fn is_a_number(text: &str) -> bool {
+/// The grammar, implemented in another way than in the library.
+fn matches_grammar(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_digit()) && !text.starts_with('0')
 }
 
 #[test]
-fn every_text_of_at_most_three_ascii_characters_is_judged_by_the_grammar() {
+fn texts_of_up_to_three_ascii_characters_follow_the_grammar() {
     let characters: Vec<String> = (0..128_u8).map(|byte| char::from(byte).to_string()).collect();
     let mut texts = vec![String::new()];
     for _ in 0..3 {
@@ -20,8 +20,8 @@ fn every_text_of_at_most_three_ascii_characters_is_judged_by_the_grammar() {
         for text in &texts {
             let expected = match text.as_str() {
                 "0" => Err(LengthError::Zero),
-                _ if !is_a_number(text) => Err(LengthError::NotAnInteger),
-                // Three digits or fewer against 500: a text without leading zeros, compared as a text.
+                _ if !matches_grammar(text) => Err(LengthError::NotAnInteger),
+                // Numbers of three digits without leading zeros compare as texts.
                 _ if text.len() == 3 && text.as_str() > "500" => Err(LengthError::TooLarge { limit: 500 }),
                 _ => Ok(text.clone()),
             };
@@ -36,24 +36,24 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_text_is_a_length_or_a_reason(text in "\\PC*", limit in 1..=u64::MAX) {
+    fn any_text_is_a_length_or_an_error(text in "\\PC*", limit in 1..=u64::MAX) {
         match KeyLength::parse(&text, limit) {
             Ok(length) => {
-                prop_assert!(is_a_number(&text));
+                prop_assert!(matches_grammar(&text));
                 prop_assert!((1..=limit).contains(&length.bytes()));
                 prop_assert_eq!(length.bytes().to_string(), text);
             }
             Err(LengthError::Zero) => prop_assert_eq!(text, "0"),
-            Err(LengthError::NotAnInteger) => prop_assert!(!is_a_number(&text)),
+            Err(LengthError::NotAnInteger) => prop_assert!(!matches_grammar(&text)),
             Err(LengthError::TooLarge { limit: named }) => {
-                prop_assert!(is_a_number(&text));
+                prop_assert!(matches_grammar(&text));
                 prop_assert_eq!(named, limit);
             }
         }
     }
 
     #[test]
-    fn digits_alone_decide(text in "[0-9]{1,40}", limit in 1..=u64::MAX) {
+    fn any_digits_are_a_length_or_an_error(text in "[0-9]{1,40}", limit in 1..=u64::MAX) {
         let expected = match text.parse::<u128>() {
             _ if text == "0" => Err(LengthError::Zero),
             _ if text.starts_with('0') => Err(LengthError::NotAnInteger),
@@ -64,7 +64,7 @@ proptest! {
     }
 
     #[test]
-    fn one_other_character_anywhere_is_enough_to_refuse(
+    fn one_other_character_anywhere_is_an_error(
         number in 1..=u64::MAX, at in 0..20_usize, other in "[^0-9]",
     ) {
         let mut text = number.to_string();

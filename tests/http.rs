@@ -1,4 +1,4 @@
-//! What the wire carries: every row of the API's table, in raw bytes.
+//! HTTP on the wire, in raw bytes: every row of the API's table.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -9,7 +9,7 @@ use std::io::Write;
 use common::{Client, Daemon, Folder, exchange, get, request};
 
 #[test]
-fn a_key_has_exactly_the_length_that_was_asked_for() {
+fn a_key_has_exactly_the_requested_length() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
     for length in [1, 2, 31, 32, 33, 128, 129, 1024, 65_536, 65_537, 200_000, 1_048_576] {
         let response = daemon.get(&format!("/key/{length}"));
@@ -29,7 +29,7 @@ fn two_keys_differ() {
 }
 
 #[test]
-fn a_key_is_marked_as_bytes_that_nobody_may_keep() {
+fn the_headers_of_a_key_forbid_caching_and_ranges() {
     let daemon = Daemon::start(&[]);
     let response = daemon.get("/key/32");
     for (name, value) in [
@@ -46,47 +46,47 @@ fn a_key_is_marked_as_bytes_that_nobody_may_keep() {
     }
 }
 
-/// close(2) resets a connection of which not all is read, and a reset takes from its client what it has not read either.
+/// close(2) with unread input resets the connection, and a reset discards what the client has not read yet.
 #[test]
-fn a_last_answer_arrives_whole_whatever_was_sent_after_its_request() {
+fn unread_requests_do_not_truncate_the_last_response() {
     let daemon = Daemon::start(&[]);
     for accept in ["", "Accept: application/octet-stream\r\n"] {
-        let asked = format!("GET /key/1024 HTTP/1.1\r\nHost: a\r\n{accept}Connection: close\r\n\r\n");
-        let more = request("/key/32").repeat(250); // 10 kB, more than is read at once
+        let last = format!("GET /key/1024 HTTP/1.1\r\nHost: a\r\n{accept}Connection: close\r\n\r\n");
+        let more = request("/key/32").repeat(250); // 10 kB, more than one read takes
         let mut client = Client::connect(daemon.keys());
-        client.send(asked + &more);
+        client.send(last + &more);
         let mut received = Vec::new();
         let end = std::io::Read::read_to_end(&mut client.stream, &mut received);
-        let body = common::find(&received, b"\r\n\r\n").expect("an answer") + 4;
-        assert_eq!(received.len() - body, 1024, "{accept:?}, and then {end:?}");
+        let body = common::find(&received, b"\r\n\r\n").expect("a response") + 4;
+        assert_eq!(received.len() - body, 1024, "{accept:?}, then {end:?}");
     }
 }
 
-/// An `Accept` that names the type takes a request by the general way, without changing its answer.
+/// An `Accept` that names the type sends a request to the slow path without changing its response.
 #[test]
-fn the_short_way_and_the_general_one_answer_alike() {
+fn the_fast_path_and_the_slow_path_respond_alike() {
     let settings = [("MAX_SIZE", "65536"), ("RATE_REQUESTS", "1000000000"), ("RATE_BURST", "1")];
     for settings in [&settings[..1], &settings] {
         let daemon = Daemon::start(settings);
         for (length, end) in
             [("32", ""), ("1", ""), ("4096", ""), ("4097", ""), ("32", "Connection: close\r\n")]
         {
-            let mut answers = ["", "Accept: application/octet-stream\r\n"].map(|accept| {
+            let mut responses = ["", "Accept: application/octet-stream\r\n"].map(|accept| {
                 exchange(daemon.keys(), format!("GET /key/{length} HTTP/1.1\r\nHost: a\r\n{accept}{end}\r\n"))
             });
-            for answer in &mut answers {
-                assert_eq!((answer.status, answer.body.len()), (200, length.parse().unwrap()));
-                assert_eq!(answer.header("ratelimit").is_some(), settings.len() > 1);
-                answer.headers.retain(|(name, _)| name != "date");
+            for response in &mut responses {
+                assert_eq!((response.status, response.body.len()), (200, length.parse().unwrap()));
+                assert_eq!(response.header("ratelimit").is_some(), settings.len() > 1);
+                response.headers.retain(|(name, _)| name != "date");
             }
-            let [short, general] = answers;
-            assert_eq!(short.headers, general.headers, "{length} {end}");
+            let [fast, slow] = responses;
+            assert_eq!(fast.headers, slow.headers, "{length} {end}");
         }
     }
 }
 
 #[test]
-fn a_length_that_is_no_integer_is_400() {
+fn a_length_that_is_not_an_integer_gets_400() {
     let daemon = Daemon::start(&[]);
     for length in [
         "abc", "-1", "+16", "016", "00", "1.5", "%31", "", "1e3", "0x10", "1_000", "32%20", "%00", "32;", "٣",
@@ -100,7 +100,7 @@ fn a_length_that_is_no_integer_is_400() {
 }
 
 #[test]
-fn a_length_of_0_is_400_and_names_the_smallest() {
+fn a_length_of_0_gets_400_with_the_minimum() {
     let response = Daemon::start(&[]).get("/key/0");
     assert_eq!(response.status, 400);
     assert_eq!(response.problem(), "Length must be at least 1");
@@ -108,7 +108,7 @@ fn a_length_of_0_is_400_and_names_the_smallest() {
 }
 
 #[test]
-fn a_length_above_the_limit_is_413_however_many_digits_it_has() {
+fn a_length_above_the_limit_gets_413_with_the_maximum() {
     let daemon = Daemon::start(&[("MAX_SIZE", "100")]);
     assert_eq!(daemon.get("/key/100").status, 200);
     let many = "9".repeat(5000);
@@ -121,12 +121,12 @@ fn a_length_above_the_limit_is_413_however_many_digits_it_has() {
 }
 
 #[test]
-fn head_has_the_head_of_get_and_draws_no_key() {
+fn head_has_the_headers_of_get_and_generates_no_key() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1000000")]);
     for path in ["/key/32", "/key/1000000", "/health", "/livez", "/readyz", "/key/abc", "/nowhere"] {
         let mut client = Client::connect(daemon.keys());
         let head = client.send(request(path).replace("GET", "HEAD")).head_response();
-        let get = client.send(request(path)).response(); // nothing of a body lies between them
+        let get = client.send(request(path)).response(); // no body is between the two
         assert_eq!(head.status, get.status, "{path}");
         let names = |response: &common::Response| {
             let mut names: Vec<_> =
@@ -136,12 +136,12 @@ fn head_has_the_head_of_get_and_draws_no_key() {
         };
         assert_eq!(names(&head), names(&get), "{path}");
     }
-    assert_eq!(daemon.metric("key_length_bytes_count"), 2.0, "two GETs drew keys, two HEADs did not");
+    assert_eq!(daemon.metric("key_length_bytes_count"), 2.0, "two GETs generated keys, two HEADs did not");
     assert_eq!(daemon.metric("key_bytes_total{format=\"raw\"}"), 1_000_032.0);
 }
 
 #[test]
-fn another_method_is_405_with_allow() {
+fn another_method_gets_405_with_allow() {
     let daemon = Daemon::start(&[]);
     for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW", "get"] {
         for path in ["/key/32", "/health", "/livez", "/readyz"] {
@@ -155,7 +155,7 @@ fn another_method_is_405_with_allow() {
 }
 
 #[test]
-fn an_unknown_path_is_404() {
+fn an_unknown_path_gets_404() {
     let daemon = Daemon::start(&[]);
     for path in [
         "//",
@@ -178,9 +178,9 @@ fn an_unknown_path_is_404() {
 }
 
 #[test]
-fn an_unknown_query_is_400_that_names_it() {
+fn an_unknown_query_parameter_gets_400_with_its_name() {
     let daemon = Daemon::start(&[]);
-    for (query, named) in [
+    for (query, name) in [
         ("size=1", "size"),
         ("format=hax", "hax"),
         ("Format=raw", "Format"),
@@ -189,7 +189,7 @@ fn an_unknown_query_is_400_that_names_it() {
     ] {
         let response = daemon.get(&format!("/key/32?{query}"));
         assert_eq!(response.status, 400, "{query}");
-        assert!(response.problem().contains(named), "{query}: {}", response.problem());
+        assert!(response.problem().contains(name), "{query}: {}", response.problem());
     }
     for query in ["", "format=raw"] {
         assert_eq!(daemon.get(&format!("/key/32?{query}")).body.len(), 32);
@@ -198,7 +198,7 @@ fn an_unknown_query_is_400_that_names_it() {
 }
 
 #[test]
-fn an_accept_that_nothing_satisfies_is_406_and_lists_what_can_be_had() {
+fn an_unacceptable_type_gets_406_with_the_available_ones() {
     let daemon = Daemon::start(&[]);
     let accept = |value: &str| {
         exchange(daemon.keys(), format!("GET /key/32 HTTP/1.1\r\nHost: a\r\nAccept: {value}\r\n\r\n"))
@@ -214,7 +214,7 @@ fn an_accept_that_nothing_satisfies_is_406_and_lists_what_can_be_had() {
 }
 
 #[test]
-fn every_error_may_not_be_kept_either() {
+fn error_responses_forbid_caching() {
     let daemon = Daemon::start(&[]);
     for path in ["/key/0", "/key/99999", "/nowhere", "/key/1?x=1"] {
         let response = daemon.get(path);
@@ -224,22 +224,23 @@ fn every_error_may_not_be_kept_either() {
 }
 
 #[test]
-fn ranges_conditions_and_compression_are_not_honoured() {
+fn ranges_conditions_and_compression_are_ignored() {
     let daemon = Daemon::start(&[]);
-    for field in [
+    for header in [
         "Range: bytes=0-3",
         "If-None-Match: *",
         "If-Modified-Since: Mon, 01 Jan 2035 00:00:00 GMT",
         "Accept-Encoding: gzip",
     ] {
-        let response = exchange(daemon.keys(), format!("GET /key/32 HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n"));
-        assert_eq!((response.status, response.body.len()), (200, 32), "{field}");
+        let response =
+            exchange(daemon.keys(), format!("GET /key/32 HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n"));
+        assert_eq!((response.status, response.body.len()), (200, 32), "{header}");
         assert_eq!(response.header("content-encoding"), None);
     }
 }
 
 #[test]
-fn health_is_ok_in_plain_text() {
+fn health_routes_return_ok_in_plain_text() {
     let daemon = Daemon::start(&[]);
     for path in ["/health", "/livez", "/readyz"] {
         for address in [daemon.keys(), daemon.metrics()] {
@@ -252,7 +253,7 @@ fn health_is_ok_in_plain_text() {
 }
 
 #[test]
-fn a_head_may_come_byte_by_byte() {
+fn a_request_may_arrive_byte_by_byte() {
     let daemon = Daemon::start(&[]);
     let mut client = Client::connect(daemon.keys());
     for byte in request("/key/32").bytes() {
@@ -273,7 +274,7 @@ fn pipelined_requests_are_answered_in_order() {
 }
 
 #[test]
-fn a_connection_is_kept_alive_and_closed_as_the_client_wishes() {
+fn a_connection_stays_open_until_the_client_closes_it() {
     let daemon = Daemon::start(&[]);
     let mut client = Client::connect(daemon.keys());
     client.send(request("/key/1")).response();
@@ -285,7 +286,7 @@ fn a_connection_is_kept_alive_and_closed_as_the_client_wishes() {
 }
 
 #[test]
-fn a_client_that_has_said_all_still_gets_its_answer() {
+fn a_half_closed_client_still_gets_its_response() {
     let daemon = Daemon::start(&[("MAX_SIZE", "4000000")]);
     let mut client = Client::connect(daemon.keys());
     client.send(request("/key/4000000"));
@@ -294,9 +295,9 @@ fn a_client_that_has_said_all_still_gets_its_answer() {
 }
 
 #[test]
-fn a_request_through_several_proxies_may_have_100_headers_within_16_kib() {
+fn a_request_may_have_100_headers_within_16_kib() {
     let daemon = Daemon::start(&[]);
-    // 99 beside Host; the values make up nearly 16 KiB.
+    // 99 headers and Host; their values are nearly 16 KiB.
     let headers = |length| (1..100).map(|n| format!("X-{n}: {}\r\n", "v".repeat(length))).collect::<String>();
     for path in ["/key/32", "/key/32?format=hex", "/health"] {
         for length in [1, 155] {
@@ -307,18 +308,18 @@ fn a_request_through_several_proxies_may_have_100_headers_within_16_kib() {
 }
 
 #[test]
-fn a_message_that_rfc_9112_forbids_is_refused_and_the_connection_closes() {
+fn a_request_that_rfc_9112_forbids_closes_the_connection() {
     let daemon = Daemon::start(&[]);
     let long_path = "a".repeat(20_000);
-    let many_fields = (0..100).map(|n| format!("X-{n}: v\r\n")).collect::<String>();
-    let crowd = (0..200).map(|n| format!("X-{n}: v\r\n")).collect::<String>();
-    let large_field = "v".repeat(17_000);
+    let many_headers = (0..100).map(|n| format!("X-{n}: v\r\n")).collect::<String>();
+    let too_many_headers = (0..200).map(|n| format!("X-{n}: v\r\n")).collect::<String>();
+    let large_header = "v".repeat(17_000);
     for (what, bytes, status) in [
         ("no Host", "GET /key/1 HTTP/1.1\r\n\r\n".into(), 400),
         ("two Hosts", "GET /key/1 HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n".into(), 400),
         ("a Host with a space", "GET /key/1 HTTP/1.1\r\nHost: a b\r\n\r\n".into(), 400),
         ("a Host with a path", "GET /key/1 HTTP/1.1\r\nHost: a/b\r\n\r\n".into(), 400),
-        ("a Host of a user", "GET /key/1 HTTP/1.1\r\nHost: u@a\r\n\r\n".into(), 400),
+        ("a Host with a user", "GET /key/1 HTTP/1.1\r\nHost: u@a\r\n\r\n".into(), 400),
         (
             "CL then TE",
             "GET /key/1 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".into(),
@@ -338,36 +339,36 @@ fn a_message_that_rfc_9112_forbids_is_refused_and_the_connection_closes() {
         ("another version", "GET /key/1 HTTP/3.0\r\nHost: a\r\n\r\n".into(), 400),
         ("two spaces", "GET  /key/1 HTTP/1.1\r\nHost: a\r\n\r\n".into(), 400),
         ("a space before the colon", "GET /key/1 HTTP/1.1\r\nHost : a\r\n\r\n".into(), 400),
-        ("a folded field", "GET /key/1 HTTP/1.1\r\nHost: a\r\nX: b\r\n c\r\n\r\n".into(), 400),
-        ("a NUL in a field", "GET /key/1 HTTP/1.1\r\nHost: a\r\nX: \0\r\n\r\n".into(), 400),
-        ("a bare CR in a field", "GET /key/1 HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n".into(), 400),
-        ("no HTTP at all", "\x16\x03\x01\x02\0\x01\0\x01\r\n\r\n".into(), 400),
-        ("101 headers", format!("GET /key/1 HTTP/1.1\r\nHost: a\r\n{many_fields}\r\n"), 431),
-        ("200 headers", format!("GET /key/1 HTTP/1.1\r\nHost: a\r\n{crowd}\r\n"), 431),
-        ("a field of 17,000 bytes", format!("GET /key/1 HTTP/1.1\r\nHost: a\r\nX: {large_field}\r\n\r\n"), 431),
+        ("a folded header", "GET /key/1 HTTP/1.1\r\nHost: a\r\nX: b\r\n c\r\n\r\n".into(), 400),
+        ("a NUL in a header", "GET /key/1 HTTP/1.1\r\nHost: a\r\nX: \0\r\n\r\n".into(), 400),
+        ("a bare CR in a header", "GET /key/1 HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n".into(), 400),
+        ("not HTTP", "\x16\x03\x01\x02\0\x01\0\x01\r\n\r\n".into(), 400),
+        ("101 headers", format!("GET /key/1 HTTP/1.1\r\nHost: a\r\n{many_headers}\r\n"), 431),
+        ("200 headers", format!("GET /key/1 HTTP/1.1\r\nHost: a\r\n{too_many_headers}\r\n"), 431),
+        ("a header of 17,000 bytes", format!("GET /key/1 HTTP/1.1\r\nHost: a\r\nX: {large_header}\r\n\r\n"), 431),
         ("a path of 20,000 bytes", format!("GET /{long_path} HTTP/1.1\r\nHost: a\r\n\r\n"), 431),
     ] {
         let mut client = Client::connect(daemon.keys());
-        let _ = client.stream.write_all(bytes.as_bytes()); // it may be cut off before its end
-        // Whatever the server makes of the rest, it must not answer it.
-        let response = client.read_response(true).unwrap_or_else(|| panic!("{what}: no answer"));
+        let _ = client.stream.write_all(bytes.as_bytes()); // the connection may be closed before the end
+        // Whatever follows must get no response.
+        let response = client.read_response(true).unwrap_or_else(|| panic!("{what}: no response"));
         assert_eq!(response.status, status, "{what}");
         assert!(client.is_closed(), "{what}: the connection stays open");
     }
-    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "none of them drew a key");
-    // What the parser refuses is counted when its connection has ended, which the client may see first.
+    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no request generated a key");
+    // A request that hyper refuses is counted after its connection has ended, which the client may see first.
     daemon.wait_for_metric("http_rejections_total{reason=\"malformed\"}", 24.0);
 }
 
 #[test]
-fn a_body_on_a_get_is_not_taken_for_the_next_request() {
+fn the_body_of_a_get_is_not_parsed_as_a_request() {
     let daemon = Daemon::start(&[]);
     let mut client = Client::connect(daemon.keys());
     let inner = request("/key/7");
     let outer = format!("GET /key/5 HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{inner}", inner.len());
     client.send(outer).send(request("/key/3"));
     assert_eq!(client.response().body.len(), 5);
-    // Either the body was passed over, or the connection is at its end; the key of 7 bytes is never served.
+    // Either the body was skipped, or the connection is closed; the key of 7 bytes is never served.
     if let Some(next) = client.read_response(true) {
         assert_eq!(next.body.len(), 3);
     }
@@ -375,14 +376,14 @@ fn a_body_on_a_get_is_not_taken_for_the_next_request() {
 }
 
 #[test]
-fn the_absolute_form_is_understood() {
+fn an_absolute_request_target_is_accepted() {
     let daemon = Daemon::start(&[]);
     let response = exchange(daemon.keys(), "GET http://localhost/key/32 HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert_eq!((response.status, response.body.len()), (200, 32));
 }
 
 #[test]
-fn hosts_of_every_kind_are_understood() {
+fn every_kind_of_host_is_accepted() {
     let daemon = Daemon::start(&[]);
     for host in ["", "localhost:1123", "[::1]:1123", "key-service.default.svc", "xn--nxasmq6b"] {
         let response = exchange(daemon.keys(), format!("GET /key/8 HTTP/1.1\r\nHost: {host}\r\n\r\n"));
@@ -391,7 +392,7 @@ fn hosts_of_every_kind_are_understood() {
 }
 
 #[test]
-fn an_ipv6_host_serves() {
+fn the_daemon_listens_on_ipv6() {
     if !common::has_ipv6() {
         return;
     }
@@ -404,7 +405,7 @@ fn an_ipv6_host_serves() {
 }
 
 #[test]
-fn a_unix_host_serves() {
+fn the_daemon_listens_on_a_unix_socket() {
     use std::io::Read;
     let folder = Folder::new();
     let path = folder.file("keys.sock");
@@ -414,12 +415,12 @@ fn a_unix_host_serves() {
     assert!(daemon.status.starts_with(&format!("Keys on unix:{}; metrics on 127.0.0.1:", path.display())));
     let mut stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
     stream.write_all(b"GET /key/32 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).unwrap();
-    let end = common::find(&answer, b"\r\n\r\n").unwrap() + 4;
-    assert!(answer.starts_with(b"HTTP/1.1 200 OK\r\n"));
-    assert_eq!(answer.len() - end, 32);
-    // A daemon that comes after one that was killed finds its socket and takes the place.
+    let mut response = Vec::new();
+    stream.read_to_end(&mut response).unwrap();
+    let end = common::find(&response, b"\r\n\r\n").unwrap() + 4;
+    assert!(response.starts_with(b"HTTP/1.1 200 OK\r\n"));
+    assert_eq!(response.len() - end, 32);
+    // A daemon replaces the socket that a killed one left.
     let mut daemon = daemon;
     daemon.signal("KILL");
     common::until("the end", || (!daemon.is_running()).then_some(()));

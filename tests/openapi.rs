@@ -1,4 +1,4 @@
-//! /openapi.json says what the service does: each name and bound is tried on the service that wrote it.
+//! /openapi.json describes the service correctly: each name and limit is tried on the service that wrote it.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -17,11 +17,11 @@ use common::{Daemon, Folder, get, key_service, run_to_end};
 fn document(daemon: &Daemon) -> Value {
     let response = daemon.get("/openapi.json");
     assert_eq!((response.status, response.header("content-type")), (200, Some("application/json")));
-    assert_eq!(response.header("cache-control"), Some("no-store"), "limits change");
+    assert_eq!(response.header("cache-control"), Some("no-store"), "the limits may change");
     response.json()
 }
 
-/// A file with the hash of a token that nobody has.
+/// A tokens file with one token, which is discarded.
 fn tokens(folder: &Folder) -> PathBuf {
     let ended = run_to_end({
         let mut command = key_service(folder);
@@ -45,7 +45,7 @@ fn length_max(document: &Value, path: &str) -> u64 {
 }
 
 #[test]
-fn every_name_in_it_is_served_and_every_name_that_is_served_is_in_it() {
+fn the_document_has_exactly_the_names_that_are_served() {
     let daemon = Daemon::start(&[]);
     let document = document(&daemon);
     assert_eq!(document["openapi"], "3.1.0");
@@ -61,7 +61,7 @@ fn every_name_in_it_is_served_and_every_name_that_is_served_is_in_it() {
             let content = &document["paths"][path]["get"]["responses"]["200"]["content"];
             assert!(content[&media_type].is_object(), "{path}: {media_type}");
         }
-        // The service lists what it knows when it is asked for something else.
+        // The error for an unknown value lists the known ones.
         let refused = daemon.get(&format!("{}?{parameter}=other", path.replace("{length}", "8"))).problem();
         assert!(refused.ends_with(&format!("known: {}", names.join(", "))), "{path}: {refused}");
     }
@@ -69,14 +69,17 @@ fn every_name_in_it_is_served_and_every_name_that_is_served_is_in_it() {
         let parameters =
             document["paths"][format!("{path}/{{length}}")]["get"]["parameters"].as_array().unwrap().clone();
         let names: Vec<_> = parameters.iter().map(|known| known["name"].as_str().unwrap()).collect();
-        assert!(parameters.iter().all(|known| known["description"] != ""), "{path}: each is described");
+        assert!(
+            parameters.iter().all(|known| known["description"] != ""),
+            "{path}: each parameter has a description"
+        );
         let refused = daemon.get(&format!("{path}/8?other=1")).problem();
         assert!(refused.ends_with(&format!("known: {}", names.join(", "))), "{path}: {refused}");
     }
 }
 
 #[test]
-fn every_bound_in_it_is_the_one_that_is_kept() {
+fn the_limits_of_the_document_are_enforced() {
     let daemon = Daemon::start(&[("MAX_SIZE", "5000")]);
     let document = document(&daemon);
     for (path, expected) in [("/key/{length}", 5000), ("/password/{length}", 1024)] {
@@ -91,13 +94,13 @@ fn every_bound_in_it_is_the_one_that_is_kept() {
             daemon.get(&format!("{}?format=json&count={count}", path.replace("{length}", "1"))).status
         };
         assert_eq!((with(0), with(1), with(max), with(max + 1)), (400, 200, 200, 400), "{path}");
-        let told = document["paths"][path]["get"]["description"].as_str().unwrap();
-        assert!(told.contains("Length times count is at most 65536"), "{told}");
+        let description = document["paths"][path]["get"]["description"].as_str().unwrap();
+        assert!(description.contains("Length times count is at most 65536"), "{description}");
     }
 }
 
 #[test]
-fn every_status_that_is_counted_is_in_it() {
+fn the_document_has_every_status_of_the_metrics() {
     let folder = Folder::new();
     let tokens = tokens(&folder);
     folder.write("config.toml", &format!("tokens-file = {:?}\n", tokens.to_str().unwrap()));
@@ -106,16 +109,16 @@ fn every_status_that_is_counted_is_in_it() {
     });
     let document = document(&daemon);
     let responses = document["paths"]["/key/{length}"]["get"]["responses"].as_object().unwrap();
-    let told: BTreeSet<_> = responses.keys().map(String::as_str).collect();
+    let described: BTreeSet<_> = responses.keys().map(String::as_str).collect();
     let metrics = get(daemon.metrics(), "/metrics").text();
     let counted: BTreeSet<_> = metrics
         .lines()
         .filter_map(|line| line.strip_prefix("http_responses_total{status_code=\"")?.split('"').next())
-        .filter(|status| *status != "other" && *status != "404") // which is for paths that are not in it
+        .filter(|status| *status != "other" && *status != "404") // unknown paths, which the document does not have
         .collect();
-    assert_eq!(told, counted);
-    // Each refusal is a problem document, written in one place.
-    for status in told.into_iter().filter(|status| *status != "200") {
+    assert_eq!(described, counted);
+    // Each error is a problem document, described in one place.
+    for status in described.into_iter().filter(|status| *status != "200") {
         let response = &document["components"]["responses"][status];
         assert!(response["content"]["application/problem+json"].is_object(), "{status}");
         assert_eq!(responses[status]["$ref"], format!("#/components/responses/{status}"));
@@ -129,7 +132,7 @@ fn every_status_that_is_counted_is_in_it() {
 }
 
 #[test]
-fn it_follows_a_reload() {
+fn the_document_follows_a_reload() {
     let folder = Folder::new();
     folder.write("config.toml", "max-size = 100\n");
     let daemon = Daemon::start_with(folder, |command| {
@@ -149,16 +152,16 @@ fn it_follows_a_reload() {
 }
 
 #[test]
-fn it_is_for_clients_only() {
+fn the_metrics_listener_does_not_serve_the_document() {
     let daemon = Daemon::start(&[]);
     assert_eq!(get(daemon.metrics(), "/openapi.json").status, 404);
     document(&daemon);
-    // One refused, one answered.
+    // One response with 404, one with 200.
     daemon.wait_for_metric("request_latency_seconds_count{endpoint=\"/openapi.json\"}", 2.0);
 }
 
 #[test]
-fn every_reference_in_it_leads_somewhere() {
+fn every_reference_of_the_document_resolves() {
     fn walk<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
         match value {
             Value::Object(fields) => fields.iter().for_each(|(name, value)| match value {
@@ -179,7 +182,7 @@ fn every_reference_in_it_leads_somewhere() {
 }
 
 #[test]
-fn generators_of_clients_find_types_and_the_default_format_first() {
+fn client_generators_find_types_and_the_default_first() {
     fn untyped(value: &Value, found: &mut Vec<Value>) {
         match value {
             Value::Object(fields) => {
@@ -198,7 +201,7 @@ fn generators_of_clients_find_types_and_the_default_format_first() {
     let mut found = Vec::new();
     untyped(&document(&daemon), &mut found);
     assert_eq!(found, Vec::<Value>::new(), "an enum or const without a type");
-    // A parser may lose the order, so this looks at the text.
+    // A JSON parser may lose the order, so search the text.
     let text = daemon.get("/openapi.json").text();
     assert!(!text.contains("\\u00"), "{text}");
     let responses: Vec<_> =

@@ -1,4 +1,5 @@
-//! `/`: a page for browsers, which loads nothing but what it is, and an index for curl. In a browser: tests/e2e/test_page.py.
+//! The route `/`: a web page for browsers, which loads nothing else, and an index for curl. tests/e2e/test_page.py uses
+//! the page in a browser.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -10,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 const BROWSER: &str = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8";
 
-fn ask(daemon: &Daemon, accept: &str) -> Response {
+fn get_page(daemon: &Daemon, accept: &str) -> Response {
     exchange(daemon.keys(), format!("GET / HTTP/1.1\r\nHost: a\r\nAccept: {accept}\r\n\r\n"))
 }
 
@@ -28,7 +29,7 @@ fn browsers_get_a_page_and_curl_an_index() {
         ("text/plain, text/html", "text/plain; charset=utf-8"),
         ("text/html;q=0.5, text/plain;q=0.4", "text/html; charset=utf-8"),
     ] {
-        let response = ask(&daemon, accept);
+        let response = get_page(&daemon, accept);
         assert_eq!((response.status, media_type(&response)), (200, expected), "{accept}");
         for (name, value) in
             [("vary", "Accept"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
@@ -36,14 +37,14 @@ fn browsers_get_a_page_and_curl_an_index() {
             assert_eq!(response.header(name), Some(value), "{accept}");
         }
     }
-    assert_eq!(media_type(&daemon.get("/")), "text/plain; charset=utf-8", "without an Accept field");
-    let refused = ask(&daemon, "image/png");
+    assert_eq!(media_type(&daemon.get("/")), "text/plain; charset=utf-8", "without an Accept header");
+    let refused = get_page(&daemon, "image/png");
     assert_eq!(refused.status, 406);
     assert!(refused.problem().ends_with("text/plain, text/html"), "{}", refused.problem());
 }
 
 #[test]
-fn the_index_leads_to_what_there_is() {
+fn every_path_of_the_index_is_served() {
     let daemon = Daemon::start(&[]);
     let index = daemon.get("/").text();
     let paths: Vec<_> = index.lines().filter(|line| line.starts_with('/')).collect();
@@ -58,9 +59,9 @@ fn the_index_leads_to_what_there_is() {
 }
 
 #[test]
-fn the_page_may_run_its_own_script_and_styles_and_nothing_else() {
+fn the_page_runs_only_its_own_script_and_styles() {
     let daemon = Daemon::start(&[]);
-    let response = ask(&daemon, BROWSER);
+    let response = get_page(&daemon, BROWSER);
     let page = response.text();
     let policy = response.header("content-security-policy").unwrap();
     let directives: Vec<_> = policy.split("; ").collect();
@@ -76,7 +77,11 @@ fn the_page_may_run_its_own_script_and_styles_and_nothing_else() {
     }
     assert!(!policy.contains("unsafe") && !policy.contains("http"), "{policy}");
     for element in ["script", "style"] {
-        assert_eq!(page.matches(&format!("<{element}")).count(), 1, "one {element}, whose hash is told");
+        assert_eq!(
+            page.matches(&format!("<{element}")).count(),
+            1,
+            "one {element}, whose hash the policy has"
+        );
         let start = page.find(&format!("<{element}>")).unwrap() + element.len() + 2;
         let text = &page[start..page.find(&format!("</{element}>")).unwrap()];
         let source = policy.split_once(&format!("{element}-src 'sha256-")).unwrap().1.split('\'').next();
@@ -89,11 +94,11 @@ fn the_page_may_run_its_own_script_and_styles_and_nothing_else() {
     for name in ["cross-origin-opener-policy", "cross-origin-resource-policy"] {
         assert_eq!(response.header(name), Some("same-origin"));
     }
-    assert!(response.header("access-control-allow-origin").is_none(), "no other site reads keys");
+    assert!(response.header("access-control-allow-origin").is_none(), "no other site can read keys");
 }
 
 #[test]
-fn a_head_and_other_methods_are_answered_as_everywhere() {
+fn head_and_other_methods_work_as_on_other_routes() {
     let daemon = Daemon::start(&[]);
     let send = |method: &str| format!("{method} / HTTP/1.1\r\nHost: a\r\nAccept: text/html\r\n\r\n");
     let mut client = common::Client::connect(daemon.keys());
@@ -103,16 +108,16 @@ fn a_head_and_other_methods_are_answered_as_everywhere() {
     let refused = client.send(send("POST")).response();
     assert_eq!((refused.status, refused.header("allow")), (405, Some("GET, HEAD")));
     daemon.wait_for_metric("request_latency_seconds_count{endpoint=\"/\"}", 3.0);
-    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no key is drawn for a page");
+    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no key is generated for the page");
 }
 
 #[test]
-fn it_can_be_switched_off_and_is_for_clients_only() {
+fn the_page_can_be_disabled_and_is_for_clients_only() {
     let daemon = Daemon::start(&[]);
     assert_eq!(get(daemon.metrics(), "/").status, 404);
     assert!(daemon.get("/openapi.json").json()["paths"]["/"].is_object());
     let daemon = Daemon::start(&[("PAGE", "false")]);
-    assert_eq!((ask(&daemon, BROWSER).status, daemon.get("/").status), (404, 404));
+    assert_eq!((get_page(&daemon, BROWSER).status, daemon.get("/").status), (404, 404));
     let document = daemon.get("/openapi.json");
     assert!(document.json()["paths"]["/"].is_null());
     assert_eq!(daemon.get("/key/32").status, 200);

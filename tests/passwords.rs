@@ -1,4 +1,4 @@
-//! Passwords of named alphabets. That no character is likelier than another is proven beside the code that draws them.
+//! Passwords of named alphabets. The unit tests of `src/keys/password.rs` check that all characters are equally likely.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -8,10 +8,10 @@ use std::collections::HashSet;
 
 use common::{Client, Daemon, exchange, request};
 
-/// Whether a character may be in a password.
+/// Whether an alphabet has a character.
 type Allowed = fn(char) -> bool;
 
-/// Each alphabet, the characters that it may have, and the bits of entropy that 24 of them have, rounded down.
+/// Each alphabet, its characters, and the bits of entropy of 24 characters, rounded down.
 const ALPHABETS: [(&str, Allowed, &str); 5] = [
     ("alnum", |c| c.is_ascii_alphanumeric(), "142.9"),
     ("ascii", |c| c.is_ascii_graphic(), "157.3"),
@@ -21,7 +21,7 @@ const ALPHABETS: [(&str, Allowed, &str); 5] = [
 ];
 
 #[test]
-fn a_password_has_the_characters_of_its_alphabet_and_says_its_entropy() {
+fn a_password_is_of_its_alphabet_and_states_its_entropy() {
     let daemon = Daemon::start(&[]);
     let mut client = Client::connect(daemon.keys());
     for (alphabet, is_allowed, bits) in ALPHABETS {
@@ -50,7 +50,7 @@ fn a_password_has_the_characters_of_its_alphabet_and_says_its_entropy() {
             assert_eq!(json["entropy_bits"].as_f64(), Some(bits.parse().unwrap()));
             let password = json["password"].as_str().unwrap();
             assert!(password.len() == 24 && password.chars().all(is_allowed), "{password}");
-            // Its length says nothing of how many characters were escaped.
+            // The length does not reveal how many characters are escaped.
             let head = client.send(request(&format!("{path}&format=json")).replace("GET", "HEAD"));
             let head = head.head_response();
             assert_eq!(head.header("content-length"), response.header("content-length"));
@@ -62,7 +62,7 @@ fn a_password_has_the_characters_of_its_alphabet_and_says_its_entropy() {
 }
 
 #[test]
-fn passwords_come_in_batches_too_and_no_two_are_the_same() {
+fn a_batch_of_passwords_has_no_duplicates() {
     let daemon = Daemon::start(&[]);
     let text = daemon.get("/password/20?count=500").text();
     let passwords: HashSet<_> = text.lines().collect();
@@ -75,7 +75,7 @@ fn passwords_come_in_batches_too_and_no_two_are_the_same() {
 }
 
 #[test]
-fn what_can_t_be_had_is_refused_by_name() {
+fn an_invalid_value_is_refused_by_name() {
     let daemon = Daemon::start(&[("MAX_SIZE", "100000")]);
     for (path, status, detail) in [
         ("/password/0", 400, "Length must be at least 1"),
@@ -106,7 +106,7 @@ fn what_can_t_be_had_is_refused_by_name() {
 }
 
 #[test]
-fn a_password_is_admitted_counted_and_recorded_as_a_key_is() {
+fn a_password_is_limited_counted_and_audited_like_a_key() {
     let daemon = Daemon::start(&[("AUDIT", "true"), ("RATE_BYTES", "10"), ("RATE_BURST", "10")]);
     let response = daemon.get("/password/60?alphabet=digits");
     assert!(response.header("ratelimit").unwrap().contains("r=40"), "{response:?}");
@@ -118,5 +118,9 @@ fn a_password_is_admitted_counted_and_recorded_as_a_key_is() {
     let log = daemon.log();
     assert!(log.contains("length=60 format=text alphabet=digits sent=61 outcome=complete"), "{log}");
     assert!(!log.contains(&response.text()[..12]));
-    assert_eq!(common::get(daemon.metrics(), "/password/24").status, 404, "nor is it on the metrics port");
+    assert_eq!(
+        common::get(daemon.metrics(), "/password/24").status,
+        404,
+        "the metrics port serves no passwords"
+    );
 }
