@@ -1,4 +1,4 @@
-//! TLS: what is spoken and with whom, what is refused, and what a renewal does.
+//! TLS: versions, certificates, client authentication, handshakes, reloads and the `health` subcommand.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -23,12 +23,13 @@ use rustls::{ClientConfig, NamedGroup, ProtocolVersion};
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
-fn modern(authority: &Authority) -> Arc<ClientConfig> {
+/// The configuration of a client that trusts `authority` and accepts TLS 1.3 only.
+fn tls13(authority: &Authority) -> Arc<ClientConfig> {
     trusting(authority, &[&TLS13], None)
 }
 
-/// Why there is no connection for `config`, as the client learns it.
-fn refusal(daemon: &Daemon, config: &Arc<ClientConfig>) -> String {
+/// The error that a client with `config` gets instead of a connection.
+fn handshake_error(daemon: &Daemon, config: &Arc<ClientConfig>) -> String {
     let mut client = connect(daemon.keys(), config);
     let mut bytes = Vec::new();
     let written = client.stream.write_all(request("/key/32").as_bytes());
@@ -42,23 +43,23 @@ fn wait_for_failures(daemon: &Daemon, reason: &str, count: f64) {
 }
 
 #[test]
-fn keys_come_over_tls_1_3_with_a_post_quantum_key_exchange() {
+fn keys_are_served_over_tls_1_3_with_post_quantum_key_exchange() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
-    let mut client = connect(daemon.keys(), &modern(&authority));
+    let mut client = connect(daemon.keys(), &tls13(&authority));
     let response = client.send(request("/key/32")).response();
     assert_eq!((response.status, response.body.len()), (200, 32));
     let connection = &client.stream.conn;
     assert_eq!(connection.protocol_version(), Some(ProtocolVersion::TLSv1_3));
     let group = connection.negotiated_key_exchange_group().unwrap().name();
     assert_eq!(group, NamedGroup::X25519MLKEM768);
-    assert_eq!(connection.tls13_tickets_received(), 0, "no session is kept");
+    assert_eq!(connection.tls13_tickets_received(), 0, "no session tickets");
     assert_eq!(client.send(request("/health")).response().text(), "OK");
     daemon.wait_for_metric("tls_handshakes_total", 1.0);
 }
 
 #[test]
-fn a_client_without_post_quantum_algorithms_is_served_too() {
+fn a_client_without_post_quantum_algorithms_is_served() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
     let mut provider = rustls::crypto::aws_lc_rs::default_provider();
@@ -75,17 +76,21 @@ fn a_client_without_post_quantum_algorithms_is_served_too() {
 }
 
 #[test]
-fn tls_1_2_is_spoken_only_where_it_is_asked_for() {
+fn tls_1_2_is_accepted_only_if_configured() {
     let authority = Authority::new();
     let old = trusting(&authority, &[&TLS12], None);
     let daemon = daemon(&authority, &[]);
-    assert!(refusal(&daemon, &old).contains("ProtocolVersion"));
+    assert!(handshake_error(&daemon, &old).contains("ProtocolVersion"));
     wait_for_failures(&daemon, "incompatible", 1.0);
-    let lenient = common::tls::daemon(&authority, &[("TLS_MIN_VERSION", "1.2")]);
-    assert_eq!(connect(lenient.keys(), &old).send(request("/key/32")).response().body.len(), 32);
-    let mut client = connect(lenient.keys(), &trusting(&authority, &[&TLS12, &TLS13], None));
+    let with_tls12 = common::tls::daemon(&authority, &[("TLS_MIN_VERSION", "1.2")]);
+    assert_eq!(connect(with_tls12.keys(), &old).send(request("/key/32")).response().body.len(), 32);
+    let mut client = connect(with_tls12.keys(), &trusting(&authority, &[&TLS12, &TLS13], None));
     client.send(request("/key/32")).response();
-    assert_eq!(client.stream.conn.protocol_version(), Some(ProtocolVersion::TLSv1_3), "and not preferred");
+    assert_eq!(
+        client.stream.conn.protocol_version(),
+        Some(ProtocolVersion::TLSv1_3),
+        "TLS 1.2 is not preferred"
+    );
 }
 
 #[test]
@@ -93,15 +98,15 @@ fn only_http_1_1_is_negotiated() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
     let offering = |protocols: &[&[u8]]| {
-        let mut config = ClientConfig::clone(&modern(&authority));
+        let mut config = ClientConfig::clone(&tls13(&authority));
         config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
         Arc::new(config)
     };
     let mut client = connect(daemon.keys(), &offering(&[b"h2", b"http/1.1"]));
     assert_eq!(client.send(request("/key/32")).response().status, 200);
     assert_eq!(client.stream.conn.alpn_protocol(), Some(b"http/1.1".as_slice()));
-    assert!(refusal(&daemon, &offering(&[b"h2"])).contains("NoApplicationProtocol"));
-    // What an old client offers is accepted, and not preferred.
+    assert!(handshake_error(&daemon, &offering(&[b"h2"])).contains("NoApplicationProtocol"));
+    // HTTP/1.0 is accepted, and not preferred.
     let mut client = connect(daemon.keys(), &offering(&[b"http/1.0"]));
     client.send("GET /key/32 HTTP/1.0\r\n\r\n");
     assert_eq!(client.response().body.len(), 32);
@@ -113,41 +118,41 @@ fn only_http_1_1_is_negotiated() {
 }
 
 #[test]
-fn a_long_key_arrives_whole_and_a_slow_reader_is_waited_for() {
+fn a_streamed_key_arrives_whole_or_visibly_truncated() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[("MAX_SIZE", "1073741824"), ("WRITE_TIMEOUT", "1")]);
-    let mut client = connect(daemon.keys(), &modern(&authority));
+    let mut client = connect(daemon.keys(), &tls13(&authority));
     assert_eq!(client.send(request("/key/20000000")).response().body.len(), 20_000_000);
-    // One that never reads is cut, and one answer never counts as whole without its last byte.
-    let mut stuck = connect(daemon.keys(), &modern(&authority));
-    stuck.send(request("/key/1073741824"));
+    // A client that never reads is closed, and can't take its response for complete.
+    let mut stalled = connect(daemon.keys(), &tls13(&authority));
+    stalled.send(request("/key/1073741824"));
     drop(client);
     daemon.wait_for_metric("http_connections", 0.0);
     let mut received = Vec::new();
-    let end = stuck.stream.read_to_end(&mut received);
-    assert!(end.is_err(), "the end of the connection is no close_notify");
+    let end = stalled.stream.read_to_end(&mut received);
+    assert!(end.is_err(), "a reset, not close_notify");
     assert!(received.len() < 64 << 20);
     assert!(daemon.metric("process_resident_memory_bytes") < 96e6);
 }
 
 #[test]
-fn the_end_of_a_connection_is_announced() {
+fn a_closed_connection_sends_close_notify() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
-    let mut client = connect(daemon.keys(), &modern(&authority));
+    let mut client = connect(daemon.keys(), &tls13(&authority));
     client.send("GET /key/32 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").response();
-    assert!(client.is_closed(), "by close_notify: anything else is an error here");
+    assert!(client.is_closed(), "by close_notify: any other end is an error here");
 }
 
 #[test]
-fn a_connection_that_is_closed_for_a_new_one_is_announced_its_end() {
+fn an_evicted_connection_sends_close_notify() {
     let authority = Authority::new();
-    let config = modern(&authority);
+    let config = tls13(&authority);
     let daemon = daemon(&authority, &[("MAX_CONNECTIONS", "1")]);
     let mut idle = connect(daemon.keys(), &config);
     assert_eq!(idle.send(request("/key/32")).response().status, 200);
-    // It may take a moment until the one with the response counts as idle.
-    until("the slot", || {
+    // It may take a moment until the first connection counts as idle.
+    until("a free slot", || {
         let mut new = connect(daemon.keys(), &config);
         (new.send(request("/key/32")).response().status == 200).then_some(())
     });
@@ -158,18 +163,18 @@ fn a_connection_that_is_closed_for_a_new_one_is_announced_its_end() {
 fn the_first_request_has_the_head_timeout() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[("HEAD_TIMEOUT", "1"), ("IDLE_TIMEOUT", "3600")]);
-    let mut silent = connect(daemon.keys(), &modern(&authority));
+    let mut silent = connect(daemon.keys(), &tls13(&authority));
     silent.stream.conn.complete_io(&mut silent.stream.sock).unwrap();
     assert!(silent.is_closed());
 }
 
 #[test]
-fn a_client_that_reads_slowly_gets_its_whole_response_over_tls() {
+fn a_slow_reader_gets_its_whole_response_over_tls() {
     let authority = Authority::new();
     let timeouts =
         [("WRITE_TIMEOUT", "4"), ("HEAD_TIMEOUT", "4"), ("IDLE_TIMEOUT", "4"), ("MAX_SIZE", "1000000")];
     let daemon = daemon(&authority, &timeouts);
-    let config = modern(&authority);
+    let config = tls13(&authority);
     std::thread::scope(|scope| {
         for path in ["/key/220000", "/key/110000?format=hex"] {
             let client = connect_over(slow(daemon.keys()), &config);
@@ -178,11 +183,11 @@ fn a_client_that_reads_slowly_gets_its_whole_response_over_tls() {
     });
 }
 
-/// Ends of connections that are no accident. [`Client::is_closed`] takes none without close_notify.
+/// [`Client::is_closed`] accepts no end without close_notify.
 #[test]
-fn every_orderly_end_is_announced() {
+fn every_orderly_end_sends_close_notify() {
     let authority = Authority::new();
-    let config = modern(&authority);
+    let config = tls13(&authority);
     let daemon =
         daemon(&authority, &[("HEAD_TIMEOUT", "1"), ("IDLE_TIMEOUT", "1"), ("MAX_CONNECTIONS", "7")]);
     let open = || {
@@ -222,9 +227,9 @@ fn every_orderly_end_is_announced() {
 }
 
 #[test]
-fn the_drain_announces_the_end_to_idle_connections_and_a_second_signal_resets_streams() {
+fn draining_sends_close_notify_and_a_second_signal_resets() {
     let authority = Authority::new();
-    let config = modern(&authority);
+    let config = tls13(&authority);
     let mut daemon = daemon(
         &authority,
         &[("MAX_SIZE", "1073741824"), ("DRAIN_TIMEOUT", "3600"), ("HEAD_TIMEOUT", "3600")],
@@ -255,24 +260,24 @@ fn the_drain_announces_the_end_to_idle_connections_and_a_second_signal_resets_st
 }
 
 #[test]
-fn a_connection_past_the_limit_is_announced_its_end() {
+fn an_over_limit_connection_sends_close_notify() {
     let authority = Authority::new();
-    let config = modern(&authority);
+    let config = tls13(&authority);
     let daemon = daemon(&authority, &[("MAX_CONNECTIONS", "1"), ("HEAD_TIMEOUT", "3600")]);
     let mut held = connect(daemon.keys(), &config);
     held.send(request("/key/32") + "GET").response();
     let mut silent = connect(daemon.keys(), &config);
     silent.stream.conn.complete_io(&mut silent.stream.sock).unwrap();
-    assert!(silent.is_closed(), "after its second");
+    assert!(silent.is_closed(), "closed after a second");
 }
 
 #[test]
-fn a_drain_answers_over_tls_too_and_cuts_no_stream_short_unnoticed() {
+fn a_drain_timeout_truncates_no_stream_unnoticed() {
     let authority = Authority::new();
     let mut daemon = daemon(&authority, &[("MAX_SIZE", "1073741824"), ("DRAIN_TIMEOUT", "1")]);
-    let mut idle = connect(daemon.keys(), &modern(&authority));
+    let mut idle = connect(daemon.keys(), &tls13(&authority));
     idle.send(request("/key/32")).response();
-    let mut client = connect(daemon.keys(), &modern(&authority));
+    let mut client = connect(daemon.keys(), &tls13(&authority));
     client.send(request("/key/1073741824"));
     client.stream.flush().unwrap();
     until("the stream to begin", || (daemon.metric("key_bytes_total{format=\"raw\"}") > 64.0).then_some(()));
@@ -284,7 +289,7 @@ fn a_drain_answers_over_tls_too_and_cuts_no_stream_short_unnoticed() {
 }
 
 #[test]
-fn a_stalled_handshake_is_cut_and_is_a_connection_that_counts() {
+fn a_stalled_handshake_counts_as_connection_and_times_out() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[("HEAD_TIMEOUT", "3")]);
     let mut silent = Client::connect(daemon.keys());
@@ -298,8 +303,8 @@ fn a_stalled_handshake_is_cut_and_is_a_connection_that_counts() {
 }
 
 #[test]
-fn many_stalled_handshakes_do_not_keep_others_out() {
-    // More than half of the handshakes that are made at once: stalled ones have a second from there on.
+fn stalled_handshakes_do_not_block_other_clients() {
+    // More stalled handshakes than half of the limit, from where on each has one second.
     let authority = Authority::new();
     let daemon = daemon(
         &authority,
@@ -307,21 +312,21 @@ fn many_stalled_handshakes_do_not_keep_others_out() {
     );
     let begin = |_| {
         let mut client = Client::connect(daemon.keys());
-        client.send([0x16]); // a record of a handshake begins so
+        client.send([0x16]); // the first byte of a handshake record
         client
     };
     let stalled: Vec<_> = (0..1100).map(begin).collect();
-    // Those that say nothing take no turn.
+    // Silent clients take no handshake slot.
     let silent: Vec<_> = (0..1100).map(|_| Client::connect(daemon.keys())).collect();
-    let mut client = connect(daemon.keys(), &modern(&authority));
+    let mut client = connect(daemon.keys(), &tls13(&authority));
     assert_eq!(client.send(request("/key/32")).response().status, 200);
     let timeouts = "tls_handshake_failures_total{reason=\"timeout\"}";
-    until("others to lose their turn", || (daemon.metric(timeouts) > 0.0).then_some(()));
+    until("stalled handshakes to time out", || (daemon.metric(timeouts) > 0.0).then_some(()));
     drop((stalled, silent));
 }
 
 #[test]
-fn plain_http_to_the_tls_port_gets_a_400_and_never_a_key() {
+fn plain_http_on_the_tls_port_gets_a_400_and_never_a_key() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
     for wire in
@@ -340,24 +345,24 @@ fn plain_http_to_the_tls_port_gets_a_400_and_never_a_key() {
     }
     wait_for_failures(&daemon, "plain_http", 4.0);
     assert_eq!(daemon.metric("key_length_bytes_count"), 0.0);
-    // What is neither gets an alert.
+    // Neither TLS nor HTTP: an alert.
     let mut client = Client::connect(daemon.keys());
     client.send([0x80, 0x2e, 1, 0, 2, 0, 0x15, 0, 0, 0, 0x10]);
     let mut bytes = Vec::new();
-    let _ = client.stream.read_to_end(&mut bytes); // and may be reset for what was not read
+    let _ = client.stream.read_to_end(&mut bytes); // may be reset because of unread bytes
     assert!(bytes.is_empty() || bytes.starts_with(&[0x15, 3]), "an alert at most: {bytes:?}");
     wait_for_failures(&daemon, "malformed", 1.0);
-    assert_eq!(get(daemon.metrics(), "/health").text(), "OK", "metrics and their health stay plain");
+    assert_eq!(get(daemon.metrics(), "/health").text(), "OK", "the metrics port stays plain HTTP");
 }
 
 #[test]
-fn past_the_connection_limit_health_is_answered_over_tls_and_the_rest_is_503() {
+fn over_limit_tls_connections_get_health_and_503() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[("MAX_CONNECTIONS", "2"), ("HEAD_TIMEOUT", "3600")]);
-    let config = modern(&authority);
+    let config = tls13(&authority);
     let mut held: Vec<_> = (0..2).map(|_| connect(daemon.keys(), &config)).collect();
     for client in &mut held {
-        // The beginning of a second request, since an idle connection would make room for another.
+        // With the beginning of a second request, because an idle connection would be evicted.
         assert_eq!(client.send(request("/key/32") + "GET").response().status, 200);
         client.stream.flush().unwrap();
     }
@@ -369,7 +374,7 @@ fn past_the_connection_limit_health_is_answered_over_tls_and_the_rest_is_503() {
 }
 
 #[test]
-fn with_a_client_ca_only_its_clients_are_let_in() {
+fn a_client_ca_admits_only_its_clients() {
     let (authority, clients) = (Authority::new(), Authority::new());
     let folder = Folder::new();
     authority.server().write(&folder);
@@ -380,60 +385,66 @@ fn with_a_client_ca_only_its_clients_are_let_in() {
     assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
     daemon.wait_for_log("certificate=CN:web");
 
-    assert!(refusal(&daemon, &modern(&authority)).contains("CertificateRequired"), "none");
-    assert!(refusal(&daemon, &with(&authority.client("web"))).contains("UnknownCA"), "another's");
+    assert!(handshake_error(&daemon, &tls13(&authority)).contains("CertificateRequired"), "no certificate");
+    assert!(
+        handshake_error(&daemon, &with(&authority.client("web"))).contains("UnknownCA"),
+        "a certificate of another CA"
+    );
     let expired = clients.issue(|params| {
         params.distinguished_name.push(DnType::CommonName, "web");
         params.not_after = date_time_ymd(2020, 1, 1);
     });
-    assert!(refusal(&daemon, &with(&expired)).contains("CertificateExpired"), "an old one");
+    assert!(
+        handshake_error(&daemon, &with(&expired)).contains("CertificateExpired"),
+        "an expired certificate"
+    );
     wait_for_failures(&daemon, "client_certificate", 3.0);
     let for_servers = clients.issue(|params| {
         params.distinguished_name.push(DnType::CommonName, "web");
         params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
     });
-    let _ = refusal(&daemon, &with(&for_servers));
+    let _ = handshake_error(&daemon, &with(&for_servers));
     wait_for_failures(&daemon, "client_certificate", 4.0);
     let nameless = clients.issue(|_| {});
-    // After the handshake, which has no alert for it.
+    // Closed after the handshake, because TLS has no alert for this.
     assert!(connect(daemon.keys(), &with(&nameless)).send(request("/key/32")).is_closed());
     wait_for_failures(&daemon, "client_certificate", 5.0);
-    assert_eq!(get(daemon.metrics(), "/readyz").status, 200, "probes ask on the metrics port");
+    assert_eq!(get(daemon.metrics(), "/readyz").status, 200, "probes use the metrics port");
 }
 
 fn wait_for_renewal(daemon: &Daemon, authority: &Authority, identity: &Identity) {
     until("the new certificate", || {
-        let mut client = connect(daemon.keys(), &modern(authority));
+        let mut client = connect(daemon.keys(), &tls13(authority));
         assert_eq!(client.send(request("/key/32")).response().status, 200);
         (client.stream.conn.peer_certificates().unwrap()[0] == identity.der()).then_some(())
     });
 }
 
 #[test]
-fn a_renewed_certificate_is_taken_up_under_load_without_a_failure() {
+fn a_renewed_certificate_is_loaded_under_load_without_errors() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
-    let config = modern(&authority);
+    let config = tls13(&authority);
     let stop = AtomicBool::new(false);
-    let goes_on = || !stop.load(Ordering::Relaxed);
-    let ask_anew = || {
+    let is_running = || !stop.load(Ordering::Relaxed);
+    let request_on_new_connections = || {
         let mut served = 0;
-        while goes_on() {
+        while is_running() {
             assert_eq!(connect(daemon.keys(), &config).send(request("/key/32")).response().body.len(), 32);
             served += 1;
         }
         served
     };
-    let ask_again = || {
+    let request_on_one_connection = || {
         let mut client = connect(daemon.keys(), &config);
         let mut served = 0;
-        while goes_on() {
+        while is_running() {
             assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
             served += 1;
         }
         served
     };
-    /// Stops the askers even where the test fails, which would wait for them for ever.
+    /// Stops the clients even if the test fails: the scope would wait for them forever.
     struct Stop<'a>(&'a AtomicBool);
     impl Drop for Stop<'_> {
         fn drop(&mut self) {
@@ -442,11 +453,15 @@ fn a_renewed_certificate_is_taken_up_under_load_without_a_failure() {
     }
     std::thread::scope(|scope| {
         let stop = Stop(&stop);
-        let askers = [scope.spawn(ask_anew), scope.spawn(ask_anew), scope.spawn(ask_again)];
-        let renew = |is_told: bool| {
+        let clients = [
+            scope.spawn(request_on_new_connections),
+            scope.spawn(request_on_new_connections),
+            scope.spawn(request_on_one_connection),
+        ];
+        let renew = |with_signal: bool| {
             let renewed = authority.server();
             renewed.write(&daemon.folder);
-            if is_told {
+            if with_signal {
                 daemon.signal("HUP");
             }
             wait_for_renewal(&daemon, &authority, &renewed);
@@ -454,17 +469,17 @@ fn a_renewed_certificate_is_taken_up_under_load_without_a_failure() {
         for _ in 0..5 {
             renew(true);
         }
-        renew(false); // seen without a word, within seconds
+        renew(false); // noticed without a signal, within seconds
         drop(stop);
-        for asker in askers {
-            assert!(asker.join().unwrap() > 0);
+        for client in clients {
+            assert!(client.join().unwrap() > 0);
         }
     });
     daemon.wait_for_metric("tls_last_reload_successful", 1.0);
 }
 
 #[test]
-fn a_bad_renewal_keeps_the_certificate_and_says_so_until_it_is_mended() {
+fn a_failed_renewal_keeps_the_certificate_and_is_reported() {
     let authority = Authority::new();
     let folder = Folder::new();
     let first = authority.server();
@@ -485,7 +500,7 @@ fn a_bad_renewal_keeps_the_certificate_and_says_so_until_it_is_mended() {
 }
 
 #[test]
-fn a_reload_takes_other_files_and_another_client_ca() {
+fn a_reload_applies_other_files_and_another_client_ca() {
     let (authority, clients) = (Authority::new(), Authority::new());
     let folder = Folder::new();
     authority.server().write(&folder);
@@ -497,19 +512,19 @@ fn a_reload_takes_other_files_and_another_client_ca() {
     let daemon = Daemon::start_with(folder, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     });
-    let mut before = connect(daemon.keys(), &modern(&authority));
+    let mut before = connect(daemon.keys(), &tls13(&authority));
     assert_eq!(before.send(request("/key/32")).response().status, 200);
     daemon.folder.write("config.toml", &with_ca);
     daemon.signal("HUP");
     daemon.wait_for_log("configuration reloaded");
-    assert!(refusal(&daemon, &modern(&authority)).contains("CertificateRequired"));
-    assert_eq!(before.send(request("/key/32")).response().status, 200, "an open connection goes on");
+    assert!(handshake_error(&daemon, &tls13(&authority)).contains("CertificateRequired"));
+    assert_eq!(before.send(request("/key/32")).response().status, 200, "an open connection continues");
     daemon.folder.write("config.toml", "");
     daemon.signal("HUP");
     daemon.wait_for_log("setting=tls-cert");
     assert!(
-        refusal(&daemon, &modern(&authority)).contains("CertificateRequired"),
-        "TLS never ends by a reload"
+        handshake_error(&daemon, &tls13(&authority)).contains("CertificateRequired"),
+        "a reload never turns TLS off"
     );
     daemon.wait_for_log("TLS is no longer configured: it stays on until the next restart");
     assert!(!daemon.log().contains("protection removed"), "{}", daemon.log());
@@ -517,22 +532,22 @@ fn a_reload_takes_other_files_and_another_client_ca() {
     daemon.signal("HUP");
     daemon.wait_for_log("protection removed by this reload settings=tls-client-ca");
     until("the third reload", || (daemon.log().matches("configuration reloaded").count() == 3).then_some(()));
-    let served = || connect(daemon.keys(), &modern(&authority)).send(request("/key/32")).response().status;
+    let served = || connect(daemon.keys(), &tls13(&authority)).send(request("/key/32")).response().status;
     assert_eq!(served(), 200);
 }
 
-/// A certificate of `authority` that is valid for so much longer.
-fn expiring(authority: &Authority, after: Duration) -> Identity {
+/// A certificate of `authority` that expires after `validity`.
+fn expiring(authority: &Authority, validity: Duration) -> Identity {
     authority.issue(|params| {
         params.subject_alt_names = vec![SanType::IpAddress([127, 0, 0, 1].into())];
-        params.not_after = (SystemTime::now() + after).into();
+        params.not_after = (SystemTime::now() + validity).into();
     })
 }
 
-const SOON: &str = "the TLS certificate expires in less than 7 days";
+const EXPIRES_SOON: &str = "the TLS certificate expires in less than 7 days";
 
 #[test]
-fn the_expiry_is_a_metric_and_an_expired_certificate_a_warning() {
+fn expiry_is_a_metric_and_an_expired_certificate_a_warning() {
     let authority = Authority::new();
     let folder = Folder::new();
     authority.issue(|params| params.not_after = date_time_ymd(2020, 1, 1)).write(&folder);
@@ -542,32 +557,29 @@ fn the_expiry_is_a_metric_and_an_expired_certificate_a_warning() {
     daemon.wait_for_log(
         "WARN the TLS certificate has expired: clients will refuse it not_after=2020-01-01T00:00:00Z",
     );
-    assert!(!daemon.log().contains(SOON), "{}", daemon.log());
+    assert!(!daemon.log().contains(EXPIRES_SOON), "{}", daemon.log());
     let plain = Daemon::start(&[]);
-    assert!(
-        !get(plain.metrics(), "/metrics").text().contains("tls_"),
-        "without TLS there is nothing to expire"
-    );
+    assert!(!get(plain.metrics(), "/metrics").text().contains("tls_"), "no TLS metrics without TLS");
 }
 
 #[test]
-fn a_certificate_with_less_than_seven_days_left_is_a_warning() {
+fn a_certificate_that_expires_within_seven_days_is_a_warning() {
     let authority = Authority::new();
-    let warnings = |daemon: &Daemon| daemon.log().matches(SOON).count();
+    let warnings = |daemon: &Daemon| daemon.log().matches(EXPIRES_SOON).count();
     let folder = Folder::new();
     expiring(&authority, 7 * DAY + HOUR).write(&folder);
     let daemon = start(folder, &[]);
-    daemon.wait_for_log("Keys on"); // the last event of a start; a thread of its own writes them
+    daemon.wait_for_log("Keys on"); // the last log line of a start, which another thread writes
     assert_eq!(warnings(&daemon), 0, "{}", daemon.log());
-    // A reload that brings one, when it is asked for and when the files have changed.
+    // A reload by a signal, and one after a change of the files.
     expiring(&authority, 7 * DAY - HOUR).write(&daemon.folder);
     daemon.signal("HUP");
-    daemon.wait_for_log(SOON);
+    daemon.wait_for_log(EXPIRES_SOON);
     let renewed = authority.issue(|params| params.not_after = date_time_ymd(2100, 2, 28));
     renewed.write(&daemon.folder);
     daemon.wait_for_log("INFO TLS certificate reloaded not_after=2100-02-28T00:00:00Z");
     assert_eq!(warnings(&daemon), 1, "{}", daemon.log());
-    // The first of the chain to expire counts: a CA's here, behind a certificate that is valid for longer.
+    // The first certificate of the chain to expire counts: here the second, after one that is valid for longer.
     let chain = Identity {
         certificate: renewed.certificate + &expiring(&authority, DAY).certificate,
         key: renewed.key,
@@ -577,7 +589,7 @@ fn a_certificate_with_less_than_seven_days_left_is_a_warning() {
     let expired = authority.issue(|params| params.not_after = date_time_ymd(2020, 1, 1));
     expired.write(&daemon.folder);
     daemon.wait_for_log("the TLS certificate has expired");
-    // A start.
+    // At a start.
     let folder = Folder::new();
     expiring(&authority, DAY).write(&folder);
     let daemon = start(folder, &[]);
@@ -586,23 +598,23 @@ fn a_certificate_with_less_than_seven_days_left_is_a_warning() {
 }
 
 #[test]
-fn a_certificate_that_is_taken_without_its_client_ca_is_reported() {
+fn a_certificate_loaded_without_its_client_ca_is_reported() {
     let (authority, clients) = (Authority::new(), Authority::new());
     let folder = Folder::new();
     authority.server().write(&folder);
     let ca = folder.write("clients.pem", &clients.pem());
     let daemon = start(folder, &[("TLS_CLIENT_CA", ca.to_str().unwrap())]);
     daemon.wait_for_log("Keys on");
-    assert!(!daemon.log().contains(SOON));
+    assert!(!daemon.log().contains(EXPIRES_SOON));
     daemon.folder.write("clients.pem", "no certificate\n");
     expiring(&authority, DAY).write(&daemon.folder);
     daemon.wait_for_log("TLS reload failed, keeping the previous client CA");
     daemon.wait_for_log("changed TLS certificate loaded not_after=");
-    daemon.wait_for_log(SOON);
+    daemon.wait_for_log(EXPIRES_SOON);
 }
 
 #[test]
-fn a_credential_is_found_by_its_name() {
+fn a_credential_is_loaded_by_name() {
     let authority = Authority::new();
     let folder = Folder::new();
     authority.server().write(&folder);
@@ -613,10 +625,10 @@ fn a_credential_is_found_by_its_name() {
         command.env("KEYSERVICE_TLS_CERT", "credential:cert.pem");
         command.env("KEYSERVICE_TLS_KEY", "credential:key.pem");
     });
-    assert_eq!(connect(daemon.keys(), &modern(&authority)).send(request("/key/32")).response().status, 200);
+    assert_eq!(connect(daemon.keys(), &tls13(&authority)).send(request("/key/32")).response().status, 200);
 }
 
-/// What `--check` says of these settings: its status and its mistakes.
+/// The exit status of `--check` with these settings, and its errors.
 fn check(folder: &Folder, settings: &[(&str, &str)]) -> (Option<i32>, String) {
     let mut command = key_service(folder);
     command
@@ -631,40 +643,61 @@ fn check(folder: &Folder, settings: &[(&str, &str)]) -> (Option<i32>, String) {
     (ended.status.code(), String::from_utf8(ended.stderr).unwrap())
 }
 
+/// Checks that `--check` refuses `settings` with all `expected` errors.
+fn assert_refused(folder: &Folder, settings: &[(&str, &str)], expected: &[&str]) {
+    let (status, errors) = check(folder, settings);
+    assert_eq!(status, Some(78), "{settings:?}: {errors}");
+    for expected in expected {
+        assert!(errors.contains(expected), "{settings:?}: {expected}\nis not in\n{errors}");
+    }
+}
+
 #[test]
-fn every_mistake_in_certificates_and_keys_is_reported_with_its_source() {
+fn incomplete_or_unknown_tls_settings_are_errors() {
+    let folder = Folder::new();
+    let required = [
+        ("TLS_CERT", "tls-cert: expected tls-key beside it, found none (KEYSERVICE_TLS_CERT)"),
+        ("TLS_KEY", "tls-key: expected tls-cert beside it, found none (KEYSERVICE_TLS_KEY)"),
+        (
+            "TLS_CLIENT_CA",
+            "tls-client-ca: expected tls-cert and tls-key beside it, found none (KEYSERVICE_TLS_CLIENT_CA)",
+        ),
+    ];
+    Authority::new().server().write(&folder);
+    let path = folder.file("cert.pem").display().to_string();
+    for (setting, expected) in required {
+        assert_refused(&folder, &[(setting, &path)], &[expected]);
+    }
+    assert_refused(
+        &folder,
+        &[("TLS_CERT", "credential:a/b"), ("TLS_MIN_VERSION", "1.1")],
+        &[
+            "tls-cert: expected a path or credential:NAME, found \"credential:a/b\"",
+            "tls-min-version: expected \"1.2\" or \"1.3\", found 1.1 (KEYSERVICE_TLS_MIN_VERSION)",
+        ],
+    );
+}
+
+#[test]
+fn every_certificate_and_key_error_is_reported_with_source() {
     let authority = Authority::new();
     let folder = Folder::new();
     authority.server().write(&folder);
-    let file = |name: &str| folder.file(name).to_str().unwrap().to_owned();
-    let (cert, key) = (file("cert.pem"), file("key.pem"));
-    let other = folder.write("other.pem", &authority.server().key).to_str().unwrap().to_owned();
-    let open = folder.write("open.pem", &authority.server().key).to_str().unwrap().to_owned();
-    let broken =
-        folder.write("broken.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n").to_str().unwrap().to_owned();
-    let empty = folder.write("empty.pem", "").to_str().unwrap().to_owned();
-    for (path, mode) in [(&other, 0o600), (&empty, 0o600), (&broken, 0o600), (&open, 0o644)] {
-        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
-    }
-    let absent = file("absent.pem");
+    let file = |name: &str| folder.file(name).display().to_string();
+    let write = |name: &str, text: &str, mode: u32| {
+        let path = folder.write(name, text);
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        path.display().to_string()
+    };
+    let (cert, key, absent) = (file("cert.pem"), file("key.pem"), file("absent.pem"));
+    let other = write("other.pem", &authority.server().key, 0o600);
+    let open = write("open.pem", &authority.server().key, 0o644);
+    let broken = write("broken.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n", 0o600);
+    let empty = write("empty.pem", "", 0o600);
     assert_eq!(check(&folder, &[("TLS_CERT", &cert), ("TLS_KEY", &key)]), (Some(0), String::new()));
     for (settings, expected) in [
         (
-            vec![("TLS_CERT", &*cert)],
-            vec!["tls-cert: expected tls-key beside it, found none (KEYSERVICE_TLS_CERT)"],
-        ),
-        (
-            vec![("TLS_KEY", &*key)],
-            vec!["tls-key: expected tls-cert beside it, found none (KEYSERVICE_TLS_KEY)"],
-        ),
-        (
-            vec![("TLS_CLIENT_CA", &*cert)],
-            vec![
-                "tls-client-ca: expected tls-cert and tls-key beside it, found none (KEYSERVICE_TLS_CLIENT_CA)",
-            ],
-        ),
-        (
-            vec![("TLS_CERT", &*absent), ("TLS_KEY", &*open), ("TLS_CLIENT_CA", &*empty), ("WORKERS", "-1")],
+            vec![("TLS_CERT", &*absent), ("TLS_KEY", &open), ("TLS_CLIENT_CA", &empty), ("WORKERS", "-1")],
             vec![
                 "absent.pem: expected a file that can be read, found: No such file",
                 "tls-key: expected a key that others have no access to, found mode 0644: chmod o= /",
@@ -673,18 +706,18 @@ fn every_mistake_in_certificates_and_keys_is_reported_with_its_source() {
             ],
         ),
         (
-            vec![("TLS_CERT", &*cert), ("TLS_KEY", &*other)],
+            vec![("TLS_CERT", &*cert), ("TLS_KEY", &other)],
             vec!["tls-key: expected the key of the first certificate in /", "found another in /"],
         ),
         (
-            vec![("TLS_CERT", &*broken), ("TLS_KEY", &*broken)],
+            vec![("TLS_CERT", &*broken), ("TLS_KEY", &broken)],
             vec![
                 "tls-cert: expected PEM certificates, found in /",
                 "tls-key: expected a PEM private key, found malformed",
             ],
         ),
         (
-            vec![("TLS_CERT", &*key), ("TLS_KEY", &*cert)],
+            vec![("TLS_CERT", &*key), ("TLS_KEY", &cert)],
             vec![
                 "tls-cert: expected PEM certificates, found none",
                 "tls-key: expected a PEM private key without",
@@ -694,19 +727,8 @@ fn every_mistake_in_certificates_and_keys_is_reported_with_its_source() {
             vec![("TLS_CERT", "/dev"), ("TLS_KEY", "credential:key")],
             vec!["/dev: expected a regular file, found something else (KEYSERVICE_TLS_CERT)"],
         ),
-        (
-            vec![("TLS_CERT", "credential:a/b"), ("TLS_MIN_VERSION", "1.1")],
-            vec![
-                "tls-cert: expected a path or credential:NAME, found \"credential:a/b\"",
-                "tls-min-version: expected \"1.2\" or \"1.3\", found 1.1 (KEYSERVICE_TLS_MIN_VERSION)",
-            ],
-        ),
     ] {
-        let (status, errors) = check(&folder, &settings);
-        assert_eq!(status, Some(78), "{settings:?}: {errors}");
-        for expected in expected {
-            assert!(errors.contains(expected), "{settings:?}: {expected}\nis not in\n{errors}");
-        }
+        assert_refused(&folder, &settings, &expected);
     }
 }
 
@@ -721,13 +743,13 @@ fn der(tag: u8, content: &[u8]) -> Vec<u8> {
     [&header, content].concat()
 }
 
-/// A PKCS #1 private key with a modulus of so many bits. It is none that works, which nobody finds out before its size.
+/// A PKCS #1 private key with a modulus of `bits`. The key is invalid, but its size is checked first.
 fn rsa_key(bits: usize) -> Vec<u8> {
     let modulus = [&[0][..], &vec![0xff; bits / 8]].concat();
     der(0x30, &[der(2, &[0]), der(2, &modulus), der(2, &[1, 0, 1])].concat())
 }
 
-/// A PKCS #8 private key of an algorithm, whose identifiers are in DER.
+/// A PKCS #8 private key with the `identifiers` of its algorithm in DER.
 fn pkcs8_key(identifiers: &[u8], key: &[u8]) -> Vec<u8> {
     der(0x30, &[der(2, &[0]), der(0x30, identifiers), der(4, key)].concat())
 }
@@ -737,92 +759,79 @@ fn pem(label: &str, der: &[u8]) -> String {
     format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", base64ct::Base64::encode_string(der))
 }
 
-#[test]
-fn what_is_wrong_with_a_certificate_or_a_key_is_named() {
-    let (authority, server) = (Authority::new(), Authority::new().server());
+/// Checks that `--check` reports exactly one error with these files, which contains `expected`.
+fn assert_pem_error(certificate: &str, key: &str, expected: &str) {
     let folder = Folder::new();
+    for (name, text) in [("cert.pem", certificate), ("key.pem", key)] {
+        // Encoded in Latin-1, so that the cases can have any byte; a byte order mark in UTF-8.
+        let bytes = text
+            .chars()
+            .flat_map(|c| u8::try_from(c).map_or_else(|_| c.to_string().into(), |byte| vec![byte]));
+        fs::write(folder.file(name), bytes.collect::<Vec<_>>()).unwrap();
+        fs::set_permissions(folder.file(name), fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    let file = |name: &str| folder.file(name).display().to_string();
+    let settings = [("TLS_CERT", &*file("cert.pem")), ("TLS_KEY", &file("key.pem"))];
+    let (status, errors) = check(&folder, &settings);
+    assert_eq!(status, Some(78), "{expected}: {errors}");
+    assert!(errors.contains(expected) && errors.lines().count() == 1, "{expected}\nis not in\n{errors}");
+}
+
+#[test]
+fn invalid_certificates_are_described() {
+    let (authority, other) = (Authority::new(), Authority::new().server());
     let Identity { certificate, key } = authority.server();
     let ca = authority.pem();
-    let rsa = [6, 9, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0xd, 1, 1, 1, 5, 0];
-    let secp256k1 = [6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 5, 0x2b, 0x81, 4, 0, 0xa];
-    let (small, small_pkcs8) = (rsa_key(1024), pkcs8_key(&rsa, &rsa_key(512)));
+    let trusted = certificate.replace("CERTIFICATE", "TRUSTED CERTIFICATE");
     let utf16: String = certificate.chars().flat_map(|c| [c, '\0']).collect();
-    let accepted =
-        "expected a private key of RSA (2048 to 8192 bits), ECDSA (P-256, P-384 or P-521) or Ed25519, found";
     for (certificate, key, expected) in [
-        (
-            format!("{ca}{certificate}"),
-            key.clone(),
-            "tls-cert: expected the certificate of the key in ".to_owned(),
-        ),
-        (format!("{ca}{certificate}"), key.clone(), "found it as number 2 in ".into()),
-        (
-            format!("{certificate}{ca}"),
-            server.key,
-            "tls-key: expected the key of the first certificate in ".into(),
-        ),
+        (format!("{ca}{certificate}"), &key, "tls-cert: expected the certificate of the key in "),
+        (format!("{ca}{certificate}"), &key, "found it as number 2 in "),
+        (format!("{certificate}{ca}"), &other.key, "tls-key: expected the key of the first certificate in "),
         (
             format!("\u{feff}{certificate}{ca}"),
-            key.clone(),
-            "beginning of line 1, found a byte order mark (U+FEFF) before it in ".into(),
+            &key,
+            "beginning of line 1, found a byte order mark (U+FEFF) before it in ",
         ),
+        (format!("note\n  {certificate}{ca}"), &key, "beginning of line 2, found spaces before it in "),
+        (format!("{trusted}{ca}"), &key, "line 1, found -----BEGIN TRUSTED CERTIFICATE----- in "),
+        (format!("\u{ff}\u{fe}{utf16}"), &key, "tls-cert: expected PEM certificates, found UTF-16 in "),
+        ("0\u{82}\u{1}".into(), &key, "tls-cert: expected PEM certificates, found DER in "),
+    ] {
+        assert_pem_error(&certificate, key, expected);
+    }
+}
+
+#[test]
+fn invalid_keys_are_described() {
+    let Identity { certificate, key } = Authority::new().server();
+    let rsa = [6, 9, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0xd, 1, 1, 1, 5, 0];
+    let secp256k1 = [6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 5, 0x2b, 0x81, 4, 0, 0xa];
+    let accepted =
+        "expected a private key of RSA (2048 to 8192 bits), ECDSA (P-256, P-384 or P-521) or Ed25519, found";
+    for (key, expected) in [
+        (format!("\u{feff}{key}"), "tls-key: expected -----BEGIN".to_owned()),
+        (pem("RSA PRIVATE KEY", &rsa_key(1024)), format!("tls-key: {accepted} an RSA key of 1024 bits in ")),
         (
-            format!("note\n  {certificate}{ca}"),
-            key.clone(),
-            "beginning of line 2, found spaces before it in ".into(),
-        ),
-        (
-            format!("{}{ca}", certificate.replace("CERTIFICATE", "TRUSTED CERTIFICATE")),
-            key.clone(),
-            "line 1, found -----BEGIN TRUSTED CERTIFICATE----- in ".into(),
-        ),
-        (certificate.clone(), format!("\u{feff}{key}"), "tls-key: expected -----BEGIN".into()),
-        (
-            format!("\u{ff}\u{fe}{utf16}"),
-            key.clone(),
-            "tls-cert: expected PEM certificates, found UTF-16 in ".into(),
-        ),
-        ("0\u{82}\u{1}".into(), key.clone(), "tls-cert: expected PEM certificates, found DER in ".into()),
-        (
-            certificate.clone(),
-            pem("RSA PRIVATE KEY", &small),
-            format!("tls-key: {accepted} an RSA key of 1024 bits in "),
-        ),
-        (
-            certificate.clone(),
-            pem("PRIVATE KEY", &small_pkcs8),
+            pem("PRIVATE KEY", &pkcs8_key(&rsa, &rsa_key(512))),
             format!("tls-key: {accepted} an RSA key of 512 bits in "),
         ),
         (
-            certificate.clone(),
             pem("PRIVATE KEY", &pkcs8_key(&secp256k1, b"")),
             format!("tls-key: {accepted} a key of algorithm 1.2.840.10045.2.1 on curve 1.3.132.0.10 in "),
         ),
         (
-            certificate.clone(),
             key.replace("PRIVATE", "ENCRYPTED PRIVATE"),
             "tls-key: expected a PEM private key without a passphrase, found one with a passphrase in "
                 .into(),
         ),
     ] {
-        for (name, text) in [("cert.pem", &certificate), ("key.pem", &key)] {
-            // As Latin-1, so that bytes beyond ASCII can be written above; but a byte order mark as UTF-8.
-            let bytes = text
-                .chars()
-                .flat_map(|c| u8::try_from(c).map_or_else(|_| c.to_string().into(), |byte| vec![byte]));
-            fs::write(folder.file(name), bytes.collect::<Vec<_>>()).unwrap();
-            fs::set_permissions(folder.file(name), fs::Permissions::from_mode(0o600)).unwrap();
-        }
-        let file = |name: &str| folder.file(name).to_str().unwrap().to_owned();
-        let settings = [("TLS_CERT", &*file("cert.pem")), ("TLS_KEY", &file("key.pem"))];
-        let (status, errors) = check(&folder, &settings);
-        assert_eq!(status, Some(78), "{expected}: {errors}");
-        assert!(errors.contains(&expected) && errors.lines().count() == 1, "{expected}\nis not in\n{errors}");
+        assert_pem_error(&certificate, &key, &expected);
     }
 }
 
 #[test]
-fn a_credential_that_a_shell_does_not_have_is_not_checked_and_the_rest_is() {
+fn credentials_missing_in_a_shell_are_not_checked() {
     let authority = Authority::new();
     let folder = Folder::new();
     authority.server().write(&folder);
@@ -837,7 +846,7 @@ fn a_credential_that_a_shell_does_not_have_is_not_checked_and_the_rest_is() {
 }
 
 #[test]
-fn files_that_others_may_write_to_are_refused() {
+fn files_writable_by_others_are_refused() {
     let authority = Authority::new();
     let folder = Folder::new();
     authority.server().write(&folder);
@@ -848,7 +857,7 @@ fn files_that_others_may_write_to_are_refused() {
         ("TLS_KEY", &*file("key.pem")),
         ("TLS_CLIENT_CA", &*file("ca.pem")),
     ];
-    // A Secret of Kubernetes with an fsGroup is 0440 or 0640, a ConfigMap 0644, a credential of systemd 0400 or 0440.
+    // A Kubernetes Secret with an fsGroup has mode 0440 or 0640, a ConfigMap 0644, a systemd credential 0400 or 0440.
     for (name, setting, good) in
         [("cert.pem", "tls-cert", 0o644), ("key.pem", "tls-key", 0o640), ("ca.pem", "tls-client-ca", 0o444)]
     {
@@ -865,7 +874,7 @@ fn files_that_others_may_write_to_are_refused() {
 }
 
 #[test]
-fn a_client_ca_that_is_gone_or_writable_to_others_is_kept_in_force() {
+fn a_missing_or_writable_client_ca_stays_in_force() {
     let (authority, clients) = (Authority::new(), Authority::new());
     let folder = Folder::new();
     authority.server().write(&folder);
@@ -881,14 +890,14 @@ fn a_client_ca_that_is_gone_or_writable_to_others_is_kept_in_force() {
     assert!(is_refused(&reload()), "{}", daemon.log());
     fs::remove_file(&ca).unwrap();
     assert!(is_refused(&reload()), "{}", daemon.log());
-    assert!(refusal(&daemon, &modern(&authority)).contains("CertificateRequired"));
+    assert!(handshake_error(&daemon, &tls13(&authority)).contains("CertificateRequired"));
     let client = clients.issue(|params| params.distinguished_name.push(DnType::CommonName, "web"));
     let config = trusting(&authority, &[&TLS13], Some(&client));
     assert_eq!(connect(daemon.keys(), &config).send(request("/key/32")).response().status, 200);
 }
 
 #[test]
-fn a_renewal_is_taken_up_while_the_configuration_is_refused() {
+fn a_renewal_is_loaded_while_the_configuration_is_refused() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
     daemon.folder.write("config.toml", "max-sise = 1\n");
@@ -902,34 +911,32 @@ fn a_renewal_is_taken_up_while_the_configuration_is_refused() {
 }
 
 #[test]
-fn health_asks_a_tls_service_and_takes_no_other_certificate() {
+fn health_accepts_only_the_configured_certificate() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
-    let ask = |folder: &Folder, url: String, ca: Option<&str>| {
+    let health = |folder: &Folder, url: String, ca: Option<&str>| {
         let mut command = key_service(folder);
         command.args(["health", "--url", &url]);
         command.env("KEYSERVICE_TLS_CERT", folder.file("cert.pem"));
-        command.env("KEYSERVICE_TLS_KEY", "/absent: health reads no key");
+        command.env("KEYSERVICE_TLS_KEY", "/absent: not read by health");
         if let Some(ca) = ca {
             command.env("KEYSERVICE_TLS_CLIENT_CA", ca);
         }
         let ended = run_to_end(command);
         (ended.status.code(), String::from_utf8([ended.stdout, ended.stderr].concat()).unwrap())
     };
-    assert_eq!(ask(&daemon.folder, format!("https://{}", daemon.keys()), None), (Some(0), "OK\n".into()));
+    assert_eq!(health(&daemon.folder, format!("https://{}", daemon.keys()), None), (Some(0), "OK\n".into()));
     let stranger = Folder::new();
     authority.server().write(&stranger);
-    let (status, said) = ask(&stranger, format!("https://{}", daemon.keys()), None);
+    let (status, output) = health(&stranger, format!("https://{}", daemon.keys()), None);
     assert_eq!(status, Some(1));
-    assert!(said.contains("expected the certificate that is configured, found another"), "{said}");
+    assert!(output.contains("expected the certificate that is configured, found another"), "{output}");
 }
 
 #[test]
 fn health_finds_a_tls_service_by_its_configuration() {
-    // Port 0 means any, so the service is given ports that are held for it.
-    for case in
-        ["", "mutual", "certificate alone", "nothing readable", "credentials", "mistakes", "only a URL"]
-    {
+    // health has to know the ports, so port 0 can't be used.
+    for case in ["", "mutual", "certificate only", "unreadable files", "credentials", "errors", "URL only"] {
         let mutual = case == "mutual";
         let authority = Authority::new();
         let folder = Folder::new();
@@ -947,37 +954,37 @@ fn health_finds_a_tls_service_by_its_configuration() {
         }
         folder.write("config.toml", &config);
         let daemon = Daemon::start_with(folder, |_| {});
-        // What the caller has need not be what the service has.
+        // The caller of health may have another configuration than the service.
         let addresses = format!("host = \"127.0.0.1\"\nsrv-port = {keys}\nmetrics-port = {metrics}\n");
         let certificate = format!("tls-cert = {:?}\n", daemon.folder.file("cert.pem"));
         let credentials =
             "tls-cert = \"credential:a\"\ntls-key = \"credential:b\"\ntokens-file = \"credential:c\"\n";
-        let seen = match case {
-            "certificate alone" => addresses + &certificate,
-            "nothing readable" => {
+        let caller_config = match case {
+            "certificate only" => addresses + &certificate,
+            "unreadable files" => {
                 addresses + "tls-cert = \"/absent\"\ntls-key = \"/absent\"\ntokens-file = \"/absent\"\n"
             }
             "credentials" => addresses + credentials,
-            "mistakes" => addresses + &certificate + "max-size = 0\nmax-sise = 1\ntls-min-version = 3\n",
-            "only a URL" => "not TOML".into(),
+            "errors" => addresses + &certificate + "max-size = 0\nmax-sise = 1\ntls-min-version = 3\n",
+            "URL only" => "not TOML".into(),
             _ => config,
         };
-        let path = daemon.folder.write("seen.toml", &seen);
+        let path = daemon.folder.write("caller.toml", &caller_config);
         let mut command = key_service(&daemon.folder);
         command.arg("health").arg("--config").arg(path).env_remove("CREDENTIALS_DIRECTORY");
-        if case == "only a URL" {
+        if case == "URL only" {
             command.args(["--url", &format!("http://127.0.0.1:{metrics}")]);
         }
         let ended = run_to_end(command);
-        let said = String::from_utf8([ended.stdout, ended.stderr].concat()).unwrap();
-        assert_eq!((ended.status.code(), said.as_str()), (Some(0), "OK\n"), "{case}");
+        let output = String::from_utf8([ended.stdout, ended.stderr].concat()).unwrap();
+        assert_eq!((ended.status.code(), output.as_str()), (Some(0), "OK\n"), "{case}");
     }
 }
 
 #[test]
-fn health_names_the_certificate_that_it_can_not_read() {
+fn health_names_an_unreadable_certificate() {
     let folder = Folder::new();
-    let (_metrics, metrics) = held_port(); // where nothing listens
+    let (_metrics, metrics) = held_port(); // nothing listens there
     for (port, expected) in [
         (metrics, format!("127.0.0.1:{metrics}/health: Connection refused (os error 111) (metrics: /absent: expected a file")),
         (1123, "expected a metrics-port of its own to check health, found that of srv-port: /absent: expected a file".into()),
@@ -986,17 +993,17 @@ fn health_names_the_certificate_that_it_can_not_read() {
         command.args(["health", "--host", "127.0.0.1", "--metrics-port", &port.to_string()]);
         command.env("KEYSERVICE_TLS_CERT", "/absent");
         let ended = run_to_end(command);
-        let said = String::from_utf8(ended.stderr).unwrap();
-        assert_eq!(ended.status.code(), Some(1), "{said}");
-        assert!(said.contains(&expected), "{said}");
+        let output = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(1), "{output}");
+        assert!(output.contains(&expected), "{output}");
     }
 }
 
 #[test]
-fn health_reports_the_wrong_protocol_in_a_sentence() {
+fn health_reports_the_wrong_protocol() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
-    let hostile = |bytes: &'static [u8]| {
+    let server_that_sends = |bytes: &'static [u8]| {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let server = std::thread::spawn(move || {
@@ -1005,16 +1012,16 @@ fn health_reports_the_wrong_protocol_in_a_sentence() {
             while !request.ends_with(b"\r\n\r\n") {
                 let mut bytes = [0; 1024];
                 let read = client.read(&mut bytes).unwrap();
-                assert!(read > 0, "the whole request comes");
+                assert!(read > 0, "the whole request arrives");
                 request.extend_from_slice(&bytes[..read]);
             }
             client.write_all(bytes).unwrap();
         });
         (address, server)
     };
-    let speaks_tls = "expected plain HTTP, found a port that speaks TLS: set the service's certificate (tls-cert, or \
+    let found_tls = "expected plain HTTP, found a port that speaks TLS: set the service's certificate (tls-cert, or \
                       KEYSERVICE_TLS_CERT=FILE) and use --url https://";
-    let ask = |url: Option<String>, address: SocketAddr, settings: &[(&str, &str)]| {
+    let health = |url: Option<String>, address: SocketAddr, settings: &[(&str, &str)]| {
         let mut command = key_service(&daemon.folder);
         command.args(["health", "--host", "127.0.0.1", "--srv-port", &address.port().to_string()]);
         for (name, value) in settings {
@@ -1022,41 +1029,43 @@ fn health_reports_the_wrong_protocol_in_a_sentence() {
         }
         command.args(url.map(|url| format!("--url={url}")));
         let ended = run_to_end(command);
-        let said = String::from_utf8([ended.stdout, ended.stderr].concat()).expect("text");
+        let output = String::from_utf8([ended.stdout, ended.stderr].concat()).expect("text");
         let is_plain = |byte: u8| matches!(byte, b' '..=b'~' | b'\n');
-        assert!(said.bytes().all(is_plain), "{said:?}");
-        assert_eq!(ended.status.code(), Some(1), "{said}");
-        said
+        assert!(output.bytes().all(is_plain), "{output:?}");
+        assert_eq!(ended.status.code(), Some(1), "{output}");
+        output
     };
-    // By its configuration, which does not say TLS, and by a URL; with a PROXY header, the answer is an alert.
+    // By a configuration without TLS, and by a URL. With a PROXY header, the response is a TLS alert.
     let keys = daemon.keys();
     let proxy = [("PROXY_PROTOCOL", "true"), ("TRUSTED_PROXIES", "127.0.0.1")];
-    for said in
-        [ask(None, keys, &[]), ask(Some(format!("http://{keys}")), keys, &[]), ask(None, keys, &proxy)]
-    {
-        assert!(said.contains(speaks_tls), "{said}");
+    for output in [
+        health(None, keys, &[]),
+        health(Some(format!("http://{keys}")), keys, &[]),
+        health(None, keys, &proxy),
+    ] {
+        assert!(output.contains(found_tls), "{output}");
     }
     let certificate = daemon.folder.file("cert.pem").display().to_string();
     let pinned = [("TLS_CERT", certificate.as_str())];
-    let said = ask(Some(format!("https://{}", daemon.metrics())), keys, &pinned);
-    assert!(said.contains("expected TLS, found something else: use --url http://"), "{said}");
+    let output = health(Some(format!("https://{}", daemon.metrics())), keys, &pinned);
+    assert!(output.contains("expected TLS, found something else: use --url http://"), "{output}");
 
     for (bytes, expected) in [
-        (&b"\x15\x03\x01\0\x02\x02\x46"[..], speaks_tls), // an alert before any handshake
+        (&b"\x15\x03\x01\0\x02\x02\x46"[..], found_tls), // an alert before any handshake
         (b"\0\x1b[2J\xff", "expected an HTTP response, found \"\\u{0}\\u{1b}[2J\\u{fffd}\""),
         (b"SSH-2.0-x\r\n", "expected an HTTP response, found \"SSH-2.0-x\""),
         (b"", "expected an HTTP response, found the end of the connection"),
         (b"HTTP/1.1 503 \x1b[2J\r\n\r\n\x07\x1b]0;a", "found \"HTTP/1.1 503 \\u{1b}[2J\" \\u{7}\\u{1b}]0;a"),
     ] {
-        let (address, server) = hostile(bytes);
-        let said = ask(Some(format!("http://{address}")), address, &[]);
+        let (address, server) = server_that_sends(bytes);
+        let output = health(Some(format!("http://{address}")), address, &[]);
         server.join().unwrap();
-        assert!(said.contains(expected), "{said}");
+        assert!(output.contains(expected), "{output}");
     }
 }
 
 #[test]
-fn a_unix_socket_stays_plain() {
+fn unix_sockets_do_not_use_tls() {
     let authority = Authority::new();
     let folder = Folder::new();
     authority.server().write(&folder);
