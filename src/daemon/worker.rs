@@ -147,3 +147,34 @@ struct Worker {
     runtime: Runtime,
     _is_finished: oneshot::Sender<Infallible>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::pending;
+    use std::sync::mpsc;
+    use tokio::sync::oneshot::error::TryRecvError;
+
+    /// In place of a connection: reports at its end whether its worker still counted as running.
+    struct Connection(oneshot::Receiver<Infallible>, mpsc::Sender<bool>);
+
+    impl Drop for Connection {
+        fn drop(&mut self) {
+            self.1.send(self.0.try_recv() == Err(TryRecvError::Empty)).unwrap();
+        }
+    }
+
+    #[test]
+    fn connections_close_before_their_worker_counts_as_finished() {
+        let (is_finished, finished) = oneshot::channel();
+        let (sender, was_running) = mpsc::channel();
+        let worker = Worker { runtime: runtime().unwrap(), _is_finished: is_finished };
+        let connection = Connection(finished, sender);
+        worker.runtime.spawn(async move {
+            let _connection = connection;
+            pending::<()>().await;
+        });
+        drop(worker);
+        assert_eq!(was_running.recv(), Ok(true));
+    }
+}

@@ -204,3 +204,15 @@ pub async fn watchdog(
 pub fn is_started_by_manager() -> bool {
     std::env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid == std::process::id().to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::generator::OsRandom;
+
+    #[test]
+    #[should_panic(expected = "READY=1 needs a worker that serves")]
+    fn readiness_needs_a_worker() {
+        let _ = Readiness::new(&Generator::new(OsRandom).unwrap(), &[]);
+    }
+}
