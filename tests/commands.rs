@@ -1,5 +1,5 @@
-//! The commands that documents show work where they are pasted: in an interactive zsh as in any sh, and with no key taken for
-//! granted that is an error message, and no token where every user can read it.
+//! The commands in the documents can be pasted into an interactive zsh and into any sh. None stores an error message as if it
+//! were a key, and none shows a token to other users.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 #[test]
-fn every_command_of_the_documents_can_be_pasted() {
+fn every_documented_command_can_be_pasted() {
     let mut faults = Vec::new();
     let mut scripts = 0;
     for file in documents(Path::new(env!("CARGO_MANIFEST_DIR"))) {
@@ -24,14 +24,14 @@ fn every_command_of_the_documents_can_be_pasted() {
 }
 
 #[test]
-fn the_readme_says_that_curl_is_needed_before_it_uses_it() {
+fn the_readme_installs_curl_before_it_uses_it() {
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
     let (before, _) = readme.split_once("\ncurl ").unwrap();
     assert!(before.contains("apt install curl"), "{before}");
 }
 
 #[test]
-fn a_command_that_breaks_where_it_is_pasted_is_found() {
+fn commands_that_break_when_pasted_are_found() {
     for (script, fault) in [
         ("curl -f http://a/key/32 # a key", "comment"),
         ("# on the host\ntrue", "comment"),
@@ -81,7 +81,7 @@ fn documents(directory: &Path) -> Vec<PathBuf> {
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap();
-        // .git and its like, what was built, and packages that the chart's tests install.
+        // .git and other hidden files, build results, and packages that the chart's tests install.
         let is_foreign = name.starts_with('.') || ["target", "node_modules", "corpus"].contains(&name);
         if path.is_dir() && !is_foreign {
             found.extend(documents(&path));
@@ -101,7 +101,7 @@ fn scripts_of(file: &Path, text: &str) -> Vec<(usize, String)> {
     }
 }
 
-/// Blocks of Markdown that are for a shell, or that do not say what they are for and have a command of the shell.
+/// Fenced blocks of Markdown in the language of a shell, or without a language but with a shell command.
 fn fenced(text: &str) -> Vec<(usize, String)> {
     let mut blocks = Vec::new();
     let mut open: Option<(usize, &str, usize, String)> = None;
@@ -126,11 +126,11 @@ fn fenced(text: &str) -> Vec<(usize, String)> {
             (None, None) => {}
         }
     }
-    assert!(open.is_none(), "a block has no end: {open:?}");
+    assert!(open.is_none(), "unclosed block: {open:?}");
     blocks
 }
 
-/// Requests in a sentence of Markdown.
+/// Requests within a sentence of Markdown.
 fn inline(text: &str) -> Vec<(usize, String)> {
     let marked = |(number, line): (usize, &str)| {
         let spans: Vec<_> =
@@ -144,7 +144,7 @@ fn inline(text: &str) -> Vec<(usize, String)> {
         .collect()
 }
 
-/// Indented lines of the chart's notes, with a word for what Helm puts in.
+/// Indented lines of the chart's notes, with 1 for each value that Helm inserts.
 fn indented(text: &str) -> Vec<(usize, String)> {
     let commands = text.lines().enumerate().filter(|(_, line)| line.starts_with("  "));
     commands
@@ -155,7 +155,7 @@ fn indented(text: &str) -> Vec<(usize, String)> {
         .collect()
 }
 
-/// Examples of a manual page that have a command.
+/// Examples of a manual page that contain a command.
 fn examples(text: &str) -> Vec<(usize, String)> {
     let lines: Vec<_> = text.lines().collect();
     let starts = (0..lines.len()).filter(|number| lines[*number] == ".EX");
@@ -174,33 +174,33 @@ fn has_command(script: &str) -> bool {
         .any(|command| script.lines().any(|line| line.starts_with(command)))
 }
 
-/// What is wrong with a script, one sentence for each fault.
+/// The faults of a script, a sentence each.
 fn faults_of(script: &str) -> Vec<String> {
     let mut shell = Shell { rest: script, faults: Vec::new(), here: Vec::new() };
-    shell.read(false, false);
+    shell.parse(false, false);
     shell.faults
 }
 
-/// A word of a command: its text without quotes, and the characters of it that a shell would look for in file names.
+/// A word of a command: its text without quotes, and its characters that a shell would expand to file names.
 #[derive(Default)]
 struct Word {
     text: String,
     globs: String,
 }
 
-/// Reads a script as sh(1) has it, as far as documents use that.
+/// Parses scripts of sh(1), as far as the documents use its syntax.
 struct Shell<'a> {
     rest: &'a str,
     faults: Vec<String>,
-    /// Delimiters of here-documents whose text begins at the next line.
+    /// The delimiters of here-documents whose text begins on the next line.
     here: Vec<String>,
 }
 
 impl Shell<'_> {
-    /// Reads commands up to the end, or to the parenthesis that closes them; whether their output is captured is known.
-    fn read(&mut self, in_parentheses: bool, is_captured: bool) {
+    /// Parses commands up to the end, or up to the closing parenthesis. `is_captured`: their output goes to a variable.
+    fn parse(&mut self, in_parentheses: bool, is_captured: bool) {
         let mut words: Vec<Word> = Vec::new();
-        let mut is_kept = is_captured;
+        let mut is_stored = is_captured;
         while let Some(next) = self.rest.chars().next() {
             let two = self.rest.get(..2).unwrap_or_default();
             match next {
@@ -214,10 +214,10 @@ impl Shell<'_> {
                 '\n' | ';' | '|' | '&' | ')' => {
                     self.skip(if ["||", "&&", ";;"].contains(&two) { 2 } else { 1 });
                     if next == '&' && two != "&&" {
-                        self.faults.push("& sends a command to the background: quote it".into());
+                        self.faults.push("& runs a command in the background: quote it".into());
                     }
-                    self.judge(&words, is_kept || (next == '|' && two != "||"));
-                    (words, is_kept) = (Vec::new(), is_captured);
+                    self.check(&words, is_stored || (next == '|' && two != "||"));
+                    (words, is_stored) = (Vec::new(), is_captured);
                     match next {
                         '\n' => self.skip_here_documents(),
                         ')' if in_parentheses => return,
@@ -226,12 +226,12 @@ impl Shell<'_> {
                 }
                 '(' => {
                     self.skip(1);
-                    self.read(true, is_captured);
+                    self.parse(true, is_captured);
                 }
                 '<' | '>' => {
                     let descriptor = words.last().map_or("", |word| &word.text).to_owned();
                     let is_descriptor = ["1", "2"].contains(&&*descriptor);
-                    is_kept |= self.redirect(next) && descriptor != "2";
+                    is_stored |= self.redirect(next) && descriptor != "2";
                     if is_descriptor {
                         words.pop();
                     }
@@ -239,10 +239,10 @@ impl Shell<'_> {
                 _ => words.push(self.word()),
             }
         }
-        self.judge(&words, is_kept);
+        self.check(&words, is_stored);
     }
 
-    /// Whether output goes to a file that stays.
+    /// Parses a redirection, and returns whether it stores output in a file.
     fn redirect(&mut self, direction: char) -> bool {
         let is_here = self.rest.starts_with("<<");
         self.rest = self.rest.trim_start_matches([direction, '&', '-']).trim_start_matches(' ');
@@ -275,7 +275,7 @@ impl Shell<'_> {
         while let Some(next) = self.rest.chars().next() {
             if self.rest.starts_with("$(") {
                 self.skip(2);
-                self.read(true, true);
+                self.parse(true, true);
                 continue;
             }
             match next {
@@ -308,7 +308,7 @@ impl Shell<'_> {
             let next = self.rest.chars().next().expect("the quotation has an end");
             if self.rest.starts_with("$(") {
                 self.skip(2);
-                self.read(true, true);
+                self.parse(true, true);
                 continue;
             }
             self.skip(next.len_utf8());
@@ -323,13 +323,13 @@ impl Shell<'_> {
         }
     }
 
-    /// Looks at one command.
-    fn judge(&mut self, words: &[Word], is_kept: bool) {
+    /// Checks one command.
+    fn check(&mut self, words: &[Word], is_stored: bool) {
         for word in words {
             let is_url = word.text.contains("://");
             let is_glob = word.globs.contains(['?', '[']) && !["[", "[[", "]", "]]"].contains(&&*word.text);
             if is_glob || (is_url && !word.globs.is_empty()) {
-                self.faults.push(format!("quote {}: zsh looks for files of that name", word.text));
+                self.faults.push(format!("quote {}: zsh expands it to file names", word.text));
             }
         }
         let before = ["sudo", "do", "then", "else", "if", "while", "until", "!", "time", "env"];
@@ -345,17 +345,19 @@ impl Shell<'_> {
             let lower = word.to_lowercase();
             lower.contains("authorization:") || lower.contains("bearer ")
         };
-        let hands_over = |word: &&str| ["-u", "--user", "--oauth2-bearer"].contains(word);
-        // What a shell prints by itself is in no process's arguments.
+        let passes_secret = |word: &&str| ["-u", "--user", "--oauth2-bearer"].contains(word);
+        // A builtin is no process: other users can't see its arguments.
         let is_builtin = ["printf", "echo"].contains(&program);
         if !is_builtin
-            && (arguments.iter().any(holds_token) || (program == "curl" && arguments.iter().any(hands_over)))
+            && (arguments.iter().any(holds_token)
+                || (program == "curl" && arguments.iter().any(passes_secret)))
         {
-            self.faults
-                .push(format!("every user can read a token in the arguments of {program}: curl -H @FILE"));
+            self.faults.push(format!(
+                "every user can read a token in the arguments of {program}: use curl -H @FILE"
+            ));
         }
         if program == "xxd" {
-            self.faults.push("a minimal Debian has no xxd: od, or format=hex".into());
+            self.faults.push("a minimal Debian has no xxd: use od or format=hex".into());
         }
         if program == "curl" {
             let short: Vec<_> = arguments.iter().filter_map(|word| letters(word)).collect();
@@ -363,17 +365,17 @@ impl Shell<'_> {
                 short.iter().any(|letters| letters.contains(letter))
                     || arguments.iter().any(|word| word.starts_with(long))
             };
-            let is_stored = is_kept || has('o', "--output") || has('O', "--remote-name");
+            let is_stored = is_stored || has('o', "--output") || has('O', "--remote-name");
             if is_stored && !has('f', "--fail") {
                 self.faults.push(format!(
-                    "an error would be kept as if it were what was asked for: curl -f {arguments:?}"
+                    "an error message would be stored as if it were a key: use curl -f {arguments:?}"
                 ));
             }
         }
     }
 }
 
-/// The short options that an argument of curl has, up to one that takes a value.
+/// The short options in an argument of curl, up to one that takes a value.
 fn letters(argument: &str) -> Option<&str> {
     let letters = argument.strip_prefix('-').filter(|rest| !rest.starts_with('-'))?;
     let end = letters

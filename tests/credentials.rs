@@ -1,4 +1,4 @@
-//! The credential socket, with a client that binds its end as systemd does. With real units: tests/e2e/test_system.py.
+//! The credential socket, with a client that binds its socket as systemd does. tests/e2e/test_system.py has real units.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::credential::{activated, connect, fetch, fetch_raw, start};
 use common::{Folder, PATIENCE, key_service, run_to_end};
-use key_service::access::authorization::{AccessRules as Admitted, Authorizer};
+use key_service::access::authorization::{AccessRules, Authorizer};
 use key_service::http::health::Health;
 use key_service::http::state::AppState;
 use key_service::keys::generator::{Generator, OsRandom, Source};
@@ -28,7 +28,7 @@ use key_service::systemd::credentials::{CredentialRules, CredentialServer};
 use key_service::telemetry::metrics::Metrics;
 
 #[test]
-fn a_unit_gets_32_bytes_that_nobody_else_gets() {
+fn every_unit_gets_32_bytes_of_its_own() {
     let daemon = start("", &[]);
     let socket = daemon.folder.file("credential.sock");
     let status = &daemon.status;
@@ -54,7 +54,7 @@ jwk = { format = "jwk" }
 "#;
 
 #[test]
-fn the_configuration_says_what_each_credential_is_and_the_audit_for_whom_it_was() {
+fn rules_define_credentials_and_the_audit_names_the_unit() {
     let daemon = start(CONFIG, &[]);
     let text = |unit, credential| String::from_utf8(fetch(&daemon.folder, unit, credential)).unwrap();
     assert_eq!(text("other.service", "cookie.key").trim_end().len(), 64);
@@ -80,7 +80,7 @@ fn the_configuration_says_what_each_credential_is_and_the_audit_for_whom_it_was(
 }
 
 #[test]
-fn a_reload_changes_what_a_credential_is() {
+fn a_reload_replaces_the_rules() {
     let daemon = start("", &[]);
     assert_eq!(fetch(&daemon.folder, "a.service", "k").len(), 32);
     daemon.folder.write("config.toml", "[credentials]\nk = { length = 100 }\n");
@@ -89,7 +89,7 @@ fn a_reload_changes_what_a_credential_is() {
 }
 
 #[test]
-fn who_is_not_a_unit_gets_nothing_and_is_counted() {
+fn a_client_that_is_no_unit_gets_nothing_and_is_counted() {
     let daemon = start("", &[]);
     let malformed: [Option<&[u8]>; 9] = [
         None,
@@ -107,12 +107,12 @@ fn who_is_not_a_unit_gets_nothing_and_is_counted() {
         let counted = n as f64 + 1.0;
         daemon.wait_for_metric("credentials_total{outcome=\"malformed\"}", counted);
     }
-    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no key was drawn");
+    assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no key was generated");
     assert_eq!(fetch(&daemon.folder, "web.service", "key").len(), 32);
 }
 
 #[test]
-fn a_wrong_table_is_refused_with_where_and_why() {
+fn an_invalid_table_is_refused_with_its_place_and_the_reason() {
     let folder = Folder::new();
     for (text, expected) in [
         ("credentials = 1", "credentials: expected a table of credentials, found 1"),
@@ -148,11 +148,11 @@ fn a_wrong_table_is_refused_with_where_and_why() {
         let mut command = key_service(&folder);
         command.arg("--check").arg("--config").arg(folder.write("wrong.toml", text));
         let ended = run_to_end(command);
-        let said = String::from_utf8(ended.stderr).unwrap();
-        assert_eq!(ended.status.code(), Some(78), "{text}: {said}");
-        assert!(said.contains(expected) && said.contains("wrong.toml"), "{text}: {said}");
+        let errors = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(78), "{text}: {errors}");
+        assert!(errors.contains(expected) && errors.contains("wrong.toml"), "{text}: {errors}");
     }
-    // What is in effect reads as it was written.
+    // --check prints the effective configuration in the syntax of the file.
     let check = |text: &str| {
         let mut command = key_service(&folder);
         command.arg("--check").arg("--config").arg(folder.write("right.toml", text));
@@ -167,23 +167,23 @@ fn a_wrong_table_is_refused_with_where_and_why() {
 fn a_credential_socket_over_tcp_is_refused() {
     let folder = Folder::new();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let ended = run_to_end_with_stdin(activated(&folder, "credential", listener.into(), &[]));
+    let ended = stderr_of_failed_start(activated(&folder, "credential", listener.into(), &[]));
     assert!(
         ended.contains("name \"credential\") is refused: expected a listening Unix stream socket"),
         "{ended}"
     );
 }
 
-fn run_to_end_with_stdin(command: Command) -> String {
+fn stderr_of_failed_start(command: Command) -> String {
     let ended = run_to_end(command);
     assert_eq!(ended.status.code(), Some(1));
     String::from_utf8(ended.stderr).unwrap()
 }
 
 #[test]
-fn more_units_than_are_served_at_once_all_get_their_key() {
+fn units_above_the_connection_limit_all_get_their_key() {
     let daemon = start("", &[]);
-    // Those that don't read hold no key back: each is small enough for the socket to take it whole.
+    // A client that does not read delays no other: its socket takes the whole key.
     let name = |n: usize| format!("{n:x}/unit/boot@{n}.service/key");
     let mut waiting: Vec<_> = (0..300).map(|n| connect(&daemon.folder, Some(name(n).as_bytes()))).collect();
     for stream in waiting.iter_mut().rev() {
@@ -194,7 +194,7 @@ fn more_units_than_are_served_at_once_all_get_their_key() {
 }
 
 #[test]
-fn a_drain_still_serves_who_has_connected() {
+fn a_drain_serves_clients_that_have_connected() {
     let mut daemon = start("", &[]);
     daemon.signal("STOP");
     let mut stream = connect(&daemon.folder, Some(b"1/unit/web.service/key"));
@@ -206,7 +206,7 @@ fn a_drain_still_serves_who_has_connected() {
     assert_eq!(daemon.wait(), 0);
 }
 
-/// The kernel's bytes until it is told to break.
+/// Bytes of the kernel, until the flag breaks it.
 struct Breakable(Arc<AtomicBool>);
 
 impl Source for Breakable {
@@ -219,14 +219,14 @@ impl Source for Breakable {
 }
 
 #[test]
-fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_key() {
+fn a_failed_generator_sends_more_than_systemd_takes() {
     let folder = Folder::new();
     let is_broken = Arc::new(AtomicBool::new(false));
     let generator = Arc::new(Generator::new(Breakable(Arc::clone(&is_broken))).unwrap());
     let metrics = Arc::new(Metrics::new());
-    let api = AppState {
+    let app = AppState {
         max_size: AtomicU64::new(1024),
-        authorizer: Authorizer::new(Admitted::default(), 1),
+        authorizer: Authorizer::new(AccessRules::default(), 1),
         health: Arc::new(Health::new(Arc::clone(&generator))),
         generator,
         metrics: Arc::clone(&metrics),
@@ -235,18 +235,18 @@ fn without_a_generator_a_unit_gets_more_than_systemd_takes_instead_of_an_empty_k
     };
     let path = Host::Unix(folder.file("credential.sock"));
     let listener = Listener::bind(&path, 0, SocketMode::default()).unwrap();
-    let outlet = Arc::new(CredentialServer::new(Arc::new(api), CredentialRules::default()));
+    let server = Arc::new(CredentialServer::new(Arc::new(app), CredentialRules::default()));
     let drain = Drain::new();
     let phase = drain.subscribe();
     let heartbeat = Heartbeats::new().register();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let terms = ServerContext::new(
+        let context = ServerContext::new(
             ConnectionLimit::new(8, 8),
             Timeouts::new(PATIENCE, PATIENCE, PATIENCE),
             metrics,
         );
-        runtime.block_on(serve(vec![(listener, heartbeat)], outlet.handler(), terms, phase)).unwrap();
+        runtime.block_on(serve(vec![(listener, heartbeat)], server.handler(), context, phase)).unwrap();
     });
     assert_eq!(fetch(&folder, "web.service", "key").len(), 32);
     is_broken.store(true, Ordering::Relaxed);
