@@ -13,8 +13,8 @@ use crate::keys::generator::{Generator, OsRandom};
 
 /// Issues cryptographically secure random keys over HTTP.
 ///
-/// Settings come from flags, then KEYSERVICE_* variables, then the configuration file, then defaults. key-service.toml(5)
-/// describes all of them.
+/// Settings come from flags, then KEYSERVICE_* variables, then the configuration file, then defaults.
+/// key-service.toml(5) describes all of them.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "key-service", version, max_term_width = 100)]
 #[command(
@@ -42,11 +42,11 @@ pub struct Cli {
 pub enum Command {
     /// Check the health of a running service: prints its response, and exits with 0 if it is healthy, else with 1
     Health {
-        /// URL to check: http://host:port, or https://, with a path unless it is /health [default: the configured address]
+        /// URL to check, such as http://host:port; the path is /health unless given [default: the configured address]
         #[arg(long, value_name = "URL")]
         url: Option<String>,
 
-        /// Ignored, as the other settings that `health` does not need. Not a global option: `token new` has one of its own.
+        /// Accepted after `health` too, like the global flags. It can't be global: `token new` has one of the same name.
         #[arg(long, value_name = "BYTES", hide = true)]
         max_size: Option<String>,
     },

@@ -9,11 +9,13 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use key_service::config::{Config, ConfigErrors, MAX_SIZE_LIMIT, Sources};
+use key_service::config::{Config, ConfigErrors, MAX_SIZE_LIMIT, Sources, settings};
 use libfuzzer_sys::fuzz_target;
 
 /// The settings that have a flag.
-const FLAGS: [&str; 5] = ["host", "srv-port", "max-size", "metrics-port", "log-level"];
+static FLAGS: LazyLock<Vec<&str>> = LazyLock::new(|| {
+    settings().into_iter().filter(|setting| setting.flag.is_some()).map(|setting| setting.name).collect()
+});
 
 static FILE: LazyLock<PathBuf> =
     LazyLock::new(|| std::env::temp_dir().join(format!("key-service-fuzz-{}.toml", std::process::id())));

@@ -1,4 +1,5 @@
-//! The environment: settings, and the variables that Kubernetes and Docker inject for a Service or container of this name.
+//! The environment: settings, and the variables that Kubernetes and Docker inject for a Service or container of this
+//! name.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -31,7 +32,8 @@ pub(super) struct Variables {
     pub(super) injected: Vec<String>,
 }
 
-/// Reads the environment. A variable that is named as one of the `known` settings counts as a setting, whatever its value is.
+/// Reads the environment. A variable that is named as one of the `known` settings counts as a setting, whatever its
+/// value is.
 pub(super) fn read(known: &[&str]) -> Variables {
     let text = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
     sort(known, env::vars_os().map(|(name, value)| (text(name), text(value))))
@@ -46,7 +48,8 @@ fn sort(known: &[&str], variables: impl Iterator<Item = (String, String)>) -> Va
     let mut sorted = Variables::default();
     for (name, text) in &ours {
         let variable = Variable { name: name.clone(), text: text.clone() };
-        // A Service named keyservice-metrics has a variable with the name of our setting: that one is an error, not ignored.
+        // A Service named keyservice-metrics has a variable with the name of our setting: that one is an error, not
+        // ignored.
         if !known.contains(&variable.setting().as_str()) && is_injected(name, text, &ours) {
             sorted.injected.push(name.clone());
         } else {
@@ -56,9 +59,9 @@ fn sort(known: &[&str], variables: impl Iterator<Item = (String, String)>) -> Va
     sorted
 }
 
-/// Whether Kubernetes injects the variable for a Service ("Discovering services" in its manual, `envvars.FromServices` in its
-/// code), or Docker for a link. Both inject the same values several times, so name and value must agree with the other
-/// variables of the same Service or link. The name may go on after `KEYSERVICE`, as in `KEYSERVICE_1_PORT`.
+/// Whether Kubernetes injects the variable for a Service ("Discovering services" in its manual, `envvars.FromServices`
+/// in its code), or Docker for a link. Both inject the same values several times, so name and value must agree with the
+/// other variables of the same Service or link. The name may go on after `KEYSERVICE`, as in `KEYSERVICE_1_PORT`.
 fn is_injected(name: &str, value: &str, all: &BTreeMap<String, String>) -> bool {
     let mut ends = name.match_indices('_').map(|(at, _)| at).filter(|at| *at + 1 >= ENV_PREFIX.len());
     ends.any(|at| belongs_to_service(&name[..at], &name[at + 1..], value, all))
@@ -159,7 +162,7 @@ mod tests {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn injected_variables_and_settings_are_told_apart(
+        fn injected_variables_are_never_settings(
             suffix in "(_[A-Z0-9]{1,9}){0,2}", v6: bool, address: u128, port in 1u16..,
             protocol in prop::sample::select(&PROTOCOLS[..]), setting in prop::sample::select(NAMES), text in ".{0,20}"
         ) {
@@ -167,7 +170,8 @@ mod tests {
             let service = format!("KEYSERVICE{suffix}");
             let theirs = injected_for(&service, ip, port, protocol);
             let Variables { settings, injected } = sort(NAMES, theirs.iter().cloned());
-            // If a Service has the name that a setting begins with, such as keyservice-metrics, one of its variables is that setting.
+            // If a Service has the name that a setting begins with, such as keyservice-metrics, one of its variables is
+            // that setting.
             prop_assert!(settings.iter().all(|variable| NAMES.contains(&&*variable.setting())), "{settings:?}");
             prop_assert_eq!(injected.len() + settings.len(), theirs.len());
 

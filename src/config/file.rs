@@ -130,8 +130,8 @@ fn dict(table: &DeTable<'_>) -> Dict {
     table.iter().map(|(key, entry)| (key.get_ref().to_string(), value(entry.get_ref()))).collect()
 }
 
-/// A value of figment. One that no setting can have (a date, a number beyond 64 bits) becomes empty: errors quote it as it is
-/// written.
+/// A value of figment. One that no setting can have (a date, a number beyond 64 bits) becomes empty: errors quote it as
+/// it is written.
 fn value(found: &DeValue<'_>) -> Value {
     let empty = || Value::Empty(Tag::Default, Empty::Unit);
     match found {

@@ -1,12 +1,10 @@
 //! Settings that belong together, in the types of the layers below.
 
-use std::fmt;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::print::to_toml;
-use super::settings::{Config, LoadedSettings, NAMES};
+use super::settings::{Config, LoadedSettings};
 use crate::access::authorization::AccessRules;
 use crate::access::file_source::FileSource;
 use crate::access::forwarded::TrustedProxies;
@@ -72,12 +70,4 @@ fn tls(
 ) -> Option<TlsSettings> {
     let (certificate, key) = (certificate?.clone(), key?.clone());
     Some(TlsSettings { certificate, key, client_ca: client_ca.cloned(), min_version })
-}
-
-/// The effective configuration, as TOML.
-impl fmt::Display for Config {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut lines = NAMES.iter().zip(self.values());
-        lines.try_for_each(|(name, value)| writeln!(f, "{name} = {}", to_toml(&value)))
-    }
 }

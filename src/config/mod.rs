@@ -3,9 +3,9 @@
 //!
 //! May import: `systemd`, `http`, `server`, `access`, `telemetry`, `keys`.
 //!
-//! A new setting is an entry in `settings.rs`, its use and its test; `UPDATE_DOCUMENTS=1 cargo test --test settings` then
-//! writes the documents. A new kind of value goes to `kind.rs`, a rule between settings to `rules.rs`, and a setting that
-//! names a file is read in `named_files.rs`.
+//! A new setting is an entry in `settings.rs`, its use and its test; `UPDATE_DOCUMENTS=1 cargo test --test settings`
+//! then writes the documents. A new kind of value goes to `kind.rs`, a rule between settings to `rules.rs`, and a
+//! setting that names a file is read in `named_files.rs`.
 
 mod credential_rules;
 mod endpoint;

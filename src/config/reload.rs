@@ -6,16 +6,14 @@ use super::table::{Reload, Setting};
 impl Config {
     /// Settings that protect keys, that are on here and off in `new`, and that a reload turns off at once.
     pub fn removed_by_reload(&self, new: &Self) -> Vec<&'static str> {
-        let off = Self::default().values();
-        let is_on: Vec<bool> = self.values().iter().zip(&off).map(|(value, off)| value != off).collect();
-        let is_off: Vec<bool> = new.values().iter().zip(&off).map(|(value, off)| value == off).collect();
         settings()
             .into_iter()
-            .zip(is_on.into_iter().zip(is_off))
-            .filter(|(setting, (is_on, is_off))| {
-                setting.protects && *is_on && *is_off && self.is_applied(new, setting)
+            .zip(Self::default().values())
+            .zip(self.values().into_iter().zip(new.values()))
+            .filter(|((setting, off), (old, new_value))| {
+                setting.protects && old != off && new_value == off && self.is_applied(new, setting)
             })
-            .map(|(setting, _)| setting.name)
+            .map(|((setting, _), _)| setting.name)
             .collect()
     }
 

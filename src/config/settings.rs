@@ -1,8 +1,9 @@
 //! The table of settings: the one place that defines each of them.
 //!
-//! `Config`, its loading, printing and reload, `--help` and the documents come from it; see `table.rs` for what an entry
-//! means. After a change, `UPDATE_DOCUMENTS=1 cargo test --test settings` writes the documents again.
+//! `Config`, its loading, printing and reload, `--help` and the documents come from it; see `table.rs` for what an
+//! entry means. After a change, `UPDATE_DOCUMENTS=1 cargo test --test settings` writes the documents again.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -43,8 +44,8 @@ settings! {
         reload: NeedsRestart,
         flag: "ADDRESS",
         help: "Address to serve keys on",
-        details: "`*` is every address, IPv4 and IPv6, or IPv4 alone if the host has no IPv6; `0.0.0.0` is every IPv4 address. \
-                  Not used if the service inherits a socket named `http`.",
+        details: "`*` is every address, IPv4 and IPv6, or IPv4 alone if the host has no IPv6; `0.0.0.0` is every \
+                  IPv4 address. Not used if the service inherits a socket named `http`.",
     }
     "srv-port" srv_port: u16 {
         kind: integer(0..=65_535),
@@ -92,18 +93,18 @@ settings! {
         default: 0,
         reload: NeedsRestart,
         help: "Worker threads; 0 is one for each CPU, up to 256",
-        details: "If the limit of tasks (`TasksMax=`, a container's pids limit, `RLIMIT_NPROC`) allows fewer, the service starts \
-                  fewer and logs a warning with both numbers. Then nothing else can run within that limit, not even a \
-                  container's health check: set fewer.",
+        details: "If the limit of tasks (`TasksMax=`, a container's pids limit, `RLIMIT_NPROC`) allows fewer, the \
+                  service starts fewer and logs a warning with both numbers. Then nothing else can run within that \
+                  limit, not even a container's health check: set fewer.",
     }
     "max-connections" max_connections: usize {
         kind: integer(1..=1_000_000),
         default: 10_000,
         reload: NeedsRestart,
         help: "Maximum number of open connections",
-        details: "Beyond it, a new connection closes the one that has been idle for longest. While none is idle, up to 256 extra \
-                  connections are accepted to answer health checks and return 503. The service lowers the number to what the \
-                  limit of open files allows.",
+        details: "Beyond it, a new connection closes the one that has been idle for longest. While none is idle, up \
+                  to 256 extra connections are accepted to answer health checks and return 503. The service lowers \
+                  the number to what the limit of open files allows.",
     }
     "head-timeout" head_timeout: Duration {
         kind: duration(1..=HOUR),
@@ -145,18 +146,19 @@ settings! {
         default: None,
         reload: NeedsRestart,
         help: "Time without a connection for keys or credentials after which the service exits; 0 is never",
-        details: "Applies only if one of its sockets started the service, and not if it had to bind the key socket itself or its \
-                  generator has failed.",
+        details: "Applies only if one of its sockets started the service, and not if it had to bind the key socket \
+                  itself or its generator has failed.",
     }
     "tls-cert" tls_cert: Option<FileSource> {
         kind: FilePath,
         default: None,
         reload: AppliedWithTls,
         help: "PEM file with the certificate and its chain",
-        details: "With `tls-key`, keys are served over TLS to clients that connect by TCP; a Unix socket and the metrics port stay \
-                  plain. `credential:NAME` is a file in `$CREDENTIALS_DIRECTORY`, where systemd puts the credentials of the \
-                  unit (`LoadCredential=`). The service reads the file again within seconds after it has changed. It uses a \
-                  certificate that has expired, or will within 7 days, and logs a warning.",
+        details: "With `tls-key`, keys are served over TLS to clients that connect by TCP; a Unix socket and the \
+                  metrics port stay plain. `credential:NAME` is a file in `$CREDENTIALS_DIRECTORY`, where systemd \
+                  puts the credentials of the unit (`LoadCredential=`). The service reads the file again within \
+                  seconds after it has changed. It uses a certificate that has expired, or will within 7 days, and \
+                  logs a warning.",
     }
     "tls-key" tls_key: Option<FileSource> {
         kind: FilePath,
@@ -185,10 +187,10 @@ settings! {
         reload: Applied,
         protects: true,
         help: "File with the hashes of bearer tokens",
-        details: "If set, a request for a key needs a token; health and metrics do not. Each line is one token: its name, `sha256:` \
-                  and 64 hexadecimal digits, and optionally `max-size=`, `rate-requests=`, `rate-bytes=` and \
-                  `expires=YYYY-MM-DD`. `key-service token new` prints such lines. The service reads the file again within \
-                  seconds after it has changed.",
+        details: "If set, a request for a key needs a token; health and metrics do not. Each line is one token: its \
+                  name, `sha256:` and 64 hexadecimal digits, and optionally `max-size=`, `rate-requests=`, \
+                  `rate-bytes=` and `expires=YYYY-MM-DD`. `key-service token new` prints such lines. The service \
+                  reads the file again within seconds after it has changed.",
     }
     "unix-mode" unix_mode: SocketMode {
         kind: text("a mode in octal digits, such as \"0660\""),
@@ -208,8 +210,8 @@ settings! {
         reload: Applied,
         protects: true,
         help: "Requests per second for each client; 0 is no limit",
-        details: "A client is an IPv4 address, an IPv6 network of /64, a user of the Unix socket, or the bearer of a token that has \
-                  rates of its own.",
+        details: "A client is an IPv4 address, an IPv6 network of /64, a user of the Unix socket, or the bearer of \
+                  a token that has rates of its own.",
     }
     "rate-bytes" rate_bytes: Option<u64> {
         kind: none_if_zero(integer(0..=1 << 40)),
@@ -243,26 +245,27 @@ settings! {
         default: false,
         reload: NeedsRestart,
         help: "Require a PROXY header, version 1 or 2, at the start of each connection from a trusted proxy",
-        details: "Load balancers that forward TCP send it (haproxy's PROXY protocol). Its address is the client's in every \
-                  respect. A connection from a trusted proxy without a valid header within `head-timeout` is closed, and so is a \
-                  connection with a PROXY header from any other address. Requires `trusted-proxies`. Applies to the key \
-                  listener alone.",
+        details: "Load balancers that forward TCP send it (haproxy's PROXY protocol). Its address is the client's \
+                  in every respect. A connection from a trusted proxy without a valid header within `head-timeout` \
+                  is closed, and so is a connection with a PROXY header from any other address. Requires \
+                  `trusted-proxies`. Applies to the key listener alone.",
     }
     "max-connections-per-client" max_connections_per_client: Option<u32> {
         kind: none_if_zero(integer(0..=1_000_000)),
         default: Some(256),
         reload: NeedsRestart,
         help: "Maximum number of open connections from one client address; 0 is no limit",
-        details: "A client address is an IPv4 address or an IPv6 network of /64. Beyond the limit, 8 extra connections are accepted to \
-                  answer health checks and return 503; others are closed. Trusted proxies and Unix sockets have no such limit.",
+        details: "A client address is an IPv4 address or an IPv6 network of /64. Beyond the limit, 8 extra \
+                  connections are accepted to answer health checks and return 503; others are closed. Trusted \
+                  proxies and Unix sockets have no such limit.",
     }
     "max-bulk-streams" max_bulk_streams: usize {
         kind: integer(1..=1_000_000),
         default: 64,
         reload: NeedsRestart,
         help: "Maximum number of responses above 16 KiB in flight, in any format",
-        details: "One client (the bearer of a token, else an address or a Unix user) has at most a quarter of them, and at least \
-                  one. Beyond either limit, new requests get a 503.",
+        details: "One client (the bearer of a token, else an address or a Unix user) has at most a quarter of them, \
+                  and at least one. Beyond either limit, new requests get a 503.",
     }
     "audit" audit: bool {
         kind: Boolean,
@@ -283,12 +286,13 @@ settings! {
         default: CredentialRules::default(),
         reload: Applied,
         help: "Keys for systemd units that load a credential from `/run/key-service/credential.sock`",
-        details: "An entry is for the name of a credential, or for a unit, a colon and the name. In it, `length` (1 to 4096, default \
-                  32) counts bytes, and `format` is `raw` (the default), `hex`, `base64`, `base64url`, `json` or `jwk`. With an \
-                  `alphabet` (`alnum`, `ascii`, `digits`, `hex` or `unambiguous`) it is a password of `length` characters, at \
-                  most 1024, with the format `text` or `json`. A name with a dot stands in quotation marks. A credential \
-                  without an entry is 32 raw bytes. The header `[credentials]` also works, but includes every line after it, \
-                  other settings too.",
+        details: "An entry is for the name of a credential, or for a unit, a colon and the name. In it, `length` (1 \
+                  to 4096, default 32) counts bytes, and `format` is `raw` (the default), `hex`, `base64`, \
+                  `base64url`, `json` or `jwk`. With an `alphabet` (`alnum`, `ascii`, `digits`, `hex` or \
+                  `unambiguous`) it is a password of `length` characters, at most 1024, with the format `text` or \
+                  `json`. A name with a dot stands in quotation marks. A credential without an entry is 32 raw \
+                  bytes. The header `[credentials]` also works, but includes every line after it, other settings \
+                  too.",
         examples: [
             "credentials.\"cookie.key\" = { length = 64, format = \"base64\" }",
             "credentials.\"db.service:password\" = { length = 24, alphabet = \"alnum\" }",
@@ -300,5 +304,13 @@ impl Default for Config {
     fn default() -> Self {
         let settings = LoadedSettings::read(&mut Loader::default());
         settings.complete(None, Arc::default()).expect("every default is valid")
+    }
+}
+
+/// The effective configuration, as TOML.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut lines = NAMES.iter().zip(self.values());
+        lines.try_for_each(|(name, value)| writeln!(f, "{name} = {}", to_toml(&value)))
     }
 }

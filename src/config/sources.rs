@@ -15,7 +15,7 @@ use super::watch::WatchedFiles;
 /// Where the configuration is read from if no other file is named; it need not exist.
 pub const DEFAULT_PATH: &str = "/etc/key-service/config.toml";
 
-/// What an administrator can do who wants no configuration file.
+/// How an administrator can do without settings in a file.
 const EMPTY_FILE: &str = "an empty file leaves every setting at its default";
 
 /// Where a configuration comes from; a reload reads it again.
@@ -41,8 +41,8 @@ impl Sources {
         self.config(self.path(), false, FileAccess::All, files).map(|(config, _)| config)
     }
 
-    /// As [`Sources::load`], while `running` is in effect: if it came from a file, the file must still exist. Protection
-    /// would go with the file otherwise.
+    /// As [`Sources::load`], while `running` is in effect: if it came from a file, the file must still exist.
+    /// Protection would go with the file otherwise.
     ///
     /// # Errors
     /// Every error there is.
@@ -137,7 +137,8 @@ impl Sources {
     }
 }
 
-/// The names of variables that Kubernetes or Docker injects for a Service or container of this name, and that are ignored.
+/// The names of variables that Kubernetes or Docker injects for a Service or container of this name, and that are
+/// ignored.
 pub fn injected_variables() -> Vec<String> {
     environment::read(NAMES).injected
 }
