@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use key_service::cli::{Cli, Command};
 use key_service::config::watch::WatchedFiles;
-use key_service::config::{Config, ConfigErrors, Sources, injected_variables};
+use key_service::config::{Config, ConfigErrors, Sources};
 use key_service::daemon::{RunError, run};
 use key_service::keys::generator::OsRandom;
 use key_service::probe::{self, ProbeError};
@@ -71,7 +71,6 @@ fn serve(config: Config, sources: &Sources, files: WatchedFiles) -> ExitCode {
             return failure(error);
         }
     };
-    log_injected_variables();
     let served = inherited
         .map_err(RunError::from)
         .and_then(|inherited| run(config, sources, files, inherited, OsRandom, &log));
@@ -82,18 +81,6 @@ fn serve(config: Config, sources: &Sources, files: WatchedFiles) -> ExitCode {
             notify::startup_failed(&error.to_string());
             EXIT_FAILURE.into()
         }
-    }
-}
-
-fn log_injected_variables() {
-    let injected = injected_variables();
-    if !injected.is_empty() {
-        let variables = injected.join(" ").escape_debug().to_string();
-        tracing::debug!(
-            count = injected.len(),
-            variables,
-            "ignored environment variables that Kubernetes or Docker set for a service of this name"
-        );
     }
 }
 

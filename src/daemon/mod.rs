@@ -16,13 +16,13 @@ mod worker;
 
 use std::sync::Arc;
 
-use tracing::info;
+use tracing::{debug, info};
 
 pub use self::error::RunError;
 use self::listeners::Bound;
 use self::start::Started;
 use crate::config::watch::WatchedFiles;
-use crate::config::{Config, Sources};
+use crate::config::{Config, Sources, injected_variables};
 use crate::keys::generator::{Generator, Source};
 use crate::server::activation::ActivatedSockets;
 use crate::telemetry::log::Log;
@@ -43,6 +43,7 @@ pub fn run(
     log: &Log,
 ) -> Result<(), RunError> {
     info!(version = env!("CARGO_PKG_VERSION"), "starting");
+    log_injected_variables();
     resources::forbid_core_dumps();
     let generator = Arc::new(Generator::new(source)?);
     let bound = Bound::bind(&config, inherited)?;
@@ -50,4 +51,16 @@ pub fn run(
     let reason = supervise::supervise(&mut started);
     shutdown::shut_down(started, reason);
     Ok(())
+}
+
+fn log_injected_variables() {
+    let injected = injected_variables();
+    if !injected.is_empty() {
+        let variables = injected.join(" ").escape_debug().to_string();
+        debug!(
+            count = injected.len(),
+            variables,
+            "ignored environment variables that Kubernetes or Docker set for a service of this name"
+        );
+    }
 }
