@@ -104,7 +104,8 @@ impl Service {
         tokio::join!(serving, exchange).1
     }
 
-    /// Asserts that every 503 to a request for a key or a password, and nothing else, counts as the generator's failure.
+    /// Asserts that every 503 to a request for a key or a password, and nothing else, counts as the generator's
+    /// failure.
     async fn assert_failures_are_counted(&self) {
         let metrics = String::from_utf8(self.get("/metrics").await).unwrap();
         let failed = common::metric(&metrics, "key_request_failures_total{reason=\"generator\"}");
@@ -248,8 +249,8 @@ fn every_key_takes_fresh_bytes_from_the_source() {
     }
     let bytes_read = Arc::new(AtomicU64::new(0));
     let generator = Generator::new(Counted(Arc::clone(&bytes_read))).unwrap();
-    // A short key takes a block, a key of up to 128 bytes takes its size, and a larger one takes a seed for each 64 KiB.
-    // Nothing is left over that the next key, or a key in a copy of the process, could be made of.
+    // A short key takes a block, a key of up to 128 bytes takes its size, and a larger one takes a seed for each 64
+    // KiB. Nothing is left over that the next key, or a key in a copy of the process, could be made of.
     for (length, expected) in [
         (1, 32),
         (16, 32),
@@ -269,9 +270,9 @@ fn every_key_takes_fresh_bytes_from_the_source() {
     }
 }
 
-/// The distance from the expected value for random bytes, in standard deviations, of three statistics: the number of set
-/// bits, the number of runs of equal bits, and chi-square of the byte values (made normal by Wilson and Hilferty's cube
-/// root).
+/// The distance from the expected value for random bytes, in standard deviations, of three statistics: the number of
+/// set bits, the number of runs of equal bits, and chi-square of the byte values (made normal by Wilson and Hilferty's
+/// cube root).
 fn deviations(bytes: &[u8]) -> [f64; 3] {
     let bits = bytes.len() as f64 * 8.0;
     let ones: u64 = bytes.iter().map(|byte| u64::from(byte.count_ones())).sum();

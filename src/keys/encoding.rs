@@ -13,8 +13,9 @@ pub(super) enum Encoding {
     Base64,
     /// URL-safe base64 without padding.
     Base64Url,
-    /// A JSON string with its quotes, of printing ASCII characters that each take up to `max_width`. If escapes take less
-    /// than they might, spaces before the string make up for it: the length of a response tells nothing of the password.
+    /// A JSON string with its quotes, of printing ASCII characters that each take up to `max_width`. If escapes take
+    /// less than they might, spaces before the string make up for it: the length of a response reveals nothing about
+    /// the password.
     JsonString { max_width: u64 },
 }
 

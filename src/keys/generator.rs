@@ -1,13 +1,14 @@
 //! The one place that generates random bytes, with its self-tests and its failure latch.
 //!
-//! Small keys are the kernel's own bytes (getrandom(2)); larger ones are AES-256-CTR key stream (NIST SP 800-38A) under a
-//! key of 32 kernel bytes that is used for one chunk and wiped. Nothing is pooled and no generator state outlives a call,
-//! so neither a fork nor a restored snapshot of a virtual machine can repeat a key. Expanded bytes have 256-bit
-//! computational security, like those of the kernel's own generator. The blocks of one chunk never repeat, which blocks of
-//! truly random bytes might: that tells the 4,096 blocks of a chunk from random ones with a probability below 2⁻¹⁰⁴.
+//! Small keys are the kernel's own bytes (getrandom(2)); larger ones are AES-256-CTR key stream (NIST SP 800-38A) under
+//! a key of 32 kernel bytes that is used for one chunk and wiped. Nothing is pooled and no generator state outlives a
+//! call, so neither a fork nor a restored snapshot of a virtual machine can repeat a key. Expanded bytes have 256-bit
+//! computational security, like those of the kernel's own generator. The blocks of one chunk never repeat, which blocks
+//! of truly random bytes might: that distinguishes the 4,096 blocks of a chunk from random ones with a probability
+//! below 2⁻¹⁰⁴.
 //!
-//! The self-tests catch a source that fails totally: unreadable, constant, or repeating. They do not measure entropy, and
-//! claim no conformance to SP 800-90B, AIS 31 or FIPS 140.
+//! The self-tests catch a source that fails totally: unreadable, constant, or repeating. They do not measure entropy,
+//! and claim no conformance to SP 800-90B, AIS 31 or FIPS 140.
 
 use std::fmt;
 use std::io;
@@ -56,8 +57,8 @@ const FINGERPRINTS: usize = 1024;
 
 /// A source of random bytes: [`OsRandom`] in the daemon, a broken one in tests.
 pub trait Source: Send + Sync + 'static {
-    /// Writes random bytes to the start of `buffer` and returns their number; like getrandom(2), it may write fewer than
-    /// `buffer` can hold.
+    /// Writes random bytes to the start of `buffer` and returns their number; like getrandom(2), it may write fewer
+    /// than `buffer` can hold.
     ///
     /// # Errors
     /// The source can't be read. After `Interrupted`, the caller tries again.
@@ -229,12 +230,12 @@ fn read_full(source: &dyn Source, mut buffer: &mut [u8]) -> Result<(), Generator
     Ok(())
 }
 
-/// Bytes of stack, below a caller's frame, where the cipher may leave its last blocks: without optimisation its frames take
-/// tens of KiB.
+/// Bytes of stack, below a caller's frame, where the cipher may leave its last blocks: without optimisation its frames
+/// take tens of KiB.
 const STACK_SCRUB: usize = if cfg!(debug_assertions) { 64 } else { 16 } * 1024;
 
-/// Overwrites the stack below the caller's frame, where the cipher may have spilled key stream. `tests/memory.rs` searches
-/// for what is left.
+/// Overwrites the stack below the caller's frame, where the cipher may have spilled key stream. `tests/memory.rs`
+/// searches for what is left.
 #[inline(never)]
 fn scrub_stack() {
     std::hint::black_box(&mut [0_u8; STACK_SCRUB]);
@@ -259,16 +260,16 @@ fn key_stream(key: &[u8; SEED_SIZE], first: u128, bytes: &mut [u8]) {
     }
 }
 
-/// Whole blocks of the long known answer. The cipher encrypts 64 at a time with AVX-512, 30 with VAES, 8 with AES-NI or on
-/// ARM, 4 without any of them, and the remaining ones singly. [`BLOCKS_PER_PASS`] blocks and then 95 make whole batches
-/// and a remainder for each.
+/// Whole blocks of the long known answer. The cipher encrypts 64 at a time with AVX-512, 30 with VAES, 8 with AES-NI or
+/// on ARM, 4 without any of them, and the remaining ones singly. [`BLOCKS_PER_PASS`] blocks and then 95 make whole
+/// batches and a remainder for each.
 const KNOWN_ANSWER_BLOCKS: usize = BLOCKS_PER_PASS + 95;
 
 /// Bytes of the long known answer: its last block is not whole.
 const KNOWN_ANSWER_SIZE: usize = KNOWN_ANSWER_BLOCKS * BLOCK_SIZE + 7;
 
-/// Compares `key_stream` with known answers that exercise every AES kernel that the CPU may select. Takes 10 µs, and 0.12 ms
-/// on a CPU without instructions for AES.
+/// Compares `key_stream` with known answers that exercise every AES kernel that the CPU may select. Takes 10 µs, and
+/// 0.12 ms on a CPU without instructions for AES.
 fn test_cipher(key_stream: impl Fn(&[u8; SEED_SIZE], u128, &mut [u8])) -> Result<(), GeneratorError> {
     // SP 800-38A section F.5.5: key, first counter, plaintext and ciphertext.
     let key = [

@@ -1,7 +1,7 @@
 //! What to generate: the kind, length, format and number of keys, and the one way to generate and encode them whole.
 //!
-//! Every buffer that held a key, in whatever form, is wiped when it is dropped. Keys are encoded in constant time, and no
-//! buffer grows, because one that grows leaves a copy behind.
+//! Every buffer that held a key, in whatever form, is wiped when it is dropped. Keys are encoded in constant time, and
+//! no buffer grows, because one that grows leaves a copy behind.
 
 use std::ops::Range;
 
@@ -21,8 +21,8 @@ pub const COUNT_MAX: u64 = 1024;
 /// The most key bytes of one batch.
 pub const BATCH_BYTES_MAX: u64 = CHUNK_SIZE as u64;
 
-/// The largest response that is generated whole, in bytes as they are sent. A larger one is streamed: it takes a permit,
-/// and is generated a chunk at a time, as its client reads.
+/// The largest response that is generated whole, in bytes as they are sent. A larger one is streamed: it takes a
+/// permit, and is generated a chunk at a time, as its client reads.
 const WHOLE_MAX: u64 = 16 * 1024;
 
 /// Random bytes in the `kid` of a JWK.
@@ -129,8 +129,8 @@ impl KeySpec {
         around as u64 + self.encoding().encoded_len(self.length.bytes())
     }
 
-    /// Generates and encodes all keys, in one buffer that is wiped when the last use of its bytes is dropped. Not for what
-    /// is streamed.
+    /// Generates and encodes all keys, in one buffer that is wiped when the last use of its bytes is dropped. Not for
+    /// what is streamed.
     ///
     /// # Errors
     /// The generator's failure.
@@ -141,8 +141,8 @@ impl KeySpec {
         self.generate_range(0..self.key_count(), generator)
     }
 
-    /// Generates and encodes the keys of these indices, with what separates them from the keys before. The last key of all
-    /// is followed by the end of the batch.
+    /// Generates and encodes the keys of these indices, with what separates them from the keys before. The last key of
+    /// all is followed by the end of the batch.
     pub(super) fn generate_range(
         &self,
         indices: Range<u64>,
@@ -190,7 +190,8 @@ impl KeySpec {
         self.count.map_or(("", "", ""), |_| self.format.batch_delimiters())
     }
 
-    /// What precedes the characters of a key. A JWK gets a `kid` of its own random bytes, so it tells nothing of the key.
+    /// What precedes the characters of a key. A JWK gets a `kid` of its own random bytes, so it reveals nothing about
+    /// the key.
     pub(super) fn generate_prefix(&self, generator: &Generator) -> Result<String, GeneratorError> {
         if self.format != Format::Jwk {
             return Ok(self.prefix(""));

@@ -56,8 +56,8 @@ impl Alphabet {
         (bits * 10.0).floor() / 10.0
     }
 
-    /// The character for a random byte. A byte above the last multiple of the alphabet's size is rejected, because it would
-    /// make the first characters likelier than the others.
+    /// The character for a random byte. A byte above the last multiple of the alphabet's size is rejected, because it
+    /// would make the first characters likelier than the others.
     fn character(self, byte: u8) -> Option<u8> {
         let characters = self.characters();
         let byte = usize::from(byte);
@@ -121,8 +121,8 @@ mod tests {
         counts.iter().map(|count| (count - expected).powi(2) / expected).sum()
     }
 
-    /// The limit that an unbiased source exceeds with a probability below 10⁻⁹. By the Wilson-Hilferty approximation, the
-    /// cube root of the statistic over its degrees of freedom is normal, and exceeds 6.5 of its deviations with a
+    /// The limit that an unbiased source exceeds with a probability below 10⁻⁹. By the Wilson-Hilferty approximation,
+    /// the cube root of the statistic over its degrees of freedom is normal, and exceeds 6.5 of its deviations with a
     /// probability of 4·10⁻¹¹. Over the five alphabets the test fails by chance less than once in 2·10⁸ runs.
     fn limit(alphabet: Alphabet) -> f64 {
         let freedom = f64::from(u32::try_from(alphabet.characters().len()).unwrap() - 1);

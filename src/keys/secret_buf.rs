@@ -9,8 +9,9 @@ use zeroize::Zeroize;
 
 use crate::keys::generator::CHUNK_SIZE;
 
-/// The most bytes of a streamed key that are generated and sent at a time. For a client that doesn't read, the HTTP library
-/// holds as many, and as many again while less than its own limit is left of them: 200 such clients took 28 MiB at 64 KiB.
+/// The most bytes of a streamed key that are generated and sent at a time. For a client that doesn't read, the HTTP
+/// library holds as many, and as many again while less than its own limit is left of them: 200 such clients took 28 MiB
+/// at 64 KiB.
 pub(super) const STREAM_CHUNK_SIZE: usize = CHUNK_SIZE / 2;
 
 /// Bytes that are wiped on drop, up to their length: a user must neither shrink them nor make them grow beyond their
@@ -61,8 +62,8 @@ pub(crate) fn reserve_spare() {
     SPARE.set(vec![0; STREAM_CHUNK_SIZE]);
 }
 
-/// Stores `buffer` in `spare`, or leaves the buffer that is there if that one is nearer the bottom of the thread's heap:
-/// the lower one keeps less memory resident (`memory.rs`).
+/// Stores `buffer` in `spare`, or leaves the buffer that is there if that one is nearer the bottom of the thread's
+/// heap: the lower one keeps less memory resident (`server/memory.rs`).
 pub(crate) fn keep_lower(spare: &'static LocalKey<Cell<Vec<u8>>>, buffer: &mut Vec<u8>) {
     let kept = spare.take();
     let is_lower = kept.capacity() == 0 || buffer.as_ptr() < kept.as_ptr();

@@ -1,5 +1,5 @@
-//! The memory of the daemon's control group, which a unit's MemoryMax= and a container's limit apply to. It includes the
-//! kernel's memory for the daemon's sockets, which the resident memory of the process does not.
+//! The memory of the daemon's control group, which a unit's MemoryMax= and a container's limit apply to. It includes
+//! the kernel's memory for the daemon's sockets, which the resident memory of the process does not.
 
 use std::fs;
 use std::path::Path;
@@ -16,8 +16,8 @@ pub(super) struct CgroupMemory {
 const V1_UNLIMITED_MIN: u64 = 1 << 62;
 
 impl CgroupMemory {
-    /// The memory of this process's control group; `None` if it can't be read, or if the group is the root of all groups,
-    /// which has no such files.
+    /// The memory of this process's control group; `None` if it can't be read, or if the group is the root of all
+    /// groups, which has no such files.
     pub(super) fn read() -> Option<Self> {
         Self::read_below(Path::new("/"))
     }

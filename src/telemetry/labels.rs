@@ -73,7 +73,8 @@ impl AcceptError {
     /// The kind of `error`, by accept(2).
     pub fn classify(error: &io::Error) -> Self {
         match Errno::from_io_error(error) {
-            // Section "Error handling": Linux returns pending network errors of the new connection. EPERM is a firewall's.
+            // Section "Error handling": Linux returns pending network errors of the new connection. EPERM is a
+            // firewall's.
             Some(
                 Errno::CONNABORTED
                 | Errno::CONNRESET

@@ -1,8 +1,8 @@
 //! The log: structured entries in the journal if stderr is the journal, otherwise lines on stderr.
 //!
-//! Events are queued and written by a thread of their own, because a write to a stopped journal blocks. When the queue is
-//! full, events are dropped and counted; no request ever waits for the log. An entry that the journal refuses is sent
-//! again until the journal takes it; a line that stderr refuses is dropped and counted.
+//! Events are queued and written by a thread of their own, because a write to a stopped journal blocks. When the queue
+//! is full, events are dropped and counted; no request ever waits for the log. An entry that the journal refuses is
+//! sent again until the journal takes it; a line that stderr refuses is dropped and counted.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -72,8 +72,8 @@ impl Log {
         self.level.set(level);
     }
 
-    /// For a second from now, makes events wait for room in a full queue instead of being dropped. Call this when serving
-    /// has ended, before many connections close at once and log their audit records.
+    /// For a second from now, makes events wait for room in a full queue instead of being dropped. Call this when
+    /// serving has ended, before many connections close at once and log their audit records.
     pub fn block_when_full(&self) {
         self.deadline.get_or_init(|| Instant::now() + FLUSH_TIMEOUT);
     }
@@ -83,9 +83,9 @@ impl Log {
         Arc::clone(&self.dropped)
     }
 
-    /// Reports the events that are still queued, and those that were dropped before, since the log accepts no more events.
-    /// Under systemd, stderr is a stream to the journal, which may work if the journal's socket does not. On any other
-    /// stderr nothing is reported: the lines themselves wait for it.
+    /// Reports the events that are still queued, and those that were dropped before, since the log accepts no more
+    /// events. Under systemd, stderr is a stream to the journal, which may work if the journal's socket does not. On
+    /// any other stderr nothing is reported: the lines themselves wait for it.
     fn report_lost(&self) {
         let [records, events] =
             [true, false].map(|is_audit| self.dropped.queued(is_audit).load(Ordering::Relaxed));

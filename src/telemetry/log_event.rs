@@ -13,8 +13,8 @@ pub const AUDIT_TARGET: &str = "audit";
 /// The most fields of one event, its message included.
 const FIELDS_MAX: usize = 16;
 
-/// The most bytes of one value; the rest is cut off. An entry must fit a datagram (212,992 bytes by default, socket(7)):
-/// a larger one takes memfd_create(2), for which the unit's sandbox kills the process.
+/// The most bytes of one value; the rest is cut off. An entry must fit a datagram (212,992 bytes by default,
+/// socket(7)): a larger one takes memfd_create(2), for which the unit's sandbox kills the process.
 pub(super) const TEXT_MAX: usize = 8192;
 const _: () = assert!(FIELDS_MAX * (TEXT_MAX + 256) < 212_992); // 256: its name, length and terminator
 

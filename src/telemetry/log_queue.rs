@@ -24,7 +24,8 @@ pub(super) enum Message {
     Shutdown,
 }
 
-/// The subscriber that queues events, or drops and counts them if the queue is full. There are no spans in this program.
+/// The subscriber that queues events, or drops and counts them if the queue is full. There are no spans in this
+/// program.
 pub(super) struct LogQueue {
     pub(super) level: Arc<ReloadableLevel>,
     pub(super) queue: SyncSender<Message>,

@@ -65,9 +65,10 @@ fn is_journal() -> bool {
     env::var("JOURNAL_STREAM").is_ok_and(|stream| stream == format!("{}:{}", stderr.st_dev, stderr.st_ino))
 }
 
-/// Sends an event to the journal's socket, and returns whether the socket took it. tracing-journald drops the error of its
-/// sendto(2), but nothing after the call changes errno(3), and a call that succeeds leaves the 0 from before. EMSGSIZE is
-/// left by an event that was too large for a datagram and then sent as a file; any later error would replace it.
+/// Sends an event to the journal's socket, and returns whether the socket took it. tracing-journald drops the error of
+/// its sendto(2), but nothing after the call changes errno(3), and a call that succeeds leaves the 0 from before.
+/// EMSGSIZE is left by an event that was too large for a datagram and then sent as a file; any later error would
+/// replace it.
 ///
 /// Each sendto(2) looks up the socket's path, so the next one reaches a journal that has restarted.
 fn is_sent(journal: &Dispatch, event: &Event<'_>) -> bool {

@@ -168,8 +168,8 @@ impl Metrics {
         self.responses.rejections[reason as usize].inc();
     }
 
-    /// Counts a request for a key or a password that gets a 503, or whose response is cut short: as failed and as rejected.
-    /// Its response is also counted by route when it ends.
+    /// Counts a request for a key or a password that gets a 503, or whose response is cut short: as failed and as
+    /// rejected. Its response is also counted by route when it ends.
     pub fn count_key_error(&self, reason: KeyRequestError) {
         self.count_rejection(reason.into());
         self.keys.errors[reason as usize].inc();

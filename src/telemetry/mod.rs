@@ -1,8 +1,8 @@
 //! What operators see of the daemon: metrics, metrics of the process, the log.
 //!
 //! May import: [`keys`](crate::keys).
-//! A new metric goes into [`metrics`], beside the function that counts it; the values of its label into [`labels`]. A new
-//! route goes into [`endpoint`]. What happens to log events is in [`log`] and the files named `log_*`.
+//! A new metric goes into [`metrics`], beside the function that counts it; the values of its label into [`labels`]. A
+//! new route goes into [`endpoint`]. What happens to log events is in [`log`] and the files named `log_*`.
 
 mod cgroup;
 pub mod drop_counters;
