@@ -1,4 +1,4 @@
-//! The router: every route but those of keys and passwords, which [`key_route`](crate::http::key_route) serves.
+//! The router: every route but those of keys and passwords, which `http/key_route.rs` serves.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
