@@ -1,5 +1,5 @@
-//! Secrets and ConfigMaps as the kubelet mounts and updates them: without a signal, each change takes effect within 30 s
-//! of the kubelet's update.
+//! Secrets and ConfigMaps as the kubelet mounts and updates them: without a signal, each change takes effect within 30
+//! s of the kubelet's update.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -42,8 +42,8 @@ impl Volume {
         fs::read_link(self.file("..data")).ok().map(|data| self.0.path().join(data))
     }
 
-    /// Updates the volume in the order of the kubelet's AtomicWriter: create a directory with all files, rename the link to
-    /// it into place, link new files, remove the links of removed files, and remove the previous directory.
+    /// Updates the volume in the order of the kubelet's AtomicWriter: create a directory with all files, rename the
+    /// link to it into place, link new files, remove the links of removed files, and remove the previous directory.
     fn publish(&self, files: &[(&str, &str)]) {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("..2026_11_28_00_00_00.{:010}", NEXT.fetch_add(1, Ordering::Relaxed));
@@ -256,7 +256,8 @@ fn an_error_in_one_file_does_not_block_the_others() {
             ("TOKENS_FILE", secret.file("tokens")),
         ],
     );
-    // Waits until the server shows this certificate, admits only this client, and responds to both tokens with `statuses`.
+    // Waits until the server shows this certificate, admits only this client, and responds to both tokens with
+    // `statuses`.
     let wait_for = |what: &str, server: usize, client: usize, statuses: [u16; 2]| {
         let since = Instant::now();
         until(what, || {

@@ -22,8 +22,8 @@ pub struct ActivatedSockets {
 }
 
 impl ActivatedSockets {
-    /// Takes the sockets of sd_listen_fds(3) named `http`, `metrics` and `credential`, any number of each in any order. Of
-    /// sockets without names, the first is `http` and the second `metrics`.
+    /// Takes the sockets of sd_listen_fds(3) named `http`, `metrics` and `credential`, any number of each in any order.
+    /// Of sockets without names, the first is `http` and the second `metrics`.
     ///
     /// To be called before the process has threads, because it changes the environment.
     ///

@@ -18,14 +18,15 @@ const RECORD_BUFFER: usize = 8 * 1024;
 /// The limit of that buffer while a response is streamed: one chunk.
 const RECORD_BUFFER_STREAMING: usize = 64 * 1024;
 
-/// A TLS connection that sends close_notify (RFC 8446 section 6.1) whatever ends it: the client, a timeout, the drain or an
-/// eviction. Only a connection that is reset sends none: its client must not take a part of a response for all of it.
+/// A TLS connection that sends close_notify (RFC 8446 section 6.1) whatever ends it: the client, a timeout, the drain
+/// or an eviction. Only a connection that is reset sends none: its client must not take a part of a response for all of
+/// it.
 #[derive(Debug)]
-pub struct CloseNotify<S: AsyncRead + Transport + Unpin>(TlsStream<S>);
+pub(crate) struct CloseNotify<S: AsyncRead + Transport + Unpin>(TlsStream<S>);
 
 impl<S: AsyncRead + Transport + Unpin> CloseNotify<S> {
     /// Wraps a connection whose handshake is complete.
-    pub fn new(mut stream: TlsStream<S>) -> Self {
+    pub(crate) fn new(mut stream: TlsStream<S>) -> Self {
         let (transport, connection) = stream.get_mut();
         connection.set_buffer_limit(Some(RECORD_BUFFER));
         transport.expect_head();
@@ -33,7 +34,7 @@ impl<S: AsyncRead + Transport + Unpin> CloseNotify<S> {
     }
 
     /// The state of the TLS connection, with the result of the handshake.
-    pub fn connection(&self) -> &ServerConnection {
+    pub(crate) fn connection(&self) -> &ServerConnection {
         self.0.get_ref().1
     }
 }
@@ -43,8 +44,8 @@ impl<S: AsyncRead + Transport + Unpin> Drop for CloseNotify<S> {
         if self.0.get_ref().0.resets_on_close() {
             return;
         }
-        // One attempt that never waits: a client whose buffers are full does not read. After a shutdown it does nothing.
-        // Unconstrained, because the task's budget may be used up.
+        // One attempt that never waits: a client whose buffers are full does not read. After a shutdown it does
+        // nothing. Unconstrained, because the task's budget may be used up.
         let shutdown = pin!(unconstrained(poll_fn(|cx| Pin::new(&mut self.0).poll_shutdown(cx))));
         let _ = shutdown.poll(&mut Context::from_waker(Waker::noop()));
     }

@@ -18,8 +18,8 @@ use crate::server::stream::{NOTSENT_LOWAT, Stream};
 /// How many connections may wait to be accepted. The kernel limits this to net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
-/// SO_RCVBUF (socket(7)), which the kernel doubles. The largest request headers fit, and unread pipelined requests take no
-/// more. Without the option, the kernel would hold up to 6 MB of them (tcp_rmem).
+/// SO_RCVBUF (socket(7)), which the kernel doubles. The largest request headers fit, and unread pipelined requests take
+/// no more. Without the option, the kernel would hold up to 6 MB of them (tcp_rmem).
 const RECEIVE_BUFFER: usize = 8 * 1024;
 
 /// A listening socket outside of a runtime. Dropping the last handle on a socket that was bound here closes it. An
@@ -72,7 +72,7 @@ impl Listener {
     ///
     /// # Errors
     /// If the runtime can't register it.
-    pub fn into_acceptor(self) -> io::Result<Acceptor> {
+    pub(crate) fn into_acceptor(self) -> io::Result<Acceptor> {
         match self {
             Self::Tcp(listener) => tokio::net::TcpListener::from_std(listener).map(Acceptor::Tcp),
             Self::Unix(listener) => tokio::net::UnixListener::from_std(listener).map(Acceptor::Unix),
@@ -82,8 +82,8 @@ impl Listener {
     /// Sets the options that every listener needs, inherited or not.
     pub(crate) fn with_options(self) -> io::Result<Self> {
         match &self {
-            // Accepted connections inherit the options, which saves system calls. TCP_NODELAY: no response waits for the
-            // acknowledgement of the previous one.
+            // Accepted connections inherit the options, which saves system calls. TCP_NODELAY: no response waits for
+            // the acknowledgement of the previous one.
             Self::Tcp(listener) => {
                 SockRef::from(listener).set_tcp_nodelay(true)?;
                 SockRef::from(listener).set_tcp_notsent_lowat(NOTSENT_LOWAT)?;
@@ -113,7 +113,7 @@ impl fmt::Display for Listener {
 
 /// A listening socket that is registered with a runtime.
 #[derive(Debug)]
-pub enum Acceptor {
+pub(crate) enum Acceptor {
     /// TCP.
     Tcp(tokio::net::TcpListener),
     /// Unix.
@@ -125,7 +125,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// As accept(2).
-    pub async fn accept(&self) -> io::Result<(Stream, Peer)> {
+    pub(crate) async fn accept(&self) -> io::Result<(Stream, Peer)> {
         match self {
             Self::Tcp(listener) => {
                 let (stream, address) = listener.accept().await?;
@@ -185,8 +185,8 @@ pub enum ListenError {
 }
 
 impl ListenError {
-    /// Whether the process may bind no such sockets at all: in the sandbox of the shipped unit (EAFNOSUPPORT, or EROFS for a
-    /// path), or with a system call filter (EPERM).
+    /// Whether the process may bind no such sockets at all: in the sandbox of the shipped unit (EAFNOSUPPORT, or EROFS
+    /// for a path), or with a system call filter (EPERM).
     pub fn is_forbidden(&self) -> bool {
         self.is_any_of(&[Errno::AFNOSUPPORT, Errno::ROFS, Errno::PERM])
     }
@@ -202,9 +202,9 @@ impl ListenError {
     }
 }
 
-/// Binds all addresses with one socket, by `bind`, and returns the address that was tried last. Without IPv6, the socket is
-/// IPv4 only: socket(2) fails with EAFNOSUPPORT if the kernel (`ipv6.disable=1`) or a sandbox has no IPv6, and bind(2) with
-/// EADDRNOTAVAIL if a sysctl (`disable_ipv6`) has removed its addresses.
+/// Binds all addresses with one socket, by `bind`, and returns the address that was tried last. Without IPv6, the
+/// socket is IPv4 only: socket(2) fails with EAFNOSUPPORT if the kernel (`ipv6.disable=1`) or a sandbox has no IPv6,
+/// and bind(2) with EADDRNOTAVAIL if a sysctl (`disable_ipv6`) has removed its addresses.
 fn bind_any<T>(port: u16, bind: impl Fn(SocketAddr) -> io::Result<T>) -> (String, io::Result<T>) {
     let address = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
     let lacks_ipv6 = |error: &io::Error| {
@@ -234,8 +234,8 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
 }
 
 fn bind_unix(path: &Path, mode: SocketMode) -> io::Result<Listener> {
-    // A socket file outlives its process. It is removed only if no process listens on it. A file that is not a socket stays,
-    // and bind(2) fails.
+    // A socket file outlives its process. It is removed only if no process listens on it. A file that is not a socket
+    // stays, and bind(2) fails.
     let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     if is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
         fs::remove_file(path)?;

@@ -13,7 +13,7 @@ pub mod activation;
 pub mod address;
 pub mod buffers;
 pub mod client_limit;
-pub mod close_notify;
+pub(crate) mod close_notify;
 pub mod connection;
 pub mod connection_limit;
 pub mod context;

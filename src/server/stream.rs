@@ -13,9 +13,9 @@ use zeroize::Zeroizing;
 
 use crate::server::transport::{SendMode, Transport};
 
-/// TCP_NOTSENT_LOWAT (tcp(7)) of an ordinary connection: the kernel accepts another write only while it holds fewer unsent
-/// bytes than this. A response of 16 KiB over a new connection is still sent without a wait. Without the option, the kernel
-/// would accept up to 4 MB (tcp_wmem) for each of 10,000 connections that read nothing.
+/// TCP_NOTSENT_LOWAT (tcp(7)) of an ordinary connection: the kernel accepts another write only while it holds fewer
+/// unsent bytes than this. A response of 16 KiB over a new connection is still sent without a wait. Without the option,
+/// the kernel would accept up to 4 MB (tcp_wmem) for each of 10,000 connections that read nothing.
 pub(crate) const NOTSENT_LOWAT: u32 = 4096;
 
 /// TCP_NOTSENT_LOWAT of a connection with a streamed response, which must not run out of bytes to send. The number of
@@ -26,8 +26,8 @@ const NOTSENT_LOWAT_STREAMING: u32 = 128 * 1024;
 /// chunk, left unsent.
 const NOTSENT_LOWAT_SLOW: u32 = NOTSENT_LOWAT_STREAMING + 64 * 1024;
 
-/// The most bytes of one write to a Unix socket. The kernel frees the memory of a write only as a whole, so a slow client
-/// has to read one write before the next is accepted.
+/// The most bytes of one write to a Unix socket. The kernel frees the memory of a write only as a whole, so a slow
+/// client has to read one write before the next is accepted.
 const UNIX_WRITE_MAX: usize = 8 * 1024;
 
 /// Size of the buffer, in bytes, for what a client still sends after its last response.
@@ -56,7 +56,7 @@ impl Stream {
     ///
     /// # Errors
     /// As recv(2).
-    pub async fn peek(&self) -> io::Result<Option<u8>> {
+    pub(crate) async fn peek(&self) -> io::Result<Option<u8>> {
         let mut first = [0];
         match self {
             Self::Tcp(stream) => Ok((stream.peek(&mut first).await? > 0).then_some(first[0])),
@@ -80,8 +80,8 @@ fn poll_send(
     }
 }
 
-/// send(2): with MSG_EOR, the next write begins a new segment. Otherwise the kernel adds writes to the last unsent segment, up
-/// to 64 KiB of it, whatever TCP_NOTSENT_LOWAT is.
+/// send(2): with MSG_EOR, the next write begins a new segment. Otherwise the kernel adds writes to the last unsent
+/// segment, up to 64 KiB of it, whatever TCP_NOTSENT_LOWAT is.
 const SEND_FLAGS: SendFlags = SendFlags::EOR.union(SendFlags::NOSIGNAL);
 
 macro_rules! delegate {
@@ -132,8 +132,8 @@ impl AsyncWrite for Stream {
         delegate!(self, poll_flush, cx)
     }
 
-    /// Sends the bytes that [`Transport::poll_write_final`] held back, and the end. close(2) would discard them if the client
-    /// had sent more than was read.
+    /// Sends the bytes that [`Transport::poll_write_final`] held back, and the end. close(2) would discard them if the
+    /// client had sent more than was read.
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         delegate!(self, poll_shutdown, cx)
     }
@@ -173,7 +173,8 @@ impl Transport for Stream {
     fn shutdown_and_duplicate(&self) -> Option<OwnedFd> {
         let Self::Tcp(stream) = self else { return None };
         let kept = stream.as_fd().try_clone_to_owned().ok()?; // out of descriptors: the close is orderly
-        // close(2) does not shut down the connection while it has another descriptor. This may fail on a broken connection.
+        // close(2) does not shut down the connection while it has another descriptor. This may fail on a broken
+        // connection.
         let _ = shutdown(&kept, Shutdown::Write);
         Some(kept)
     }
@@ -201,7 +202,8 @@ impl Transport for Stream {
                 SendMode::Stream => NOTSENT_LOWAT_STREAMING,
                 SendMode::SlowStream => NOTSENT_LOWAT_SLOW,
             };
-            let _ = SockRef::from(&*stream).set_tcp_notsent_lowat(lowat); // if it fails, the response is slower or the kernel holds more
+            // If it fails, the response is slower, or the kernel holds more of it.
+            let _ = SockRef::from(&*stream).set_tcp_notsent_lowat(lowat);
         }
     }
 }

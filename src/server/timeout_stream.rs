@@ -1,5 +1,5 @@
-//! A stream with timeouts for slow and idle clients. It is below hyper, which has no timeout for a stalled write and would
-//! restart a timer for every request.
+//! A stream with timeouts for slow and idle clients. It is below hyper, which has no timeout for a stalled write and
+//! would restart a timer for every request.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -15,15 +15,16 @@ use crate::server::timeouts::Timeouts;
 use crate::server::transport::{SendMode, Transport};
 
 /// How often a blocked write is retried. The kernel wakes a writer only once half of the bytes it holds are sent, which
-/// takes a slow client minutes. It accepts a few more bytes much earlier, as soon as the client has acknowledged as many.
+/// takes a slow client minutes. It accepts a few more bytes much earlier, as soon as the client has acknowledged as
+/// many.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The most bytes of one write to a client that is not known to be fast. The client has to acknowledge as many before the
-/// next write succeeds, within the write timeout. A key of 4 KiB and its headers fit.
-pub const WRITE_MAX: usize = 5 * 1024;
+/// The most bytes of one write to a client that is not known to be fast. The client has to acknowledge as many before
+/// the next write succeeds, within the write timeout. A key of 4 KiB and its headers fit.
+pub(crate) const WRITE_MAX: usize = 5 * 1024;
 
-/// A client is fast once it has taken so many bytes of a streamed response without a wait of [`RETRY_INTERVAL`]. The buffers
-/// of both kernels hold less, so a slow client never appears fast.
+/// A client is fast once it has taken so many bytes of a streamed response without a wait of [`RETRY_INTERVAL`]. The
+/// buffers of both kernels hold less, so a slow client never appears fast.
 const FAST_CLIENT_MIN: usize = 512 * 1024;
 
 /// What a connection reads next.
@@ -42,8 +43,8 @@ enum Reading {
 pub struct TimeoutStream<S: Transport + Unpin> {
     stream: S,
     timeouts: Arc<Timeouts>,
-    /// The start of the current timeout: when the connection began, a write last made progress, or a read first waited for
-    /// the rest of a request.
+    /// The start of the current timeout: when the connection began, a write last made progress, or a read first waited
+    /// for the rest of a request.
     since: Instant,
     reading: Reading,
     /// When a blocked write was last tried.
@@ -58,7 +59,8 @@ pub struct TimeoutStream<S: Transport + Unpin> {
     may_have_unsent: bool,
     /// When the sending side was shut down, if the stream lingers after that.
     shut_down_at: Option<Instant>,
-    /// One timer for the life of the connection. It is reset when it fires or would fire too late, not for each request.
+    /// One timer for the life of the connection. It is reset when it fires or would fire too late, not for each
+    /// request.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -101,8 +103,8 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
         }
         // A connection has one task, whose waker stays the same: the timer has it after the first poll.
         while !is_set || timer.is_elapsed() {
-            // Pending although the timer has elapsed, if the task's budget is used up (tokio::task::coop): then the runtime
-            // polls the task again.
+            // Pending although the timer has elapsed, if the task's budget is used up (tokio::task::coop): then the
+            // runtime polls the task again.
             ready!(timer.as_mut().poll(cx));
             if Instant::now() >= deadline {
                 return Poll::Ready(());
@@ -123,7 +125,8 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
             Reading::HeadBegun | Reading::Head => self.timeouts.head(),
         };
         ready!(self.poll_deadline(cx, self.since + timeout));
-        // A client may send a request at the last moment. Closing now would reset the connection with the request unread.
+        // A client may send a request at the last moment. Closing now would reset the connection with the request
+        // unread.
         if self.reading == Reading::Idle && self.stream.has_input() {
             return Poll::Pending; // the runtime is about to report the input
         }
@@ -136,9 +139,9 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
         if is_fast { usize::MAX } else { WRITE_MAX }
     }
 
-    /// Keeps a shut-down connection open until the client has closed it, too, and acknowledged everything, for at most the
-    /// write timeout: a drain that begins meanwhile can still reset it. During a drain, connections that have ended are
-    /// watched elsewhere.
+    /// Keeps a shut-down connection open until the client has closed it, too, and acknowledged everything, for at most
+    /// the write timeout: a drain that begins meanwhile can still reset it. During a drain, connections that have ended
+    /// are watched elsewhere.
     fn poll_linger(&mut self, cx: &mut Context<'_>, shut_down_at: Instant) -> Poll<()> {
         let deadline = shut_down_at + self.timeouts.write();
         while !self.timeouts.keeps_ended_connections() && Instant::now() < deadline {
@@ -163,8 +166,8 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
     ) -> Poll<io::Result<usize>> {
         while result.is_pending() {
             self.may_have_unsent = true;
-            // Without a wait after a retry that succeeded: the kernel's buffer is filled first, or each of the next retries
-            // would count as progress.
+            // Without a wait after a retry that succeeded: the kernel's buffer is filled first, or each of the next
+            // retries would count as progress.
             if !self.was_retry {
                 let last_try = *self.last_try.get_or_insert_with(Instant::now);
                 let deadline = self.since + self.timeouts.write();
@@ -180,8 +183,8 @@ impl<S: Transport + Unpin> TimeoutStream<S> {
                     let now = Instant::now();
                     (self.last_try, self.was_retry) = (Some(now), false);
                     if now >= self.since + self.timeouts.write() {
-                        // An orderly close would leave up to megabytes of key bytes in the kernel for each connection, for as
-                        // long as the client acknowledges and does not read.
+                        // An orderly close would leave up to megabytes of key bytes in the kernel for each connection,
+                        // for as long as the client acknowledges and does not read.
                         self.reset_on_close();
                         result = Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
                     }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::server::unacknowledged::EndedConnections;
 
-/// How long clients may keep a connection waiting. The connections of a server share one value, which may change while they
-/// are open.
+/// How long clients may keep a connection waiting. The connections of a server share one value, which may change while
+/// they are open.
 #[derive(Debug)]
 pub struct Timeouts {
     head: Duration,
@@ -39,18 +39,18 @@ impl Timeouts {
 
     /// The same timeouts, each at most `limit`.
     #[must_use]
-    pub fn at_most(&self, limit: Duration) -> Self {
+    pub(crate) fn at_most(&self, limit: Duration) -> Self {
         Self::new(self.head.min(limit), self.idle.min(limit), self.write.min(limit))
     }
 
     /// Limits the head and the idle timeout. It takes effect for each connection when it is next polled.
-    pub fn shorten_read_timeouts(&self, limit: Duration) {
+    pub(crate) fn shorten_read_timeouts(&self, limit: Duration) {
         let limit = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         self.read_max.fetch_min(limit, Ordering::Relaxed);
     }
 
     /// Resets every connection that ends from now on, so that no client takes a part of a response for all of it.
-    pub fn reset_connections(&self) {
+    pub(crate) fn reset_connections(&self) {
         self.resets.store(true, Ordering::Relaxed);
     }
 
@@ -60,7 +60,7 @@ impl Timeouts {
     }
 
     /// Keeps a descriptor of every connection that ends in order from now on, so that it can still be reset.
-    pub fn keep_ended_connections(&self) {
+    pub(crate) fn keep_ended_connections(&self) {
         self.keeps.store(true, Ordering::Relaxed);
     }
 
@@ -75,7 +75,7 @@ impl Timeouts {
     }
 
     /// The current head timeout.
-    pub fn head(&self) -> Duration {
+    pub(crate) fn head(&self) -> Duration {
         self.head.min(self.read_max())
     }
 

@@ -14,15 +14,15 @@ pub enum SendMode {
     Short,
     /// A streamed response, which has a permit. The kernel holds enough that the connection never waits for more.
     Stream,
-    /// A streamed response to a client that was fast and no longer is. The kernel may hold more than the last large write
-    /// left there.
+    /// A streamed response to a client that was fast and no longer is. The kernel may hold more than the last large
+    /// write left there.
     SlowStream,
 }
 
 /// A layer of a connection, from TLS or timeouts down to the socket.
 pub trait Transport: AsyncWrite {
-    /// Writes as `poll_write` does. The kernel may hold back the bytes until the shutdown, which has to follow, and send
-    /// both at once.
+    /// Writes as `poll_write` does. The kernel may hold back the bytes until the shutdown, which has to follow, and
+    /// send both at once.
     ///
     /// # Errors
     /// As `poll_write`.
@@ -54,14 +54,14 @@ pub trait Transport: AsyncWrite {
         false
     }
 
-    /// Discards what the client sends after the sending side was shut down. Ready once the client has closed its sending
-    /// side, too: with true if it has acknowledged everything.
+    /// Discards what the client sends after the sending side was shut down. Ready once the client has closed its
+    /// sending side, too: with true if it has acknowledged everything.
     fn poll_client_closed(&mut self, _: &mut Context<'_>) -> Poll<bool> {
         Poll::Ready(true)
     }
 
-    /// Shuts down the sending side, and returns another descriptor of the connection. `None` if closing is enough, because
-    /// the client gets the remaining bytes even if the network goes away.
+    /// Shuts down the sending side, and returns another descriptor of the connection. `None` if closing is enough,
+    /// because the client gets the remaining bytes even if the network goes away.
     fn shutdown_and_duplicate(&self) -> Option<OwnedFd> {
         None
     }

@@ -27,7 +27,7 @@ const UNUSED_GRACE: Duration = Duration::from_millis(250);
 
 /// A connection on the fast path.
 #[derive(Debug)]
-pub struct FastPathConnection<'a, I, S> {
+pub(crate) struct FastPathConnection<'a, I, S> {
     io: I,
     service: S,
     /// Bytes that were read, of requests without a response.
@@ -60,7 +60,7 @@ enum State {
 
 /// How a connection left the fast path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Exit {
+pub(crate) enum Exit {
     /// The connection is closed.
     Closed,
     /// The next request is for hyper.
@@ -68,8 +68,9 @@ pub enum Exit {
 }
 
 impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I, S> {
-    /// A connection of which nothing was read. Its buffers count towards `buffers`, and `activity` shows whether it is idle.
-    pub fn new(
+    /// A connection of which nothing was read. Its buffers count towards `buffers`, and `activity` shows whether it is
+    /// idle.
+    pub(crate) fn new(
         io: I,
         service: S,
         metrics: &'a Metrics,
@@ -92,28 +93,28 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
     }
 
     /// Whether there was a response yet.
-    pub fn has_responded(&self) -> bool {
+    pub(crate) fn has_responded(&self) -> bool {
         self.has_responded
     }
 
     /// Whether the connection is idle and has to close for a new one.
-    pub fn is_evicted(&self) -> bool {
+    pub(crate) fn is_evicted(&self) -> bool {
         self.is_idle() && self.unread.is_empty() && self.activity.is_evicted()
     }
 
     /// Whether the connection is between two requests, with nothing to send.
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.responses.is_none() && self.state == State::Read
     }
 
     /// The account that the connection's buffers count towards.
-    pub fn buffers(&self) -> &BufferAccount {
+    pub(crate) fn buffers(&self) -> &BufferAccount {
         &self.buffers
     }
 
     /// Lends the socket and the service to hyper. The stream begins with the first request that has no response.
     /// [`FastPathConnection::resume`] has to follow before the connection is served here again.
-    pub fn lend<'b>(&'b mut self, exchange: &'b Exchange) -> (Rewind<'b>, &'b S)
+    pub(crate) fn lend<'b>(&'b mut self, exchange: &'b Exchange) -> (Rewind<'b>, &'b S)
     where
         I: Send,
     {
@@ -122,7 +123,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
     }
 
     /// Returns to the fast path with `unread`, the bytes that hyper read and did not use.
-    pub fn resume(&mut self, unread: Vec<u8>) {
+    pub(crate) fn resume(&mut self, unread: Vec<u8>) {
         self.has_responded = true;
         self.last_used = Instant::now();
         self.state = if unread.is_empty() { State::Read } else { State::Respond };
@@ -130,12 +131,12 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
     }
 
     /// Makes closing the connection a reset that discards unsent bytes.
-    pub fn reset_on_close(&self) {
+    pub(crate) fn reset_on_close(&self) {
         self.io.reset_on_close();
     }
 
     /// Serves requests until the connection closes or a request is not for the fast path.
-    pub fn poll_serve(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Exit>> {
+    pub(crate) fn poll_serve(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Exit>> {
         for _ in 0..OPERATIONS_PER_TURN {
             if let Some(responses) = &mut self.responses {
                 let is_final = self.state == State::Close;

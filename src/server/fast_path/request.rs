@@ -65,8 +65,8 @@ impl<'a> ParsedHead<'a> {
     }
 }
 
-/// Whether `headers` ask to close the connection; `None` if they have anything else that matters to the response, or not
-/// exactly one valid `Host`. Other headers are ignored, as on the slow path.
+/// Whether `headers` ask to close the connection; `None` if they have anything else that matters to the response, or
+/// not exactly one valid `Host`. Other headers are ignored, as on the slow path.
 fn close_requested(headers: &[httparse::Header<'_>]) -> Option<bool> {
     let (mut hosts, mut closes) = (0, false);
     for header in headers {
@@ -99,7 +99,7 @@ fn close_requested(headers: &[httparse::Header<'_>]) -> Option<bool> {
 }
 
 /// Whether `value` has only characters of a host and a port (RFC 3986 section 3.2).
-pub fn is_valid_host(value: &[u8]) -> bool {
+pub(crate) fn is_valid_host(value: &[u8]) -> bool {
     value.iter().all(|byte| HOST_CHARACTERS[usize::from(*byte)])
 }
 

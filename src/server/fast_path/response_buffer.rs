@@ -27,7 +27,7 @@ const OVERHEAD_MAX: usize = 1024;
 const HEADERS_MAX: usize = OVERHEAD_MAX - 128;
 
 /// The longest key of the fast path, in bytes.
-pub const FAST_KEY_MAX: u64 = 4096;
+pub(crate) const FAST_KEY_MAX: u64 = 4096;
 
 /// The responses to requests that were read together. Dropping them, sent or not, wipes the keys and records the
 /// latency.
@@ -46,7 +46,7 @@ thread_local! {
 }
 
 /// Allocates the calling thread's buffer.
-pub fn reserve() {
+pub(crate) fn reserve() {
     SPARE.set(Vec::with_capacity(WRITE_BUFFER));
 }
 
@@ -79,8 +79,8 @@ impl<'a> ResponseBuffer<'a> {
         length.bytes() <= (WRITE_BUFFER - self.bytes.len()).saturating_sub(OVERHEAD_MAX) as u64
     }
 
-    /// Adds the response to `request` for a key of `length`: `head` (a status line and headers) and `headers`, every line
-    /// with its end, and the key that `generate` makes.
+    /// Adds the response to `request` for a key of `length`: `head` (a status line and headers) and `headers`, every
+    /// line with its end, and the key that `generate` makes.
     ///
     /// # Errors
     /// The error of `generate`; then nothing is added.

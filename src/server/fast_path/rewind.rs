@@ -20,7 +20,7 @@ impl<I: AsyncRead + Transport + Send + Unpin> Io for I {}
 
 /// How far hyper is with the requests on a connection that was lent to it.
 #[derive(Debug, Default)]
-pub struct Exchange {
+pub(crate) struct Exchange {
     /// A request was read.
     is_started: AtomicBool,
     /// A request had a body, so only hyper knows where the next request begins.
@@ -37,32 +37,32 @@ pub struct Exchange {
 
 impl Exchange {
     /// Records that a request was read.
-    pub fn start(&self, has_body: bool) {
+    pub(crate) fn start(&self, has_body: bool) {
         self.is_started.store(true, Ordering::Relaxed);
         self.has_body.fetch_or(has_body, Ordering::Relaxed);
         self.written.store(0, Ordering::Relaxed);
     }
 
     /// Whether a request was read.
-    pub fn is_started(&self) -> bool {
+    pub(crate) fn is_started(&self) -> bool {
         self.is_started.load(Ordering::Relaxed)
     }
 
     /// Whether so much of a response was written that the response must have a permit. While the connection closes, it
     /// has none.
-    pub fn is_streaming(&self) -> bool {
+    pub(crate) fn is_streaming(&self) -> bool {
         self.written.load(Ordering::Relaxed) >= STREAMING_MIN && !self.is_closing.load(Ordering::Relaxed)
     }
 
     /// Whether the responses to all requests that were read are sent.
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.wants_request.load(Ordering::Relaxed) && !self.is_unflushed.load(Ordering::Relaxed)
     }
 }
 
 /// A stream that yields already-read bytes first. It holds a trait object, because the binary would otherwise have one
 /// copy of hyper for each type of stream. Each read is small, so that hyper's buffer grows no larger than one request.
-pub struct Rewind<'a> {
+pub(crate) struct Rewind<'a> {
     unread: Vec<u8>,
     /// How many bytes of `unread` hyper has taken.
     taken: usize,
@@ -77,7 +77,7 @@ impl<'a> Rewind<'a> {
     }
 
     /// The already-read bytes that hyper did not take. The stream is in the mode in which it was lent.
-    pub fn into_unread(self) -> Vec<u8> {
+    pub(crate) fn into_unread(self) -> Vec<u8> {
         if self.is_streaming {
             self.io.set_send_mode(SendMode::Short);
         }
@@ -107,12 +107,14 @@ impl AsyncRead for Rewind<'_> {
         let this = self.get_mut();
         let unread = &this.unread[this.taken..];
         if unread.is_empty() {
-            // Without a body, hyper reads only for the next request: with half_close, it does not watch for the client's end.
+            // Without a body, hyper reads only for the next request: with half_close, it does not watch for the
+            // client's end.
             if this.exchange.is_started() && !this.exchange.has_body.load(Ordering::Relaxed) {
                 this.exchange.wants_request.store(true, Ordering::Relaxed);
                 return Poll::Pending;
             }
-            // A request has begun, or its body is read. After a body, only hyper knows whether the next request has begun.
+            // A request has begun, or its body is read. After a body, only hyper knows whether the next request has
+            // begun.
             this.io.expect_head();
             let size = buf.remaining().min(READ_BUFFER);
             let mut part = ReadBuf::new(buf.initialize_unfilled_to(size));

@@ -15,7 +15,8 @@ const NAME_MAX: usize = 256;
 /// Common name (RFC 5280 appendix A.1).
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 
-/// The name in a client certificate, after its kind: the first URI, else DNS name, else email address, else common name.
+/// The name in a client certificate, after its kind: the first URI, else DNS name, else email address, else common
+/// name.
 ///
 /// The kind distinguishes a URI from a common name that looks like one: a CA may check URIs more strictly.
 pub(super) fn client_name(certificate: &CertificateDer<'_>) -> Option<Arc<str>> {

@@ -26,8 +26,8 @@ use crate::telemetry::metrics::TlsMetrics;
 /// authenticated, so this limits that memory to 16 MiB.
 const HANDSHAKES: usize = 256;
 
-/// The time limit of a handshake while more than half of [`HANDSHAKES`] are in progress, so that stalled handshakes soon
-/// make room.
+/// The time limit of a handshake while more than half of [`HANDSHAKES`] are in progress, so that stalled handshakes
+/// soon make room.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// TLS of a server: the identity in use, and the handshakes in progress.
@@ -60,9 +60,9 @@ impl Tls {
     /// Loads the files again, or those of new `settings`. New handshakes use them; open connections continue.
     ///
     /// # Errors
-    /// Every error in the files. An error in the files of new `settings` changes nothing. Of the same files as before, a valid
-    /// client CA is applied without the certificate, and a valid certificate without the client CA: an error in one of them
-    /// must neither admit clients of a CA that was removed, nor let a certificate expire.
+    /// Every error in the files. An error in the files of new `settings` changes nothing. Of the same files as before,
+    /// a valid client CA is applied without the certificate, and a valid certificate without the client CA: an error in
+    /// one of them must neither admit clients of a CA that was removed, nor let a certificate expire.
     pub fn reload(&self, settings: Option<TlsSettings>) -> Result<LoadedIdentity, ReloadError> {
         let result = self.identity.reload(settings);
         let loaded = result.as_ref().map_or_else(|error| error.applied.as_ref(), Some);
@@ -78,7 +78,7 @@ impl Tls {
     /// Performs a handshake within `timeout`, and returns the connection with the name of the client certificate, if it
     /// has one. `None` if the handshake failed; the client was sent the reason, as far as TLS allows. `permit` is the
     /// permit of this connection.
-    pub async fn handshake(
+    pub(crate) async fn handshake(
         &self,
         stream: TimeoutStream<Stream>,
         timeout: Duration,
@@ -107,14 +107,14 @@ impl Tls {
         // Before the handshake gets a slot: a client that sends nothing takes none.
         let first = timeout_at(deadline, stream.get_ref().peek()).await??;
         if first.is_some_and(|byte| byte.is_ascii_uppercase()) {
-            // An HTTP method begins with an uppercase letter, a TLS handshake with 0x16. In a box, because few connections
-            // need it.
+            // An HTTP method begins with an uppercase letter, a TLS handshake with 0x16. In a box, because few
+            // connections need it.
             let refusal = Box::pin(refuse_plain_http(stream));
             let _ = timeout_at(deadline.min(Instant::now() + BUSY_TIMEOUT), refusal).await; // refused in any case
             return Err(io::Error::other(PlainHttpError));
         }
-        // While many handshakes are in progress, those of one client wait for each other first, so that a client that stalls
-        // its handshakes does not block others.
+        // While many handshakes are in progress, those of one client wait for each other first, so that a client that
+        // stalls its handshakes does not block others.
         let client_slots = if self.is_busy() { permit.handshakes() } else { None };
         let _client_slot = match &client_slots {
             Some(slots) => Some(timeout_at(deadline, slots.acquire()).await?),

@@ -1,5 +1,5 @@
-//! The certificate and key that the service shows to clients, and the CAs that client certificates need: loaded from files
-//! and checked.
+//! The certificate and key that the service shows to clients, and the CAs that client certificates need: loaded from
+//! files and checked.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -133,13 +133,14 @@ pub(super) fn server_config(
         .expect("the provider has cipher suites and key exchanges for both versions")
         .with_client_cert_verifier(client_verifier)
         .with_cert_resolver(certificate);
-    // HTTP/2 would leave keys in memory. Old clients, such as `curl --http1.0` of Debian 12, offer HTTP/1.0 and no other.
+    // HTTP/2 would leave keys in memory. Old clients, such as `curl --http1.0` of Debian 12, offer HTTP/1.0 and no
+    // other.
     server.alpn_protocols = vec![b"http/1.1".to_vec(), b"http/1.0".to_vec()];
-    // No session is resumed: a ticket would keep a secret beyond its connection, and would admit a client whose certificate
-    // has expired or whose CA was removed. Keep-alive saves handshakes instead.
+    // No session is resumed: a ticket would keep a secret beyond its connection, and would admit a client whose
+    // certificate has expired or whose CA was removed. Keep-alive saves handshakes instead.
     server.session_storage = Arc::new(NoServerSessionStorage {});
-    // A client can use a record only once it has all of it, and acknowledges in such steps: a slow client must be able to
-    // receive one well within the write timeout.
+    // A client can use a record only once it has all of it, and acknowledges in such steps: a slow client must be able
+    // to receive one well within the write timeout.
     server.max_fragment_size = Some(WRITE_MAX);
     Arc::new(server)
 }

@@ -131,7 +131,8 @@ fn check_blocks(text: &[u8], source: &FileSource) -> Result<(), String> {
             continue;
         };
         return Err(format!(
-            "expected -----BEGIN CERTIFICATE----- or a key's at the beginning of line {number}, found {found} in {source}"
+            "expected -----BEGIN CERTIFICATE----- or a private key at the beginning of line {number}, found {found} in \
+             {source}"
         ));
     }
     Ok(())
