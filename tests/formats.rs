@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::HashSet;
 
-use common::shapes::{FORMATS, batch, key};
+use common::formats::{FORMATS, batch, key};
 use common::{Client, Daemon, exchange, request};
 
 fn media_type(format: &str) -> &'static str {

@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 use common::credential::{fetch, start};
-use common::shapes::{FORMATS, batch, key};
+use common::formats::{FORMATS, batch, key};
 use common::tls::{Authority, connect, trusting};
 use common::{Client, Daemon, Folder, find, get, key_service, request, run_to_end};
 use rustls::version::{TLS12, TLS13};

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use common::shapes::FORMATS;
+use common::formats::FORMATS;
 use common::{Daemon, Folder, get, key_service, run_to_end};
 
 fn document(daemon: &Daemon) -> Value {

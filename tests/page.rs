@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::shapes::{FORMATS, unbase64};
+use common::formats::{FORMATS, unbase64};
 use common::{Daemon, Response, exchange, get};
 use sha2::{Digest, Sha256};
 

@@ -33,7 +33,7 @@ pub(crate) fn serve(headers: &HeaderMap) -> Result<Response, Problem> {
     Ok(if chosen == "text/html" {
         ([vary], PAGE_HEADERS.clone(), PAGE).into_response()
     } else {
-        ([vary], index()).into_response() // a String is text/plain in UTF-8
+        ([vary], INDEX.as_str()).into_response() // axum sends a str as text/plain in UTF-8
     })
 }
 
@@ -67,7 +67,7 @@ fn hash_source(element: &str) -> String {
 }
 
 /// The index: examples of the routes.
-fn index() -> String {
+static INDEX: LazyLock<String> = LazyLock::new(|| {
     let formats =
         |kind: Kind| kind.formats().iter().map(|format| format.name()).collect::<Vec<_>>().join(", ");
     let line = |path: String, description: &str| format!("{path:<36} {description}\n");
@@ -89,7 +89,7 @@ fn index() -> String {
         line(OPENAPI_PATH.into(), "description of all routes, for tools"),
     ]
     .concat()
-}
+});
 
 #[cfg(test)]
 mod tests {

@@ -123,7 +123,7 @@ impl FastPath for ConnectionService {
         }
         let mut authorized = None;
         if !state.authorizer.is_unrestricted() {
-            // A request with a header that matters to authorization is none for the fast path.
+            // No headers: the fast path takes no request with a header that matters here.
             match state.authorizer.authorize(&self.peer, &HeaderMap::new()) {
                 Ok(client) if !client.audit => authorized = Some(client),
                 _ => return FastOutcome::NotHandled,

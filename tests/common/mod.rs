@@ -11,8 +11,8 @@
 )]
 
 pub mod credential;
+pub mod formats;
 pub mod process;
-pub mod shapes;
 pub mod tls;
 
 use std::io::{Read, Write};

@@ -1,4 +1,4 @@
-//! Reads keys out of the shapes that they come in, another way than the daemon writes them.
+//! Decodes responses in every format, independently of the daemon's encoders.
 
 use super::Response;
 
@@ -10,7 +10,8 @@ pub fn unhex(text: &str) -> Vec<u8> {
     (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
 }
 
-/// The bytes of base64 digits, with these last two and with or without padding: bit by bit, unlike the daemon's.
+/// The bytes of base64 digits, with these last two of the alphabet, and with or without padding. Decodes bit by bit,
+/// unlike the daemon's library.
 pub fn unbase64(text: &str, last: &str, is_padded: bool) -> Vec<u8> {
     let alphabet = format!("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789{last}");
     let digits = text.trim_end_matches('=');
@@ -31,27 +32,27 @@ pub fn unbase64(text: &str, last: &str, is_padded: bool) -> Vec<u8> {
         }
         bits &= 0xfff;
     }
-    assert_eq!(bits & ((1 << held) - 1), 0, "bits that are left over are zero");
+    assert_eq!(bits & ((1 << held) - 1), 0, "unused bits are zero");
     bytes
 }
 
 /// The key of one JSON object.
-fn from_object(json: &serde_json::Value) -> Vec<u8> {
-    let fields = json.as_object().unwrap();
-    if fields.contains_key("kty") {
-        assert_eq!(fields.len(), 3);
+fn key_of_object(json: &serde_json::Value) -> Vec<u8> {
+    let members = json.as_object().unwrap();
+    if members.contains_key("kty") {
+        assert_eq!(members.len(), 3);
         assert_eq!(json["kty"], "oct");
         assert_eq!(unbase64(json["kid"].as_str().unwrap(), "-_", false).len(), 16);
         return unbase64(json["k"].as_str().unwrap(), "-_", false);
     }
-    assert_eq!(fields.len(), 3);
+    assert_eq!(members.len(), 3);
     assert_eq!(json["encoding"], "base64");
     let key = unbase64(json["key"].as_str().unwrap(), "+/", true);
     assert_eq!(json["length"], key.len());
     key
 }
 
-fn from_line(format: &str, line: &str) -> Vec<u8> {
+fn key_of_line(format: &str, line: &str) -> Vec<u8> {
     match format {
         "hex" => unhex(line),
         "base64" => unbase64(line, "+/", true),
@@ -60,13 +61,13 @@ fn from_line(format: &str, line: &str) -> Vec<u8> {
     }
 }
 
-/// The one key of an answer in `format`.
+/// The only key of a response in `format`.
 pub fn key(format: &str, response: &Response) -> Vec<u8> {
     assert_eq!(response.status, 200, "{format}: {:?}", response.text());
     match format {
         "raw" => response.body.clone(),
-        "json" | "jwk" => from_object(&response.json()),
-        _ => from_line(format, response.text().strip_suffix('\n').expect("one newline at the end")),
+        "json" | "jwk" => key_of_object(&response.json()),
+        _ => key_of_line(format, response.text().strip_suffix('\n').expect("one newline at the end")),
     }
 }
 
@@ -74,16 +75,16 @@ pub fn key(format: &str, response: &Response) -> Vec<u8> {
 pub fn batch(format: &str, response: &Response) -> Vec<Vec<u8>> {
     assert_eq!(response.status, 200, "{format}: {:?}", response.text());
     match format {
-        "json" => response.json().as_array().unwrap().iter().map(from_object).collect(),
+        "json" => response.json().as_array().unwrap().iter().map(key_of_object).collect(),
         "jwk" => {
             let json = response.json();
             assert_eq!(json.as_object().unwrap().len(), 1);
-            json["keys"].as_array().unwrap().iter().map(from_object).collect()
+            json["keys"].as_array().unwrap().iter().map(key_of_object).collect()
         }
         _ => {
             let text = response.text();
             let lines = text.strip_suffix('\n').expect("a newline at the end").split('\n');
-            lines.map(|line| from_line(format, line)).collect()
+            lines.map(|line| key_of_line(format, line)).collect()
         }
     }
 }
