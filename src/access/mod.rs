@@ -1,4 +1,4 @@
-//! Who may request keys and how many: authorization, tokens, rate limits, forwarded and PROXY addresses, peers, audit.
+//! Authorization and quotas: tokens, rate limits, forwarded and PROXY addresses, peers, audit.
 //!
 //! May import: [`telemetry`](crate::telemetry), [`keys`](crate::keys). A new condition for requests for keys goes into
 //! [`authorization`], which decides every request; a new way in which a proxy reports its client goes next to

@@ -200,6 +200,7 @@ mod tests {
         }
     }
 
+    #[expect(clippy::too_many_lines, reason = "a table of cases")]
     #[test]
     fn a_malformed_header_is_refused() {
         let long = |length: usize| "x".repeat(length);
