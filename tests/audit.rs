@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use common::{Client, Daemon, Folder, exchange, request, until};
+use common::{Client, Daemon, TempDirectory, exchange, request, until};
 use socket2::{Domain, Socket, Type};
 
 /// The audit records so far.
@@ -166,9 +166,9 @@ fn every_stream_that_shutdown_aborts_has_a_record() {
 
 #[test]
 fn a_unix_socket_client_is_recorded_by_user_and_process() {
-    let folder = Folder::new();
-    let socket = folder.file("socket");
-    let daemon = Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    let socket = directory.file("socket");
+    let daemon = Daemon::start_with(directory, |command| {
         command.env("KEYSERVICE_HOST", format!("unix:{}", socket.display())).env("KEYSERVICE_AUDIT", "true");
         command.args(["--metrics-port", "0"]);
     });
@@ -184,7 +184,7 @@ fn a_unix_socket_client_is_recorded_by_user_and_process() {
 #[test]
 fn an_unread_log_stalls_no_key_and_lost_records_are_counted() {
     let (reader, writer) = std::io::pipe().unwrap();
-    let daemon = Daemon::start_with_stderr(Folder::new(), writer, |command| {
+    let daemon = Daemon::start_with_stderr(TempDirectory::new(), writer, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("KEYSERVICE_AUDIT", "true").env("KEYSERVICE_LOG_LEVEL", "error");
     });
@@ -201,7 +201,7 @@ fn an_unread_log_stalls_no_key_and_lost_records_are_counted() {
 
 /// A daemon that writes only audit records to `stderr`.
 fn daemon_with_stderr(stderr: impl Into<OwnedFd>) -> Daemon {
-    Daemon::start_with_stderr(Folder::new(), stderr.into(), |command| {
+    Daemon::start_with_stderr(TempDirectory::new(), stderr.into(), |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("KEYSERVICE_AUDIT", "true").env("KEYSERVICE_LOG_LEVEL", "off");
     })

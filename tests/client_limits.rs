@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
 
-use common::{Client, Daemon, IS_SLOW, PATIENCE, Response, connect_from, request, until};
+use common::{Client, Daemon, IS_SLOW, Response, TIMEOUT, connect_from, request, until};
 
 /// Sends one request from the address `source` of this host.
 fn exchange_from(source: &str, to: SocketAddr, request: &str) -> Response {
@@ -75,9 +75,9 @@ fn key_bytes_count_but_errors_and_head_requests_do_not() {
 
 #[test]
 fn a_reload_changes_the_rates() {
-    let folder = common::Folder::new();
-    let file = folder.write("config.toml", "");
-    let daemon = Daemon::start_with(folder, |command| {
+    let directory = common::TempDirectory::new();
+    let file = directory.write("config.toml", "");
+    let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     });
     let statuses = || (0..30).map(|_| daemon.get("/key/1").status).collect::<Vec<_>>();
@@ -168,7 +168,7 @@ fn a_million_addresses_use_no_more_memory_and_reset_no_limit() {
     let before = daemon.metric("process_resident_memory_bytes");
     let started = Instant::now();
     let stream = TcpStream::connect(daemon.keys()).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     let mut writer = stream.try_clone().unwrap();
     let mut reader = BufReader::new(stream);
     // Pipelined HEAD requests: a million responses without a body in a few seconds.
@@ -371,22 +371,22 @@ fn invalid_access_settings_are_errors() {
         ("UNIX_MODE", "7777", "expected a mode in octal digits"),
         ("AUDIT", "yes", "expected true or false"),
     ] {
-        let folder = common::Folder::new();
-        let mut command = common::key_service(&folder);
+        let directory = common::TempDirectory::new();
+        let mut command = common::key_service(&directory);
         command.arg("--check").env(format!("KEYSERVICE_{name}"), value);
         let ended = common::run_to_end(command);
         let errors = String::from_utf8(ended.stderr).unwrap();
         assert_eq!(ended.status.code(), Some(78), "{name}={value}");
         assert!(errors.contains(expected) && errors.contains(&format!("(KEYSERVICE_{name})")), "{errors}");
     }
-    let folder = common::Folder::new();
-    let mut command = common::key_service(&folder);
+    let directory = common::TempDirectory::new();
+    let mut command = common::key_service(&directory);
     command.arg("--check").env("KEYSERVICE_UNIX_TRUST", "true").env("KEYSERVICE_TRUSTED_PROXIES", "unix");
     let errors = String::from_utf8(common::run_to_end(command).stderr).unwrap();
     assert!(errors.contains("unix-trust: expected false where trusted-proxies has unix"), "{errors}");
     let file = "trusted-proxies = [\"10.0.0.1\", \"2001:db8::/32\", \"unix\"]\nunix-mode = \"600\"\n";
-    let mut command = common::key_service(&folder);
-    command.arg("--check").arg("--config").arg(folder.write("config.toml", file));
+    let mut command = common::key_service(&directory);
+    command.arg("--check").arg("--config").arg(directory.write("config.toml", file));
     let printed = String::from_utf8(common::run_to_end(command).stdout).unwrap();
     assert!(
         printed.contains("trusted-proxies = [\"10.0.0.1/32\", \"2001:db8::/32\", \"unix\"]\n"),

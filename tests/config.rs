@@ -7,15 +7,15 @@ mod common;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 
-use common::{Daemon, Folder, key_service, run_to_end};
+use common::{Daemon, TempDirectory, key_service, run_to_end};
 
 /// `--check` with a file, variables and flags: status, output, errors.
 fn check(file: Option<&str>, variables: &[(&str, &str)], flags: &[&str]) -> (Option<i32>, String, String) {
-    let folder = Folder::new();
-    let mut command = key_service(&folder);
+    let directory = TempDirectory::new();
+    let mut command = key_service(&directory);
     command.arg("--check");
-    folder.write("config.toml", file.unwrap_or_default());
-    command.arg("--config").arg(folder.file("config.toml"));
+    directory.write("config.toml", file.unwrap_or_default());
+    command.arg("--config").arg(directory.file("config.toml"));
     for (name, value) in variables {
         command.env(format!("KEYSERVICE_{name}"), value);
     }
@@ -268,11 +268,11 @@ fn every_line_that_is_not_toml_is_reported() {
         }
     }
     assert_eq!(errors_in(&"x\n".repeat(1000)).len(), 10, "at most ten of them");
-    let folder = Folder::new();
-    let path = folder.file("config.toml");
+    let directory = TempDirectory::new();
+    let path = directory.file("config.toml");
     std::fs::write(&path, b"page = true\nhost = \"\xff\"\n").unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let errors = texts(run_to_end(with_path(&folder, &path))).2;
+    let errors = texts(run_to_end(with_path(&directory, &path))).2;
     assert!(errors.contains("/config.toml:2: expected UTF-8, found invalid utf-8"), "{errors}");
     assert_eq!(check(Some("\u{feff}page = true\r\n"), &[], &[]).0, Some(0), "a byte order mark is skipped");
 }
@@ -315,8 +315,8 @@ fn each_tls_setting_is_printed_or_refused_alone() {
 
 #[test]
 fn options_stand_before_or_after_a_subcommand() {
-    let folder = Folder::new();
-    let file = folder.write("config.toml", "");
+    let directory = TempDirectory::new();
+    let file = directory.write("config.toml", "");
     let file = file.to_str().unwrap();
     let options = [
         ("--host", "127.0.0.1"),
@@ -326,7 +326,7 @@ fn options_stand_before_or_after_a_subcommand() {
         ("--log-level", "info"),
         ("--config", file),
     ];
-    let run = |arguments: &[&str]| texts(run_to_end(with(key_service(&folder), arguments)));
+    let run = |arguments: &[&str]| texts(run_to_end(with(key_service(&directory), arguments)));
     for (name, value) in options {
         for arguments in
             [[name, value, "token", "new", "--name=a"], ["token", "new", "--name=a", name, value]]
@@ -456,9 +456,9 @@ fn ranges_are_as_documented() {
 
 #[test]
 fn a_named_file_must_exist() {
-    let folder = Folder::new();
-    let mut command = key_service(&folder);
-    command.arg("--check").arg("--config").arg(folder.file("absent.toml")).args(["--max-size", "0"]);
+    let directory = TempDirectory::new();
+    let mut command = key_service(&directory);
+    command.arg("--check").arg("--config").arg(directory.file("absent.toml")).args(["--max-size", "0"]);
     let (status, _, errors) = texts(run_to_end(command));
     assert_eq!(status, Some(78));
     assert!(errors.contains("absent.toml: there is no such file"), "{errors}");
@@ -476,19 +476,19 @@ fn a_syntax_error_is_reported_with_its_line() {
 
 #[test]
 fn a_directory_instead_of_the_file_is_refused() {
-    let folder = Folder::new();
-    let path = folder.file("folder.toml");
+    let directory = TempDirectory::new();
+    let path = directory.file("directory.toml");
     std::fs::create_dir(&path).unwrap();
-    let (status, _, errors) = texts(run_to_end(with_path(&folder, &path)));
+    let (status, _, errors) = texts(run_to_end(with_path(&directory, &path)));
     assert_eq!(status, Some(78), "{errors}");
-    assert!(errors.contains("folder.toml"), "{errors}");
+    assert!(errors.contains("directory.toml"), "{errors}");
 }
 
 #[test]
 fn only_a_path_that_does_not_exist_is_no_file() {
-    let folder = Folder::new();
-    std::os::unix::fs::symlink("nowhere", folder.file("dangling.toml")).unwrap();
-    folder.write("file", "");
+    let directory = TempDirectory::new();
+    std::os::unix::fs::symlink("nowhere", directory.file("dangling.toml")).unwrap();
+    directory.write("file", "");
     for (path, expected) in [
         ("dangling.toml", "dangling.toml: a symbolic link to nowhere: No such file"),
         ("file/config.toml", "file/config.toml: expected a file that can be read, found: Not a directory"),
@@ -497,24 +497,24 @@ fn only_a_path_that_does_not_exist_is_no_file() {
             "absent.toml: there is no such file; an empty file leaves every setting at its default",
         ),
     ] {
-        let path = folder.file(path);
-        let (status, _, errors) = texts(run_to_end(with_path(&folder, &path)));
+        let path = directory.file(path);
+        let (status, _, errors) = texts(run_to_end(with_path(&directory, &path)));
         assert_eq!(status, Some(78), "{errors}");
         assert!(errors.contains(expected), "{errors}");
     }
     let null = std::path::Path::new("/dev/null");
-    assert_eq!(texts(run_to_end(with_path(&folder, null))).0, Some(0));
+    assert_eq!(texts(run_to_end(with_path(&directory, null))).0, Some(0));
 }
 
 #[test]
 fn a_file_that_others_may_write_to_is_refused() {
-    let folder = Folder::new();
-    let path = folder.write("open.toml", "max-size = 1\n");
+    let directory = TempDirectory::new();
+    let path = directory.write("open.toml", "max-size = 1\n");
     for (mode, status) in
         [(0o600, 0), (0o640, 0), (0o644, 0), (0o444, 0), (0o664, 78), (0o646, 78), (0o602, 78)]
     {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
-        let (found, _, errors) = texts(run_to_end(with_path(&folder, &path)));
+        let (found, _, errors) = texts(run_to_end(with_path(&directory, &path)));
         assert_eq!(found, Some(status), "{mode:o}: {errors}");
         assert_eq!(
             errors.contains("open.toml: expected a file that only its owner may write to"),
@@ -523,16 +523,16 @@ fn a_file_that_others_may_write_to_is_refused() {
     }
 }
 
-fn with_path(folder: &Folder, path: &std::path::Path) -> Command {
-    let mut command = key_service(folder);
+fn with_path(directory: &TempDirectory, path: &std::path::Path) -> Command {
+    let mut command = key_service(directory);
     command.arg("--check").arg("--config").arg(path);
     command
 }
 
 #[test]
 fn nothing_starts_with_an_error() {
-    let folder = Folder::new();
-    let mut command = key_service(&folder);
+    let directory = TempDirectory::new();
+    let mut command = key_service(&directory);
     command.args(["--max-size", "0", "--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     let (status, _, errors) = texts(run_to_end(command));
     assert_eq!(status, Some(78));
@@ -541,18 +541,18 @@ fn nothing_starts_with_an_error() {
 
 #[test]
 fn wrong_usage_exits_with_status_2() {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     for flags in [&["--port", "1"][..], &["--max-size"], &["unknown"]] {
-        let ended = run_to_end(with(key_service(&folder), flags));
+        let ended = run_to_end(with(key_service(&directory), flags));
         assert_eq!(ended.status.code(), Some(2), "{flags:?}");
     }
 }
 
 #[test]
 fn variables_of_a_service_named_key_service_are_not_read() {
-    let folder = Folder::new();
-    let mut command = key_service(&folder);
-    command.arg("--check").arg("--config").arg(folder.write("config.toml", ""));
+    let directory = TempDirectory::new();
+    let mut command = key_service(&directory);
+    command.arg("--check").arg("--config").arg(directory.write("config.toml", ""));
     command.env("KEY_SERVICE_PORT", "tcp://10.0.0.1:1123").env("KEY_SERVICE_SERVICE_HOST", "10.0.0.1");
     assert_eq!(texts(run_to_end(command)).1, DEFAULTS);
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::credential::{activated, connect, fetch, fetch_raw, start};
-use common::{Folder, PATIENCE, key_service, run_to_end};
+use common::{TIMEOUT, TempDirectory, key_service, run_to_end};
 use key_service::access::authorization::{AccessRules, Authorizer};
 use key_service::http::health::Health;
 use key_service::http::state::AppState;
@@ -30,10 +30,10 @@ use key_service::telemetry::metrics::Metrics;
 #[test]
 fn every_unit_gets_32_bytes_of_its_own() {
     let daemon = start("", &[]);
-    let socket = daemon.folder.file("credential.sock");
+    let socket = daemon.directory.file("credential.sock");
     let status = &daemon.status;
     assert!(status.contains(&format!("; credentials on unix:{}; metrics on ", socket.display())), "{status}");
-    let keys: Vec<_> = (0..50).map(|_| fetch(&daemon.folder, "web.service", "cookie.key")).collect();
+    let keys: Vec<_> = (0..50).map(|_| fetch(&daemon.directory, "web.service", "cookie.key")).collect();
     for (n, key) in keys.iter().enumerate() {
         assert_eq!(key.len(), 32);
         assert!(!keys[..n].contains(key));
@@ -56,7 +56,7 @@ jwk = { format = "jwk" }
 #[test]
 fn rules_define_credentials_and_the_audit_names_the_unit() {
     let daemon = start(CONFIG, &[]);
-    let text = |unit, credential| String::from_utf8(fetch(&daemon.folder, unit, credential)).unwrap();
+    let text = |unit, credential| String::from_utf8(fetch(&daemon.directory, unit, credential)).unwrap();
     assert_eq!(text("other.service", "cookie.key").trim_end().len(), 64);
     let hex = text("web.service", "cookie.key");
     assert!(hex.len() == 33 && hex.trim_end().bytes().all(|digit| digit.is_ascii_hexdigit()), "{hex}");
@@ -65,7 +65,7 @@ fn rules_define_credentials_and_the_audit_names_the_unit() {
     assert_eq!(jwk["kty"], "oct");
     let password = text("db.service", "password");
     assert!(password.len() == 25 && !password.contains(['0', 'O', 'l', '1', 'I']), "{password}");
-    assert_eq!(fetch(&daemon.folder, "web.service", "password").len(), 32);
+    assert_eq!(fetch(&daemon.directory, "web.service", "password").len(), 32);
     common::until("the records", || (daemon.log().matches("key issued").count() == 6).then_some(()));
     let log = daemon.log();
     for part in [
@@ -82,10 +82,10 @@ fn rules_define_credentials_and_the_audit_names_the_unit() {
 #[test]
 fn a_reload_replaces_the_rules() {
     let daemon = start("", &[]);
-    assert_eq!(fetch(&daemon.folder, "a.service", "k").len(), 32);
-    daemon.folder.write("config.toml", "[credentials]\nk = { length = 100 }\n");
+    assert_eq!(fetch(&daemon.directory, "a.service", "k").len(), 32);
+    daemon.directory.write("config.toml", "[credentials]\nk = { length = 100 }\n");
     daemon.signal("HUP");
-    common::until("the reload", || (fetch(&daemon.folder, "a.service", "k").len() == 100).then_some(()));
+    common::until("the reload", || (fetch(&daemon.directory, "a.service", "k").len() == 100).then_some(()));
 }
 
 #[test]
@@ -103,17 +103,17 @@ fn a_client_that_is_no_unit_gets_nothing_and_is_counted() {
         Some(b"1/unit/web.service/key\0"),
     ];
     for (n, name) in malformed.iter().enumerate() {
-        assert_eq!(fetch_raw(&daemon.folder, *name), b"", "{name:?}");
+        assert_eq!(fetch_raw(&daemon.directory, *name), b"", "{name:?}");
         let counted = n as f64 + 1.0;
         daemon.wait_for_metric("credentials_total{outcome=\"malformed\"}", counted);
     }
     assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no key was generated");
-    assert_eq!(fetch(&daemon.folder, "web.service", "key").len(), 32);
+    assert_eq!(fetch(&daemon.directory, "web.service", "key").len(), 32);
 }
 
 #[test]
 fn an_invalid_table_is_refused_with_its_place_and_the_reason() {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     for (text, expected) in [
         ("credentials = 1", "credentials: expected a table of credentials, found 1"),
         (
@@ -145,8 +145,8 @@ fn an_invalid_table_is_refused_with_its_place_and_the_reason() {
         ("[credentials]\n\"web:k\" = {}", "\"web:k\": expected the name of a credential, or UNIT:NAME"),
         ("[credentials]\n\"a/b\" = {}", "\"a/b\": expected the name of a credential"),
     ] {
-        let mut command = key_service(&folder);
-        command.arg("--check").arg("--config").arg(folder.write("wrong.toml", text));
+        let mut command = key_service(&directory);
+        command.arg("--check").arg("--config").arg(directory.write("wrong.toml", text));
         let ended = run_to_end(command);
         let errors = String::from_utf8(ended.stderr).unwrap();
         assert_eq!(ended.status.code(), Some(78), "{text}: {errors}");
@@ -154,8 +154,8 @@ fn an_invalid_table_is_refused_with_its_place_and_the_reason() {
     }
     // --check prints the effective configuration in the syntax of the file.
     let check = |text: &str| {
-        let mut command = key_service(&folder);
-        command.arg("--check").arg("--config").arg(folder.write("right.toml", text));
+        let mut command = key_service(&directory);
+        command.arg("--check").arg("--config").arg(directory.write("right.toml", text));
         String::from_utf8(run_to_end(command).stdout).unwrap()
     };
     let effective = check(CONFIG);
@@ -165,9 +165,9 @@ fn an_invalid_table_is_refused_with_its_place_and_the_reason() {
 
 #[test]
 fn a_credential_socket_over_tcp_is_refused() {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let ended = stderr_of_failed_start(activated(&folder, "credential", listener.into(), &[]));
+    let ended = stderr_of_failed_start(activated(&directory, "credential", listener.into(), &[]));
     assert!(
         ended.contains("name \"credential\") is refused: expected a listening Unix stream socket"),
         "{ended}"
@@ -185,7 +185,8 @@ fn units_above_the_connection_limit_all_get_their_key() {
     let daemon = start("", &[]);
     // A client that does not read delays no other: its socket takes the whole key.
     let name = |n: usize| format!("{n:x}/unit/boot@{n}.service/key");
-    let mut waiting: Vec<_> = (0..300).map(|n| connect(&daemon.folder, Some(name(n).as_bytes()))).collect();
+    let mut waiting: Vec<_> =
+        (0..300).map(|n| connect(&daemon.directory, Some(name(n).as_bytes()))).collect();
     for stream in waiting.iter_mut().rev() {
         let mut bytes = Vec::new();
         stream.read_to_end(&mut bytes).unwrap();
@@ -197,7 +198,7 @@ fn units_above_the_connection_limit_all_get_their_key() {
 fn a_drain_serves_clients_that_have_connected() {
     let mut daemon = start("", &[]);
     daemon.signal("STOP");
-    let mut stream = connect(&daemon.folder, Some(b"1/unit/web.service/key"));
+    let mut stream = connect(&daemon.directory, Some(b"1/unit/web.service/key"));
     daemon.signal("TERM");
     daemon.signal("CONT");
     let mut bytes = Vec::new();
@@ -220,7 +221,7 @@ impl Source for Breakable {
 
 #[test]
 fn a_failed_generator_sends_more_than_systemd_takes() {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let is_broken = Arc::new(AtomicBool::new(false));
     let generator = Arc::new(Generator::new(Breakable(Arc::clone(&is_broken))).unwrap());
     let metrics = Arc::new(Metrics::new());
@@ -233,7 +234,7 @@ fn a_failed_generator_sends_more_than_systemd_takes() {
         dropped: Arc::default(),
         has_page: false,
     };
-    let path = Host::Unix(folder.file("credential.sock"));
+    let path = Host::Unix(directory.file("credential.sock"));
     let listener = Listener::bind(&path, 0, SocketMode::default()).unwrap();
     let server = Arc::new(CredentialServer::new(Arc::new(app), CredentialRules::default()));
     let drain = Drain::new();
@@ -241,16 +242,13 @@ fn a_failed_generator_sends_more_than_systemd_takes() {
     let heartbeat = Heartbeats::new().register();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let context = ServerContext::new(
-            ConnectionLimit::new(8, 8),
-            Timeouts::new(PATIENCE, PATIENCE, PATIENCE),
-            metrics,
-        );
+        let context =
+            ServerContext::new(ConnectionLimit::new(8, 8), Timeouts::new(TIMEOUT, TIMEOUT, TIMEOUT), metrics);
         runtime.block_on(serve(vec![(listener, heartbeat)], server.handler(), context, phase)).unwrap();
     });
-    assert_eq!(fetch(&folder, "web.service", "key").len(), 32);
+    assert_eq!(fetch(&directory, "web.service", "key").len(), 32);
     is_broken.store(true, Ordering::Relaxed);
-    let refused = fetch(&folder, "web.service", "key");
+    let refused = fetch(&directory, "web.service", "key");
     assert!(refused.len() > 1 << 20 && refused.iter().all(|byte| *byte == 0), "{}", refused.len());
     drop(drain);
 }

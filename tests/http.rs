@@ -6,7 +6,7 @@ mod common;
 
 use std::io::Write;
 
-use common::{Client, Daemon, Folder, exchange, get, request};
+use common::{Client, Daemon, TempDirectory, exchange, get, request};
 
 #[test]
 fn a_key_has_exactly_the_requested_length() {
@@ -396,7 +396,7 @@ fn the_daemon_listens_on_ipv6() {
     if !common::has_ipv6() {
         return;
     }
-    let daemon = Daemon::start_with(Folder::new(), |command| {
+    let daemon = Daemon::start_with(TempDirectory::new(), |command| {
         command.args(["--host", "::1", "--srv-port", "0", "--metrics-port", "0"]);
     });
     assert!(daemon.keys().is_ipv6() && daemon.metrics().is_ipv6());
@@ -407,9 +407,9 @@ fn the_daemon_listens_on_ipv6() {
 #[test]
 fn the_daemon_listens_on_a_unix_socket() {
     use std::io::Read;
-    let folder = Folder::new();
-    let path = folder.file("keys.sock");
-    let daemon = Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    let path = directory.file("keys.sock");
+    let daemon = Daemon::start_with(directory, |command| {
         command.arg("--host").arg(format!("unix:{}", path.display())).args(["--metrics-port", "0"]);
     });
     assert!(daemon.status.starts_with(&format!("Keys on unix:{}; metrics on 127.0.0.1:", path.display())));
@@ -424,7 +424,7 @@ fn the_daemon_listens_on_a_unix_socket() {
     let mut daemon = daemon;
     daemon.signal("KILL");
     common::until("the end", || (!daemon.is_running()).then_some(()));
-    let second = Daemon::start_with(Folder::new(), |command| {
+    let second = Daemon::start_with(TempDirectory::new(), |command| {
         command.arg("--host").arg(format!("unix:{}", path.display())).args(["--metrics-port", "0"]);
     });
     assert!(second.status.contains("Keys on unix:"));

@@ -12,12 +12,12 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{Client, Daemon, Folder, Process, get, request, until};
+use common::{Client, Daemon, Process, TempDirectory, get, request, until};
 
 /// The daemon, which inherits its standard input as descriptor 3 (sd_listen_fds(3)).
-fn socket_activated(folder: &Folder) -> Command {
+fn socket_activated(directory: &TempDirectory) -> Command {
     let mut command = common::process::shell("exec 3<&0 && exec \"$@\"");
-    common::scrub(&mut command, folder);
+    common::scrub(&mut command, directory);
     command.arg(env!("CARGO_BIN_EXE_key-service"));
     command
 }
@@ -189,9 +189,9 @@ fn the_drain_delay_fails_readiness_and_serves_the_rest() {
 
 #[test]
 fn a_reload_is_announced_in_one_datagram_and_applied() {
-    let folder = Folder::new();
-    let file = folder.write("config.toml", "max-size = 10\nlog-level = \"info\"\nworkers = 1\n");
-    let daemon = Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    let file = directory.write("config.toml", "max-size = 10\nlog-level = \"info\"\nworkers = 1\n");
+    let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     });
     assert_eq!(daemon.get("/key/11").status, 413);
@@ -214,9 +214,9 @@ fn a_reload_is_announced_in_one_datagram_and_applied() {
 
 #[test]
 fn a_reload_with_errors_changes_nothing_and_reports_them() {
-    let folder = Folder::new();
-    let file = folder.write("config.toml", "max-size = 10\n");
-    let daemon = Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    let file = directory.write("config.toml", "max-size = 10\n");
+    let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     });
     std::fs::write(&file, "max-size = 20\nlog-level = \"loud\"\nmaxsize = 1\n").unwrap();
@@ -238,10 +238,10 @@ fn a_reload_with_errors_changes_nothing_and_reports_them() {
 
 /// A daemon with this configuration file, on free ports of loopback.
 fn start(config: &str) -> Daemon {
-    let folder = Folder::new();
-    folder.write("tokens", "");
-    folder.write("config.toml", &config.replace("TOKENS", folder.file("tokens").to_str().unwrap()));
-    Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    directory.write("tokens", "");
+    directory.write("config.toml", &config.replace("TOKENS", directory.file("tokens").to_str().unwrap()));
+    Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     })
 }
@@ -258,7 +258,7 @@ const PROTECTED: &str = "tokens-file = \"TOKENS\"\nrate-requests = 5\nrate-bytes
 #[test]
 fn a_reload_is_refused_when_the_configuration_file_is_gone() {
     let daemon = start(PROTECTED);
-    let (file, away) = (daemon.folder.file("config.toml"), daemon.folder.file("away"));
+    let (file, away) = (daemon.directory.file("config.toml"), daemon.directory.file("away"));
     assert_eq!(daemon.get("/key/32").status, 401);
     std::fs::rename(&file, &away).unwrap();
     for number in 1..=2 {
@@ -279,7 +279,7 @@ fn a_reload_is_refused_when_the_configuration_file_is_gone() {
 #[test]
 fn a_reload_that_removes_protection_warns_and_names_it() {
     let daemon = start(PROTECTED);
-    daemon.folder.write("config.toml", "max-size = 10\n");
+    daemon.directory.write("config.toml", "max-size = 10\n");
     reload(&daemon);
     assert_eq!(daemon.get("/key/10").status, 200);
     daemon.wait_for_log("configuration reloaded");
@@ -299,7 +299,7 @@ fn a_reload_that_removes_protection_warns_and_names_it() {
 #[test]
 fn a_changed_file_alone_removes_no_protection() {
     let daemon = start(PROTECTED);
-    daemon.folder.write("config.toml", ""); // as an editor leaves it for a moment
+    daemon.directory.write("config.toml", ""); // as an editor leaves it for a moment
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
     assert_eq!(daemon.get("/key/32").status, 401);
     daemon.wait_for_log("a changed file alone removes no protection");
@@ -314,7 +314,7 @@ fn a_changed_file_alone_removes_no_protection() {
 #[test]
 fn a_changed_file_is_reloaded_without_a_signal() {
     let daemon = start("max-size = 10\nworkers = 1\n");
-    daemon.folder.write("config.toml", "max-size = 11\nworkers = 2\n");
+    daemon.directory.write("config.toml", "max-size = 11\nworkers = 2\n");
     until("the larger key", || (daemon.get("/key/11").status == 200).then_some(()));
     let message = daemon.manager.message();
     assert_eq!(message, [format!("STATUS={}", daemon.status)], "no reload was requested");
@@ -325,7 +325,7 @@ fn a_changed_file_is_reloaded_without_a_signal() {
 #[test]
 fn a_refused_change_is_logged_once_and_applied_when_fixed() {
     let daemon = start("max-size = 10\n");
-    daemon.folder.write("config.toml", "max-size = 11\nmax-sise = 1\n");
+    daemon.directory.write("config.toml", "max-size = 11\nmax-sise = 1\n");
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
     std::thread::sleep(Duration::from_secs(12)); // two checks of the files
     reload(&daemon);
@@ -334,7 +334,7 @@ fn a_refused_change_is_logged_once_and_applied_when_fixed() {
     assert_eq!(log.matches("max-sise: not a setting").count(), 2, "{log}");
     assert_eq!(log.matches("files have changed").count(), 1, "{log}");
     assert_eq!(daemon.get("/key/11").status, 413);
-    daemon.folder.write("config.toml", "max-size = 12\n");
+    daemon.directory.write("config.toml", "max-size = 12\n");
     daemon.wait_for_metric("config_last_reload_successful", 1.0);
     assert_eq!(daemon.get("/key/12").status, 200);
 }
@@ -343,9 +343,9 @@ fn a_refused_change_is_logged_once_and_applied_when_fixed() {
 fn serving_keys_to_everyone_logs_a_warning() {
     const WARNING: &str = "keys are served to every client that reaches these addresses";
     let start = |host: &str, tokens: bool| {
-        let folder = Folder::new();
-        let path = folder.write("tokens", "");
-        Daemon::start_with(folder, |command| {
+        let directory = TempDirectory::new();
+        let path = directory.write("tokens", "");
+        Daemon::start_with(directory, |command| {
             command.args(["--host", host, "--srv-port", "0", "--metrics-port", "0"]);
             if tokens {
                 command.env("KEYSERVICE_TOKENS_FILE", path);
@@ -375,13 +375,13 @@ fn serving_keys_to_everyone_logs_a_warning() {
 fn serving_keys_to_everyone_on_inherited_sockets_logs_a_warning() {
     for (host, is_exposed) in [("0.0.0.0", true), ("127.0.0.1", false)] {
         let listener = TcpListener::bind((host, 0)).unwrap();
-        let folder = Folder::new();
-        let mut command = socket_activated(&folder);
-        command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
+        let directory = TempDirectory::new();
+        let mut command = socket_activated(&directory);
+        command.arg("--config").arg(directory.file("config.toml")).args(["--metrics-port", "0"]);
         // The setting is not used for an inherited socket.
         command.args(["--host", if is_exposed { "127.0.0.1" } else { "0.0.0.0" }]);
         command.env("LISTEN_FDS", "1").stdin(OwnedFd::from(listener));
-        let mut daemon = Daemon::run(folder, command);
+        let mut daemon = Daemon::run(directory, command);
         daemon.signal("TERM");
         assert_eq!(daemon.wait(), 0);
         assert_eq!(daemon.log().contains("keys are served to every client"), is_exposed, "{}", daemon.log());
@@ -390,7 +390,7 @@ fn serving_keys_to_everyone_on_inherited_sockets_logs_a_warning() {
 
 #[test]
 fn the_watchdog_is_pinged_while_the_workers_make_progress() {
-    let daemon = Daemon::start_with(Folder::new(), |command| {
+    let daemon = Daemon::start_with(TempDirectory::new(), |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("WATCHDOG_USEC", "300000");
     });
@@ -401,7 +401,7 @@ fn the_watchdog_is_pinged_while_the_workers_make_progress() {
 
 #[test]
 fn a_suspended_process_resumes_without_blaming_a_worker() {
-    let daemon = Daemon::start_with(Folder::new(), |command| {
+    let daemon = Daemon::start_with(TempDirectory::new(), |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("WATCHDOG_USEC", "3000000");
     });
@@ -420,18 +420,18 @@ fn a_suspended_process_resumes_without_blaming_a_worker() {
 
 #[test]
 fn an_abstract_notify_socket_gets_every_message() {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let name = format!("key-service-test-{}", std::process::id());
     let manager = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
-    manager.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    manager.set_read_timeout(Some(common::TIMEOUT)).unwrap();
     let message = || {
         let mut buffer = [0; 4096];
         let length = manager.recv(&mut buffer).expect("a message to the service manager");
         String::from_utf8(buffer[..length].to_vec()).unwrap()
     };
     let start = |host: &str| {
-        let mut command = common::key_service(&folder);
-        command.arg("--config").arg(folder.file("config.toml"));
+        let mut command = common::key_service(&directory);
+        command.arg("--config").arg(directory.file("config.toml"));
         command.args(["--host", host, "--srv-port", "0", "--metrics-port", "0"]);
         command.env("NOTIFY_SOCKET", format!("@{name}")).env("WATCHDOG_USEC", "300000");
         Process::spawn(command)
@@ -449,7 +449,7 @@ fn an_abstract_notify_socket_gets_every_message() {
 
 #[test]
 fn a_watchdog_of_another_process_is_not_pinged() {
-    let daemon = Daemon::start_with(Folder::new(), |command| {
+    let daemon = Daemon::start_with(TempDirectory::new(), |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("WATCHDOG_USEC", "10000").env("WATCHDOG_PID", "1");
     });
@@ -462,8 +462,8 @@ fn a_watchdog_of_another_process_is_not_pinged() {
 
 #[test]
 fn a_full_notify_socket_stalls_no_request() {
-    let folder = Folder::new();
-    let path = folder.file("stuck");
+    let directory = TempDirectory::new();
+    let path = directory.file("stuck");
     let stuck = UnixDatagram::bind(&path).unwrap();
     let filler = UnixDatagram::unbound().unwrap();
     filler.set_nonblocking(true).unwrap();
@@ -471,8 +471,8 @@ fn a_full_notify_socket_stalls_no_request() {
     // The daemon can't report its address by READY, so its socket is inherited.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut command = socket_activated(&folder);
-    command.arg("--config").arg(folder.file("config.toml")).args([
+    let mut command = socket_activated(&directory);
+    command.arg("--config").arg(directory.file("config.toml")).args([
         "--metrics-port",
         "0",
         "--log-level",
@@ -493,11 +493,11 @@ fn a_full_notify_socket_stalls_no_request() {
 fn a_full_log_stalls_no_request() {
     // Stderr is a pipe that is never read, which blocks writers as a stopped journal does.
     let (reader, writer) = std::io::pipe().unwrap();
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut command = socket_activated(&folder);
-    command.arg("--config").arg(folder.file("config.toml")).args([
+    let mut command = socket_activated(&directory);
+    command.arg("--config").arg(directory.file("config.toml")).args([
         "--metrics-port",
         "0",
         "--log-level",
@@ -519,12 +519,12 @@ fn restarts_on_an_inherited_socket_lose_no_connection() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let start = || {
-        let folder = Folder::new();
-        let mut command = socket_activated(&folder);
-        command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
+        let directory = TempDirectory::new();
+        let mut command = socket_activated(&directory);
+        command.arg("--config").arg(directory.file("config.toml")).args(["--metrics-port", "0"]);
         command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "http");
         command.stdin(OwnedFd::from(listener.try_clone().unwrap()));
-        Daemon::run(folder, command)
+        Daemon::run(directory, command)
     };
     let stop = std::sync::atomic::AtomicBool::new(false);
     let is_running = || !stop.load(std::sync::atomic::Ordering::Relaxed);
@@ -570,11 +570,11 @@ fn restarts_on_an_inherited_socket_lose_no_connection() {
 fn an_activated_daemon_exits_when_idle() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let folder = Folder::new();
-    let mut command = socket_activated(&folder);
-    command.arg("--config").arg(folder.file("config.toml")).args(["--metrics-port", "0"]);
+    let directory = TempDirectory::new();
+    let mut command = socket_activated(&directory);
+    command.arg("--config").arg(directory.file("config.toml")).args(["--metrics-port", "0"]);
     command.env("LISTEN_FDS", "1").env("KEYSERVICE_EXIT_IDLE", "2").stdin(OwnedFd::from(listener));
-    let mut daemon = Daemon::run(folder, command);
+    let mut daemon = Daemon::run(directory, command);
     let mut client = Client::connect(address);
     client.send(request("/key/32")).response();
     std::thread::sleep(Duration::from_secs(3)); // an open connection keeps the daemon running
@@ -599,11 +599,11 @@ fn a_failed_start_reports_the_reason_to_the_service_manager() {
         (["--max-size", "1k", "--log-level", "loud"], 78, "max-size: expected"),
         (["--host", "127.0.0.1", "--srv-port", &port], 1, "can't listen on 127.0.0.1:"),
     ] {
-        let folder = Folder::new();
-        let (manager, notify) = common::Manager::new(&folder);
-        let mut command = common::key_service(&folder);
+        let directory = TempDirectory::new();
+        let (manager, notify) = common::Manager::new(&directory);
+        let mut command = common::key_service(&directory);
         command.args(arguments).env("NOTIFY_SOCKET", notify);
-        command.arg("--config").arg(folder.write("config.toml", "metrics-port = 0\n"));
+        command.arg("--config").arg(directory.write("config.toml", "metrics-port = 0\n"));
         assert_eq!(common::run_to_end(command).status.code(), Some(code));
         let [status] = &manager.message()[..] else { panic!("one line") };
         assert!(status.starts_with("STATUS=") && status.contains(reason), "{status}");
@@ -622,8 +622,8 @@ fn core_dumps_are_forbidden() {
 fn the_health_subcommand_queries_the_running_service() {
     let daemon = Daemon::start(&[("DRAIN_DELAY", "3600")]);
     let query = |path: &str| {
-        let folder = Folder::new();
-        let mut command = common::key_service(&folder);
+        let directory = TempDirectory::new();
+        let mut command = common::key_service(&directory);
         command.args(["health", "--url", &format!("http://{}{path}", daemon.keys())]);
         common::run_to_end(command)
     };

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{
-    Client, Daemon, Folder, IS_SLOW, PATIENCE, connect_from, get, read_slowly, request, slow, until,
+    Client, Daemon, IS_SLOW, TIMEOUT, TempDirectory, connect_from, get, read_slowly, request, slow, until,
 };
 
 /// Reads to the end of the connection and returns how many bytes came.
@@ -136,7 +136,7 @@ fn request_headers_sent_byte_by_byte_time_out() {
         thread::sleep(Duration::from_millis(100));
         stream.write_all(&[byte]).is_err()
     });
-    assert!(is_closed && start.elapsed() < PATIENCE);
+    assert!(is_closed && start.elapsed() < TIMEOUT);
 }
 
 #[test]
@@ -157,9 +157,9 @@ fn a_client_that_reads_slowly_gets_its_whole_response() {
     let timeouts =
         [("WRITE_TIMEOUT", "4"), ("HEAD_TIMEOUT", "4"), ("IDLE_TIMEOUT", "4"), ("MAX_SIZE", "1000000")];
     let daemon = Daemon::start(&timeouts);
-    let folder = Folder::new();
-    let socket = folder.file("socket");
-    let local = Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    let socket = directory.file("socket");
+    let local = Daemon::start_with(directory, |command| {
         command.args(["--metrics-port", "0"]).env("KEYSERVICE_HOST", format!("unix:{}", socket.display()));
         command.envs(timeouts.map(|(name, value)| (format!("KEYSERVICE_{name}"), value)));
     });
@@ -250,15 +250,15 @@ fn an_evicted_over_limit_connection_is_counted_as_rejected() {
 
 /// A daemon with a limit of `count` open files.
 fn with_descriptors(count: u32, settings: &[(&str, &str)]) -> Daemon {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let mut command = common::process::shell(&format!("ulimit -n {count} && exec \"$@\""));
-    common::scrub(&mut command, &folder);
-    command.arg(common::binary()).arg("--config").arg(folder.file("config.toml"));
+    common::scrub(&mut command, &directory);
+    command.arg(common::binary()).arg("--config").arg(directory.file("config.toml"));
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     for (name, value) in settings {
         command.env(format!("KEYSERVICE_{name}"), value);
     }
-    Daemon::run(folder, command)
+    Daemon::run(directory, command)
 }
 
 #[test]

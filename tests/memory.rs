@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use common::credential::{fetch, start};
 use common::formats::{FORMATS, batch, key};
 use common::tls::{Authority, connect, trusting};
-use common::{Client, Daemon, Folder, find, get, key_service, request, run_to_end};
+use common::{Client, Daemon, TempDirectory, find, get, key_service, request, run_to_end};
 use rustls::version::{TLS12, TLS13};
 
 /// How many bytes of a key in a row count as a find: 16 bytes never match by chance.
@@ -171,7 +171,7 @@ fn no_credential_is_in_memory_after_it_was_sent() {
     let daemon = start("[credentials]\nhex = { format = \"hex\" }\nbig = { length = 4096 }\n", &[]);
     let mut secrets = Vec::new();
     for credential in ["raw", "hex", "big"] {
-        secrets.extend((0..20).map(|_| fetch(&daemon.folder, "web.service", credential)));
+        secrets.extend((0..20).map(|_| fetch(&daemon.directory, "web.service", credential)));
     }
     assert!(secrets.iter().all(|secret| secret.len() >= 32));
     common::until("the credentials to be wiped", || {
@@ -232,9 +232,9 @@ fn no_key_is_in_memory_after_its_tls_connection_was_aborted() {
 
 /// The output of `token new`, twenty times.
 fn new_tokens() -> Vec<String> {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let new = |n: i32| {
-        let mut command = key_service(&folder);
+        let mut command = key_service(&directory);
         command.args(["token", "new", "--name", &n.to_string()]);
         String::from_utf8(run_to_end(command).stdout).unwrap()
     };
@@ -244,9 +244,9 @@ fn new_tokens() -> Vec<String> {
 /// A daemon that accepts all tokens but the first, and logs everything.
 fn start_with_tokens(tokens: &[String]) -> Daemon {
     let lines: Vec<_> = tokens[1..].iter().map(|made| made.lines().nth(1).unwrap()).collect();
-    let folder = Folder::new();
-    let file = folder.write("tokens", &lines.join("\n"));
-    Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    let file = directory.write("tokens", &lines.join("\n"));
+    Daemon::start_with(directory, |command| {
         command.args([
             "--host",
             "127.0.0.1",

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use common::formats::FORMATS;
-use common::{Daemon, Folder, get, key_service, run_to_end};
+use common::{Daemon, TempDirectory, get, key_service, run_to_end};
 
 fn document(daemon: &Daemon) -> Value {
     let response = daemon.get("/openapi.json");
@@ -22,14 +22,14 @@ fn document(daemon: &Daemon) -> Value {
 }
 
 /// A tokens file with one token, which is discarded.
-fn tokens(folder: &Folder) -> PathBuf {
+fn tokens(directory: &TempDirectory) -> PathBuf {
     let ended = run_to_end({
-        let mut command = key_service(folder);
+        let mut command = key_service(directory);
         command.args(["token", "new", "--name", "nobody"]);
         command
     });
     let text = String::from_utf8(ended.stdout).unwrap();
-    let path = folder.write("tokens", text.split_once('\n').unwrap().1);
+    let path = directory.write("tokens", text.split_once('\n').unwrap().1);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     path
 }
@@ -101,10 +101,10 @@ fn the_limits_of_the_document_are_enforced() {
 
 #[test]
 fn the_document_has_every_status_of_the_metrics() {
-    let folder = Folder::new();
-    let tokens = tokens(&folder);
-    folder.write("config.toml", &format!("tokens-file = {:?}\n", tokens.to_str().unwrap()));
-    let daemon = Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    let tokens = tokens(&directory);
+    directory.write("config.toml", &format!("tokens-file = {:?}\n", tokens.to_str().unwrap()));
+    let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     });
     let document = document(&daemon);
@@ -133,17 +133,17 @@ fn the_document_has_every_status_of_the_metrics() {
 
 #[test]
 fn the_document_follows_a_reload() {
-    let folder = Folder::new();
-    folder.write("config.toml", "max-size = 100\n");
-    let daemon = Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    directory.write("config.toml", "max-size = 100\n");
+    let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     });
     let before = document(&daemon);
     assert_eq!((length_max(&before, "/key/{length}"), length_max(&before, "/password/{length}")), (100, 100));
     assert!(before["paths"]["/key/{length}"]["get"]["security"].is_null());
-    let tokens = tokens(&daemon.folder);
+    let tokens = tokens(&daemon.directory);
     let config = format!("max-size = 2000\ntokens-file = {:?}\n", tokens.to_str().unwrap());
-    daemon.folder.write("config.toml", &config);
+    daemon.directory.write("config.toml", &config);
     daemon.signal("HUP");
     daemon.manager.wait_for("READY=1");
     let after = document(&daemon);

@@ -10,16 +10,16 @@ mod package;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Folder, key_service, run_to_end};
+use common::{TempDirectory, key_service, run_to_end};
 
 fn shipped(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
 fn check(config: &str) -> String {
-    let folder = Folder::new();
-    let mut command = key_service(&folder);
-    command.arg("--check").arg("--config").arg(folder.write("config.toml", config));
+    let directory = TempDirectory::new();
+    let mut command = key_service(&directory);
+    command.arg("--check").arg("--config").arg(directory.write("config.toml", config));
     let ended = run_to_end(command);
     assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
     String::from_utf8(ended.stdout).unwrap()
@@ -52,10 +52,10 @@ fn manual() -> String {
 
 /// What `--help` prints for the daemon and for each of its commands.
 fn help() -> String {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     [&["--help"][..], &["health", "--help"], &["reload", "--help"], &["token", "new", "--help"]]
         .map(|arguments| {
-            let mut command = key_service(&folder);
+            let mut command = key_service(&directory);
             command.args(arguments);
             String::from_utf8(run_to_end(command).stdout).unwrap()
         })

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use common::process::{Process, shell};
-use common::{Daemon, Folder, until};
+use common::{Daemon, TempDirectory, until};
 use rustix::process::{Pid, test_kill_process};
 
 /// Whether the process exists: running, or not yet waited for.
@@ -28,8 +28,8 @@ const NEVER_ENDS: &str = "echo $$ >\"$1\" && exec sleep 3600";
 
 #[test]
 fn a_panicking_test_leaves_no_process() {
-    let folder = Folder::new();
-    let file = folder.file("pid");
+    let directory = TempDirectory::new();
+    let file = directory.file("pid");
     let ended = catch_unwind(AssertUnwindSafe(|| {
         let mut command = shell(NEVER_ENDS);
         command.arg(&file);
@@ -49,8 +49,8 @@ fn a_panicking_test_leaves_no_process() {
 
 #[test]
 fn a_panic_before_ready_leaves_no_process() {
-    let folder = Folder::new();
-    let (file, notify) = (folder.file("pid"), folder.file("notify"));
+    let directory = TempDirectory::new();
+    let (file, notify) = (directory.file("pid"), directory.file("notify"));
     let notifying = thread::spawn({
         let file = file.clone();
         move || {
@@ -61,7 +61,7 @@ fn a_panic_before_ready_leaves_no_process() {
     });
     let mut command = shell(NEVER_ENDS);
     command.arg(&file);
-    assert!(catch_unwind(AssertUnwindSafe(|| Daemon::run(folder, command))).is_err());
+    assert!(catch_unwind(AssertUnwindSafe(|| Daemon::run(directory, command))).is_err());
     assert!(!exists(notifying.join().unwrap()));
 }
 
@@ -71,7 +71,7 @@ fn no_process_inherits_a_standard_stream_of_the_test() {
     let stream = |number: u32| fs::read_link(format!("/proc/{}/fd/{number}", daemon.pid())).unwrap();
     let null = PathBuf::from("/dev/null");
     assert_eq!([stream(0), stream(1)], [null.clone(), null]);
-    assert_eq!(stream(2), fs::canonicalize(daemon.folder.file("stderr")).unwrap());
+    assert_eq!(stream(2), fs::canonicalize(daemon.directory.file("stderr")).unwrap());
 }
 
 /// Every Rust file below a directory of the repository.

@@ -10,7 +10,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use common::tls::{Authority, trusting};
-use common::{Client, Daemon, Folder, PATIENCE, connect_from, get, key_service, request, run_to_end, until};
+use common::{
+    Client, Daemon, TIMEOUT, TempDirectory, connect_from, get, key_service, request, run_to_end, until,
+};
 use rustls::pki_types::ServerName;
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConnection, StreamOwned};
@@ -463,16 +465,16 @@ fn a_connection_without_a_header_does_not_delay_shutdown() {
 #[test]
 fn the_unix_socket_accepts_headers_too() {
     for trusted in ["unix", "192.0.2.9"] {
-        let folder = Folder::new();
-        let path = folder.file("socket");
-        let daemon = Daemon::start_with(folder, |command| {
+        let directory = TempDirectory::new();
+        let path = directory.file("socket");
+        let daemon = Daemon::start_with(directory, |command| {
             command.env("KEYSERVICE_HOST", format!("unix:{}", path.display())).args(["--metrics-port", "0"]);
             command.env("KEYSERVICE_PROXY_PROTOCOL", "true").env("KEYSERVICE_TRUSTED_PROXIES", trusted);
             command.env("KEYSERVICE_AUDIT", "true");
         });
         let send = |header: &[u8]| {
             let mut client = Client::over(UnixStream::connect(&path).unwrap());
-            client.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            client.stream.set_read_timeout(Some(TIMEOUT)).unwrap();
             let sent = [header, b"GET /key/32 HTTP/1.1\r\nHost: a\r\n\r\n"].concat();
             for byte in sent {
                 if client.stream.write_all(&[byte]).is_err() {
@@ -494,8 +496,8 @@ fn the_unix_socket_accepts_headers_too() {
             assert_eq!(errors(&daemon), [3.0, 0.0, 0.0, 0.0]);
         }
         // The health command sends a header if one is expected.
-        let mut health = key_service(&daemon.folder);
-        health.arg("--config").arg(daemon.folder.file("config.toml")).arg("health");
+        let mut health = key_service(&daemon.directory);
+        health.arg("--config").arg(daemon.directory.file("config.toml")).arg("health");
         health.env("KEYSERVICE_HOST", format!("unix:{}", path.display()));
         health.env("KEYSERVICE_PROXY_PROTOCOL", "true").env("KEYSERVICE_TRUSTED_PROXIES", trusted);
         let ended = run_to_end(health);
@@ -509,9 +511,9 @@ fn the_health_command_sends_a_header_if_it_is_trusted() {
     for trusted in ["127.0.0.1", PROXY] {
         for has_tls in [false, true] {
             let (held, port) = common::held_port();
-            let folder = Folder::new();
-            authority.server().write(&folder);
-            let (certificate, key) = (folder.file("cert.pem"), folder.file("key.pem"));
+            let directory = TempDirectory::new();
+            authority.server().write(&directory);
+            let (certificate, key) = (directory.file("cert.pem"), directory.file("key.pem"));
             let tls = if has_tls {
                 format!("tls-cert = {certificate:?}\ntls-key = {key:?}\n")
             } else {
@@ -521,9 +523,9 @@ fn the_health_command_sends_a_header_if_it_is_trusted() {
                 "host = \"127.0.0.1\"\nsrv-port = {port}\nmetrics-port = 0\nproxy-protocol = true\n\
                  trusted-proxies = [\"{trusted}\"]\n{tls}"
             );
-            let file = folder.write("config.toml", &config);
-            let daemon = Daemon::start_with(folder, |_| {});
-            let mut health = key_service(&daemon.folder);
+            let file = directory.write("config.toml", &config);
+            let daemon = Daemon::start_with(directory, |_| {});
+            let mut health = key_service(&daemon.directory);
             let ended = run_to_end({
                 health.arg("--config").arg(file).arg("health");
                 health
@@ -539,7 +541,7 @@ fn the_health_command_sends_a_header_if_it_is_trusted() {
 fn metrics_on_the_same_port_need_the_header_too() {
     let (held, port) = common::held_port();
     let port = port.to_string();
-    let daemon = Daemon::start_with(Folder::new(), |command| {
+    let daemon = Daemon::start_with(TempDirectory::new(), |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", &port, "--metrics-port", &port]);
         command.env("KEYSERVICE_PROXY_PROTOCOL", "true").env("KEYSERVICE_TRUSTED_PROXIES", PROXY);
     });
@@ -553,9 +555,9 @@ fn metrics_on_the_same_port_need_the_header_too() {
 #[test]
 fn the_setting_requires_trusted_proxies() {
     let check = |settings: &[(&str, &str)]| {
-        let folder = Folder::new();
-        let mut command = key_service(&folder);
-        command.arg("--check").arg("--config").arg(folder.write("config.toml", ""));
+        let directory = TempDirectory::new();
+        let mut command = key_service(&directory);
+        command.arg("--check").arg("--config").arg(directory.write("config.toml", ""));
         for (name, value) in settings {
             command.env(format!("KEYSERVICE_{name}"), value);
         }
@@ -575,9 +577,9 @@ fn the_setting_requires_trusted_proxies() {
 
 #[test]
 fn the_setting_requires_a_restart() {
-    let folder = Folder::new();
-    let file = folder.write("config.toml", "trusted-proxies = [\"127.0.0.9\"]\n");
-    let daemon = Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    let file = directory.write("config.toml", "trusted-proxies = [\"127.0.0.9\"]\n");
+    let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     });
     std::fs::write(file, "trusted-proxies = [\"127.0.0.9\"]\nproxy-protocol = true\n").unwrap();
@@ -591,16 +593,16 @@ fn the_setting_requires_a_restart() {
 #[test]
 fn a_record_has_the_certificate_and_the_address_in_the_header() {
     let authority = Authority::new();
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    let ca = folder.write("ca.pem", &authority.pem());
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    let ca = directory.write("ca.pem", &authority.pem());
     let settings = [
         ("PROXY_PROTOCOL", "true"),
         ("TRUSTED_PROXIES", PROXY),
         ("AUDIT", "true"),
         ("TLS_CLIENT_CA", ca.to_str().unwrap()),
     ];
-    let daemon = common::tls::start(folder, &settings);
+    let daemon = common::tls::start(directory, &settings);
     let config = trusting(&authority, &[&TLS13], Some(&authority.client("web")));
     let stream = through_proxy(&daemon, &v1("192.0.2.1")).stream;
     let name = ServerName::from(daemon.keys().ip());

@@ -208,7 +208,7 @@ async fn a_failure_within_a_streamed_key_cuts_the_response_short() {
     let server = Stream::Tcp(listener.accept().await.unwrap().0);
     let server = TimeoutStream::new(
         server,
-        Arc::new(Timeouts::new(common::PATIENCE, common::PATIENCE, common::PATIENCE)),
+        Arc::new(Timeouts::new(common::TIMEOUT, common::TIMEOUT, common::TIMEOUT)),
     );
     let (_, end) = broken().get_over(client, server, "/key/500000").await;
     assert_eq!(end.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionReset));

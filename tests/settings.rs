@@ -9,7 +9,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{Folder, key_service, run_to_end};
+use common::{TempDirectory, key_service, run_to_end};
 use key_service::config::{ENV_PREFIX, Reload, Setting, settings};
 
 /// The longest line that is written.
@@ -116,8 +116,8 @@ fn the_page_of_settings_is_written_from_the_table() {
 
 #[test]
 fn help_has_each_flag_with_its_default() {
-    let folder = Folder::new();
-    let mut command = key_service(&folder);
+    let directory = TempDirectory::new();
+    let mut command = key_service(&directory);
     command.arg("--help");
     let help = String::from_utf8(run_to_end(command).stdout).unwrap();
     let help = help.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -12,15 +12,15 @@ use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 
 use common::process::{run_to_end_keeping_stdout, shell};
-use common::{Daemon, Folder, get, run_to_end};
+use common::{Daemon, TempDirectory, get, run_to_end};
 
 /// The daemon, which inherits up to two sockets as descriptors 3 and 4 (sd_listen_fds(3)). A shell gets them as its
 /// standard streams, and moves them.
-fn socket_activated(folder: &Folder, names: Option<&str>, sockets: Vec<OwnedFd>) -> Command {
+fn socket_activated(directory: &TempDirectory, names: Option<&str>, sockets: Vec<OwnedFd>) -> Command {
     let count = sockets.len();
     let mut command = shell("exec 3<&0 4<&1; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null");
-    common::scrub(&mut command, folder);
-    command.arg(env!("CARGO_BIN_EXE_key-service")).arg("--config").arg(folder.file("config.toml"));
+    common::scrub(&mut command, directory);
+    command.arg(env!("CARGO_BIN_EXE_key-service")).arg("--config").arg(directory.file("config.toml"));
     for (name, value) in [("HOST", "127.0.0.1"), ("SRV_PORT", "0"), ("METRICS_PORT", "0")] {
         command.env(format!("KEYSERVICE_{name}"), value);
     }
@@ -35,15 +35,15 @@ fn socket_activated(folder: &Folder, names: Option<&str>, sockets: Vec<OwnedFd>)
 }
 
 fn start(names: Option<&str>, sockets: Vec<OwnedFd>) -> Daemon {
-    let folder = Folder::new();
-    let command = socket_activated(&folder, names, sockets);
-    Daemon::run(folder, command)
+    let directory = TempDirectory::new();
+    let command = socket_activated(&directory, names, sockets);
+    Daemon::run(directory, command)
 }
 
 /// Standard error of a daemon that refuses these sockets.
 fn refuse_error(names: Option<&str>, sockets: Vec<OwnedFd>) -> String {
-    let folder = Folder::new();
-    let ended = run_to_end_keeping_stdout(socket_activated(&folder, names, sockets));
+    let directory = TempDirectory::new();
+    let ended = run_to_end_keeping_stdout(socket_activated(&directory, names, sockets));
     assert_eq!(ended.status.code(), Some(1));
     String::from_utf8(ended.stderr).unwrap()
 }
@@ -98,8 +98,8 @@ fn sockets_that_are_not_inherited_are_bound() {
 
 #[test]
 fn an_inherited_unix_socket_is_served() {
-    let folder = Folder::new();
-    let path = folder.file("http.sock");
+    let directory = TempDirectory::new();
+    let path = directory.file("http.sock");
     let daemon = start(Some("http"), vec![UnixListener::bind(&path).unwrap().into()]);
     assert!(daemon.status.starts_with(&format!("Keys on unix:{};", path.display())));
     let mut stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
@@ -145,10 +145,10 @@ fn a_descriptor_that_does_not_listen_is_refused() {
 
 #[test]
 fn a_third_unnamed_socket_is_refused() {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let mut command = shell("exec 3<&0 4<&1 5<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null");
-    common::scrub(&mut command, &folder);
-    command.args([env!("CARGO_BIN_EXE_key-service"), "--config"]).arg(folder.file("config.toml"));
+    common::scrub(&mut command, &directory);
+    command.args([env!("CARGO_BIN_EXE_key-service"), "--config"]).arg(directory.file("config.toml"));
     command.env("LISTEN_FDS", "3").stdin(OwnedFd::from(tcp_listener())).stdout(OwnedFd::from(tcp_listener()));
     let ended = run_to_end_keeping_stdout(command);
     assert_eq!(ended.status.code(), Some(1));
@@ -158,12 +158,12 @@ fn a_third_unnamed_socket_is_refused() {
 
 #[test]
 fn sockets_for_another_process_are_ignored() {
-    let folder = Folder::new();
-    let mut command = common::key_service(&folder);
-    command.arg("--config").arg(folder.file("config.toml"));
+    let directory = TempDirectory::new();
+    let mut command = common::key_service(&directory);
+    command.arg("--config").arg(directory.file("config.toml"));
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     command.env("LISTEN_FDS", "1").env("LISTEN_PID", "1");
-    let daemon = Daemon::run(folder, command);
+    let daemon = Daemon::run(directory, command);
     assert_eq!(daemon.get("/key/32").body.len(), 32);
 }
 
@@ -182,7 +182,7 @@ fn a_blocking_socket_is_made_non_blocking() {
 
 /// The daemon without `--host`, on every address.
 fn start_on_every_address() -> Daemon {
-    Daemon::start_with(Folder::new(), |command| {
+    Daemon::start_with(TempDirectory::new(), |command| {
         command.args(["--srv-port", "0", "--metrics-port", "0"]);
     })
 }
@@ -203,7 +203,7 @@ fn localhost_is_served_over_ipv4_and_ipv6() {
 
 #[test]
 fn a_dual_stack_socket_reports_ipv4_clients_as_ipv4() {
-    let daemon = Daemon::start_with(Folder::new(), |command| {
+    let daemon = Daemon::start_with(TempDirectory::new(), |command| {
         command.args(["--srv-port", "0", "--metrics-port", "0"]).env("KEYSERVICE_AUDIT", "true");
     });
     let keys = (Ipv4Addr::LOCALHOST, daemon.keys().port()).into();
@@ -214,7 +214,7 @@ fn a_dual_stack_socket_reports_ipv4_clients_as_ipv4() {
 
 #[test]
 fn an_ipv4_host_leaves_the_ipv6_port_free() {
-    let daemon = Daemon::start_with(Folder::new(), |command| {
+    let daemon = Daemon::start_with(TempDirectory::new(), |command| {
         command.args(["--host", "0.0.0.0", "--srv-port", "0", "--metrics-port", "0"]);
     });
     let (keys, metrics) = (daemon.keys().port(), daemon.metrics().port());
@@ -226,9 +226,9 @@ fn an_ipv4_host_leaves_the_ipv6_port_free() {
 #[test]
 fn the_health_subcommand_finds_a_wildcard_listener() {
     let daemon = start_on_every_address();
-    let folder = Folder::new();
-    let mut command = common::key_service(&folder);
-    command.arg("--config").arg(folder.file("config.toml"));
+    let directory = TempDirectory::new();
+    let mut command = common::key_service(&directory);
+    command.arg("--config").arg(directory.file("config.toml"));
     command.args(["--srv-port", &daemon.keys().port().to_string(), "health"]);
     let ended = run_to_end(command);
     assert_eq!((ended.status.code(), &*ended.stdout), (Some(0), b"OK\n".as_slice()));
@@ -236,9 +236,9 @@ fn the_health_subcommand_finds_a_wildcard_listener() {
 
 /// Standard error of a daemon that can't bind its sockets.
 fn bind_error(flags: &[&str], settings: &[(&str, &str)]) -> String {
-    let folder = Folder::new();
-    let mut command = common::key_service(&folder);
-    command.arg("--config").arg(folder.file("config.toml")).args(flags);
+    let directory = TempDirectory::new();
+    let mut command = common::key_service(&directory);
+    command.arg("--config").arg(directory.file("config.toml")).args(flags);
     for (name, value) in settings {
         command.env(format!("KEYSERVICE_{name}"), value);
     }
@@ -251,8 +251,8 @@ fn bind_error(flags: &[&str], settings: &[(&str, &str)]) -> String {
 fn a_bind_error_names_the_address_and_the_setting() {
     let taken = tcp_listener();
     let taken = taken.local_addr().unwrap().port().to_string();
-    let folder = Folder::new();
-    let file = folder.write("a-file", "").to_str().unwrap().to_owned();
+    let directory = TempDirectory::new();
+    let file = directory.write("a-file", "").to_str().unwrap().to_owned();
     let path = format!("unix:{file}");
     let (local, free, absent) = (["--host", "127.0.0.1"], ["--srv-port", "0"], "192.0.2.1");
     let metrics = |port| ["--metrics-port", port];
@@ -292,10 +292,10 @@ fn a_bind_error_names_the_address_and_the_setting() {
 #[test]
 fn one_port_serves_keys_and_metrics() {
     let listener = tcp_listener();
-    let folder = Folder::new();
-    let mut command = socket_activated(&folder, Some("http"), vec![listener.into()]);
+    let directory = TempDirectory::new();
+    let mut command = socket_activated(&directory, Some("http"), vec![listener.into()]);
     command.args(["--srv-port", "1123", "--metrics-port", "1123"]); // not used, since the socket is inherited
-    let daemon = Daemon::run(folder, command);
+    let daemon = Daemon::run(directory, command);
     assert!(daemon.status.ends_with("; metrics on the same"));
     for path in ["/key/32", "/health", "/metrics"] {
         assert_eq!(daemon.get(path).status, 200, "{path}");

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use common::tls::{Authority, Identity, connect, connect_over, daemon, start, trusting};
 use common::{
-    Client, Daemon, Folder, get, held_port, key_service, read_slowly, request, run_to_end, slow, until,
+    Client, Daemon, TempDirectory, get, held_port, key_service, read_slowly, request, run_to_end, slow, until,
 };
 use rcgen::{DnType, SanType, date_time_ymd};
 use rustls::version::{TLS12, TLS13};
@@ -376,10 +376,10 @@ fn over_limit_tls_connections_get_health_and_503() {
 #[test]
 fn a_client_ca_admits_only_its_clients() {
     let (authority, clients) = (Authority::new(), Authority::new());
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    let ca = folder.write("clients.pem", &clients.pem());
-    let daemon = start(folder, &[("TLS_CLIENT_CA", ca.to_str().unwrap()), ("AUDIT", "true")]);
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    let ca = directory.write("clients.pem", &clients.pem());
+    let daemon = start(directory, &[("TLS_CLIENT_CA", ca.to_str().unwrap()), ("AUDIT", "true")]);
     let with = |identity: &Identity| trusting(&authority, &[&TLS13], Some(identity));
     let mut client = connect(daemon.keys(), &with(&clients.client("web")));
     assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
@@ -460,7 +460,7 @@ fn a_renewed_certificate_is_loaded_under_load_without_errors() {
         ];
         let renew = |with_signal: bool| {
             let renewed = authority.server();
-            renewed.write(&daemon.folder);
+            renewed.write(&daemon.directory);
             if with_signal {
                 daemon.signal("HUP");
             }
@@ -481,12 +481,12 @@ fn a_renewed_certificate_is_loaded_under_load_without_errors() {
 #[test]
 fn a_failed_renewal_keeps_the_certificate_and_is_reported() {
     let authority = Authority::new();
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let first = authority.server();
-    first.write(&folder);
-    let daemon = start(folder, &[]);
+    first.write(&directory);
+    let daemon = start(directory, &[]);
     let second = authority.server();
-    daemon.folder.write("cert.pem", &second.certificate);
+    daemon.directory.write("cert.pem", &second.certificate);
     daemon.wait_for_metric("tls_last_reload_successful", 0.0);
     daemon.wait_for_log("TLS reload failed, keeping the previous certificate");
     daemon.wait_for_log("expected the key of the first certificate in");
@@ -494,7 +494,7 @@ fn a_failed_renewal_keeps_the_certificate_and_is_reported() {
     daemon.signal("HUP");
     daemon.wait_for_log("keeping the previous configuration");
     wait_for_renewal(&daemon, &authority, &first);
-    second.write(&daemon.folder);
+    second.write(&daemon.directory);
     wait_for_renewal(&daemon, &authority, &second);
     daemon.wait_for_metric("tls_last_reload_successful", 1.0);
 }
@@ -502,24 +502,24 @@ fn a_failed_renewal_keeps_the_certificate_and_is_reported() {
 #[test]
 fn a_reload_applies_other_files_and_another_client_ca() {
     let (authority, clients) = (Authority::new(), Authority::new());
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    folder.write("clients.pem", &clients.pem());
-    let path = |name: &str| folder.file(name).display().to_string();
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    directory.write("clients.pem", &clients.pem());
+    let path = |name: &str| directory.file(name).display().to_string();
     let paths = format!("tls-cert = {:?}\ntls-key = {:?}\n", path("cert.pem"), path("key.pem"));
     let with_ca = format!("{paths}tls-client-ca = {:?}\n", path("clients.pem"));
-    folder.write("config.toml", &paths);
-    let daemon = Daemon::start_with(folder, |command| {
+    directory.write("config.toml", &paths);
+    let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     });
     let mut before = connect(daemon.keys(), &tls13(&authority));
     assert_eq!(before.send(request("/key/32")).response().status, 200);
-    daemon.folder.write("config.toml", &with_ca);
+    daemon.directory.write("config.toml", &with_ca);
     daemon.signal("HUP");
     daemon.wait_for_log("configuration reloaded");
     assert!(handshake_error(&daemon, &tls13(&authority)).contains("CertificateRequired"));
     assert_eq!(before.send(request("/key/32")).response().status, 200, "an open connection continues");
-    daemon.folder.write("config.toml", "");
+    daemon.directory.write("config.toml", "");
     daemon.signal("HUP");
     daemon.wait_for_log("setting=tls-cert");
     assert!(
@@ -528,7 +528,7 @@ fn a_reload_applies_other_files_and_another_client_ca() {
     );
     daemon.wait_for_log("TLS is no longer configured: it stays on until the next restart");
     assert!(!daemon.log().contains("protection removed"), "{}", daemon.log());
-    daemon.folder.write("config.toml", &paths);
+    daemon.directory.write("config.toml", &paths);
     daemon.signal("HUP");
     daemon.wait_for_log("protection removed by this reload settings=tls-client-ca");
     until("the third reload", || (daemon.log().matches("configuration reloaded").count() == 3).then_some(()));
@@ -549,9 +549,9 @@ const EXPIRES_SOON: &str = "the TLS certificate expires in less than 7 days";
 #[test]
 fn expiry_is_a_metric_and_an_expired_certificate_a_warning() {
     let authority = Authority::new();
-    let folder = Folder::new();
-    authority.issue(|params| params.not_after = date_time_ymd(2020, 1, 1)).write(&folder);
-    let daemon = start(folder, &[]);
+    let directory = TempDirectory::new();
+    authority.issue(|params| params.not_after = date_time_ymd(2020, 1, 1)).write(&directory);
+    let daemon = start(directory, &[]);
     assert_eq!(daemon.metric("tls_certificate_not_after_timestamp_seconds"), 1_577_836_800.0);
     daemon.wait_for_log("INFO keys are served over TLS not_after=2020-01-01T00:00:00Z");
     daemon.wait_for_log(
@@ -566,17 +566,17 @@ fn expiry_is_a_metric_and_an_expired_certificate_a_warning() {
 fn a_certificate_that_expires_within_seven_days_is_a_warning() {
     let authority = Authority::new();
     let warnings = |daemon: &Daemon| daemon.log().matches(EXPIRES_SOON).count();
-    let folder = Folder::new();
-    expiring(&authority, 7 * DAY + HOUR).write(&folder);
-    let daemon = start(folder, &[]);
+    let directory = TempDirectory::new();
+    expiring(&authority, 7 * DAY + HOUR).write(&directory);
+    let daemon = start(directory, &[]);
     daemon.wait_for_log("Keys on"); // the last log line of a start, which another thread writes
     assert_eq!(warnings(&daemon), 0, "{}", daemon.log());
     // A reload by a signal, and one after a change of the files.
-    expiring(&authority, 7 * DAY - HOUR).write(&daemon.folder);
+    expiring(&authority, 7 * DAY - HOUR).write(&daemon.directory);
     daemon.signal("HUP");
     daemon.wait_for_log(EXPIRES_SOON);
     let renewed = authority.issue(|params| params.not_after = date_time_ymd(2100, 2, 28));
-    renewed.write(&daemon.folder);
+    renewed.write(&daemon.directory);
     daemon.wait_for_log("INFO TLS certificate reloaded not_after=2100-02-28T00:00:00Z");
     assert_eq!(warnings(&daemon), 1, "{}", daemon.log());
     // The first certificate of the chain to expire counts: here the second, after one that is valid for longer.
@@ -584,15 +584,15 @@ fn a_certificate_that_expires_within_seven_days_is_a_warning() {
         certificate: renewed.certificate + &expiring(&authority, DAY).certificate,
         key: renewed.key,
     };
-    chain.write(&daemon.folder);
+    chain.write(&daemon.directory);
     until("the second warning", || (warnings(&daemon) == 2).then_some(()));
     let expired = authority.issue(|params| params.not_after = date_time_ymd(2020, 1, 1));
-    expired.write(&daemon.folder);
+    expired.write(&daemon.directory);
     daemon.wait_for_log("the TLS certificate has expired");
     // At a start.
-    let folder = Folder::new();
-    expiring(&authority, DAY).write(&folder);
-    let daemon = start(folder, &[]);
+    let directory = TempDirectory::new();
+    expiring(&authority, DAY).write(&directory);
+    let daemon = start(directory, &[]);
     daemon.wait_for_log("Keys on");
     assert_eq!(warnings(&daemon), 1, "{}", daemon.log());
 }
@@ -600,14 +600,14 @@ fn a_certificate_that_expires_within_seven_days_is_a_warning() {
 #[test]
 fn a_certificate_loaded_without_its_client_ca_is_reported() {
     let (authority, clients) = (Authority::new(), Authority::new());
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    let ca = folder.write("clients.pem", &clients.pem());
-    let daemon = start(folder, &[("TLS_CLIENT_CA", ca.to_str().unwrap())]);
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    let ca = directory.write("clients.pem", &clients.pem());
+    let daemon = start(directory, &[("TLS_CLIENT_CA", ca.to_str().unwrap())]);
     daemon.wait_for_log("Keys on");
     assert!(!daemon.log().contains(EXPIRES_SOON));
-    daemon.folder.write("clients.pem", "no certificate\n");
-    expiring(&authority, DAY).write(&daemon.folder);
+    daemon.directory.write("clients.pem", "no certificate\n");
+    expiring(&authority, DAY).write(&daemon.directory);
     daemon.wait_for_log("TLS reload failed, keeping the previous client CA");
     daemon.wait_for_log("changed TLS certificate loaded not_after=");
     daemon.wait_for_log(EXPIRES_SOON);
@@ -616,10 +616,10 @@ fn a_certificate_loaded_without_its_client_ca_is_reported() {
 #[test]
 fn a_credential_is_loaded_by_name() {
     let authority = Authority::new();
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    let credentials = folder.file("");
-    let daemon = Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    let credentials = directory.file("");
+    let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("CREDENTIALS_DIRECTORY", credentials);
         command.env("KEYSERVICE_TLS_CERT", "credential:cert.pem");
@@ -629,12 +629,12 @@ fn a_credential_is_loaded_by_name() {
 }
 
 /// The exit status of `--check` with these settings, and its errors.
-fn check(folder: &Folder, settings: &[(&str, &str)]) -> (Option<i32>, String) {
-    let mut command = key_service(folder);
+fn check(directory: &TempDirectory, settings: &[(&str, &str)]) -> (Option<i32>, String) {
+    let mut command = key_service(directory);
     command
         .arg("--check")
         .arg("--config")
-        .arg(folder.file("config.toml"))
+        .arg(directory.file("config.toml"))
         .env_remove("CREDENTIALS_DIRECTORY");
     for (name, value) in settings {
         command.env(format!("KEYSERVICE_{name}"), value);
@@ -644,8 +644,8 @@ fn check(folder: &Folder, settings: &[(&str, &str)]) -> (Option<i32>, String) {
 }
 
 /// Checks that `--check` refuses `settings` with all `expected` errors.
-fn assert_refused(folder: &Folder, settings: &[(&str, &str)], expected: &[&str]) {
-    let (status, errors) = check(folder, settings);
+fn assert_refused(directory: &TempDirectory, settings: &[(&str, &str)], expected: &[&str]) {
+    let (status, errors) = check(directory, settings);
     assert_eq!(status, Some(78), "{settings:?}: {errors}");
     for expected in expected {
         assert!(errors.contains(expected), "{settings:?}: {expected}\nis not in\n{errors}");
@@ -654,7 +654,7 @@ fn assert_refused(folder: &Folder, settings: &[(&str, &str)], expected: &[&str])
 
 #[test]
 fn incomplete_or_unknown_tls_settings_are_errors() {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let required = [
         ("TLS_CERT", "tls-cert: expected tls-key beside it, found none (KEYSERVICE_TLS_CERT)"),
         ("TLS_KEY", "tls-key: expected tls-cert beside it, found none (KEYSERVICE_TLS_KEY)"),
@@ -663,13 +663,13 @@ fn incomplete_or_unknown_tls_settings_are_errors() {
             "tls-client-ca: expected tls-cert and tls-key beside it, found none (KEYSERVICE_TLS_CLIENT_CA)",
         ),
     ];
-    Authority::new().server().write(&folder);
-    let path = folder.file("cert.pem").display().to_string();
+    Authority::new().server().write(&directory);
+    let path = directory.file("cert.pem").display().to_string();
     for (setting, expected) in required {
-        assert_refused(&folder, &[(setting, &path)], &[expected]);
+        assert_refused(&directory, &[(setting, &path)], &[expected]);
     }
     assert_refused(
-        &folder,
+        &directory,
         &[("TLS_CERT", "credential:a/b"), ("TLS_MIN_VERSION", "1.1")],
         &[
             "tls-cert: expected a path or credential:NAME, found \"credential:a/b\"",
@@ -681,11 +681,11 @@ fn incomplete_or_unknown_tls_settings_are_errors() {
 #[test]
 fn every_certificate_and_key_error_is_reported_with_source() {
     let authority = Authority::new();
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    let file = |name: &str| folder.file(name).display().to_string();
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    let file = |name: &str| directory.file(name).display().to_string();
     let write = |name: &str, text: &str, mode: u32| {
-        let path = folder.write(name, text);
+        let path = directory.write(name, text);
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         path.display().to_string()
     };
@@ -694,7 +694,7 @@ fn every_certificate_and_key_error_is_reported_with_source() {
     let open = write("open.pem", &authority.server().key, 0o644);
     let broken = write("broken.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n", 0o600);
     let empty = write("empty.pem", "", 0o600);
-    assert_eq!(check(&folder, &[("TLS_CERT", &cert), ("TLS_KEY", &key)]), (Some(0), String::new()));
+    assert_eq!(check(&directory, &[("TLS_CERT", &cert), ("TLS_KEY", &key)]), (Some(0), String::new()));
     for (settings, expected) in [
         (
             vec![("TLS_CERT", &*absent), ("TLS_KEY", &open), ("TLS_CLIENT_CA", &empty), ("WORKERS", "-1")],
@@ -728,7 +728,7 @@ fn every_certificate_and_key_error_is_reported_with_source() {
             vec!["/dev: expected a regular file, found something else (KEYSERVICE_TLS_CERT)"],
         ),
     ] {
-        assert_refused(&folder, &settings, &expected);
+        assert_refused(&directory, &settings, &expected);
     }
 }
 
@@ -761,18 +761,18 @@ fn pem(label: &str, der: &[u8]) -> String {
 
 /// Checks that `--check` reports exactly one error with these files, which contains `expected`.
 fn assert_pem_error(certificate: &str, key: &str, expected: &str) {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     for (name, text) in [("cert.pem", certificate), ("key.pem", key)] {
         // Encoded in Latin-1, so that the cases can have any byte; a byte order mark in UTF-8.
         let bytes = text
             .chars()
             .flat_map(|c| u8::try_from(c).map_or_else(|_| c.to_string().into(), |byte| vec![byte]));
-        fs::write(folder.file(name), bytes.collect::<Vec<_>>()).unwrap();
-        fs::set_permissions(folder.file(name), fs::Permissions::from_mode(0o600)).unwrap();
+        fs::write(directory.file(name), bytes.collect::<Vec<_>>()).unwrap();
+        fs::set_permissions(directory.file(name), fs::Permissions::from_mode(0o600)).unwrap();
     }
-    let file = |name: &str| folder.file(name).display().to_string();
+    let file = |name: &str| directory.file(name).display().to_string();
     let settings = [("TLS_CERT", &*file("cert.pem")), ("TLS_KEY", &file("key.pem"))];
-    let (status, errors) = check(&folder, &settings);
+    let (status, errors) = check(&directory, &settings);
     assert_eq!(status, Some(78), "{expected}: {errors}");
     assert!(errors.contains(expected) && errors.lines().count() == 1, "{expected}\nis not in\n{errors}");
 }
@@ -833,12 +833,12 @@ fn invalid_keys_are_described() {
 #[test]
 fn credentials_missing_in_a_shell_are_not_checked() {
     let authority = Authority::new();
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    let (cert, absent) = (folder.file("cert.pem"), folder.file("absent.pem"));
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    let (cert, absent) = (directory.file("cert.pem"), directory.file("absent.pem"));
     for (cert, status) in [(cert, 0), (absent, 78)] {
         let settings = [("TLS_CERT", cert.to_str().unwrap()), ("TLS_KEY", "credential:tls.key")];
-        let (found, errors) = check(&folder, &settings);
+        let (found, errors) = check(&directory, &settings);
         assert_eq!(found, Some(status), "{errors}");
         assert_eq!(errors.contains("tls-key: credential:tls.key is not checked"), status == 0, "{errors}");
         assert_eq!(errors.lines().count(), 1, "{errors}");
@@ -848,10 +848,10 @@ fn credentials_missing_in_a_shell_are_not_checked() {
 #[test]
 fn files_writable_by_others_are_refused() {
     let authority = Authority::new();
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    folder.write("ca.pem", &authority.pem());
-    let file = |name: &str| folder.file(name).to_str().unwrap().to_owned();
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    directory.write("ca.pem", &authority.pem());
+    let file = |name: &str| directory.file(name).to_str().unwrap().to_owned();
     let settings = [
         ("TLS_CERT", &*file("cert.pem")),
         ("TLS_KEY", &*file("key.pem")),
@@ -862,24 +862,24 @@ fn files_writable_by_others_are_refused() {
         [("cert.pem", "tls-cert", 0o644), ("key.pem", "tls-key", 0o640), ("ca.pem", "tls-client-ca", 0o444)]
     {
         for (mode, status) in [(0o400, 0), (0o440, 0), (good, 0), (0o660, 78), (good | 0o002, 78)] {
-            fs::set_permissions(folder.file(name), fs::Permissions::from_mode(mode)).unwrap();
-            let (found, errors) = check(&folder, &settings);
+            fs::set_permissions(directory.file(name), fs::Permissions::from_mode(mode)).unwrap();
+            let (found, errors) = check(&directory, &settings);
             assert_eq!(found, Some(status), "{name} {mode:o}: {errors}");
             let expected =
                 format!("{setting}: {}: expected a file that only its owner may write to", file(name));
             assert_eq!(errors.contains(&expected), status != 0, "{name} {mode:o}: {errors}");
         }
-        fs::set_permissions(folder.file(name), fs::Permissions::from_mode(good)).unwrap();
+        fs::set_permissions(directory.file(name), fs::Permissions::from_mode(good)).unwrap();
     }
 }
 
 #[test]
 fn a_missing_or_writable_client_ca_stays_in_force() {
     let (authority, clients) = (Authority::new(), Authority::new());
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    let ca = folder.write("clients.pem", &clients.pem());
-    let daemon = start(folder, &[("TLS_CLIENT_CA", ca.to_str().unwrap())]);
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    let ca = directory.write("clients.pem", &clients.pem());
+    let daemon = start(directory, &[("TLS_CLIENT_CA", ca.to_str().unwrap())]);
     let reload = || {
         daemon.signal("HUP");
         daemon.manager.wait_for("RELOADING=1");
@@ -900,11 +900,11 @@ fn a_missing_or_writable_client_ca_stays_in_force() {
 fn a_renewal_is_loaded_while_the_configuration_is_refused() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
-    daemon.folder.write("config.toml", "max-sise = 1\n");
+    daemon.directory.write("config.toml", "max-sise = 1\n");
     daemon.signal("HUP");
     daemon.wait_for_log("keeping the previous configuration");
     let renewed = authority.server();
-    renewed.write(&daemon.folder);
+    renewed.write(&daemon.directory);
     wait_for_renewal(&daemon, &authority, &renewed);
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
     daemon.wait_for_metric("tls_last_reload_successful", 1.0);
@@ -914,10 +914,10 @@ fn a_renewal_is_loaded_while_the_configuration_is_refused() {
 fn health_accepts_only_the_configured_certificate() {
     let authority = Authority::new();
     let daemon = daemon(&authority, &[]);
-    let health = |folder: &Folder, url: String, ca: Option<&str>| {
-        let mut command = key_service(folder);
+    let health = |directory: &TempDirectory, url: String, ca: Option<&str>| {
+        let mut command = key_service(directory);
         command.args(["health", "--url", &url]);
-        command.env("KEYSERVICE_TLS_CERT", folder.file("cert.pem"));
+        command.env("KEYSERVICE_TLS_CERT", directory.file("cert.pem"));
         command.env("KEYSERVICE_TLS_KEY", "/absent: not read by health");
         if let Some(ca) = ca {
             command.env("KEYSERVICE_TLS_CLIENT_CA", ca);
@@ -925,8 +925,11 @@ fn health_accepts_only_the_configured_certificate() {
         let ended = run_to_end(command);
         (ended.status.code(), String::from_utf8([ended.stdout, ended.stderr].concat()).unwrap())
     };
-    assert_eq!(health(&daemon.folder, format!("https://{}", daemon.keys()), None), (Some(0), "OK\n".into()));
-    let stranger = Folder::new();
+    assert_eq!(
+        health(&daemon.directory, format!("https://{}", daemon.keys()), None),
+        (Some(0), "OK\n".into())
+    );
+    let stranger = TempDirectory::new();
     authority.server().write(&stranger);
     let (status, output) = health(&stranger, format!("https://{}", daemon.keys()), None);
     assert_eq!(status, Some(1));
@@ -939,24 +942,24 @@ fn health_finds_a_tls_service_by_its_configuration() {
     for case in ["", "mutual", "certificate only", "unreadable files", "credentials", "errors", "URL only"] {
         let mutual = case == "mutual";
         let authority = Authority::new();
-        let folder = Folder::new();
-        authority.server().write(&folder);
+        let directory = TempDirectory::new();
+        authority.server().write(&directory);
         let ((_keys, keys), (_metrics, metrics)) = (held_port(), held_port());
-        let file = |name: &str| folder.file(name).display().to_string();
+        let file = |name: &str| directory.file(name).display().to_string();
         let mut config = format!(
             "host = \"127.0.0.1\"\nsrv-port = {keys}\nmetrics-port = {metrics}\ntls-cert = {:?}\ntls-key = {:?}\n",
             file("cert.pem"),
             file("key.pem")
         );
         if mutual {
-            folder.write("clients.pem", &Authority::new().pem());
+            directory.write("clients.pem", &Authority::new().pem());
             config += &format!("tls-client-ca = {:?}\n", file("clients.pem"));
         }
-        folder.write("config.toml", &config);
-        let daemon = Daemon::start_with(folder, |_| {});
+        directory.write("config.toml", &config);
+        let daemon = Daemon::start_with(directory, |_| {});
         // The caller of health may have another configuration than the service.
         let addresses = format!("host = \"127.0.0.1\"\nsrv-port = {keys}\nmetrics-port = {metrics}\n");
-        let certificate = format!("tls-cert = {:?}\n", daemon.folder.file("cert.pem"));
+        let certificate = format!("tls-cert = {:?}\n", daemon.directory.file("cert.pem"));
         let credentials =
             "tls-cert = \"credential:a\"\ntls-key = \"credential:b\"\ntokens-file = \"credential:c\"\n";
         let caller_config = match case {
@@ -969,8 +972,8 @@ fn health_finds_a_tls_service_by_its_configuration() {
             "URL only" => "not TOML".into(),
             _ => config,
         };
-        let path = daemon.folder.write("caller.toml", &caller_config);
-        let mut command = key_service(&daemon.folder);
+        let path = daemon.directory.write("caller.toml", &caller_config);
+        let mut command = key_service(&daemon.directory);
         command.arg("health").arg("--config").arg(path).env_remove("CREDENTIALS_DIRECTORY");
         if case == "URL only" {
             command.args(["--url", &format!("http://127.0.0.1:{metrics}")]);
@@ -983,13 +986,13 @@ fn health_finds_a_tls_service_by_its_configuration() {
 
 #[test]
 fn health_names_an_unreadable_certificate() {
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let (_metrics, metrics) = held_port(); // nothing listens there
     for (port, expected) in [
         (metrics, format!("127.0.0.1:{metrics}/health: Connection refused (os error 111) (metrics: /absent: expected a file")),
         (1123, "expected a metrics-port of its own to check health, found that of srv-port: /absent: expected a file".into()),
     ] {
-        let mut command = key_service(&folder);
+        let mut command = key_service(&directory);
         command.args(["health", "--host", "127.0.0.1", "--metrics-port", &port.to_string()]);
         command.env("KEYSERVICE_TLS_CERT", "/absent");
         let ended = run_to_end(command);
@@ -1022,7 +1025,7 @@ fn health_reports_the_wrong_protocol() {
     let found_tls = "expected plain HTTP, found a port that speaks TLS: set the service's certificate (tls-cert, or \
                       KEYSERVICE_TLS_CERT=FILE) and use --url https://";
     let health = |url: Option<String>, address: SocketAddr, settings: &[(&str, &str)]| {
-        let mut command = key_service(&daemon.folder);
+        let mut command = key_service(&daemon.directory);
         command.args(["health", "--host", "127.0.0.1", "--srv-port", &address.port().to_string()]);
         for (name, value) in settings {
             command.env(format!("KEYSERVICE_{name}"), value);
@@ -1045,7 +1048,7 @@ fn health_reports_the_wrong_protocol() {
     ] {
         assert!(output.contains(found_tls), "{output}");
     }
-    let certificate = daemon.folder.file("cert.pem").display().to_string();
+    let certificate = daemon.directory.file("cert.pem").display().to_string();
     let pinned = [("TLS_CERT", certificate.as_str())];
     let output = health(Some(format!("https://{}", daemon.metrics())), keys, &pinned);
     assert!(output.contains("expected TLS, found something else: use --url http://"), "{output}");
@@ -1067,12 +1070,12 @@ fn health_reports_the_wrong_protocol() {
 #[test]
 fn unix_sockets_do_not_use_tls() {
     let authority = Authority::new();
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    let (certificate, key) = (folder.file("cert.pem"), folder.file("key.pem"));
-    let host = format!("unix:{}", folder.file("keys").display());
-    let socket = folder.file("keys");
-    let _daemon = Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    let (certificate, key) = (directory.file("cert.pem"), directory.file("key.pem"));
+    let host = format!("unix:{}", directory.file("keys").display());
+    let socket = directory.file("keys");
+    let _daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", &host, "--metrics-port", "0"]);
         command.env("KEYSERVICE_TLS_CERT", certificate).env("KEYSERVICE_TLS_KEY", key);
     });

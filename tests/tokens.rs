@@ -12,12 +12,12 @@ use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
-use common::{Daemon, Folder, Response, exchange, get, key_service, run_to_end};
+use common::{Daemon, Response, TempDirectory, exchange, get, key_service, run_to_end};
 
 /// A new token and its line in the tokens file.
 fn new_token(options: &[&str]) -> (String, String) {
-    let folder = Folder::new();
-    let mut command = key_service(&folder);
+    let directory = TempDirectory::new();
+    let mut command = key_service(&directory);
     command.args(["token", "new", "--name", "ci"]).args(options);
     let ended = run_to_end(command);
     assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
@@ -28,9 +28,9 @@ fn new_token(options: &[&str]) -> (String, String) {
 
 /// A daemon that requires one of the tokens in `lines`.
 fn start(lines: &str, settings: &[(&str, &str)]) -> Daemon {
-    let folder = Folder::new();
-    let path = write(&folder.file("tokens"), lines);
-    Daemon::start_with(folder, |command| {
+    let directory = TempDirectory::new();
+    let path = write(&directory.file("tokens"), lines);
+    Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("KEYSERVICE_TOKENS_FILE", path);
         for (name, value) in settings {
@@ -140,7 +140,7 @@ fn a_reload_rotates_tokens_on_open_connections() {
     let (old, old_line) = new_token(&[]);
     let (new, new_line) = new_token(&[]);
     let daemon = start(&old_line, &[]);
-    let file = daemon.folder.file("tokens");
+    let file = daemon.directory.file("tokens");
     let mut client = common::Client::connect(daemon.keys());
     let mut status = |token: &str| {
         client.send(request("/key/32", &format!("Authorization: Bearer {token}\r\n"))).response().status
@@ -182,11 +182,11 @@ fn a_changed_tokens_file_is_reloaded_without_a_signal() {
         symlink(name, volume.join("..data_tmp")).unwrap();
         fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
     };
-    let folder = Folder::new();
-    let (volume, path) = (folder.file(""), folder.file("tokens"));
+    let directory = TempDirectory::new();
+    let (volume, path) = (directory.file(""), directory.file("tokens"));
     publish(&volume, "..1", &old_line);
     symlink("..data/tokens", &path).unwrap();
-    let daemon = Daemon::start_with(folder, |command| {
+    let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("KEYSERVICE_TOKENS_FILE", path);
     });
@@ -202,7 +202,7 @@ fn a_changed_tokens_file_is_reloaded_without_a_signal() {
 fn a_missing_or_writable_tokens_file_changes_nothing() {
     let (token, line) = new_token(&[]);
     let daemon = start(&line, &[]);
-    let file = daemon.folder.file("tokens");
+    let file = daemon.directory.file("tokens");
     let reload = || {
         daemon.signal("HUP");
         daemon.manager.wait_for("RELOADING=1");
@@ -223,11 +223,11 @@ fn a_token_is_revoked_while_the_configuration_is_refused() {
     let (old, old_line) = new_token(&[]);
     let (new, new_line) = new_token(&[]);
     let daemon = start(&old_line, &[]);
-    daemon.folder.write("config.toml", "max-sise = 1\n");
+    daemon.directory.write("config.toml", "max-sise = 1\n");
     daemon.signal("HUP");
     daemon.wait_for_log("keeping the previous configuration");
     let mut client = common::Client::connect(daemon.keys());
-    write(&daemon.folder.file("tokens"), &new_line);
+    write(&daemon.directory.file("tokens"), &new_line);
     wait_for_status(&mut client, &old, 401);
     wait_for_status(&mut client, &new, 200);
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
@@ -236,15 +236,15 @@ fn a_token_is_revoked_while_the_configuration_is_refused() {
 #[test]
 fn every_error_in_a_tokens_file_is_reported_without_secrets() {
     let (token, line) = new_token(&[]);
-    let folder = Folder::new();
+    let directory = TempDirectory::new();
     let hash = line.split(' ').nth(1).unwrap();
     let lines = format!(
         "{line}\nci {token}\n{token}\nb {hash}\nc sha256:12\nna/me {hash}\nd {hash} max-size=0\nd {hash} color=red\n\
          d {hash} expires=2027-02-30\nd {hash} max-size=1 max-size=2\n"
     );
-    let path = write(&folder.file("tokens"), &lines);
+    let path = write(&directory.file("tokens"), &lines);
     let check = || {
-        let mut command = key_service(&folder);
+        let mut command = key_service(&directory);
         command.arg("--check").env("KEYSERVICE_TOKENS_FILE", &path);
         let ended = run_to_end(command);
         (ended.status.code(), String::from_utf8(ended.stderr).unwrap())
@@ -281,8 +281,8 @@ fn every_error_in_a_tokens_file_is_reported_without_secrets() {
 #[test]
 fn a_tokens_file_may_be_a_systemd_credential() {
     let (token, line) = new_token(&[]);
-    let folder = Folder::new();
-    let credentials = folder.file("credentials");
+    let directory = TempDirectory::new();
+    let credentials = directory.file("credentials");
     fs::create_dir(&credentials).unwrap();
     write(&credentials.join("tokens"), &line);
     // Under systemd, a missing credential is an error of the unit. A shell has no credentials, so the check only reports that.
@@ -299,8 +299,8 @@ fn a_tokens_file_may_be_a_systemd_credential() {
         ("none", shell, true, 78),
     ] {
         let mut command = common::process::shell(invoker);
-        common::scrub(&mut command, &folder);
-        command.args([&common::binary(), "--check", "--config"]).arg(folder.file("config.toml"));
+        common::scrub(&mut command, &directory);
+        command.args([&common::binary(), "--check", "--config"]).arg(directory.file("config.toml"));
         command.env("KEYSERVICE_TOKENS_FILE", format!("credential:{name}"));
         command.env_remove("CREDENTIALS_DIRECTORY");
         if has_directory {
@@ -315,7 +315,7 @@ fn a_tokens_file_may_be_a_systemd_credential() {
             "{errors}"
         );
     }
-    let daemon = Daemon::start_with(folder, |command| {
+    let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("KEYSERVICE_TOKENS_FILE", "credential:tokens").env("CREDENTIALS_DIRECTORY", credentials);
     });
@@ -325,7 +325,7 @@ fn a_tokens_file_may_be_a_systemd_credential() {
 /// The status of a response from a Unix socket.
 fn unix_status(path: &Path, request: &str) -> u16 {
     let mut stream = UnixStream::connect(path).unwrap();
-    stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(common::TIMEOUT)).unwrap();
     stream.write_all(request.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n").as_bytes()).unwrap();
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).unwrap();
@@ -336,10 +336,10 @@ fn unix_status(path: &Path, request: &str) -> u16 {
 fn a_unix_socket_has_its_mode_and_needs_a_token_unless_trusted() {
     for (trust, mode, status) in [("false", "0600", 401), ("true", "0666", 200)] {
         let (token, line) = new_token(&[]);
-        let folder = Folder::new();
-        let socket = folder.file("socket");
-        let tokens = write(&folder.file("tokens"), &line);
-        let _daemon = Daemon::start_with(folder, |command| {
+        let directory = TempDirectory::new();
+        let socket = directory.file("socket");
+        let tokens = write(&directory.file("tokens"), &line);
+        let _daemon = Daemon::start_with(directory, |command| {
             command.env("KEYSERVICE_HOST", format!("unix:{}", socket.display()));
             command.args(["--metrics-port", "0"]).env("KEYSERVICE_TOKENS_FILE", tokens);
             command.env("KEYSERVICE_UNIX_TRUST", trust).env("KEYSERVICE_UNIX_MODE", mode);

@@ -17,7 +17,7 @@ use rustls::version::TLS13;
 use tempfile::TempDir;
 
 use common::tls::{Authority, Identity, connect, trusting};
-use common::{Client, Daemon, Folder, key_service, run_to_end, until};
+use common::{Client, Daemon, TempDirectory, key_service, run_to_end, until};
 
 /// How long a change may take to take effect after the kubelet's update.
 const UPDATE_MAX: Duration = Duration::from_secs(30);
@@ -76,7 +76,7 @@ impl Volume {
 
 /// A new token and its line of the tokens file.
 fn new_token(name: &str) -> (String, String) {
-    let mut command = key_service(&Folder::new());
+    let mut command = key_service(&TempDirectory::new());
     command.args(["token", "new", "--name", name]);
     let text = String::from_utf8(run_to_end(command).stdout).unwrap();
     let (token, line) = text.split_once('\n').unwrap();
@@ -85,14 +85,14 @@ fn new_token(name: &str) -> (String, String) {
 
 /// Starts a daemon with a configuration from a ConfigMap, and settings that name files of a Secret.
 fn start(config: &Volume, settings: &[(&str, PathBuf)]) -> Daemon {
-    let folder = Folder::new();
-    let mut command = key_service(&folder);
+    let directory = TempDirectory::new();
+    let mut command = key_service(&directory);
     command.arg("--config").arg(config.file("config.toml"));
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     for (name, path) in settings {
         command.env(format!("KEYSERVICE_{name}"), path);
     }
-    Daemon::run(folder, command)
+    Daemon::run(directory, command)
 }
 
 fn config() -> Volume {

@@ -9,22 +9,27 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::{Daemon, Folder, PATIENCE};
+use super::{Daemon, TIMEOUT, TempDirectory};
 
-/// A daemon that inherited a credential socket, in its folder.
+/// A daemon that inherited a credential socket, in its directory.
 pub fn start(config: &str, settings: &[(&str, &str)]) -> Daemon {
-    let folder = Folder::new();
-    folder.write("config.toml", config);
-    let listener = UnixListener::bind(folder.file("credential.sock")).unwrap();
-    let command = activated(&folder, "credential", listener.into(), settings);
-    Daemon::run(folder, command)
+    let directory = TempDirectory::new();
+    directory.write("config.toml", config);
+    let listener = UnixListener::bind(directory.file("credential.sock")).unwrap();
+    let command = activated(&directory, "credential", listener.into(), settings);
+    Daemon::run(directory, command)
 }
 
 /// The daemon with descriptor 3 handed over under a name (sd_listen_fds(3)).
-pub fn activated(folder: &Folder, name: &str, socket: OwnedFd, settings: &[(&str, &str)]) -> Command {
+pub fn activated(
+    directory: &TempDirectory,
+    name: &str,
+    socket: OwnedFd,
+    settings: &[(&str, &str)],
+) -> Command {
     let mut command = super::process::shell("exec 3<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null");
-    super::scrub(&mut command, folder);
-    command.arg(super::binary()).arg("--config").arg(folder.file("config.toml"));
+    super::scrub(&mut command, directory);
+    command.arg(super::binary()).arg("--config").arg(directory.file("config.toml"));
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     for (name, value) in settings {
         command.env(format!("KEYSERVICE_{name}"), value);
@@ -34,7 +39,7 @@ pub fn activated(folder: &Folder, name: &str, socket: OwnedFd, settings: &[(&str
 }
 
 /// Connects as systemd does: bound to an abstract name, and with nothing to say.
-pub fn connect(folder: &Folder, name: Option<&[u8]>) -> UnixStream {
+pub fn connect(directory: &TempDirectory, name: Option<&[u8]>) -> UnixStream {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
     if let Some(name) = name {
         let mut path = vec![0];
@@ -42,22 +47,22 @@ pub fn connect(folder: &Folder, name: Option<&[u8]>) -> UnixStream {
         let path: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&path);
         socket.bind(&SockAddr::unix(path).unwrap()).unwrap();
     }
-    socket.connect(&SockAddr::unix(folder.file("credential.sock")).unwrap()).unwrap();
+    socket.connect(&SockAddr::unix(directory.file("credential.sock")).unwrap()).unwrap();
     let stream = UnixStream::from(OwnedFd::from(socket));
     stream.shutdown(Shutdown::Write).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     stream
 }
 
-pub fn fetch_raw(folder: &Folder, name: Option<&[u8]>) -> Vec<u8> {
+pub fn fetch_raw(directory: &TempDirectory, name: Option<&[u8]>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    connect(folder, name).read_to_end(&mut bytes).unwrap();
+    connect(directory, name).read_to_end(&mut bytes).unwrap();
     bytes
 }
 
 /// What `unit` gets for `credential`; the random part of the name is not used twice.
-pub fn fetch(folder: &Folder, unit: &str, credential: &str) -> Vec<u8> {
+pub fn fetch(directory: &TempDirectory, unit: &str, credential: &str) -> Vec<u8> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let random = u64::from(std::process::id()) << 32 | NEXT.fetch_add(1, Ordering::Relaxed);
-    fetch_raw(folder, Some(format!("{random:x}/unit/{unit}/{credential}").as_bytes()))
+    fetch_raw(directory, Some(format!("{random:x}/unit/{unit}/{credential}").as_bytes()))
 }

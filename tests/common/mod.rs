@@ -31,12 +31,12 @@ pub use process::{Process, binary, run_to_end};
 pub const IS_SLOW: bool = option_env!("SLOW").is_some();
 
 /// Far longer than anything here takes; only a hang meets it.
-pub const PATIENCE: Duration = Duration::from_secs(if IS_SLOW { 300 } else { 30 });
+pub const TIMEOUT: Duration = Duration::from_secs(if IS_SLOW { 300 } else { 30 });
 
-/// A folder that is gone with the test.
-pub struct Folder(TempDir);
+/// A directory that is gone with the test.
+pub struct TempDirectory(TempDir);
 
-impl Folder {
+impl TempDirectory {
     pub fn new() -> Self {
         Self(TempDir::with_prefix("key-service-").unwrap())
     }
@@ -56,23 +56,23 @@ impl Folder {
 }
 
 /// The binary, in an environment that says nothing to it, with no configuration file of the host's.
-pub fn key_service(folder: &Folder) -> Command {
+pub fn key_service(directory: &TempDirectory) -> Command {
     let mut command = process::daemon();
-    scrub(&mut command, folder);
+    scrub(&mut command, directory);
     command
 }
 
 /// Takes out of a command's environment whatever would reach the daemon.
-pub fn scrub(command: &mut Command, folder: &Folder) {
+pub fn scrub(command: &mut Command, directory: &TempDirectory) {
     for (name, _) in std::env::vars() {
         let is_ours = ["KEYSERVICE_", "LISTEN_", "WATCHDOG_"].iter().any(|prefix| name.starts_with(prefix));
         if is_ours || name == "NOTIFY_SOCKET" || name == "JOURNAL_STREAM" {
             command.env_remove(name);
         }
     }
-    let config = folder.file("config.toml");
+    let config = directory.file("config.toml");
     if !config.exists() {
-        folder.write("config.toml", "");
+        directory.write("config.toml", "");
     }
     command.env("TEST_CONFIG", config);
 }
@@ -81,10 +81,10 @@ pub fn scrub(command: &mut Command, folder: &Folder) {
 pub struct Manager(UnixDatagram);
 
 impl Manager {
-    pub fn new(folder: &Folder) -> (Self, PathBuf) {
-        let path = folder.file("notify");
+    pub fn new(directory: &TempDirectory) -> (Self, PathBuf) {
+        let path = directory.file("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
         (Self(socket), path)
     }
 
@@ -98,7 +98,7 @@ impl Manager {
     /// The first message with a line that starts so; others are passed over.
     pub fn wait_for(&self, start: &str) -> Vec<String> {
         let since = Instant::now();
-        while since.elapsed() < PATIENCE {
+        while since.elapsed() < TIMEOUT {
             let message = self.message();
             if message.iter().any(|line| line.starts_with(start)) {
                 return message;
@@ -112,7 +112,7 @@ impl Manager {
 pub struct Daemon {
     process: Process,
     pub manager: Manager,
-    pub folder: Folder,
+    pub directory: TempDirectory,
     pub status: String,
     stderr: PathBuf,
 }
@@ -120,7 +120,7 @@ pub struct Daemon {
 impl Daemon {
     /// On free ports of loopback, with settings as environment variables (`MAX_SIZE` for `KEYSERVICE_MAX_SIZE`).
     pub fn start(settings: &[(&str, &str)]) -> Self {
-        Self::start_with(Folder::new(), |command| {
+        Self::start_with(TempDirectory::new(), |command| {
             command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
             for (name, value) in settings {
                 command.env(format!("KEYSERVICE_{name}"), value);
@@ -128,37 +128,37 @@ impl Daemon {
         })
     }
 
-    /// With `--config` to the folder's config.toml, and whatever `prepare` adds.
-    pub fn start_with(folder: Folder, prepare: impl FnOnce(&mut Command)) -> Self {
-        let mut command = key_service(&folder);
-        command.arg("--config").arg(folder.file("config.toml"));
+    /// With `--config` to the directory's config.toml, and whatever `prepare` adds.
+    pub fn start_with(directory: TempDirectory, prepare: impl FnOnce(&mut Command)) -> Self {
+        let mut command = key_service(&directory);
+        command.arg("--config").arg(directory.file("config.toml"));
         prepare(&mut command);
-        Self::run(folder, command)
+        Self::run(directory, command)
     }
 
     /// Whatever `command` becomes; it has to say READY.
-    pub fn run(folder: Folder, mut command: Command) -> Self {
-        command.stderr(std::fs::File::create(folder.file("stderr")).unwrap());
-        Self::spawn(folder, command)
+    pub fn run(directory: TempDirectory, mut command: Command) -> Self {
+        command.stderr(std::fs::File::create(directory.file("stderr")).unwrap());
+        Self::spawn(directory, command)
     }
 
     /// As [`Daemon::start_with`], with a standard error of the test's.
     pub fn start_with_stderr(
-        folder: Folder,
+        directory: TempDirectory,
         stderr: impl Into<Stdio>,
         prepare: impl FnOnce(&mut Command),
     ) -> Self {
-        let mut command = key_service(&folder);
-        command.arg("--config").arg(folder.file("config.toml"));
+        let mut command = key_service(&directory);
+        command.arg("--config").arg(directory.file("config.toml"));
         prepare(&mut command);
         command.stderr(stderr);
-        folder.write("stderr", "");
-        Self::spawn(folder, command)
+        directory.write("stderr", "");
+        Self::spawn(directory, command)
     }
 
-    fn spawn(folder: Folder, mut command: Command) -> Self {
-        let (manager, notify) = Manager::new(&folder);
-        let stderr = folder.file("stderr");
+    fn spawn(directory: TempDirectory, mut command: Command) -> Self {
+        let (manager, notify) = Manager::new(&directory);
+        let stderr = directory.file("stderr");
         command.env("NOTIFY_SOCKET", notify);
         let mut process = Process::spawn(command);
         manager.0.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
@@ -174,10 +174,10 @@ impl Daemon {
             if let Some(ended) = process.try_wait() {
                 panic!("the daemon ended with {ended} instead of getting ready:\n{}", log());
             }
-            assert!(since.elapsed() < PATIENCE, "the daemon does not get ready:\n{}", log());
+            assert!(since.elapsed() < TIMEOUT, "the daemon does not get ready:\n{}", log());
         };
-        manager.0.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self { process, manager, folder, status, stderr }
+        manager.0.set_read_timeout(Some(TIMEOUT)).unwrap();
+        Self { process, manager, directory, status, stderr }
     }
 
     /// Where keys are served (the first address).
@@ -252,7 +252,7 @@ pub fn until<T>(what: &str, mut happens: impl FnMut() -> Option<T>) -> T {
         if let Some(result) = happens() {
             return result;
         }
-        assert!(since.elapsed() < PATIENCE, "waited in vain for {what}");
+        assert!(since.elapsed() < TIMEOUT, "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -270,7 +270,7 @@ impl Client {
 
     /// On a connection that is there.
     pub fn on(stream: TcpStream) -> Self {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream.set_nodelay(true).unwrap();
         Self::over(stream)
     }
@@ -420,7 +420,7 @@ pub fn connect_from(source: &str, to: SocketAddr) -> TcpStream {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.bind(&source.into()).unwrap();
     socket.connect(&to.into()).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     socket.into()
 }
 

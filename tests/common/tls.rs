@@ -11,7 +11,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned, SupportedProtocolVersion};
 
-use super::{Client, Daemon, Folder, PATIENCE};
+use super::{Client, Daemon, TIMEOUT, TempDirectory};
 
 pub type Secure = StreamOwned<ClientConnection, TcpStream>;
 
@@ -68,12 +68,12 @@ impl Authority {
 }
 
 impl Identity {
-    /// As cert.pem and key.pem in `folder`. Renamed into place, so that no half of a file is ever read.
-    pub fn write(&self, folder: &Folder) {
+    /// As cert.pem and key.pem in `directory`. Renamed into place, so that no half of a file is ever read.
+    pub fn write(&self, directory: &TempDirectory) {
         for (name, text) in [("cert.pem", &self.certificate), ("key.pem", &self.key)] {
-            let new = folder.write(&format!("{name}.new"), text);
+            let new = directory.write(&format!("{name}.new"), text);
             std::fs::set_permissions(&new, Permissions::from_mode(0o600)).unwrap();
-            std::fs::rename(new, folder.file(name)).unwrap();
+            std::fs::rename(new, directory.file(name)).unwrap();
         }
     }
 
@@ -108,23 +108,23 @@ pub fn connect(address: SocketAddr, config: &Arc<ClientConfig>) -> Client<Secure
 
 /// TLS on a connection that is there.
 pub fn connect_over(stream: TcpStream, config: &Arc<ClientConfig>) -> Client<Secure> {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     stream.set_nodelay(true).unwrap();
     let name = ServerName::from(stream.peer_addr().unwrap().ip());
     Client::over(StreamOwned::new(ClientConnection::new(Arc::clone(config), name).unwrap(), stream))
 }
 
-/// A daemon with an identity of `authority` in its folder, and more settings.
+/// A daemon with an identity of `authority` in its directory, and more settings.
 pub fn daemon(authority: &Authority, settings: &[(&str, &str)]) -> Daemon {
-    let folder = Folder::new();
-    authority.server().write(&folder);
-    start(folder, settings)
+    let directory = TempDirectory::new();
+    authority.server().write(&directory);
+    start(directory, settings)
 }
 
-/// A daemon with cert.pem and key.pem of its folder.
-pub fn start(folder: Folder, settings: &[(&str, &str)]) -> Daemon {
-    let (certificate, key) = (folder.file("cert.pem"), folder.file("key.pem"));
-    Daemon::start_with(folder, |command| {
+/// A daemon with cert.pem and key.pem of its directory.
+pub fn start(directory: TempDirectory, settings: &[(&str, &str)]) -> Daemon {
+    let (certificate, key) = (directory.file("cert.pem"), directory.file("key.pem"));
+    Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("KEYSERVICE_TLS_CERT", certificate).env("KEYSERVICE_TLS_KEY", key);
         for (name, value) in settings {
