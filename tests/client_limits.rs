@@ -12,7 +12,7 @@ use common::{Client, Daemon, IS_SLOW, Response, TIMEOUT, connect_from, request, 
 
 /// Sends one request from the address `source` of this host.
 fn exchange_from(source: &str, to: SocketAddr, request: &str) -> Response {
-    Client::on(connect_from(source, to)).send(request).response()
+    Client::from_tcp(connect_from(source, to)).send(request).response()
 }
 
 /// The status of one request from the address `source`.
@@ -55,7 +55,7 @@ fn each_address_has_its_own_rate_and_rate_limit_headers() {
 #[test]
 fn key_bytes_count_but_errors_and_head_requests_do_not() {
     let daemon = Daemon::start(&[("RATE_BYTES", "1"), ("RATE_BURST", "1000"), ("MAX_SIZE", "100000")]);
-    let mut client = Client::on(connect_from("127.0.0.2", daemon.keys()));
+    let mut client = Client::from_tcp(connect_from("127.0.0.2", daemon.keys()));
     for _ in 0..20 {
         assert_eq!(client.send(request("/key/0")).response().status, 400);
         assert_eq!(client.send(request("/key/900").replace("GET", "HEAD")).head_response().status, 200);
@@ -216,11 +216,12 @@ fn a_million_addresses_use_no_more_memory_and_reset_no_limit() {
 #[test]
 fn one_address_can_not_take_every_connection() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS_PER_CLIENT", "3"), ("HEAD_TIMEOUT", "3600")]);
-    let mut held: Vec<_> = (0..3).map(|_| Client::on(connect_from("127.0.0.2", daemon.keys()))).collect();
+    let mut held: Vec<_> =
+        (0..3).map(|_| Client::from_tcp(connect_from("127.0.0.2", daemon.keys()))).collect();
     for client in &mut held {
         assert_eq!(client.send(request("/key/32")).response().status, 200);
     }
-    let mut over_limit = Client::on(connect_from("127.0.0.2", daemon.keys()));
+    let mut over_limit = Client::from_tcp(connect_from("127.0.0.2", daemon.keys()));
     let refused = over_limit.send(request("/key/32")).response();
     assert_eq!((refused.status, refused.header("connection")), (503, Some("close")));
     assert!(refused.header("retry-after").is_some());
@@ -249,7 +250,7 @@ fn a_trusted_proxy_has_no_connection_limit() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS_PER_CLIENT", "1"), ("TRUSTED_PROXIES", "127.0.0.9")]);
     let held: Vec<_> = (0..50)
         .map(|_| {
-            let mut client = Client::on(connect_from("127.0.0.9", daemon.keys()));
+            let mut client = Client::from_tcp(connect_from("127.0.0.9", daemon.keys()));
             assert_eq!(client.send(request("/key/1")).response().status, 200);
             client
         })

@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::HashSet;
 
-use common::formats::{FORMATS, batch, key};
+use common::formats::{FORMATS, decode_batch, decode_key};
 use common::{Client, Daemon, exchange, request};
 
 fn media_type(format: &str) -> &'static str {
@@ -27,7 +27,7 @@ fn every_format_has_the_requested_length_also_for_head() {
         for length in lengths {
             let path = format!("/key/{length}?format={format}");
             let response = client.send(request(&path)).response();
-            assert_eq!(key(format, &response).len(), length, "{path}");
+            assert_eq!(decode_key(format, &response).len(), length, "{path}");
             for (name, value) in [
                 ("content-type", media_type(format)),
                 ("cache-control", "no-store"),
@@ -95,7 +95,8 @@ fn every_bit_of_a_key_varies() {
     let mut client = Client::connect(daemon.keys());
     for format in FORMATS {
         let path = format!("/key/32?format={format}");
-        let keys: Vec<_> = (0..64).map(|_| key(format, &client.send(request(&path)).response())).collect();
+        let keys: Vec<_> =
+            (0..64).map(|_| decode_key(format, &client.send(request(&path)).response())).collect();
         for at in 0..32 {
             let (all, any) = keys.iter().fold((0xff, 0), |(all, any), key| (all & key[at], any | key[at]));
             assert_eq!((all, any), (0, 0xff), "{format}: byte {at}");
@@ -119,8 +120,8 @@ fn accept_selects_the_format_and_the_query_wins() {
     ] {
         let response = get("/key/32", accept);
         assert_eq!(response.header("content-type"), Some(media_type(format)), "{accept}");
-        assert_eq!(key(format, &response).len(), 32);
-        assert_eq!(key("base64", &get("/key/32?format=base64", accept)).len(), 32);
+        assert_eq!(decode_key(format, &response).len(), 32);
+        assert_eq!(decode_key("base64", &get("/key/32?format=base64", accept)).len(), 32);
     }
     let refused = get("/key/32", "image/png");
     assert_eq!(refused.status, 406);
@@ -153,7 +154,7 @@ fn a_batch_has_the_requested_number_of_distinct_keys() {
         for (length, count) in [(32, 1), (16, 2), (32, 100), (64, 1024), (1000, 65), (65_536, 1)] {
             let path = format!("/key/{length}?count={count}&format={format}");
             let response = client.send(request(&path)).response();
-            let keys = batch(format, &response);
+            let keys = decode_batch(format, &response);
             assert_eq!(keys.len(), count, "{path}");
             assert!(keys.iter().all(|key| key.len() == length), "{path}");
             assert_eq!(keys.iter().collect::<HashSet<_>>().len(), count, "{path}");

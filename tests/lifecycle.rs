@@ -17,7 +17,7 @@ use common::{Client, Daemon, Process, TempDirectory, get, request, until};
 /// The daemon, which inherits its standard input as descriptor 3 (sd_listen_fds(3)).
 fn socket_activated(directory: &TempDirectory) -> Command {
     let mut command = common::process::shell("exec 3<&0 && exec \"$@\"");
-    common::scrub(&mut command, directory);
+    common::clear_environment(&mut command, directory);
     command.arg(env!("CARGO_BIN_EXE_key-service"));
     command
 }

@@ -11,7 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{
-    Client, Daemon, IS_SLOW, TIMEOUT, TempDirectory, connect_from, get, read_slowly, request, slow, until,
+    Client, Daemon, IS_SLOW, TIMEOUT, TempDirectory, connect_from, connect_with_small_buffer, get,
+    read_slowly, request, until,
 };
 
 /// Reads to the end of the connection and returns how many bytes came.
@@ -165,12 +166,13 @@ fn a_client_that_reads_slowly_gets_its_whole_response() {
     });
     thread::scope(|scope| {
         for path in ["/key/220000", "/key/110000?format=hex"] {
-            let (remote, local) = (slow(daemon.keys()), UnixStream::connect(&socket).unwrap());
+            let (remote, local) =
+                (connect_with_small_buffer(daemon.keys()), UnixStream::connect(&socket).unwrap());
             scope.spawn(move || assert_eq!(read_slowly(remote, path), Ok(())));
             scope.spawn(move || assert_eq!(read_slowly(local, path), Ok(())));
         }
         // Many short responses in a row.
-        let remote = slow(daemon.keys());
+        let remote = connect_with_small_buffer(daemon.keys());
         scope.spawn(move || assert_eq!(read_slowly(remote, &"/key/1024 ".repeat(180)), Ok(())));
     });
     drop(local);
@@ -252,7 +254,7 @@ fn an_evicted_over_limit_connection_is_counted_as_rejected() {
 fn with_descriptors(count: u32, settings: &[(&str, &str)]) -> Daemon {
     let directory = TempDirectory::new();
     let mut command = common::process::shell(&format!("ulimit -n {count} && exec \"$@\""));
-    common::scrub(&mut command, &directory);
+    common::clear_environment(&mut command, &directory);
     command.arg(common::binary()).arg("--config").arg(directory.file("config.toml"));
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     for (name, value) in settings {

@@ -8,8 +8,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 use common::credential::{fetch, start};
-use common::formats::{FORMATS, batch, key};
-use common::tls::{Authority, connect, trusting};
+use common::formats::{FORMATS, decode_batch, decode_key};
+use common::tls::{Authority, client_config, connect};
 use common::{Client, Daemon, TempDirectory, find, get, key_service, request, run_to_end};
 use rustls::version::{TLS12, TLS13};
 
@@ -126,12 +126,12 @@ fn no_key_is_in_memory_raw_or_encoded_in_any_format() {
             let responses: Vec<_> = (0..20)
                 .map(|_| client.send(request(&format!("/key/{length}?format={format}"))).response())
                 .collect();
-            let mut secrets: Vec<_> = responses.iter().map(|response| key(format, response)).collect();
+            let mut secrets: Vec<_> = responses.iter().map(|response| decode_key(format, response)).collect();
             secrets.extend(responses.iter().flat_map(|response| encoded_keys(&response.text())));
             assert_eq!(secrets.len(), 40, "each key, raw and encoded");
             if length == 32 {
                 let response = client.send(request(&format!("/key/32?format={format}&count=100"))).response();
-                secrets.extend(batch(format, &response));
+                secrets.extend(decode_batch(format, &response));
                 secrets.extend(encoded_keys(&response.text()));
                 assert_eq!(secrets.len(), 240);
             }
@@ -201,7 +201,7 @@ fn no_key_is_in_memory_after_it_was_sent_over_tls() {
     let settings = [("MAX_SIZE", "1073741824"), ("TLS_MIN_VERSION", "1.2")];
     let daemon = common::tls::daemon(&authority, &settings);
     for version in [&TLS13, &TLS12] {
-        let mut client = connect(daemon.keys(), &trusting(&authority, &[version], None));
+        let mut client = connect(daemon.keys(), &client_config(&authority, &[version], None));
         for length in [16, 32, 64, 128, 129, 1024, 4096, 16_384, 65_536, 300_000] {
             let keys: Vec<_> =
                 (0..20).map(|_| client.send(request(&format!("/key/{length}"))).response().body).collect();
@@ -217,7 +217,7 @@ fn no_key_is_in_memory_after_it_was_sent_over_tls() {
 fn no_key_is_in_memory_after_its_tls_connection_was_aborted() {
     let authority = Authority::new();
     let daemon = common::tls::daemon(&authority, &[("MAX_SIZE", "1073741824")]);
-    let mut client = connect(daemon.keys(), &trusting(&authority, &[&TLS13], None));
+    let mut client = connect(daemon.keys(), &client_config(&authority, &[&TLS13], None));
     client.send(request("/key/1073741824"));
     let mut received = vec![0; 4 << 20];
     std::io::Read::read_exact(&mut client.stream, &mut received).unwrap();

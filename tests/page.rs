@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::formats::{FORMATS, unbase64};
+use common::formats::{FORMATS, decode_base64};
 use common::{Daemon, Response, exchange, get};
 use sha2::{Digest, Sha256};
 
@@ -85,7 +85,7 @@ fn the_page_runs_only_its_own_script_and_styles() {
         let start = page.find(&format!("<{element}>")).unwrap() + element.len() + 2;
         let text = &page[start..page.find(&format!("</{element}>")).unwrap()];
         let source = policy.split_once(&format!("{element}-src 'sha256-")).unwrap().1.split('\'').next();
-        assert_eq!(unbase64(source.unwrap(), "+/", true), Sha256::digest(text).as_slice(), "{element}");
+        assert_eq!(decode_base64(source.unwrap(), "+/", true), Sha256::digest(text).as_slice(), "{element}");
     }
     for foreign in ["http:", "https:", "src=", "style=", "onclick", "innerHTML", "localStorage"] {
         assert!(!page.contains(foreign), "{foreign}");

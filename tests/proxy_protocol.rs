@@ -9,7 +9,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use common::tls::{Authority, trusting};
+use common::tls::{Authority, client_config};
 use common::{
     Client, Daemon, TIMEOUT, TempDirectory, connect_from, get, key_service, request, run_to_end, until,
 };
@@ -51,7 +51,7 @@ fn v2_for(ip: &str, padding: u16) -> Vec<u8> {
 
 /// A connection from `source` that has sent `bytes`.
 fn connect_with(daemon: &Daemon, source: &str, bytes: &[u8]) -> Client {
-    let mut client = Client::on(connect_from(source, daemon.keys()));
+    let mut client = Client::from_tcp(connect_from(source, daemon.keys()));
     client.send(bytes);
     client
 }
@@ -155,9 +155,9 @@ fn tls_begins_after_the_header() {
     ];
     let daemon = common::tls::daemon(&authority, &settings);
     let over = |stream: TcpStream, version| {
-        let config = trusting(&authority, &[version], None);
+        let config = client_config(&authority, &[version], None);
         let name = ServerName::from(daemon.keys().ip());
-        Client::over(StreamOwned::new(ClientConnection::new(config, name).unwrap(), stream))
+        Client::new(StreamOwned::new(ClientConnection::new(config, name).unwrap(), stream))
     };
     let mut count = 0;
     for version in [&TLS13, &TLS12] {
@@ -176,10 +176,10 @@ fn tls_begins_after_the_header() {
     // The ClientHello in one segment with the header.
     let mut hello = Vec::new();
     let name = ServerName::from(daemon.keys().ip());
-    let mut connection = ClientConnection::new(trusting(&authority, &[&TLS13], None), name).unwrap();
+    let mut connection = ClientConnection::new(client_config(&authority, &[&TLS13], None), name).unwrap();
     connection.write_tls(&mut hello).unwrap();
     let stream = through_proxy(&daemon, &[v1("192.0.2.1"), hello.clone()].concat()).stream;
-    let mut client = Client::over(StreamOwned::new(connection, stream));
+    let mut client = Client::new(StreamOwned::new(connection, stream));
     assert_eq!(client.send(request("/key/32")).response().status, 200);
     // Without a header, from the proxy and from a client.
     assert!(through_proxy(&daemon, &hello).is_closed());
@@ -473,7 +473,7 @@ fn the_unix_socket_accepts_headers_too() {
             command.env("KEYSERVICE_AUDIT", "true");
         });
         let send = |header: &[u8]| {
-            let mut client = Client::over(UnixStream::connect(&path).unwrap());
+            let mut client = Client::new(UnixStream::connect(&path).unwrap());
             client.stream.set_read_timeout(Some(TIMEOUT)).unwrap();
             let sent = [header, b"GET /key/32 HTTP/1.1\r\nHost: a\r\n\r\n"].concat();
             for byte in sent {
@@ -603,11 +603,11 @@ fn a_record_has_the_certificate_and_the_address_in_the_header() {
         ("TLS_CLIENT_CA", ca.to_str().unwrap()),
     ];
     let daemon = common::tls::start(directory, &settings);
-    let config = trusting(&authority, &[&TLS13], Some(&authority.client("web")));
+    let config = client_config(&authority, &[&TLS13], Some(&authority.client("web")));
     let stream = through_proxy(&daemon, &v1("192.0.2.1")).stream;
     let name = ServerName::from(daemon.keys().ip());
     let mut client =
-        Client::over(StreamOwned::new(ClientConnection::new(Arc::clone(&config), name).unwrap(), stream));
+        Client::new(StreamOwned::new(ClientConnection::new(Arc::clone(&config), name).unwrap(), stream));
     assert_eq!(client.send(request("/key/32")).response().status, 200);
     let record = record(&daemon, 1);
     assert!(record.contains("CN:web"), "{record}");

@@ -19,7 +19,7 @@ use common::{Daemon, TempDirectory, get, run_to_end};
 fn socket_activated(directory: &TempDirectory, names: Option<&str>, sockets: Vec<OwnedFd>) -> Command {
     let count = sockets.len();
     let mut command = shell("exec 3<&0 4<&1; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null");
-    common::scrub(&mut command, directory);
+    common::clear_environment(&mut command, directory);
     command.arg(env!("CARGO_BIN_EXE_key-service")).arg("--config").arg(directory.file("config.toml"));
     for (name, value) in [("HOST", "127.0.0.1"), ("SRV_PORT", "0"), ("METRICS_PORT", "0")] {
         command.env(format!("KEYSERVICE_{name}"), value);
@@ -147,7 +147,7 @@ fn a_descriptor_that_does_not_listen_is_refused() {
 fn a_third_unnamed_socket_is_refused() {
     let directory = TempDirectory::new();
     let mut command = shell("exec 3<&0 4<&1 5<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null");
-    common::scrub(&mut command, &directory);
+    common::clear_environment(&mut command, &directory);
     command.args([env!("CARGO_BIN_EXE_key-service"), "--config"]).arg(directory.file("config.toml"));
     command.env("LISTEN_FDS", "3").stdin(OwnedFd::from(tcp_listener())).stdout(OwnedFd::from(tcp_listener()));
     let ended = run_to_end_keeping_stdout(command);

@@ -12,9 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use common::tls::{Authority, Identity, connect, connect_over, daemon, start, trusting};
+use common::tls::{Authority, Identity, client_config, connect, connect_over, daemon, start};
 use common::{
-    Client, Daemon, TempDirectory, get, held_port, key_service, read_slowly, request, run_to_end, slow, until,
+    Client, Daemon, TempDirectory, connect_with_small_buffer, get, held_port, key_service, read_slowly,
+    request, run_to_end, until,
 };
 use rcgen::{DnType, SanType, date_time_ymd};
 use rustls::version::{TLS12, TLS13};
@@ -25,7 +26,7 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// The configuration of a client that trusts `authority` and accepts TLS 1.3 only.
 fn tls13(authority: &Authority) -> Arc<ClientConfig> {
-    trusting(authority, &[&TLS13], None)
+    client_config(authority, &[&TLS13], None)
 }
 
 /// The error that a client with `config` gets instead of a connection.
@@ -78,13 +79,13 @@ fn a_client_without_post_quantum_algorithms_is_served() {
 #[test]
 fn tls_1_2_is_accepted_only_if_configured() {
     let authority = Authority::new();
-    let old = trusting(&authority, &[&TLS12], None);
+    let old = client_config(&authority, &[&TLS12], None);
     let daemon = daemon(&authority, &[]);
     assert!(handshake_error(&daemon, &old).contains("ProtocolVersion"));
     wait_for_failures(&daemon, "incompatible", 1.0);
     let with_tls12 = common::tls::daemon(&authority, &[("TLS_MIN_VERSION", "1.2")]);
     assert_eq!(connect(with_tls12.keys(), &old).send(request("/key/32")).response().body.len(), 32);
-    let mut client = connect(with_tls12.keys(), &trusting(&authority, &[&TLS12, &TLS13], None));
+    let mut client = connect(with_tls12.keys(), &client_config(&authority, &[&TLS12, &TLS13], None));
     client.send(request("/key/32")).response();
     assert_eq!(
         client.stream.conn.protocol_version(),
@@ -177,7 +178,7 @@ fn a_slow_reader_gets_its_whole_response_over_tls() {
     let config = tls13(&authority);
     std::thread::scope(|scope| {
         for path in ["/key/220000", "/key/110000?format=hex"] {
-            let client = connect_over(slow(daemon.keys()), &config);
+            let client = connect_over(connect_with_small_buffer(daemon.keys()), &config);
             scope.spawn(move || assert_eq!(read_slowly(client.stream, path), Ok(())));
         }
     });
@@ -380,7 +381,7 @@ fn a_client_ca_admits_only_its_clients() {
     authority.server().write(&directory);
     let ca = directory.write("clients.pem", &clients.pem());
     let daemon = start(directory, &[("TLS_CLIENT_CA", ca.to_str().unwrap()), ("AUDIT", "true")]);
-    let with = |identity: &Identity| trusting(&authority, &[&TLS13], Some(identity));
+    let with = |identity: &Identity| client_config(&authority, &[&TLS13], Some(identity));
     let mut client = connect(daemon.keys(), &with(&clients.client("web")));
     assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
     daemon.wait_for_log("certificate=CN:web");
@@ -892,7 +893,7 @@ fn a_missing_or_writable_client_ca_stays_in_force() {
     assert!(is_refused(&reload()), "{}", daemon.log());
     assert!(handshake_error(&daemon, &tls13(&authority)).contains("CertificateRequired"));
     let client = clients.issue(|params| params.distinguished_name.push(DnType::CommonName, "web"));
-    let config = trusting(&authority, &[&TLS13], Some(&client));
+    let config = client_config(&authority, &[&TLS13], Some(&client));
     assert_eq!(connect(daemon.keys(), &config).send(request("/key/32")).response().status, 200);
 }
 
@@ -1079,6 +1080,6 @@ fn unix_sockets_do_not_use_tls() {
         command.args(["--host", &host, "--metrics-port", "0"]);
         command.env("KEYSERVICE_TLS_CERT", certificate).env("KEYSERVICE_TLS_KEY", key);
     });
-    let mut client = Client::over(std::os::unix::net::UnixStream::connect(socket).unwrap());
+    let mut client = Client::new(std::os::unix::net::UnixStream::connect(socket).unwrap());
     assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
 }

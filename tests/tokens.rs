@@ -299,7 +299,7 @@ fn a_tokens_file_may_be_a_systemd_credential() {
         ("none", shell, true, 78),
     ] {
         let mut command = common::process::shell(invoker);
-        common::scrub(&mut command, &directory);
+        common::clear_environment(&mut command, &directory);
         command.args([&common::binary(), "--check", "--config"]).arg(directory.file("config.toml"));
         command.env("KEYSERVICE_TOKENS_FILE", format!("credential:{name}"));
         command.env_remove("CREDENTIALS_DIRECTORY");

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustls::version::TLS13;
 use tempfile::TempDir;
 
-use common::tls::{Authority, Identity, connect, trusting};
+use common::tls::{Authority, Identity, client_config, connect};
 use common::{Client, Daemon, TempDirectory, key_service, run_to_end, until};
 
 /// How long a change may take to take effect after the kubelet's update.
@@ -222,7 +222,7 @@ fn request_over_tls(
     client: &Identity,
     token: &str,
 ) -> Option<(Vec<u8>, u16)> {
-    let mut client = connect(daemon.keys(), &trusting(authority, &[&TLS13], Some(client)));
+    let mut client = connect(daemon.keys(), &client_config(authority, &[&TLS13], Some(client)));
     let sent = std::io::Write::write_all(&mut client.stream, request(token).as_bytes());
     let certificate = client.stream.conn.peer_certificates().map(|chain| chain[0].to_vec());
     sent.ok()?;

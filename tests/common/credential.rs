@@ -1,4 +1,4 @@
-//! A daemon with a credential socket, and a client that binds its end as systemd does.
+//! A daemon with a credential socket, and a client that binds its own address as systemd does.
 
 use std::io::Read;
 use std::net::Shutdown;
@@ -11,7 +11,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{Daemon, TIMEOUT, TempDirectory};
 
-/// A daemon that inherited a credential socket, in its directory.
+/// Starts a daemon that inherits a credential socket in its directory.
 pub fn start(config: &str, settings: &[(&str, &str)]) -> Daemon {
     let directory = TempDirectory::new();
     directory.write("config.toml", config);
@@ -20,7 +20,7 @@ pub fn start(config: &str, settings: &[(&str, &str)]) -> Daemon {
     Daemon::run(directory, command)
 }
 
-/// The daemon with descriptor 3 handed over under a name (sd_listen_fds(3)).
+/// A command of the daemon that passes `socket` to it as descriptor 3 with this name (sd_listen_fds(3)).
 pub fn activated(
     directory: &TempDirectory,
     name: &str,
@@ -28,7 +28,7 @@ pub fn activated(
     settings: &[(&str, &str)],
 ) -> Command {
     let mut command = super::process::shell("exec 3<&0; export LISTEN_PID=$$; exec \"$@\" </dev/null");
-    super::scrub(&mut command, directory);
+    super::clear_environment(&mut command, directory);
     command.arg(super::binary()).arg("--config").arg(directory.file("config.toml"));
     command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     for (name, value) in settings {
@@ -38,7 +38,7 @@ pub fn activated(
     command
 }
 
-/// Connects as systemd does: bound to an abstract name, and with nothing to say.
+/// Connects as systemd does: bound to an abstract name, and without sending anything.
 pub fn connect(directory: &TempDirectory, name: Option<&[u8]>) -> UnixStream {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
     if let Some(name) = name {
@@ -60,7 +60,7 @@ pub fn fetch_raw(directory: &TempDirectory, name: Option<&[u8]>) -> Vec<u8> {
     bytes
 }
 
-/// What `unit` gets for `credential`; the random part of the name is not used twice.
+/// Requests `credential` for `unit`. The random part of the client's socket name is different in each request.
 pub fn fetch(directory: &TempDirectory, unit: &str, credential: &str) -> Vec<u8> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let random = u64::from(std::process::id()) << 32 | NEXT.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,6 @@
-//! A daemon of the test's own, and a client that sees every byte.
+//! A daemon that belongs to the test, and a client that sees every byte.
 //!
-//! Nothing waits by the clock: the daemon says READY through a notify socket of the test's, with its addresses.
+//! No test sleeps until the daemon is ready: the daemon sends READY and its addresses to the test's notify socket.
 
 #![allow(
     dead_code,
@@ -27,13 +27,13 @@ use tempfile::TempDir;
 
 pub use process::{Process, binary, run_to_end};
 
-/// Whether each write of the daemon takes 30 ms, or many small ones: under `just slow`.
+/// Whether the tests run under `just slow`, where the daemon's socket writes are delayed or short.
 pub const IS_SLOW: bool = option_env!("SLOW").is_some();
 
-/// Far longer than anything here takes; only a hang meets it.
+/// Far longer than any operation of these tests takes, so that only a hang exceeds it.
 pub const TIMEOUT: Duration = Duration::from_secs(if IS_SLOW { 300 } else { 30 });
 
-/// A directory that is gone with the test.
+/// A directory that is deleted at the end of the test.
 pub struct TempDirectory(TempDir);
 
 impl TempDirectory {
@@ -45,7 +45,7 @@ impl TempDirectory {
         self.0.path().join(name)
     }
 
-    /// Only its owner may write to the file, whatever the umask is.
+    /// Writes a file that only its owner may write to, whatever the umask is.
     pub fn write(&self, name: &str, text: &str) -> PathBuf {
         let mut options = std::fs::OpenOptions::new();
         let mut file =
@@ -55,29 +55,28 @@ impl TempDirectory {
     }
 }
 
-/// The binary, in an environment that says nothing to it, with no configuration file of the host's.
+/// A command of the daemon's binary, without the environment variables that the daemon would read.
 pub fn key_service(directory: &TempDirectory) -> Command {
     let mut command = process::daemon();
-    scrub(&mut command, directory);
+    clear_environment(&mut command, directory);
     command
 }
 
-/// Takes out of a command's environment whatever would reach the daemon.
-pub fn scrub(command: &mut Command, directory: &TempDirectory) {
+/// Removes the variables that the daemon would read from a command's environment, and creates an empty config.toml in
+/// `directory` if there is none.
+pub fn clear_environment(command: &mut Command, directory: &TempDirectory) {
     for (name, _) in std::env::vars() {
         let is_ours = ["KEYSERVICE_", "LISTEN_", "WATCHDOG_"].iter().any(|prefix| name.starts_with(prefix));
         if is_ours || name == "NOTIFY_SOCKET" || name == "JOURNAL_STREAM" {
             command.env_remove(name);
         }
     }
-    let config = directory.file("config.toml");
-    if !config.exists() {
+    if !directory.file("config.toml").exists() {
         directory.write("config.toml", "");
     }
-    command.env("TEST_CONFIG", config);
 }
 
-/// What the service manager would be told.
+/// The service manager's end of the notify socket.
 pub struct Manager(UnixDatagram);
 
 impl Manager {
@@ -88,14 +87,14 @@ impl Manager {
         (Self(socket), path)
     }
 
-    /// The next message, as its lines.
+    /// Receives the next message, and returns its lines.
     pub fn message(&self) -> Vec<String> {
         let mut buffer = [0; 4096];
         let length = self.0.recv(&mut buffer).expect("a message to the service manager");
         String::from_utf8(buffer[..length].to_vec()).unwrap().lines().map(String::from).collect()
     }
 
-    /// The first message with a line that starts so; others are passed over.
+    /// Receives messages until one has a line that starts with `start`.
     pub fn wait_for(&self, start: &str) -> Vec<String> {
         let since = Instant::now();
         while since.elapsed() < TIMEOUT {
@@ -104,11 +103,11 @@ impl Manager {
                 return message;
             }
         }
-        panic!("the service manager was never told {start}");
+        panic!("the daemon never sent {start} to the service manager");
     }
 }
 
-/// A running daemon. It is killed when the test is done with it.
+/// A running daemon. Dropping it kills it.
 pub struct Daemon {
     process: Process,
     pub manager: Manager,
@@ -118,7 +117,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// On free ports of loopback, with settings as environment variables (`MAX_SIZE` for `KEYSERVICE_MAX_SIZE`).
+    /// Starts the daemon on free loopback ports. Settings are passed as environment variables: `MAX_SIZE` sets
+    /// `KEYSERVICE_MAX_SIZE`.
     pub fn start(settings: &[(&str, &str)]) -> Self {
         Self::start_with(TempDirectory::new(), |command| {
             command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
@@ -128,7 +128,7 @@ impl Daemon {
         })
     }
 
-    /// With `--config` to the directory's config.toml, and whatever `prepare` adds.
+    /// Starts the daemon with the directory's config.toml and the arguments and variables that `prepare` adds.
     pub fn start_with(directory: TempDirectory, prepare: impl FnOnce(&mut Command)) -> Self {
         let mut command = key_service(&directory);
         command.arg("--config").arg(directory.file("config.toml"));
@@ -136,13 +136,13 @@ impl Daemon {
         Self::run(directory, command)
     }
 
-    /// Whatever `command` becomes; it has to say READY.
+    /// Runs `command` until it sends READY. Standard error goes to a file in `directory`.
     pub fn run(directory: TempDirectory, mut command: Command) -> Self {
         command.stderr(std::fs::File::create(directory.file("stderr")).unwrap());
         Self::spawn(directory, command)
     }
 
-    /// As [`Daemon::start_with`], with a standard error of the test's.
+    /// Like [`Daemon::start_with`], but standard error goes to `stderr`.
     pub fn start_with_stderr(
         directory: TempDirectory,
         stderr: impl Into<Stdio>,
@@ -171,21 +171,21 @@ impl Daemon {
                 break text.lines().find_map(|line| line.strip_prefix("STATUS=")).unwrap().to_owned();
             }
             let log = || std::fs::read_to_string(&stderr).unwrap();
-            if let Some(ended) = process.try_wait() {
-                panic!("the daemon ended with {ended} instead of getting ready:\n{}", log());
+            if let Some(status) = process.try_wait() {
+                panic!("the daemon exited with {status} before READY:\n{}", log());
             }
-            assert!(since.elapsed() < TIMEOUT, "the daemon does not get ready:\n{}", log());
+            assert!(since.elapsed() < TIMEOUT, "the daemon sent no READY:\n{}", log());
         };
         manager.0.set_read_timeout(Some(TIMEOUT)).unwrap();
         Self { process, manager, directory, status, stderr }
     }
 
-    /// Where keys are served (the first address).
+    /// The first address on which keys are served.
     pub fn keys(&self) -> SocketAddr {
         address(&self.status, "Keys on ")
     }
 
-    /// Where metrics are served.
+    /// The address on which metrics are served.
     pub fn metrics(&self) -> SocketAddr {
         address(&self.status, "metrics on ")
     }
@@ -198,7 +198,7 @@ impl Daemon {
         self.process.signal(name);
     }
 
-    /// What the daemon wrote to stderr so far.
+    /// What the daemon has written to stderr so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.stderr).unwrap()
     }
@@ -209,7 +209,7 @@ impl Daemon {
         until(&what, || self.log().contains(text).then_some(()));
     }
 
-    /// The daemon's exit status, once it has ended.
+    /// Waits for the daemon to exit, and returns its exit status.
     pub fn wait(&mut self) -> i32 {
         let status = self.process.wait();
         status.code().unwrap_or_else(|| panic!("{status}\n{}", self.log()))
@@ -223,12 +223,12 @@ impl Daemon {
         get(self.keys(), path)
     }
 
-    /// The value of a series, by its name and labels as they are written.
+    /// The value of a series, given by its name and labels as /metrics writes them.
     pub fn metric(&self, series: &str) -> f64 {
         metric(&get(self.metrics(), "/metrics").text(), series)
     }
 
-    /// Waits until a series has `value`: some things are counted after the client has seen them.
+    /// Waits until a series has `value`: the daemon counts some events after the client has seen them.
     pub fn wait_for_metric(&self, series: &str, value: f64) {
         let what = format!("{series} to be {value}");
         until(&what, || (self.metric(series) == value).then_some(()));
@@ -245,14 +245,14 @@ pub fn metric(text: &str, series: &str) -> f64 {
     line.unwrap_or_else(|| panic!("no {series} in\n{text}")).parse().unwrap()
 }
 
-/// Polls for what another process brings about.
-pub fn until<T>(what: &str, mut happens: impl FnMut() -> Option<T>) -> T {
+/// Polls until `poll` returns a result; panics after [`TIMEOUT`].
+pub fn until<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
     let since = Instant::now();
     loop {
-        if let Some(result) = happens() {
+        if let Some(result) = poll() {
             return result;
         }
-        assert!(since.elapsed() < TIMEOUT, "waited in vain for {what}");
+        assert!(since.elapsed() < TIMEOUT, "timed out while waiting for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -265,19 +265,19 @@ pub struct Client<S = TcpStream> {
 
 impl Client {
     pub fn connect(address: SocketAddr) -> Self {
-        Self::on(TcpStream::connect(address).unwrap())
+        Self::from_tcp(TcpStream::connect(address).unwrap())
     }
 
-    /// On a connection that is there.
-    pub fn on(stream: TcpStream) -> Self {
+    /// Uses an open TCP connection.
+    pub fn from_tcp(stream: TcpStream) -> Self {
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream.set_nodelay(true).unwrap();
-        Self::over(stream)
+        Self::new(stream)
     }
 }
 
 impl<S: Read + Write> Client<S> {
-    pub fn over(stream: S) -> Self {
+    pub fn new(stream: S) -> Self {
         Self { stream, buffer: Vec::new() }
     }
 
@@ -286,17 +286,17 @@ impl<S: Read + Write> Client<S> {
         self
     }
 
-    /// The next response to a GET.
+    /// Reads the next response to a GET.
     pub fn response(&mut self) -> Response {
-        self.read_response(true).expect("a response before the end of the connection")
+        self.read_response(true).expect("a response before the connection is closed")
     }
 
-    /// The next response to a HEAD.
+    /// Reads the next response to a HEAD.
     pub fn head_response(&mut self) -> Response {
-        self.read_response(false).expect("a response before the end of the connection")
+        self.read_response(false).expect("a response before the connection is closed")
     }
 
-    /// `None` where the connection ends before a whole one.
+    /// Reads the next response, or returns `None` if the connection is closed before the response is complete.
     pub fn read_response(&mut self, has_body: bool) -> Option<Response> {
         let end = loop {
             if let Some(end) = find(&self.buffer, b"\r\n\r\n") {
@@ -304,8 +304,8 @@ impl<S: Read + Write> Client<S> {
             }
             self.fill()?;
         };
-        let head = String::from_utf8(self.buffer[..end].to_vec()).expect("a head is text");
-        let mut response = Response::parse(&head);
+        let headers = String::from_utf8(self.buffer[..end].to_vec()).expect("headers are UTF-8");
+        let mut response = Response::parse(&headers);
         let length: usize = response.header("content-length").map_or(0, |text| text.parse().unwrap());
         let length = if has_body { length } else { 0 };
         while self.buffer.len() < end + length {
@@ -330,9 +330,9 @@ impl<S: Read + Write> Client<S> {
                 Some(())
             }
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => None,
-            // A machine that is suspended and goes on interrupts a read that has a timeout (signal(7)).
+            // Suspending and resuming the machine interrupts a read that has a timeout (signal(7)).
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => self.fill(),
-            Err(error) => panic!("reading failed: {error}"),
+            Err(error) => panic!("failed to read: {error}"),
         }
     }
 }
@@ -345,8 +345,8 @@ pub struct Response {
 }
 
 impl Response {
-    fn parse(head: &str) -> Self {
-        let mut lines = head.trim_end().split("\r\n");
+    fn parse(headers: &str) -> Self {
+        let mut lines = headers.trim_end().split("\r\n");
         let status = lines.next().unwrap();
         assert!(status.starts_with("HTTP/1."), "{status}");
         let status = status.split(' ').nth(1).unwrap().parse().unwrap();
@@ -357,12 +357,12 @@ impl Response {
         Self { status, headers: lines.map(header).collect(), body: Vec::new() }
     }
 
-    /// The value of a field; a field that is there twice is a failure.
+    /// The value of a header. Panics if the header is repeated.
     pub fn header(&self, name: &str) -> Option<&str> {
         let mut values =
             self.headers.iter().filter(|(found, _)| found == name).map(|(_, value)| value.as_str());
         let value = values.next();
-        assert!(values.next().is_none(), "{name} is there twice");
+        assert!(values.next().is_none(), "{name} is repeated");
         value
     }
 
@@ -374,7 +374,7 @@ impl Response {
         serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("not JSON: {:?}", self.text()))
     }
 
-    /// The `detail` of a problem document, after a look at what every problem must have.
+    /// The `detail` of a problem document. Checks the members that every problem document must have.
     pub fn problem(&self) -> String {
         assert_eq!(self.header("content-type"), Some("application/problem+json"));
         let json = self.json();
@@ -384,18 +384,18 @@ impl Response {
     }
 }
 
-/// One GET on a connection of its own.
+/// Sends one GET on a new connection.
 pub fn get(address: SocketAddr, path: &str) -> Response {
     exchange(address, request(path))
 }
 
-/// One exchange on a connection of its own.
+/// Sends one request on a new connection.
 pub fn exchange(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Response {
     Client::connect(address).send(bytes).response()
 }
 
-/// A port for a server that binds it by itself. The socket is bound and never listens: as long as it is there, no other
-/// process gets the port, and no client gets it as its own. The daemon may bind it too, since both set `SO_REUSEADDR`.
+/// Reserves a port that the daemon binds itself. The returned socket is bound and never listens: while it is open, the
+/// kernel assigns the port to no other process. The daemon can bind it too, because both sockets set `SO_REUSEADDR`.
 pub fn held_port() -> (socket2::Socket, u16) {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.set_reuse_address(true).unwrap();
@@ -404,7 +404,7 @@ pub fn held_port() -> (socket2::Socket, u16) {
     (socket, port)
 }
 
-/// Whether this host has IPv6: some containers and kernels have none.
+/// Whether this host has IPv6; some containers and kernels have none.
 pub fn has_ipv6() -> bool {
     TcpListener::bind("[::1]:0").is_ok()
 }
@@ -414,7 +414,7 @@ pub fn request(path: &str) -> String {
     format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")
 }
 
-/// A connection from an address of this host's.
+/// Connects from `source`, an address of this host.
 pub fn connect_from(source: &str, to: SocketAddr) -> TcpStream {
     let source: SocketAddr = format!("{source}:0").parse().unwrap();
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
@@ -428,15 +428,16 @@ pub fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack.windows(needle.len()).position(|window| window == needle)
 }
 
-/// A connection whose kernel takes little more than its client has read.
-pub fn slow(to: SocketAddr) -> TcpStream {
+/// Connects with a receive buffer so small that the server can send little more than the client has read.
+pub fn connect_with_small_buffer(to: SocketAddr) -> TcpStream {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
     socket.connect(&to.into()).unwrap();
     socket.into()
 }
 
-/// Asks for `paths`, separated by spaces, in one go, and reads 10 kB/s. An error says how much there was of what.
+/// Requests all `paths`, separated by spaces, in one write, and reads the responses at 10 kB/s. An error reports how
+/// many bytes arrived, and which response is incomplete.
 pub fn read_slowly(mut stream: impl Read + Write, paths: &str) -> Result<(), String> {
     let mut requests: Vec<_> = paths.split_whitespace().map(request).collect();
     let count = requests.len();
@@ -444,24 +445,25 @@ pub fn read_slowly(mut stream: impl Read + Write, paths: &str) -> Result<(), Str
     requests[count - 1] = last;
     stream.write_all(requests.concat().as_bytes()).unwrap();
     stream.flush().unwrap();
-    let (mut received, mut piece) = (Vec::new(), [0; 500]);
+    let (mut received, mut chunk) = (Vec::new(), [0; 500]);
     let result = loop {
-        match stream.read(&mut piece) {
+        match stream.read(&mut chunk) {
             Ok(0) => break Ok(()),
-            Ok(read) => received.extend_from_slice(&piece[..read]),
+            Ok(read) => received.extend_from_slice(&chunk[..read]),
             Err(error) => break Err(error),
         }
         std::thread::sleep(Duration::from_millis(50));
     };
     let mut rest = &received[..];
     for number in 0..count {
-        let whole = find(rest, b"\r\n\r\n").and_then(|end| {
-            let head = Response::parse(std::str::from_utf8(&rest[..end]).unwrap());
-            let length: usize = head.header("content-length")?.parse().ok()?;
+        let after = find(rest, b"\r\n\r\n").and_then(|end| {
+            let response = Response::parse(std::str::from_utf8(&rest[..end]).unwrap());
+            let length: usize = response.header("content-length")?.parse().ok()?;
             rest.get(end + 4 + length..)
         });
-        rest = whole
-            .ok_or_else(|| format!("{} bytes, ends in response {number}: {result:?}", received.len()))?;
+        rest = after.ok_or_else(|| {
+            format!("{} bytes received, response {number} is incomplete: {result:?}", received.len())
+        })?;
     }
     if rest.is_empty() { Ok(()) } else { Err(format!("{} bytes more than expected", rest.len())) }
 }

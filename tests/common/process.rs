@@ -1,8 +1,8 @@
-//! Processes that a test starts. Each ends with the test at the latest, and none has a standard stream of the test's: a
-//! process that outlived it would hold the pipe of `cargo test | grep` open.
+//! Processes that a test starts. Each is killed at the end of the test at the latest. None inherits a standard stream of
+//! the test, because a process that outlived the test would keep the pipe of `cargo test | grep` open.
 //!
-//! Only this module makes commands, and only of programs that a minimal Debian with Rust has (tests/processes.rs checks it). A
-//! test that needs another program belongs to one of the suites beside these tests.
+//! Only this module creates commands, and only of programs that a minimal Debian with Rust has. tests/processes.rs checks
+//! both. A test that needs another program belongs in tests/e2e.
 
 use std::ffi::OsStr;
 use std::io::Read;
@@ -13,7 +13,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::until;
 
-/// The daemon's binary: $KEY_SERVICE_BIN, such as that of a package, else the one that Cargo built with these tests.
+/// The path of the daemon's binary: $KEY_SERVICE_BIN (for example, a packaged binary), or else the one that Cargo built
+/// with these tests.
 pub fn binary() -> String {
     std::env::var("KEY_SERVICE_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_key-service").into())
 }
@@ -23,8 +24,8 @@ pub fn daemon() -> Command {
     quiet(binary())
 }
 
-/// A script of `sh`, which runs in place of the script's last command: it has to be an `exec`. The arguments that are added
-/// are the script's `$@`.
+/// A script for `sh`. Its last command must be an `exec`, so that the test kills that command and not only the shell.
+/// Arguments that are added to the command are the script's `$@`.
 pub fn shell(script: &str) -> Command {
     let mut command = quiet("sh");
     command.args(["-c", script, "sh"]);
@@ -42,7 +43,7 @@ fn quiet(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// A running process. Dropping it kills it and waits for its end, from the moment on which it runs.
+/// A running process. Dropping it kills the process and waits for it to exit.
 pub struct Process(Child);
 
 impl Process {
@@ -54,7 +55,7 @@ impl Process {
         self.0.id()
     }
 
-    /// Sends a signal by its name without `SIG`.
+    /// Sends the signal with this name, without `SIG`.
     pub fn signal(&self, name: &str) {
         let signal = match name {
             "CONT" => Signal::CONT,
@@ -68,12 +69,12 @@ impl Process {
         kill_process(Pid::from_child(&self.0), signal).unwrap();
     }
 
-    /// Its exit status, once it has ended.
+    /// Waits for the process to exit, and returns its exit status.
     pub fn wait(&mut self) -> ExitStatus {
-        until("the process to end", || self.try_wait())
+        until("the process to exit", || self.try_wait())
     }
 
-    /// `None` while it runs.
+    /// The exit status, or `None` while the process runs.
     pub fn try_wait(&mut self) -> Option<ExitStatus> {
         self.0.try_wait().unwrap()
     }
@@ -86,19 +87,19 @@ impl Drop for Process {
     }
 }
 
-/// Runs a command to its end, for a daemon that must not start. One that does is killed.
+/// Runs a command until it exits. A daemon that starts although it must not is killed after the timeout.
 pub fn run_to_end(mut command: Command) -> Output {
     command.stdout(Stdio::piped());
     run_to_end_keeping_stdout(command)
 }
 
-/// As [`run_to_end`], for a command whose standard output is a socket to hand over.
+/// Like [`run_to_end`], for a command whose standard output is a socket that it passes on.
 pub fn run_to_end_keeping_stdout(mut command: Command) -> Output {
-    // `just slow` is of the daemon, not of those who ask it.
+    // `just slow` delays the writes of the daemon, not of its clients such as `key-service health`.
     command.stderr(Stdio::piped()).env_remove("SLOW");
     let mut process = Process::spawn(command);
     let (stdout, stderr) = (process.0.stdout.take(), process.0.stderr.take());
-    // Nobody else has the other ends: both readers end with the process.
+    // No other process holds the write ends, so both readers finish when the process exits.
     let stdout = thread::spawn(move || stdout.map_or_else(Vec::new, read_to_end));
     let stderr = thread::spawn(move || stderr.map_or_else(Vec::new, read_to_end));
     let status = process.wait();

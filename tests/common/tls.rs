@@ -1,4 +1,4 @@
-//! Certificates that the test makes, and a client that speaks TLS.
+//! Certificates that the test creates, and a TLS client.
 
 use std::fs::Permissions;
 use std::net::{SocketAddr, TcpStream};
@@ -13,7 +13,7 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned, Support
 
 use super::{Client, Daemon, TIMEOUT, TempDirectory};
 
-pub type Secure = StreamOwned<ClientConnection, TcpStream>;
+pub type TlsStream = StreamOwned<ClientConnection, TcpStream>;
 
 /// A certificate authority.
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
@@ -28,7 +28,7 @@ impl Authority {
     pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        // A name of its own: clients look for the issuer by it.
+        // The name must be unique: clients find the issuer by it.
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("authority {}", NEXT.fetch_add(1, Ordering::Relaxed));
         params.distinguished_name.push(DnType::CommonName, name);
@@ -48,14 +48,14 @@ impl Authority {
         Identity { certificate: certificate.pem(), key: key.serialize_pem() }
     }
 
-    /// For a server at 127.0.0.1.
+    /// Issues a certificate for a server at 127.0.0.1.
     pub fn server(&self) -> Identity {
         self.issue(|params| {
             params.subject_alt_names = vec![SanType::IpAddress([127, 0, 0, 1].into())];
         })
     }
 
-    /// For a client of this name.
+    /// Issues a certificate for a client with this name.
     pub fn client(&self, name: &str) -> Identity {
         self.issue(|params| params.distinguished_name.push(DnType::CommonName, name))
     }
@@ -68,7 +68,7 @@ impl Authority {
 }
 
 impl Identity {
-    /// As cert.pem and key.pem in `directory`. Renamed into place, so that no half of a file is ever read.
+    /// Writes cert.pem and key.pem to `directory`. Both are renamed into place: the daemon never reads part of a file.
     pub fn write(&self, directory: &TempDirectory) {
         for (name, text) in [("cert.pem", &self.certificate), ("key.pem", &self.key)] {
             let new = directory.write(&format!("{name}.new"), text);
@@ -82,8 +82,8 @@ impl Identity {
     }
 }
 
-/// The configuration of a client that trusts `authority`, with a certificate of its own or none.
-pub fn trusting(
+/// The configuration of a client that trusts `authority`, with or without a client certificate.
+pub fn client_config(
     authority: &Authority,
     versions: &[&'static SupportedProtocolVersion],
     identity: Option<&Identity>,
@@ -102,26 +102,26 @@ pub fn trusting(
     })
 }
 
-pub fn connect(address: SocketAddr, config: &Arc<ClientConfig>) -> Client<Secure> {
+pub fn connect(address: SocketAddr, config: &Arc<ClientConfig>) -> Client<TlsStream> {
     connect_over(TcpStream::connect(address).unwrap(), config)
 }
 
-/// TLS on a connection that is there.
-pub fn connect_over(stream: TcpStream, config: &Arc<ClientConfig>) -> Client<Secure> {
+/// Uses TLS on an open connection.
+pub fn connect_over(stream: TcpStream, config: &Arc<ClientConfig>) -> Client<TlsStream> {
     stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     stream.set_nodelay(true).unwrap();
     let name = ServerName::from(stream.peer_addr().unwrap().ip());
-    Client::over(StreamOwned::new(ClientConnection::new(Arc::clone(config), name).unwrap(), stream))
+    Client::new(StreamOwned::new(ClientConnection::new(Arc::clone(config), name).unwrap(), stream))
 }
 
-/// A daemon with an identity of `authority` in its directory, and more settings.
+/// Starts a daemon with a new certificate from `authority`.
 pub fn daemon(authority: &Authority, settings: &[(&str, &str)]) -> Daemon {
     let directory = TempDirectory::new();
     authority.server().write(&directory);
     start(directory, settings)
 }
 
-/// A daemon with cert.pem and key.pem of its directory.
+/// Starts a daemon with the cert.pem and key.pem in its directory.
 pub fn start(directory: TempDirectory, settings: &[(&str, &str)]) -> Daemon {
     let (certificate, key) = (directory.file("cert.pem"), directory.file("key.pem"));
     Daemon::start_with(directory, |command| {
