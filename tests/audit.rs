@@ -1,4 +1,4 @@
-//! The audit log: one record for each key, if `audit` is on.
+//! The audit log: one record for each key, if `audit` is enabled.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -88,16 +88,16 @@ fn an_interrupted_key_is_recorded_as_aborted() {
     assert!(record.contains("length=300000") && record.contains("sent=300000 outcome=complete"), "{record}");
 }
 
-/// Reads the headers of a response, and returns the request ID in them.
+/// Reads the headers of a response, and returns its request ID.
 fn request_id(stream: &mut TcpStream) -> String {
-    let mut head = Vec::new();
-    while common::find(&head, b"\r\n\r\n").is_none() {
+    let mut headers = Vec::new();
+    while common::find(&headers, b"\r\n\r\n").is_none() {
         let mut byte = [0];
         stream.read_exact(&mut byte).unwrap();
-        head.push(byte[0]);
+        headers.push(byte[0]);
     }
-    let head = String::from_utf8(head).unwrap().to_ascii_lowercase();
-    let (_, id) = head.split_once("x-request-id: ").unwrap();
+    let headers = String::from_utf8(headers).unwrap().to_ascii_lowercase();
+    let (_, id) = headers.split_once("x-request-id: ").unwrap();
     id.split("\r\n").next().unwrap().to_owned()
 }
 
@@ -118,7 +118,7 @@ fn a_streamed_key_has_a_record_before_a_crash() {
 }
 
 #[test]
-fn every_stream_that_shutdown_aborts_has_a_record() {
+fn every_stream_aborted_by_shutdown_has_a_record() {
     const STREAMS: usize = 1500; // more than the log queue holds
     let mut daemon = Daemon::start(&[
         ("AUDIT", "true"),
@@ -129,12 +129,13 @@ fn every_stream_that_shutdown_aborts_has_a_record() {
     ]);
     let connect = || {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        socket.set_recv_buffer_size(4096).unwrap(); // so that 1,500 of them take little memory
+        socket.set_recv_buffer_size(4096).unwrap(); // so that 1,500 connections take little memory
         socket.connect(&daemon.keys().into()).unwrap();
         TcpStream::from(socket)
     };
     let mut streams: Vec<_> = (0..STREAMS).map(|_| connect()).collect();
-    // One after the other, and nothing more is read: soon the oldest are reset so that the newest get buffers.
+    // Requests are sent one after the other, and only headers are read: soon the oldest connections are reset so that the
+    // newest get buffers.
     let ids: Vec<_> = streams
         .iter_mut()
         .map(|stream| {
@@ -146,12 +147,13 @@ fn every_stream_that_shutdown_aborts_has_a_record() {
     assert_eq!(daemon.wait(), 0);
     let log = daemon.log();
     assert!(!log.contains("were dropped"), "{log}");
-    let with = |outcome: &str| log.lines().filter(|line| line.contains(outcome)).collect::<Vec<_>>();
-    let (started, aborted) = (with("outcome=started"), with("outcome=aborted"));
+    let lines_with = |outcome: &str| log.lines().filter(|line| line.contains(outcome)).collect::<Vec<_>>();
+    let (started, aborted) = (lines_with("outcome=started"), lines_with("outcome=aborted"));
     assert_eq!((started.len(), aborted.len()), (STREAMS, STREAMS));
     for id in &ids {
-        assert!(started.iter().any(|line| line.contains(id)), "{id} has no start");
-        let end = aborted.iter().find(|line| line.contains(id)).unwrap_or_else(|| panic!("{id} has no end"));
+        assert!(started.iter().any(|line| line.contains(id)), "no start record for {id}");
+        let end =
+            aborted.iter().find(|line| line.contains(id)).unwrap_or_else(|| panic!("no end record for {id}"));
         assert!(end.contains("key issued") && !end.contains("sent=0 "), "{end}");
     }
     for mut stream in streams {
@@ -226,7 +228,7 @@ fn records_that_stderr_refuses_are_counted() {
         let errors = daemon.metric("log_write_errors_total");
         assert!(
             errors >= 1024.0,
-            "{errors}: writes go on after the first error, at least those of the queue"
+            "{errors}: after the first error, at least the records in the queue are still tried"
         );
         assert_eq!(daemon.metric("log_events_dropped_total"), 0.0);
     }
@@ -241,23 +243,23 @@ fn a_full_stderr_drops_and_counts_records_until_it_is_read() {
     until("a failed write", || (daemon.metric("log_write_errors_total") > 0.0).then_some(()));
     let lines = Arc::new(AtomicU32::new(0));
     let count = Arc::clone(&lines);
-    let reading = std::thread::spawn(move || {
+    let reader_thread = std::thread::spawn(move || {
         for line in BufReader::new(reader).lines() {
             assert!(line.unwrap().contains("key issued"));
             count.fetch_add(1, Ordering::Relaxed);
         }
     });
     let written = || f64::from(lines.load(Ordering::Relaxed));
-    let all = |keys| {
+    let wait_until_all_counted = |keys| {
         until("each record to be written or dropped", || {
             (daemon.metric("audit_records_dropped_total") + written() == keys).then_some(())
         });
     };
-    all(2000.0);
+    wait_until_all_counted(2000.0);
     let before = written();
     issue(&daemon, 10);
-    all(2010.0);
+    wait_until_all_counted(2010.0);
     assert!(written() > before, "records are written again");
     drop(daemon);
-    reading.join().unwrap();
+    reader_thread.join().unwrap();
 }

@@ -1,4 +1,4 @@
-//! The limits of each client: rates, connections and streamed responses; also for a client behind a trusted proxy.
+//! Limits per client, also behind a trusted proxy: rates, connections and streamed responses.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -53,7 +53,7 @@ fn each_address_has_its_own_rate_and_rate_limit_headers() {
 }
 
 #[test]
-fn key_bytes_count_but_errors_and_head_requests_do_not() {
+fn only_issued_keys_count_against_the_byte_rate() {
     let daemon = Daemon::start(&[("RATE_BYTES", "1"), ("RATE_BURST", "1000"), ("MAX_SIZE", "100000")]);
     let mut client = Client::from_tcp(connect_from("127.0.0.2", daemon.keys()));
     for _ in 0..20 {
@@ -95,7 +95,7 @@ fn a_reload_changes_the_rates() {
 fn only_a_trusted_proxy_can_forward_an_address() {
     let settings = [("RATE_REQUESTS", "1"), ("RATE_BURST", "2"), ("TRUSTED_PROXIES", "127.0.0.8/29, ::1")];
     let daemon = Daemon::start(&settings);
-    // The number of 429s in thirty requests: none if each is another client's, else some.
+    // The number of 429s in thirty requests: 0 if each counts for a different client.
     let refused = |source: &str, header: &dyn Fn(usize) -> String| {
         (0..30)
             .filter(|n| {
@@ -172,7 +172,7 @@ fn a_million_addresses_use_no_more_memory_and_reset_no_limit() {
     let mut writer = stream.try_clone().unwrap();
     let mut reader = BufReader::new(stream);
     // Pipelined HEAD requests: a million responses without a body in a few seconds.
-    let sending = std::thread::spawn(move || {
+    let sender = std::thread::spawn(move || {
         for chunk in 0..clients / 1000 {
             let mut batch = String::new();
             for n in 0..1000 {
@@ -195,7 +195,7 @@ fn a_million_addresses_use_no_more_memory_and_reset_no_limit() {
             other => assert!(!other.starts_with("HTTP/"), "{other}"),
         }
     }
-    sending.join().unwrap();
+    sender.join().unwrap();
     let after = daemon.metric("process_resident_memory_bytes");
     eprintln!(
         "{clients} forwarded addresses in {:.1?}: {} times 200, {} times 429; resident before {:.1} MB, after {:.1} MB",
@@ -214,7 +214,7 @@ fn a_million_addresses_use_no_more_memory_and_reset_no_limit() {
 }
 
 #[test]
-fn one_address_can_not_take_every_connection() {
+fn one_address_cannot_take_every_connection() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS_PER_CLIENT", "3"), ("HEAD_TIMEOUT", "3600")]);
     let mut held: Vec<_> =
         (0..3).map(|_| Client::from_tcp(connect_from("127.0.0.2", daemon.keys()))).collect();
@@ -227,7 +227,7 @@ fn one_address_can_not_take_every_connection() {
     assert!(refused.header("retry-after").is_some());
     assert_eq!(status(&daemon, "127.0.0.2", "/health"), 200, "health checks get a 200");
     assert_eq!(status(&daemon, "127.0.0.3", "/key/32"), 200, "others are served");
-    // Most of these are closed without a response, and none takes a slot of another client.
+    // Most of these are closed without a response. None takes a slot of another client.
     let mut flood: Vec<_> = (0..100).map(|_| connect_from("127.0.0.2", daemon.keys())).collect();
     until("the rest to be closed", || {
         (daemon.metric("http_rejections_total{reason=\"client_connections\"}") >= 80.0).then_some(())
@@ -258,8 +258,8 @@ fn a_trusted_proxy_has_no_connection_limit() {
     drop(held);
 }
 
-/// A connection whose streamed response has begun and is not read.
-fn stalled(address: &str, daemon: &Daemon, path: &str) -> TcpStream {
+/// Opens a connection, and reads only the status line of a streamed response.
+fn open_stalled_stream(address: &str, daemon: &Daemon, path: &str) -> TcpStream {
     let mut stream = connect_from(address, daemon.keys());
     stream.write_all(request(path).as_bytes()).unwrap();
     let mut status = [0; 12];
@@ -269,11 +269,12 @@ fn stalled(address: &str, daemon: &Daemon, path: &str) -> TcpStream {
 }
 
 #[test]
-fn without_a_stream_permit_a_large_response_is_503_at_once() {
+fn a_large_response_without_a_stream_permit_gets_503_at_once() {
     let daemon =
         Daemon::start(&[("MAX_SIZE", "1073741824"), ("MAX_BULK_STREAMS", "8"), ("RATE_REQUESTS", "1000000")]);
-    let mut held: Vec<_> =
-        (0..8).map(|n| stalled(&format!("127.0.0.{}", 2 + n / 2), &daemon, "/key/1073741824")).collect();
+    let mut held: Vec<_> = (0..8)
+        .map(|n| open_stalled_stream(&format!("127.0.0.{}", 2 + n / 2), &daemon, "/key/1073741824"))
+        .collect();
     let mut times = Vec::new();
     for _ in 0..50 {
         let started = Instant::now();
@@ -310,7 +311,7 @@ fn without_a_stream_permit_a_large_response_is_503_at_once() {
 }
 
 #[test]
-fn every_response_above_16_kib_needs_a_permit_of_the_client() {
+fn every_response_above_16_kib_needs_a_client_permit() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1073741824"), ("MAX_BULK_STREAMS", "8")]);
     let large = [
         "/key/16385",
@@ -326,7 +327,7 @@ fn every_response_above_16_kib_needs_a_permit_of_the_client() {
         assert_eq!(daemon.get(path).status, 200, "{path}");
     }
     // The client's quarter of eight permits, held as long as it reads nothing.
-    let held = [0, 1].map(|_| stalled("127.0.0.2", &daemon, "/key/1073741824"));
+    let held = [0, 1].map(|_| open_stalled_stream("127.0.0.2", &daemon, "/key/1073741824"));
     for path in large {
         let refused = exchange_from("127.0.0.2", daemon.keys(), &request(path));
         assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")), "{path}");
@@ -375,9 +376,9 @@ fn invalid_access_settings_are_errors() {
         let directory = common::TempDirectory::new();
         let mut command = common::key_service(&directory);
         command.arg("--check").env(format!("KEYSERVICE_{name}"), value);
-        let ended = common::run_to_end(command);
-        let errors = String::from_utf8(ended.stderr).unwrap();
-        assert_eq!(ended.status.code(), Some(78), "{name}={value}");
+        let output = common::run_to_end(command);
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(78), "{name}={value}");
         assert!(errors.contains(expected) && errors.contains(&format!("(KEYSERVICE_{name})")), "{errors}");
     }
     let directory = common::TempDirectory::new();

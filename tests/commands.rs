@@ -1,5 +1,5 @@
-//! The commands in the documents can be pasted into an interactive zsh and into any sh. None stores an error message as if it
-//! were a key, and none shows a token to other users.
+//! The commands in the documents can be pasted into an interactive zsh and into any sh. None stores an error message as
+//! if it were a key, and none shows a token to other users.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -8,19 +8,19 @@ use std::path::{Path, PathBuf};
 
 #[test]
 fn every_documented_command_can_be_pasted() {
-    let mut faults = Vec::new();
+    let mut problems = Vec::new();
     let mut scripts = 0;
     for file in documents(Path::new(env!("CARGO_MANIFEST_DIR"))) {
         let text = fs::read_to_string(&file).unwrap();
         for (line, script) in scripts_of(&file, &text) {
             scripts += 1;
-            let place =
+            let location =
                 format!("{}:{line}", file.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap().display());
-            faults.extend(faults_of(&script).into_iter().map(|fault| format!("{place}: {fault}")));
+            problems.extend(problems_of(&script).into_iter().map(|problem| format!("{location}: {problem}")));
         }
     }
-    assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults.join("\n"));
-    assert!(scripts > 80, "the documents were read: {scripts} scripts");
+    assert!(problems.is_empty(), "{} problems:\n{}", problems.len(), problems.join("\n"));
+    assert!(scripts > 80, "expected more than 80 scripts in the documents, found {scripts}");
 }
 
 #[test]
@@ -31,8 +31,8 @@ fn the_readme_installs_curl_before_it_uses_it() {
 }
 
 #[test]
-fn commands_that_break_when_pasted_are_found() {
-    for (script, fault) in [
+fn commands_that_break_when_pasted_are_detected() {
+    for (script, problem) in [
         ("curl -f http://a/key/32 # a key", "comment"),
         ("# on the host\ntrue", "comment"),
         ("curl http://a/key/32?format=hex", "quote"),
@@ -53,8 +53,8 @@ fn commands_that_break_when_pasted_are_found() {
         ("wget --header=\"Authorization: Bearer $TOKEN\" http://a/", "token"),
         ("curl -f http://a/key/32 | xxd", "xxd"),
     ] {
-        let found = faults_of(script);
-        assert!(found.iter().any(|found| found.contains(fault)), "{script}: {fault}: {found:?}");
+        let found = problems_of(script);
+        assert!(found.iter().any(|found| found.contains(problem)), "{script}: {problem}: {found:?}");
     }
     for script in [
         "curl http://a/health",
@@ -71,7 +71,7 @@ fn commands_that_break_when_pasted_are_found() {
         "sudo cp helm-chart/files/*.yml /etc/prometheus/ && [ -e a#b ]",
         "for d in /var/* /tmp; do echo \"$(find $d -xdev 2>/dev/null | wc -l) $d\"; done | sort",
     ] {
-        assert_eq!(faults_of(script), Vec::<String>::new(), "{script}");
+        assert_eq!(problems_of(script), Vec::<String>::new(), "{script}");
     }
 }
 
@@ -82,8 +82,8 @@ fn documents(directory: &Path) -> Vec<PathBuf> {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap();
         // .git and other hidden files, build results, and packages that the chart's tests install.
-        let is_foreign = name.starts_with('.') || ["target", "node_modules", "corpus"].contains(&name);
-        if path.is_dir() && !is_foreign {
+        let is_excluded = name.starts_with('.') || ["target", "node_modules", "corpus"].contains(&name);
+        if path.is_dir() && !is_excluded {
             found.extend(documents(&path));
         } else if [".md", "NOTES.txt", ".5", ".8"].iter().any(|end| name.ends_with(end)) {
             found.push(path);
@@ -130,7 +130,7 @@ fn fenced(text: &str) -> Vec<(usize, String)> {
     blocks
 }
 
-/// Requests within a sentence of Markdown.
+/// curl commands within a sentence of Markdown.
 fn inline(text: &str) -> Vec<(usize, String)> {
     let marked = |(number, line): (usize, &str)| {
         let spans: Vec<_> =
@@ -174,11 +174,11 @@ fn has_command(script: &str) -> bool {
         .any(|command| script.lines().any(|line| line.starts_with(command)))
 }
 
-/// The faults of a script, a sentence each.
-fn faults_of(script: &str) -> Vec<String> {
-    let mut shell = Shell { rest: script, faults: Vec::new(), here: Vec::new() };
+/// The problems of a script, each described in a sentence.
+fn problems_of(script: &str) -> Vec<String> {
+    let mut shell = Shell { rest: script, problems: Vec::new(), here: Vec::new() };
     shell.parse(false, false);
-    shell.faults
+    shell.problems
 }
 
 /// A word of a command: its text without quotes, and its characters that a shell would expand to file names.
@@ -191,32 +191,32 @@ struct Word {
 /// Parses scripts of sh(1), as far as the documents use its syntax.
 struct Shell<'a> {
     rest: &'a str,
-    faults: Vec<String>,
+    problems: Vec<String>,
     /// The delimiters of here-documents whose text begins on the next line.
     here: Vec<String>,
 }
 
 impl Shell<'_> {
-    /// Parses commands up to the end, or up to the closing parenthesis. `is_captured`: their output goes to a variable.
+    /// Parses commands up to the end or the closing parenthesis. `is_captured`: their output is stored in a variable.
     fn parse(&mut self, in_parentheses: bool, is_captured: bool) {
         let mut words: Vec<Word> = Vec::new();
         let mut is_stored = is_captured;
         while let Some(next) = self.rest.chars().next() {
-            let two = self.rest.get(..2).unwrap_or_default();
+            let next_two = self.rest.get(..2).unwrap_or_default();
             match next {
                 ' ' | '\t' => self.skip(1),
-                '\\' if two == "\\\n" => self.skip(2),
+                '\\' if next_two == "\\\n" => self.skip(2),
                 '#' => {
                     let comment = self.rest.lines().next().unwrap_or_default();
-                    self.faults.push(format!("interactive zsh has no comments: {comment}"));
+                    self.problems.push(format!("interactive zsh has no comments: {comment}"));
                     self.skip(comment.len());
                 }
                 '\n' | ';' | '|' | '&' | ')' => {
-                    self.skip(if ["||", "&&", ";;"].contains(&two) { 2 } else { 1 });
-                    if next == '&' && two != "&&" {
-                        self.faults.push("& runs a command in the background: quote it".into());
+                    self.skip(if ["||", "&&", ";;"].contains(&next_two) { 2 } else { 1 });
+                    if next == '&' && next_two != "&&" {
+                        self.problems.push("& runs a command in the background: quote it".into());
                     }
-                    self.check(&words, is_stored || (next == '|' && two != "||"));
+                    self.check(&words, is_stored || (next == '|' && next_two != "||"));
                     (words, is_stored) = (Vec::new(), is_captured);
                     match next {
                         '\n' => self.skip_here_documents(),
@@ -287,7 +287,7 @@ impl Shell<'_> {
                 }
                 '\'' => {
                     self.skip(1);
-                    let end = self.rest.find('\'').expect("the quotation has an end");
+                    let end = self.rest.find('\'').expect("a closing quotation mark");
                     word.text.push_str(&self.rest[..end]);
                     self.skip(end + 1);
                 }
@@ -305,7 +305,7 @@ impl Shell<'_> {
     fn quotation(&mut self, word: &mut Word) {
         self.skip(1);
         loop {
-            let next = self.rest.chars().next().expect("the quotation has an end");
+            let next = self.rest.chars().next().expect("a closing quotation mark");
             if self.rest.starts_with("$(") {
                 self.skip(2);
                 self.parse(true, true);
@@ -329,16 +329,16 @@ impl Shell<'_> {
             let is_url = word.text.contains("://");
             let is_glob = word.globs.contains(['?', '[']) && !["[", "[[", "]", "]]"].contains(&&*word.text);
             if is_glob || (is_url && !word.globs.is_empty()) {
-                self.faults.push(format!("quote {}: zsh expands it to file names", word.text));
+                self.problems.push(format!("quote {}: zsh expands it to file names", word.text));
             }
         }
-        let before = ["sudo", "do", "then", "else", "if", "while", "until", "!", "time", "env"];
-        let is_before = |word: &&Word| {
+        let prefixes = ["sudo", "do", "then", "else", "if", "while", "until", "!", "time", "env"];
+        let is_prefix = |word: &&Word| {
             let name = word.text.split_once('=').map_or("", |(name, _)| name);
-            before.contains(&&*word.text)
+            prefixes.contains(&&*word.text)
                 || (!name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'))
         };
-        let mut words = words.iter().skip_while(is_before).map(|word| &*word.text);
+        let mut words = words.iter().skip_while(is_prefix).map(|word| &*word.text);
         let Some(program) = words.next() else { return };
         let arguments: Vec<_> = words.collect();
         let holds_token = |word: &&str| {
@@ -346,18 +346,18 @@ impl Shell<'_> {
             lower.contains("authorization:") || lower.contains("bearer ")
         };
         let passes_secret = |word: &&str| ["-u", "--user", "--oauth2-bearer"].contains(word);
-        // A builtin is no process: other users can't see its arguments.
+        // A builtin runs in the shell's process, so other users can't see its arguments.
         let is_builtin = ["printf", "echo"].contains(&program);
         if !is_builtin
             && (arguments.iter().any(holds_token)
                 || (program == "curl" && arguments.iter().any(passes_secret)))
         {
-            self.faults.push(format!(
+            self.problems.push(format!(
                 "every user can read a token in the arguments of {program}: use curl -H @FILE"
             ));
         }
         if program == "xxd" {
-            self.faults.push("a minimal Debian has no xxd: use od or format=hex".into());
+            self.problems.push("a minimal Debian has no xxd: use od or format=hex".into());
         }
         if program == "curl" {
             let short: Vec<_> = arguments.iter().filter_map(|word| letters(word)).collect();
@@ -367,7 +367,7 @@ impl Shell<'_> {
             };
             let is_stored = is_stored || has('o', "--output") || has('O', "--remote-name");
             if is_stored && !has('f', "--fail") {
-                self.faults.push(format!(
+                self.problems.push(format!(
                     "an error message would be stored as if it were a key: use curl -f {arguments:?}"
                 ));
             }

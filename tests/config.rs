@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 
 use common::{Daemon, TempDirectory, key_service, run_to_end};
 
-/// `--check` with a file, variables and flags: status, output, errors.
+/// Runs `--check` with a file, variables and flags. Returns the exit status, stdout and stderr.
 fn check(file: Option<&str>, variables: &[(&str, &str)], flags: &[&str]) -> (Option<i32>, String, String) {
     let directory = TempDirectory::new();
     let mut command = key_service(&directory);
@@ -19,17 +19,18 @@ fn check(file: Option<&str>, variables: &[(&str, &str)], flags: &[&str]) -> (Opt
     for (name, value) in variables {
         command.env(format!("KEYSERVICE_{name}"), value);
     }
-    texts(run_to_end(with(command, flags)))
+    text_output(run_to_end(with_flags(command, flags)))
 }
 
-fn with(mut command: Command, flags: &[&str]) -> Command {
+fn with_flags(mut command: Command, flags: &[&str]) -> Command {
     command.args(flags);
     command
 }
 
-fn texts(ended: Output) -> (Option<i32>, String, String) {
+/// The exit status, stdout and stderr.
+fn text_output(output: Output) -> (Option<i32>, String, String) {
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    (ended.status.code(), text(ended.stdout), text(ended.stderr))
+    (output.status.code(), text(output.stdout), text(output.stderr))
 }
 
 const DEFAULTS: &str = r#"host = "*"
@@ -77,8 +78,8 @@ fn printed_defaults_can_be_read_again() {
 }
 
 #[test]
-fn any_printed_text_can_be_read_again() {
-    // TOML has no escape of Rust's for most of these, and forbids the control characters as they are.
+fn every_printed_string_can_be_read_again() {
+    // TOML lacks Rust's escapes for most of these characters, and forbids unescaped control characters.
     let host = "unix:/run/'\"\\\u{1}\u{8}\t\n\u{1b}\u{7f}\u{85}\u{e9}\u{301}\u{200b}\u{1f600}";
     let (status, printed, errors) = check(None, &[], &["--host", host]);
     assert_eq!((status, errors.as_str()), (Some(0), ""));
@@ -152,7 +153,7 @@ fn every_error_is_reported_with_its_source() {
     assert_eq!(errors.lines().count(), 10, "one line each:\n{errors}");
 }
 
-/// The errors in a configuration file, without the directory that all of them begin with.
+/// The errors in a configuration file, each without the path before its line number.
 fn errors_in(file: &str) -> Vec<String> {
     let (status, _, errors) = check(Some(file), &[], &[]);
     assert_eq!(status, Some(78), "{file}");
@@ -162,7 +163,7 @@ fn errors_in(file: &str) -> Vec<String> {
 }
 
 #[test]
-fn file_errors_have_line_and_value_as_written() {
+fn file_errors_show_the_line_and_the_value_as_written() {
     let size = "expected a whole number from 1 to 1073741824, found";
     for (found, shown) in [
         ("4096.0", "4096.0"),
@@ -189,7 +190,7 @@ fn file_errors_have_line_and_value_as_written() {
 }
 
 #[test]
-fn errors_in_tables_and_lists_have_their_own_line() {
+fn errors_in_tables_and_lists_show_their_own_line() {
     let length = "expected length to be a whole number from 1 to 4096, found";
     for (file, expected) in [
         ("[credentials.x]\nformat = \"hex\"\nlength = 0.5\n", vec![format!("3: credentials: \"x\": {length} 0.5")]),
@@ -247,7 +248,7 @@ fn errors_in_tables_and_lists_have_their_own_line() {
 }
 
 #[test]
-fn every_line_that_is_not_toml_is_reported() {
+fn every_invalid_toml_line_is_reported() {
     for (file, expected) in [
         ("max-size = 1\nmax-size = 2\n", vec!["2: not valid TOML: duplicate key, found max-size"]),
         (
@@ -267,12 +268,12 @@ fn every_line_that_is_not_toml_is_reported() {
             assert!(!found.contains(|c: char| c.is_control()), "{found:?}");
         }
     }
-    assert_eq!(errors_in(&"x\n".repeat(1000)).len(), 10, "at most ten of them");
+    assert_eq!(errors_in(&"x\n".repeat(1000)).len(), 10, "at most ten are reported");
     let directory = TempDirectory::new();
     let path = directory.file("config.toml");
     std::fs::write(&path, b"page = true\nhost = \"\xff\"\n").unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let errors = texts(run_to_end(with_path(&directory, &path))).2;
+    let errors = text_output(run_to_end(check_command(&directory, &path))).2;
     assert!(errors.contains("/config.toml:2: expected UTF-8, found invalid utf-8"), "{errors}");
     assert_eq!(check(Some("\u{feff}page = true\r\n"), &[], &[]).0, Some(0), "a byte order mark is skipped");
 }
@@ -300,7 +301,7 @@ fn variables_and_flags_are_quoted_as_written() {
 }
 
 #[test]
-fn each_tls_setting_is_printed_or_refused_alone() {
+fn each_single_tls_setting_is_printed_or_refused() {
     for (name, value) in
         [("tls-cert", "/a"), ("tls-key", "/a"), ("tls-client-ca", "/a"), ("tls-min-version", "1.2")]
     {
@@ -314,7 +315,7 @@ fn each_tls_setting_is_printed_or_refused_alone() {
 }
 
 #[test]
-fn options_stand_before_or_after_a_subcommand() {
+fn options_may_precede_or_follow_a_subcommand() {
     let directory = TempDirectory::new();
     let file = directory.write("config.toml", "");
     let file = file.to_str().unwrap();
@@ -326,7 +327,7 @@ fn options_stand_before_or_after_a_subcommand() {
         ("--log-level", "info"),
         ("--config", file),
     ];
-    let run = |arguments: &[&str]| texts(run_to_end(with(key_service(&directory), arguments)));
+    let run = |arguments: &[&str]| text_output(run_to_end(with_flags(key_service(&directory), arguments)));
     for (name, value) in options {
         for arguments in
             [[name, value, "token", "new", "--name=a"], ["token", "new", "--name=a", name, value]]
@@ -344,11 +345,11 @@ fn options_stand_before_or_after_a_subcommand() {
     }
     let (status, printed, _) = run(&["health", "--check", "--config", file, "--srv-port", "7"]);
     assert!(status == Some(0) && printed.contains("srv-port = 7"), "{printed}");
-    let granted = run(&["--max-size", "64", "token", "new", "--name=a"]).1;
-    assert!(!granted.contains("max-size"), "the service's limit is not the token's: {granted}");
+    let printed = run(&["--max-size", "64", "token", "new", "--name=a"]).1;
+    assert!(!printed.contains("max-size"), "the token does not get the limit of the service: {printed}");
 }
 
-/// The variables that the kubelet and Docker set for a Service, or a link, of this name.
+/// The variables that the kubelet sets for a Service with this name, and Docker for a link.
 const INJECTED: [(&str, &str); 22] = [
     ("SERVICE_HOST", "10.0.0.1"),
     ("SERVICE_PORT", "1123"),
@@ -389,11 +390,11 @@ fn injected_variables_are_ignored_and_logged() {
 #[test]
 fn variables_that_only_look_injected_are_errors() {
     for (name, value) in [
-        // Settings, whatever their value is; a Service named keyservice-metrics or keyservice-srv has these names.
+        // Names of settings, whatever the value. Services named keyservice-metrics or keyservice-srv have such variables.
         ("METRICS_PORT", "tcp://10.0.0.1:1123"),
         ("SRV_PORT", "tcp://10.0.0.1:1123"),
         ("HOST", "tcp://10.0.0.1:1123"),
-        // Disagreeing with the rest.
+        // Inconsistent with the other variables.
         ("SERVICE_HOST", "10.0.0.2"),
         ("SERVICE_HOST", "example.org"),
         ("SERVICE_PORT", "9000"),
@@ -421,7 +422,7 @@ fn variables_that_only_look_injected_are_errors() {
         assert_eq!(status, Some(78), "{name}={value}: {errors}");
         assert!(errors.contains(&format!("(KEYSERVICE_{name})")), "{name}={value}: {errors}");
     }
-    // Alone, each is an error, except the two that prove their origin by themselves.
+    // Without the others, each variable is an error, unless its form alone shows its origin.
     for (name, value) in INJECTED {
         let status = check(None, &[(name, value)], &[]).0;
         assert_eq!(
@@ -459,10 +460,10 @@ fn a_named_file_must_exist() {
     let directory = TempDirectory::new();
     let mut command = key_service(&directory);
     command.arg("--check").arg("--config").arg(directory.file("absent.toml")).args(["--max-size", "0"]);
-    let (status, _, errors) = texts(run_to_end(command));
+    let (status, _, errors) = text_output(run_to_end(command));
     assert_eq!(status, Some(78));
     assert!(errors.contains("absent.toml: there is no such file"), "{errors}");
-    assert!(errors.contains("(--max-size)"), "the other layers are checked too: {errors}");
+    assert!(errors.contains("(--max-size)"), "the other sources are checked too: {errors}");
 }
 
 #[test]
@@ -479,13 +480,13 @@ fn a_directory_instead_of_the_file_is_refused() {
     let directory = TempDirectory::new();
     let path = directory.file("directory.toml");
     std::fs::create_dir(&path).unwrap();
-    let (status, _, errors) = texts(run_to_end(with_path(&directory, &path)));
+    let (status, _, errors) = text_output(run_to_end(check_command(&directory, &path)));
     assert_eq!(status, Some(78), "{errors}");
     assert!(errors.contains("directory.toml"), "{errors}");
 }
 
 #[test]
-fn only_a_path_that_does_not_exist_is_no_file() {
+fn an_unreadable_configuration_file_is_an_error() {
     let directory = TempDirectory::new();
     std::os::unix::fs::symlink("nowhere", directory.file("dangling.toml")).unwrap();
     directory.write("file", "");
@@ -498,23 +499,23 @@ fn only_a_path_that_does_not_exist_is_no_file() {
         ),
     ] {
         let path = directory.file(path);
-        let (status, _, errors) = texts(run_to_end(with_path(&directory, &path)));
+        let (status, _, errors) = text_output(run_to_end(check_command(&directory, &path)));
         assert_eq!(status, Some(78), "{errors}");
         assert!(errors.contains(expected), "{errors}");
     }
     let null = std::path::Path::new("/dev/null");
-    assert_eq!(texts(run_to_end(with_path(&directory, null))).0, Some(0));
+    assert_eq!(text_output(run_to_end(check_command(&directory, null))).0, Some(0));
 }
 
 #[test]
-fn a_file_that_others_may_write_to_is_refused() {
+fn a_file_that_others_can_write_to_is_refused() {
     let directory = TempDirectory::new();
     let path = directory.write("open.toml", "max-size = 1\n");
     for (mode, status) in
         [(0o600, 0), (0o640, 0), (0o644, 0), (0o444, 0), (0o664, 78), (0o646, 78), (0o602, 78)]
     {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
-        let (found, _, errors) = texts(run_to_end(with_path(&directory, &path)));
+        let (found, _, errors) = text_output(run_to_end(check_command(&directory, &path)));
         assert_eq!(found, Some(status), "{mode:o}: {errors}");
         assert_eq!(
             errors.contains("open.toml: expected a file that only its owner may write to"),
@@ -523,18 +524,18 @@ fn a_file_that_others_may_write_to_is_refused() {
     }
 }
 
-fn with_path(directory: &TempDirectory, path: &std::path::Path) -> Command {
+fn check_command(directory: &TempDirectory, path: &std::path::Path) -> Command {
     let mut command = key_service(directory);
     command.arg("--check").arg("--config").arg(path);
     command
 }
 
 #[test]
-fn nothing_starts_with_an_error() {
+fn a_configuration_error_prevents_startup() {
     let directory = TempDirectory::new();
     let mut command = key_service(&directory);
     command.args(["--max-size", "0", "--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
-    let (status, _, errors) = texts(run_to_end(command));
+    let (status, _, errors) = text_output(run_to_end(command));
     assert_eq!(status, Some(78));
     assert!(!errors.contains("Keys on"), "{errors}");
 }
@@ -543,8 +544,8 @@ fn nothing_starts_with_an_error() {
 fn wrong_usage_exits_with_status_2() {
     let directory = TempDirectory::new();
     for flags in [&["--port", "1"][..], &["--max-size"], &["unknown"]] {
-        let ended = run_to_end(with(key_service(&directory), flags));
-        assert_eq!(ended.status.code(), Some(2), "{flags:?}");
+        let output = run_to_end(with_flags(key_service(&directory), flags));
+        assert_eq!(output.status.code(), Some(2), "{flags:?}");
     }
 }
 
@@ -554,5 +555,5 @@ fn variables_of_a_service_named_key_service_are_not_read() {
     let mut command = key_service(&directory);
     command.arg("--check").arg("--config").arg(directory.write("config.toml", ""));
     command.env("KEY_SERVICE_PORT", "tcp://10.0.0.1:1123").env("KEY_SERVICE_SERVICE_HOST", "10.0.0.1");
-    assert_eq!(texts(run_to_end(command)).1, DEFAULTS);
+    assert_eq!(text_output(run_to_end(command)).1, DEFAULTS);
 }

@@ -1,4 +1,4 @@
-//! What the documents say of the tests is so.
+//! The tests and files to which the documents refer exist.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -10,13 +10,13 @@ fn text(path: &str) -> Result<String, String> {
         .map_err(|error| format!("{path}: {error}"))
 }
 
-/// The paths of tests in a text, as they are marked: `tests/memory.rs` or `tests/memory.rs::function`.
-fn named(text: &str) -> impl Iterator<Item = &str> {
+/// The references in a text, in backquotes: `tests/memory.rs` or `tests/memory.rs::function`.
+fn references(text: &str) -> impl Iterator<Item = &str> {
     let marked = text.split('`').skip(1).step_by(2);
-    marked.filter(|path| ["tests/", "src/", "fuzz/"].iter().any(|folder| path.starts_with(folder)))
+    marked.filter(|path| ["tests/", "src/", "fuzz/"].iter().any(|directory| path.starts_with(directory)))
 }
 
-/// Whether the file is there, and a test of that name is in it: a function that is marked as one.
+/// Checks that the file exists and, if the reference names a function, that the function is a test in it.
 fn exists(reference: &str) -> Result<(), String> {
     let (path, function) = reference.split_once("::").unwrap_or((reference, ""));
     if function.is_empty() {
@@ -26,31 +26,31 @@ fn exists(reference: &str) -> Result<(), String> {
     let lines: Vec<&str> = file.lines().map(str::trim).collect();
     let starts = ["fn ", "async fn ", "def "].map(|start| format!("{start}{function}("));
     let at = lines.iter().position(|line| starts.iter().any(|start| line.starts_with(start)));
-    let at = at.ok_or_else(|| format!("{path}: there is no {function}"))?;
+    let at = at.ok_or_else(|| format!("{path}: no function {function}"))?;
     if path.starts_with("tests/e2e/") {
-        // pytest(1) takes functions of the file itself whose names begin so.
+        // pytest(1) runs top-level functions whose names start with test_.
         let is_test = function.starts_with("test_") && file.contains(&format!("\ndef {function}("));
-        return is_test.then_some(()).ok_or_else(|| format!("{path}: {function} is no test"));
+        return is_test.then_some(()).ok_or_else(|| format!("{path}: {function} is not a test"));
     }
     let marks = ["#[test]", "#[tokio::test"];
     let before = lines[..at].iter().rev().take_while(|line| line.starts_with('#'));
     let is_test = before.into_iter().any(|line| marks.iter().any(|mark| line.starts_with(mark)));
-    is_test.then_some(()).ok_or_else(|| format!("{path}: {function} is no test"))
+    is_test.then_some(()).ok_or_else(|| format!("{path}: {function} is not a test"))
 }
 
 #[test]
-fn every_promise_of_the_threat_model_names_tests_that_exist() {
+fn every_threat_model_promise_names_existing_tests() {
     let document = text("docs/threat-model.md").unwrap();
     let mut promises = 0;
     for row in document.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| **")).skip(1) {
-        let held_by = row.trim_end_matches('|').rsplit('|').next().unwrap();
-        assert!(named(held_by).count() > 0, "no test holds this: {row}");
-        for reference in named(held_by) {
+        let tests = row.trim_end_matches('|').rsplit('|').next().unwrap();
+        assert!(references(tests).count() > 0, "no test checks this promise: {row}");
+        for reference in references(tests) {
             exists(reference).unwrap();
         }
         promises += 1;
     }
-    assert!(promises > 20, "the table was read: {promises} promises");
+    assert!(promises > 20, "expected more than 20 promises in the table, found {promises}");
 }
 
 #[test]
@@ -59,8 +59,8 @@ fn every_file_that_a_document_names_exists() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "md") {
             let document = fs::read_to_string(&path).unwrap();
-            for reference in named(&document) {
-                // A command may have arguments behind it.
+            for reference in references(&document) {
+                // A command may be followed by arguments.
                 let reference = reference.split(' ').next().unwrap();
                 let file = reference.split("::").next().unwrap();
                 let found = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
@@ -71,8 +71,8 @@ fn every_file_that_a_document_names_exists() {
 }
 
 #[test]
-fn a_name_that_is_wrong_is_noticed() {
-    assert!(exists("tests/docs.rs::a_name_that_is_wrong_is_noticed").is_ok());
+fn a_wrong_test_name_is_detected() {
+    assert!(exists("tests/docs.rs::a_wrong_test_name_is_detected").is_ok());
     assert!(exists("tests/e2e/test_system.py::test_the_sandbox_denies").is_ok());
     for wrong in [
         "tests/docs.rs::another",

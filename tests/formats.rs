@@ -1,4 +1,4 @@
-//! Formats of keys, selected by query and by Accept, and batches.
+//! Key formats, selected by query or Accept header, and batches.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -19,7 +19,7 @@ fn media_type(format: &str) -> &'static str {
 }
 
 #[test]
-fn every_format_has_the_requested_length_also_for_head() {
+fn every_format_has_the_requested_length_for_get_and_head() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
     let mut client = Client::connect(daemon.keys());
     let lengths = [1, 2, 3, 4, 31, 32, 33, 1024, 49_152, 65_536, 65_537, 98_305, 200_000, 1_048_576];
@@ -97,9 +97,10 @@ fn every_bit_of_a_key_varies() {
         let path = format!("/key/32?format={format}");
         let keys: Vec<_> =
             (0..64).map(|_| decode_key(format, &client.send(request(&path)).response())).collect();
-        for at in 0..32 {
-            let (all, any) = keys.iter().fold((0xff, 0), |(all, any), key| (all & key[at], any | key[at]));
-            assert_eq!((all, any), (0, 0xff), "{format}: byte {at}");
+        for position in 0..32 {
+            let (all, any) =
+                keys.iter().fold((0xff, 0), |(all, any), key| (all & key[position], any | key[position]));
+            assert_eq!((all, any), (0, 0xff), "{format}: byte {position}");
         }
     }
 }
@@ -172,7 +173,7 @@ fn a_batch_has_the_requested_number_of_distinct_keys() {
 }
 
 #[test]
-fn a_batch_is_limited_and_raw_keys_have_none() {
+fn batch_size_is_limited_and_raw_batches_are_refused() {
     let daemon = Daemon::start(&[("MAX_SIZE", "70000")]);
     for count in ["0", "1025", "-1", "x", "", "1.5", "18446744073709551617"] {
         let refused = daemon.get(&format!("/key/1?format=hex&count={count}"));
@@ -195,12 +196,12 @@ fn a_batch_is_limited_and_raw_keys_have_none() {
 }
 
 #[test]
-fn a_batch_is_charged_for_all_its_bytes() {
+fn rate_limits_count_all_bytes_of_a_batch() {
     let daemon = Daemon::start(&[("RATE_BYTES", "100"), ("RATE_BURST", "10"), ("AUDIT", "true")]);
     let response = daemon.get("/key/32?format=hex&count=30");
     assert_eq!(response.status, 200);
-    let left = response.header("ratelimit").unwrap().to_owned();
-    assert!(left.contains("r=40"), "960 of 1,000 bytes are used: {left}");
+    let remaining = response.header("ratelimit").unwrap().to_owned();
+    assert!(remaining.contains("r=40"), "960 of 1,000 bytes are used: {remaining}");
     assert_eq!(daemon.get("/key/32?format=hex&count=30").status, 429);
     daemon.wait_for_log("key issued");
     let log = daemon.log();

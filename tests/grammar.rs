@@ -1,9 +1,9 @@
-//! The grammar of a length, on exhaustive and random texts.
+//! The grammar of a length, tested with all short texts and with random texts.
 
 use key_service::keys::key::{KeyLength, LengthError};
 use proptest::prelude::*;
 
-/// The grammar, implemented in another way than in the library.
+/// The grammar, implemented independently of the library.
 fn matches_grammar(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_digit()) && !text.starts_with('0')
 }
@@ -21,7 +21,7 @@ fn texts_of_up_to_three_ascii_characters_follow_the_grammar() {
             let expected = match text.as_str() {
                 "0" => Err(LengthError::Zero),
                 _ if !matches_grammar(text) => Err(LengthError::NotAnInteger),
-                // Numbers of three digits without leading zeros compare as texts.
+                // Three-digit numbers without leading zeros sort in the same order as texts.
                 _ if text.len() == 3 && text.as_str() > "500" => Err(LengthError::TooLarge { limit: 500 }),
                 _ => Ok(text.clone()),
             };
@@ -45,9 +45,9 @@ proptest! {
             }
             Err(LengthError::Zero) => prop_assert_eq!(text, "0"),
             Err(LengthError::NotAnInteger) => prop_assert!(!matches_grammar(&text)),
-            Err(LengthError::TooLarge { limit: named }) => {
+            Err(LengthError::TooLarge { limit: reported }) => {
                 prop_assert!(matches_grammar(&text));
-                prop_assert_eq!(named, limit);
+                prop_assert_eq!(reported, limit);
             }
         }
     }
@@ -64,7 +64,7 @@ proptest! {
     }
 
     #[test]
-    fn one_other_character_anywhere_is_an_error(
+    fn a_non_digit_anywhere_is_an_error(
         number in 1..=u64::MAX, at in 0..20_usize, other in "[^0-9]",
     ) {
         let mut text = number.to_string();

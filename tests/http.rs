@@ -1,4 +1,4 @@
-//! HTTP on the wire, in raw bytes: every row of the API's table.
+//! HTTP requests and responses in raw bytes.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -52,13 +52,13 @@ fn unread_requests_do_not_truncate_the_last_response() {
     let daemon = Daemon::start(&[]);
     for accept in ["", "Accept: application/octet-stream\r\n"] {
         let last = format!("GET /key/1024 HTTP/1.1\r\nHost: a\r\n{accept}Connection: close\r\n\r\n");
-        let more = request("/key/32").repeat(250); // 10 kB, more than one read takes
+        let more = request("/key/32").repeat(250); // 10 kB, more than one read returns
         let mut client = Client::connect(daemon.keys());
         client.send(last + &more);
         let mut received = Vec::new();
-        let end = std::io::Read::read_to_end(&mut client.stream, &mut received);
+        let result = std::io::Read::read_to_end(&mut client.stream, &mut received);
         let body = common::find(&received, b"\r\n\r\n").expect("a response") + 4;
-        assert_eq!(received.len() - body, 1024, "{accept:?}, then {end:?}");
+        assert_eq!(received.len() - body, 1024, "{accept:?}, then {result:?}");
     }
 }
 
@@ -68,11 +68,14 @@ fn the_fast_path_and_the_slow_path_respond_alike() {
     let settings = [("MAX_SIZE", "65536"), ("RATE_REQUESTS", "1000000000"), ("RATE_BURST", "1")];
     for settings in [&settings[..1], &settings] {
         let daemon = Daemon::start(settings);
-        for (length, end) in
+        for (length, header) in
             [("32", ""), ("1", ""), ("4096", ""), ("4097", ""), ("32", "Connection: close\r\n")]
         {
             let mut responses = ["", "Accept: application/octet-stream\r\n"].map(|accept| {
-                exchange(daemon.keys(), format!("GET /key/{length} HTTP/1.1\r\nHost: a\r\n{accept}{end}\r\n"))
+                exchange(
+                    daemon.keys(),
+                    format!("GET /key/{length} HTTP/1.1\r\nHost: a\r\n{accept}{header}\r\n"),
+                )
             });
             for response in &mut responses {
                 assert_eq!((response.status, response.body.len()), (200, length.parse().unwrap()));
@@ -80,7 +83,7 @@ fn the_fast_path_and_the_slow_path_respond_alike() {
                 response.headers.retain(|(name, _)| name != "date");
             }
             let [fast, slow] = responses;
-            assert_eq!(fast.headers, slow.headers, "{length} {end}");
+            assert_eq!(fast.headers, slow.headers, "{length} {header}");
         }
     }
 }
@@ -121,12 +124,12 @@ fn a_length_above_the_limit_gets_413_with_the_maximum() {
 }
 
 #[test]
-fn head_has_the_headers_of_get_and_generates_no_key() {
+fn head_returns_the_headers_of_get_and_generates_no_key() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1000000")]);
     for path in ["/key/32", "/key/1000000", "/health", "/livez", "/readyz", "/key/abc", "/nowhere"] {
         let mut client = Client::connect(daemon.keys());
         let head = client.send(request(path).replace("GET", "HEAD")).head_response();
-        let get = client.send(request(path)).response(); // no body is between the two
+        let get = client.send(request(path)).response(); // fails if a body follows the response to the HEAD
         assert_eq!(head.status, get.status, "{path}");
         let names = |response: &common::Response| {
             let mut names: Vec<_> =
@@ -314,7 +317,7 @@ fn a_request_that_rfc_9112_forbids_closes_the_connection() {
     let many_headers = (0..100).map(|n| format!("X-{n}: v\r\n")).collect::<String>();
     let too_many_headers = (0..200).map(|n| format!("X-{n}: v\r\n")).collect::<String>();
     let large_header = "v".repeat(17_000);
-    for (what, bytes, status) in [
+    for (case, bytes, status) in [
         ("no Host", "GET /key/1 HTTP/1.1\r\n\r\n".into(), 400),
         ("two Hosts", "GET /key/1 HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n".into(), 400),
         ("a Host with a space", "GET /key/1 HTTP/1.1\r\nHost: a b\r\n\r\n".into(), 400),
@@ -349,14 +352,14 @@ fn a_request_that_rfc_9112_forbids_closes_the_connection() {
         ("a path of 20,000 bytes", format!("GET /{long_path} HTTP/1.1\r\nHost: a\r\n\r\n"), 431),
     ] {
         let mut client = Client::connect(daemon.keys());
-        let _ = client.stream.write_all(bytes.as_bytes()); // the connection may be closed before the end
-        // Whatever follows must get no response.
-        let response = client.read_response(true).unwrap_or_else(|| panic!("{what}: no response"));
-        assert_eq!(response.status, status, "{what}");
-        assert!(client.is_closed(), "{what}: the connection stays open");
+        let _ = client.stream.write_all(bytes.as_bytes()); // the server may close the connection early
+        // Bytes after the refused request must get no response.
+        let response = client.read_response(true).unwrap_or_else(|| panic!("{case}: no response"));
+        assert_eq!(response.status, status, "{case}");
+        assert!(client.is_closed(), "{case}: the connection stays open");
     }
     assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no request generated a key");
-    // A request that hyper refuses is counted after its connection has ended, which the client may see first.
+    // A request that hyper refuses is counted after its connection is closed, which the client may notice first.
     daemon.wait_for_metric("http_rejections_total{reason=\"malformed\"}", 24.0);
 }
 
@@ -383,7 +386,7 @@ fn an_absolute_request_target_is_accepted() {
 }
 
 #[test]
-fn every_kind_of_host_is_accepted() {
+fn every_valid_host_is_accepted() {
     let daemon = Daemon::start(&[]);
     for host in ["", "localhost:1123", "[::1]:1123", "key-service.default.svc", "xn--nxasmq6b"] {
         let response = exchange(daemon.keys(), format!("GET /key/8 HTTP/1.1\r\nHost: {host}\r\n\r\n"));
@@ -420,10 +423,10 @@ fn the_daemon_listens_on_a_unix_socket() {
     let end = common::find(&response, b"\r\n\r\n").unwrap() + 4;
     assert!(response.starts_with(b"HTTP/1.1 200 OK\r\n"));
     assert_eq!(response.len() - end, 32);
-    // A daemon replaces the socket that a killed one left.
+    // A daemon replaces the socket file that a killed daemon left behind.
     let mut daemon = daemon;
     daemon.signal("KILL");
-    common::until("the end", || (!daemon.is_running()).then_some(()));
+    common::until("the daemon to exit", || (!daemon.is_running()).then_some(()));
     let second = Daemon::start_with(TempDirectory::new(), |command| {
         command.arg("--host").arg(format!("unix:{}", path.display())).args(["--metrics-port", "0"]);
     });

@@ -1,4 +1,4 @@
-//! Once a key has been sent, the daemon's memory holds no part of it.
+//! The daemon's memory holds no part of a key that has been sent.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -13,13 +13,13 @@ use common::tls::{Authority, client_config, connect};
 use common::{Client, Daemon, TempDirectory, find, get, key_service, request, run_to_end};
 use rustls::version::{TLS12, TLS13};
 
-/// How many bytes of a key in a row count as a find: 16 bytes never match by chance.
+/// The number of consecutive key bytes that count as a match: 16 bytes never match by chance.
 const WINDOW: usize = 16;
 
-/// All memory of a process, by runs of resident or swapped pages. Pages that it reserved and never touched are left
-/// out.
+/// All memory of a process, as runs of resident or swapped pages. Pages that were never touched are skipped.
 fn memory(pid: u32) -> Vec<Vec<u8>> {
-    let open = |name| File::open(format!("/proc/{pid}/{name}")).expect("a child of one's own may be read");
+    let open =
+        |name| File::open(format!("/proc/{pid}/{name}")).expect("a process may read the memory of its child");
     let (memory, pages) = (open("mem"), open("pagemap"));
     let page = rustix::param::page_size() as u64;
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
@@ -30,7 +30,7 @@ fn memory(pid: u32) -> Vec<Vec<u8>> {
         let number = |text| u64::from_str_radix(text, 16).unwrap();
         (rest.starts_with('r') && !is_special).then(|| (number(start), number(end)))
     });
-    // proc_pid_pagemap(5): eight bytes for each page; the top bits tell whether it is in memory or in swap.
+    // proc_pid_pagemap(5): eight bytes for each page; the top two bits are set if it is in memory or in swap.
     let is_present = |entry: &[u8; 8]| u64::from_ne_bytes(*entry) >> 62 != 0;
     let runs = regions.flat_map(|(start, end)| {
         let mut entries = vec![0; usize::try_from((end - start) / page * 8).unwrap()];
@@ -46,13 +46,13 @@ fn memory(pid: u32) -> Vec<Vec<u8>> {
     });
     runs.filter_map(|(start, end)| {
         let mut bytes = vec![0; usize::try_from(end - start).unwrap()];
-        memory.read_exact_at(&mut bytes, start).ok()?; // it may be unmapped by now
+        memory.read_exact_at(&mut bytes, start).ok()?; // it may have been unmapped since
         Some(bytes)
     })
     .collect()
 }
 
-/// How many of `keys` are in memory, by a window at their beginning, middle or end.
+/// The number of `keys` of which the first, middle or last [`WINDOW`] bytes are in memory.
 fn count_found(memory: &[Vec<u8>], keys: &[Vec<u8>]) -> usize {
     let windows = |key: &Vec<u8>| {
         let last = key.len() - WINDOW;
@@ -80,7 +80,7 @@ fn count_found(memory: &[Vec<u8>], keys: &[Vec<u8>]) -> usize {
 fn the_scan_finds_a_known_text() {
     let daemon = Daemon::start(&[]);
     let mut client = Client::connect(daemon.keys());
-    // Incomplete request headers, with this mark, stay in the daemon's buffer.
+    // Incomplete request headers that contain this mark stay in the daemon's buffer.
     let mark = b"0123456789abcdef-a-mark-that-must-be-found".to_vec();
     client.send("GET /key/32 HTTP/1.1\r\nHost: a\r\nX-Mark: ").send(&mark);
     common::until("the headers to be read", || {
@@ -102,14 +102,14 @@ fn no_key_is_in_memory_after_its_response() {
             memory.iter().any(|region| find(region, b"application/octet-stream").is_some()),
             "the scan reads the memory"
         );
-        // The client may get here before the daemon has returned from its last write.
+        // The client may have the key before the daemon has returned from its last write.
         common::until("the keys to be wiped", || {
             (count_found(&self::memory(daemon.pid()), &keys) == 0).then_some(())
         });
     }
 }
 
-/// The encoded keys in a text: runs of digits longer than any of its words.
+/// The encoded keys in a text: runs of digits that are longer than any word in it.
 fn encoded_keys(text: &str) -> Vec<Vec<u8>> {
     let is_digit = |c: char| c.is_ascii_alphanumeric() || "+/=-_".contains(c);
     let runs = text.split(|c| !is_digit(c)).filter(|run| run.len() > 2 * WINDOW);
@@ -117,7 +117,7 @@ fn encoded_keys(text: &str) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn no_key_is_in_memory_raw_or_encoded_in_any_format() {
+fn no_raw_or_encoded_key_is_in_memory_after_its_response() {
     let daemon = Daemon::start(&[("MAX_SIZE", "1048576")]);
     for format in &FORMATS[1..] {
         for length in [32, 300_000] {
@@ -230,7 +230,7 @@ fn no_key_is_in_memory_after_its_tls_connection_was_aborted() {
     });
 }
 
-/// The output of `token new`, twenty times.
+/// The output of twenty runs of `token new`.
 fn new_tokens() -> Vec<String> {
     let directory = TempDirectory::new();
     let new = |n: i32| {
@@ -243,7 +243,7 @@ fn new_tokens() -> Vec<String> {
 
 /// A daemon that accepts all tokens but the first, and logs everything.
 fn start_with_tokens(tokens: &[String]) -> Daemon {
-    let lines: Vec<_> = tokens[1..].iter().map(|made| made.lines().nth(1).unwrap()).collect();
+    let lines: Vec<_> = tokens[1..].iter().map(|output| output.lines().nth(1).unwrap()).collect();
     let directory = TempDirectory::new();
     let file = directory.write("tokens", &lines.join("\n"));
     Daemon::start_with(directory, |command| {
@@ -266,15 +266,16 @@ fn no_token_is_in_the_log_or_the_metrics() {
     let tokens = new_tokens();
     let daemon = start_with_tokens(&tokens);
     let mut client = Client::connect(daemon.keys());
-    for (n, made) in tokens.iter().enumerate() {
-        let token = made.lines().next().unwrap();
-        let head = format!("GET /key/16 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n");
-        assert_eq!(client.send(head).response().status, if n == 0 { 401 } else { 200 });
+    for (n, output) in tokens.iter().enumerate() {
+        let token = output.lines().next().unwrap();
+        let request = format!("GET /key/16 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n");
+        assert_eq!(client.send(request).response().status, if n == 0 { 401 } else { 200 });
     }
     let texts = [daemon.log(), get(daemon.metrics(), "/metrics").text()];
-    for made in &tokens {
+    for output in &tokens {
         // Neither the text of a token nor its hash.
-        for secret in [&made[3..20], made.split("sha256:").nth(1).unwrap().split_whitespace().next().unwrap()]
+        for secret in
+            [&output[3..20], output.split("sha256:").nth(1).unwrap().split_whitespace().next().unwrap()]
         {
             assert!(texts.iter().all(|text| !text.contains(secret)), "{secret}");
         }

@@ -1,4 +1,4 @@
-//! /openapi.json describes the service correctly: each name and limit is tried on the service that wrote it.
+//! /openapi.json describes the service correctly: the service accepts exactly the names and limits in it.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -21,14 +21,14 @@ fn document(daemon: &Daemon) -> Value {
     response.json()
 }
 
-/// A tokens file with one token, which is discarded.
+/// Writes a tokens file with one token, whose text is discarded.
 fn tokens(directory: &TempDirectory) -> PathBuf {
-    let ended = run_to_end({
+    let output = run_to_end({
         let mut command = key_service(directory);
         command.args(["token", "new", "--name", "nobody"]);
         command
     });
-    let text = String::from_utf8(ended.stdout).unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
     let path = directory.write("tokens", text.split_once('\n').unwrap().1);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     path
@@ -45,7 +45,7 @@ fn length_max(document: &Value, path: &str) -> u64 {
 }
 
 #[test]
-fn the_document_has_exactly_the_names_that_are_served() {
+fn the_document_lists_exactly_the_served_names() {
     let daemon = Daemon::start(&[]);
     let document = document(&daemon);
     assert_eq!(document["openapi"], "3.1.0");
@@ -85,22 +85,26 @@ fn the_limits_of_the_document_are_enforced() {
     for (path, expected) in [("/key/{length}", 5000), ("/password/{length}", 1024)] {
         let max = length_max(&document, path);
         assert_eq!(max, expected);
-        let at = |length: u64| daemon.get(&path.replace("{length}", &length.to_string()));
-        assert_eq!((at(max).status, at(max + 1).status), (200, 413), "{path}");
+        let get_length = |length: u64| daemon.get(&path.replace("{length}", &length.to_string()));
+        assert_eq!((get_length(max).status, get_length(max + 1).status), (200, 413), "{path}");
         let parameters = document["paths"][path]["get"]["parameters"].as_array().unwrap();
         let count = parameters.iter().find(|known| known["name"] == "count").unwrap();
         let max = count["schema"]["maximum"].as_u64().unwrap();
-        let with = |count: u64| {
+        let status_of = |count: u64| {
             daemon.get(&format!("{}?format=json&count={count}", path.replace("{length}", "1"))).status
         };
-        assert_eq!((with(0), with(1), with(max), with(max + 1)), (400, 200, 200, 400), "{path}");
+        assert_eq!(
+            (status_of(0), status_of(1), status_of(max), status_of(max + 1)),
+            (400, 200, 200, 400),
+            "{path}"
+        );
         let description = document["paths"][path]["get"]["description"].as_str().unwrap();
         assert!(description.contains("Length times count is at most 65536"), "{description}");
     }
 }
 
 #[test]
-fn the_document_has_every_status_of_the_metrics() {
+fn the_document_lists_every_status_in_the_metrics() {
     let directory = TempDirectory::new();
     let tokens = tokens(&directory);
     directory.write("config.toml", &format!("tokens-file = {:?}\n", tokens.to_str().unwrap()));
@@ -114,10 +118,10 @@ fn the_document_has_every_status_of_the_metrics() {
     let counted: BTreeSet<_> = metrics
         .lines()
         .filter_map(|line| line.strip_prefix("http_responses_total{status_code=\"")?.split('"').next())
-        .filter(|status| *status != "other" && *status != "404") // unknown paths, which the document does not have
+        .filter(|status| *status != "other" && *status != "404") // for unknown paths, which are not in the document
         .collect();
     assert_eq!(described, counted);
-    // Each error is a problem document, described in one place.
+    // Each error is a problem document, described once under components.
     for status in described.into_iter().filter(|status| *status != "200") {
         let response = &document["components"]["responses"][status];
         assert!(response["content"]["application/problem+json"].is_object(), "{status}");
@@ -201,7 +205,7 @@ fn client_generators_find_types_and_the_default_first() {
     let mut found = Vec::new();
     untyped(&document(&daemon), &mut found);
     assert_eq!(found, Vec::<Value>::new(), "an enum or const without a type");
-    // A JSON parser may lose the order, so search the text.
+    // A JSON parser may not keep the order, so search the text.
     let text = daemon.get("/openapi.json").text();
     assert!(!text.contains("\\u00"), "{text}");
     let responses: Vec<_> =
@@ -220,9 +224,9 @@ fn client_generators_find_types_and_the_default_first() {
     for order in orders {
         let found = responses.iter().any(|content| {
             let content = &content[..content.find("\"description\":\"Generated").unwrap_or_default()];
-            let places: Option<Vec<_>> =
+            let positions: Option<Vec<_>> =
                 order.iter().map(|name| content.find(&format!("\"{name}\":"))).collect();
-            places.is_some_and(|places| places[0] == 0 && places.is_sorted())
+            positions.is_some_and(|positions| positions[0] == 0 && positions.is_sorted())
         });
         assert!(found, "{order:?}: {text}");
     }

@@ -1,4 +1,4 @@
-//! What is shipped beside the binary agrees with it.
+//! The files that are shipped with the binary agree with it and with each other.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -16,36 +16,37 @@ fn shipped(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
+/// What `--check` prints for a configuration.
 fn check(config: &str) -> String {
     let directory = TempDirectory::new();
     let mut command = key_service(&directory);
     command.arg("--check").arg("--config").arg(directory.write("config.toml", config));
-    let ended = run_to_end(command);
-    assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
-    String::from_utf8(ended.stdout).unwrap()
+    let output = run_to_end(command);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 #[test]
-fn the_sample_configuration_shows_every_setting_with_its_default() {
+fn the_sample_configuration_shows_every_default() {
     let sample = shipped("packaging/config.toml");
     let defaults = check("");
-    assert_eq!(check(&sample), defaults, "as it is shipped it sets nothing");
+    assert_eq!(check(&sample), defaults, "every setting in it is a comment");
     let is_setting = |line: &&str| line.starts_with('#') && !line.starts_with("# ");
     let shown: String = sample.lines().filter(is_setting).map(|line| format!("{}\n", &line[1..])).collect();
-    assert_eq!(shown, defaults, "and what it shows are the settings, in order, with their defaults");
+    assert_eq!(shown, defaults, "the comments show the settings in order with their defaults");
 }
 
 #[test]
-fn the_manual_of_the_configuration_has_every_setting_with_its_default() {
+fn the_configuration_manual_shows_every_default() {
     let manual = shipped("packaging/man/key-service.toml.5").replace("\\-", "-").replace("\\(dq", "\"");
     for line in check("").lines() {
         let (name, default) = line.split_once(" = ").unwrap();
         assert!(manual.contains(&format!(".BR {name} \" = {default}\"")), "{line}");
     }
-    assert_eq!(manual.matches(".TP\n").count(), check("").lines().count(), "and no other");
+    assert_eq!(manual.matches(".TP\n").count(), check("").lines().count(), "it has no other setting");
 }
 
-/// What the package installs as key-service(8), in plain text.
+/// The text of key-service(8), as the package installs it.
 fn manual() -> String {
     package::manual(&shipped("packaging/man/key-service.8")).unwrap().replace("\\-", "-")
 }
@@ -69,7 +70,7 @@ fn flags(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_manual_of_the_command_has_every_flag() {
+fn the_command_manual_lists_every_flag() {
     let manual = flags(&manual());
     for flag in flags(&help()) {
         assert!(manual.contains(&flag), "{flag}");
@@ -80,7 +81,7 @@ fn the_manual_of_the_command_has_every_flag() {
 }
 
 #[test]
-fn the_manual_of_the_command_has_no_other_flag_or_command() {
+fn the_command_manual_lists_only_existing_flags_and_commands() {
     let manual = manual();
     let help = flags(&help());
     for flag in flags(&manual) {
@@ -89,15 +90,12 @@ fn the_manual_of_the_command_has_no_other_flag_or_command() {
     let commands: Vec<&str> =
         manual.lines().filter_map(|line| line.strip_prefix("\\fBkey-service")).collect();
     let [synopsis, described] = [&commands[1..4], &commands[4..]];
-    assert_eq!(
-        synopsis, described,
-        "the synopsis has the commands that are described, and the daemon itself"
-    );
+    assert_eq!(synopsis, described, "the synopsis lists the daemon and the commands that are described");
     assert_eq!(synopsis.len(), 3);
 }
 
 #[test]
-fn a_manual_without_a_place_for_the_options_is_refused() {
+fn a_manual_without_option_placeholders_is_refused() {
     let text = shipped("packaging/man/key-service.8");
     for name in ["synopsis", "options", "commands"] {
         let error = package::manual(&text.replace(&format!("examples/package.rs: {name}"), ""))
@@ -111,7 +109,7 @@ fn a_manual_without_a_place_for_the_options_is_refused() {
 }
 
 #[test]
-fn the_versions_agree() {
+fn all_shipped_files_have_the_same_version() {
     let version = env!("CARGO_PKG_VERSION");
     assert!(shipped("packaging/debian/changelog").starts_with(&format!("key-service ({version})")));
     for manual in ["key-service.8", "key-service-check.8", "key-service.toml.5"] {
@@ -132,12 +130,12 @@ fn addresses(text: &str) -> impl Iterator<Item = &str> {
     text.match_indices("https://").map(move |(at, _)| text[at..].split(ends).next().unwrap())
 }
 
-/// Whether an address is one of this project's repository, wherever that is: its path begins with an owner and this name.
+/// Whether an address points to this project's repository on any host: its path is an owner, then key-service.
 fn is_of_this_repository(address: &str) -> bool {
     address.split('/').nth(4).is_some_and(|name| name == "key-service" || name == "key-service.git")
 }
 
-/// The files of a directory and of those below, which are texts.
+/// Collects the text files in a directory and its subdirectories.
 fn texts(directory: &Path, found: &mut Vec<(PathBuf, String)>) {
     for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
         if entry.file_type().unwrap().is_dir() {
@@ -149,7 +147,7 @@ fn texts(directory: &Path, found: &mut Vec<(PathBuf, String)>) {
 }
 
 #[test]
-fn there_is_one_repository() {
+fn all_links_point_to_the_same_repository() {
     let repository = env!("CARGO_PKG_REPOSITORY");
     assert!(is_of_this_repository(repository), "{repository}");
     let mut files = Vec::new();
@@ -171,7 +169,10 @@ fn there_is_one_repository() {
             count += 1;
         }
     }
-    assert!(count > 30, "runbooks of every alert, the chart's and the dashboard's links: {count} were read");
+    assert!(
+        count > 30,
+        "expected the runbook of every alert and the links of the chart and the dashboard, found {count} links"
+    );
     let chart = shipped("helm-chart/Chart.yaml");
     for line in [format!("home: {repository}"), format!("sources: [{repository}]")] {
         assert!(chart.lines().any(|found| found == line), "Chart.yaml: expected the line {line}");
@@ -179,7 +180,7 @@ fn there_is_one_repository() {
 }
 
 #[test]
-fn there_is_one_maintainer() {
+fn all_shipped_files_name_the_same_maintainer() {
     let maintainer = env!("CARGO_PKG_AUTHORS");
     let (name, address) = maintainer.trim_end_matches('>').split_once(" <").unwrap();
     for (file, text) in [
@@ -193,19 +194,19 @@ fn there_is_one_maintainer() {
     }
 }
 
-/// What rustc reports for the generator alone under these flags. Without its crates it never compiles.
+/// What rustc reports for the generator alone with these flags. It never compiles without its crates.
 fn errors_of_the_generator(flags: &[&str]) -> String {
     let mut command = common::process::rustc();
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["--edition", "2024", "--crate-type", "lib"]);
     command.args(["--emit", "metadata", "-o", "/dev/null"]).args(flags).arg("src/keys/generator.rs");
-    let ended = run_to_end(command);
-    assert!(!ended.status.success());
-    String::from_utf8(ended.stderr).unwrap()
+    let output = run_to_end(command);
+    assert!(!output.status.success());
+    String::from_utf8(output.stderr).unwrap()
 }
 
 #[test]
-fn a_build_that_takes_keys_from_elsewhere_is_refused() {
-    // What is left where RUSTFLAGS is exported, and what the crate would take before the right flag.
+fn a_build_with_another_getrandom_backend_is_refused() {
+    // An exported RUSTFLAGS replaces the flags of .cargo/config.toml, and the crate prefers other backends to linux_raw.
     let missing = "add --cfg=getrandom_backend=\"linux_raw\" to RUSTFLAGS";
     let another = "remove every --cfg=getrandom_backend but \"linux_raw\" from RUSTFLAGS";
     let [raw, libc, custom] =

@@ -20,7 +20,7 @@ fn media_type(response: &Response) -> &str {
 }
 
 #[test]
-fn browsers_get_a_page_and_curl_an_index() {
+fn browsers_get_a_page_and_curl_gets_an_index() {
     let daemon = Daemon::start(&[]);
     for (accept, expected) in [
         (BROWSER, "text/html; charset=utf-8"),
@@ -80,7 +80,7 @@ fn the_page_runs_only_its_own_script_and_styles() {
         assert_eq!(
             page.matches(&format!("<{element}")).count(),
             1,
-            "one {element}, whose hash the policy has"
+            "one {element}, because the policy has one hash for it"
         );
         let start = page.find(&format!("<{element}>")).unwrap() + element.len() + 2;
         let text = &page[start..page.find(&format!("</{element}>")).unwrap()];
@@ -112,7 +112,7 @@ fn head_and_other_methods_work_as_on_other_routes() {
 }
 
 #[test]
-fn the_page_can_be_disabled_and_is_for_clients_only() {
+fn the_page_can_be_disabled_and_is_not_on_the_metrics_port() {
     let daemon = Daemon::start(&[]);
     assert_eq!(get(daemon.metrics(), "/").status, 404);
     assert!(daemon.get("/openapi.json").json()["paths"]["/"].is_object());

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 
 use common::{Client, Daemon, exchange, request};
 
-/// Whether an alphabet has a character.
+/// Whether an alphabet contains a character.
 type Allowed = fn(char) -> bool;
 
 /// Each alphabet, its characters, and the bits of entropy of 24 characters, rounded down.
@@ -21,7 +21,7 @@ const ALPHABETS: [(&str, Allowed, &str); 5] = [
 ];
 
 #[test]
-fn a_password_is_of_its_alphabet_and_states_its_entropy() {
+fn a_password_uses_its_alphabet_and_reports_its_entropy() {
     let daemon = Daemon::start(&[]);
     let mut client = Client::connect(daemon.keys());
     for (alphabet, is_allowed, bits) in ALPHABETS {
@@ -75,7 +75,7 @@ fn a_batch_of_passwords_has_no_duplicates() {
 }
 
 #[test]
-fn an_invalid_value_is_refused_by_name() {
+fn the_error_for_an_invalid_value_names_it() {
     let daemon = Daemon::start(&[("MAX_SIZE", "100000")]);
     for (path, status, detail) in [
         ("/password/0", 400, "Length must be at least 1"),

@@ -1,6 +1,6 @@
-//! The documents agree with the table of settings: the sample file, the manual, docs and `--help`.
+//! The sample file, the manual page, the docs and `--help` agree with the settings table.
 //!
-//! `UPDATE_DOCUMENTS=1 cargo test --test settings` writes what the table has into the first three.
+//! `UPDATE_DOCUMENTS=1 cargo test --test settings` updates the first three from the table.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -12,16 +12,16 @@ use std::path::Path;
 use common::{TempDirectory, key_service, run_to_end};
 use key_service::config::{ENV_PREFIX, Reload, Setting, settings};
 
-/// The longest line that is written.
+/// The longest line that the tests write.
 const LINE_MAX: usize = 120;
 
-fn shipped(path: &str) -> String {
+fn read_file(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
-/// Holds the part of a file between two texts to what the table has, or writes it there.
-fn holds(path: &str, start: &str, end: &str, expected: &str) {
-    let text = shipped(path);
+/// Checks that the part of a file between `start` and `end` is `expected`. With UPDATE_DOCUMENTS, replaces it instead.
+fn check_section(path: &str, start: &str, end: &str, expected: &str) {
+    let text = read_file(path);
     let from = text.find(start).unwrap_or_else(|| panic!("{path} has no {start:?}")) + start.len();
     let to = if end.is_empty() { text.len() } else { from + text[from..].find(end).unwrap() };
     if std::env::var_os("UPDATE_DOCUMENTS").is_some() {
@@ -29,22 +29,22 @@ fn holds(path: &str, start: &str, end: &str, expected: &str) {
         return fs::write(path, format!("{}{expected}{}", &text[..from], &text[to..])).unwrap();
     }
     for (found, expected) in text[from..to].lines().zip(expected.lines()) {
-        assert_eq!(found, expected, "{path}: UPDATE_DOCUMENTS=1 cargo test --test settings writes it");
+        assert_eq!(found, expected, "{path}: UPDATE_DOCUMENTS=1 cargo test --test settings updates it");
     }
     assert_eq!(
         text[from..to].len(),
         expected.len(),
-        "{path}: UPDATE_DOCUMENTS=1 cargo test --test settings writes it"
+        "{path}: UPDATE_DOCUMENTS=1 cargo test --test settings updates it"
     );
 }
 
-/// What the documents say of a setting, in Markdown.
-fn sentences(setting: &Setting) -> String {
+/// The description of a setting, in Markdown.
+fn description(setting: &Setting) -> String {
     let Setting { help, details, .. } = setting;
     if details.is_empty() { format!("{help}.") } else { format!("{help}. {details}") }
 }
 
-/// What the table knows of the values of a setting and of its changes.
+/// The values of a setting, and whether a reload applies a change.
 fn values_and_reload(setting: &Setting) -> String {
     let reload = match setting.reload {
         Reload::Applied => " Changes at a reload.",
@@ -55,7 +55,7 @@ fn values_and_reload(setting: &Setting) -> String {
     format!("Value: {}.{reload}{removal}", setting.values)
 }
 
-/// Lines of at most [`LINE_MAX`] characters, each with this prefix.
+/// Wraps text into lines of at most [`LINE_MAX`] characters, each with this prefix.
 fn wrapped(text: &str, prefix: &str) -> String {
     let mut lines = vec![prefix.to_owned()];
     for word in text.split(' ') {
@@ -72,22 +72,22 @@ fn wrapped(text: &str, prefix: &str) -> String {
 }
 
 #[test]
-fn the_sample_file_is_written_from_the_table() {
+fn the_sample_file_matches_the_settings_table() {
     let entry = |setting: Setting| {
-        let text = wrapped(&sentences(&setting).replace('`', ""), "# ");
+        let text = wrapped(&description(&setting).replace('`', ""), "# ");
         let examples: String = setting.examples.iter().map(|line| format!("# {line}\n")).collect();
         let values = wrapped(&values_and_reload(&setting), "# ");
         format!("\n{text}{examples}{values}#{} = {}\n", setting.name, setting.default)
     };
     let entries: String = settings().into_iter().map(entry).collect();
-    holds("packaging/config.toml", "metrics.socket.\n", "", &entries);
+    check_section("packaging/config.toml", "metrics.socket.\n", "", &entries);
 }
 
 #[test]
-fn the_manual_is_written_from_the_table() {
+fn the_manual_page_matches_the_settings_table() {
     let escaped = |text: &str| text.replace('-', "\\-").replace('"', "\\(dq").replace('\'', "\\(aq");
     let entry = |setting: Setting| {
-        let text = format!("{} {}", sentences(&setting), values_and_reload(&setting));
+        let text = format!("{} {}", description(&setting), values_and_reload(&setting));
         let marked: String = text
             .split('`')
             .enumerate()
@@ -99,23 +99,23 @@ fn the_manual_is_written_from_the_table() {
         format!(".TP\n.BR {name} \" = {default}\"\n{}{examples}", wrapped(&escaped(&marked), ""))
     };
     let entries: String = settings().into_iter().map(entry).collect();
-    holds("packaging/man/key-service.toml.5", ".SH SETTINGS\n", ".SH SEE ALSO\n", &entries);
+    check_section("packaging/man/key-service.toml.5", ".SH SETTINGS\n", ".SH SEE ALSO\n", &entries);
 }
 
 #[test]
-fn the_page_of_settings_is_written_from_the_table() {
+fn the_settings_page_matches_the_settings_table() {
     let row = |setting: Setting| {
         let variable = format!("{ENV_PREFIX}{}", setting.name.replace('-', "_").to_uppercase());
         let flag = setting.flag.map_or_else(String::new, |_| format!(" `--{}`", setting.name));
-        let text = format!("{} {}", sentences(&setting), values_and_reload(&setting));
+        let text = format!("{} {}", description(&setting), values_and_reload(&setting));
         format!("| `{}` | `{variable}` |{flag} | `{}` | {text} |\n", setting.name, setting.default)
     };
     let rows: String = settings().into_iter().map(row).collect();
-    holds("docs/configuration.md", "\n|---|---|---|---|---|\n", "\n\n", rows.trim_end());
+    check_section("docs/configuration.md", "\n|---|---|---|---|---|\n", "\n\n", rows.trim_end());
 }
 
 #[test]
-fn help_has_each_flag_with_its_default() {
+fn help_shows_each_flag_with_its_default() {
     let directory = TempDirectory::new();
     let mut command = key_service(&directory);
     command.arg("--help");
@@ -134,10 +134,10 @@ fn help_has_each_flag_with_its_default() {
 }
 
 #[test]
-fn documents_name_the_settings_that_change_at_a_reload() {
-    let access = shipped("docs/access.md");
+fn documents_list_the_reloadable_settings() {
+    let access = read_file("docs/access.md");
     let access = access.split("## What changes at a reload").nth(1).unwrap();
-    let manual = shipped("packaging/man/key-service.8").replace("\\-", "-");
+    let manual = read_file("packaging/man/key-service.8").replace("\\-", "-");
     let signal = manual.split(".B SIGHUP").nth(1).unwrap().split(".SH").next().unwrap();
     for Setting { name, reload, .. } in settings() {
         assert_eq!(

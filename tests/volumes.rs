@@ -1,5 +1,5 @@
-//! Secrets and ConfigMaps as the kubelet mounts and updates them: without a signal, each change takes effect within 30
-//! s of the kubelet's update.
+//! Secrets and ConfigMaps as the kubelet mounts and updates them: each change takes effect within 30 s of the update,
+//! without a signal.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -19,10 +19,10 @@ use tempfile::TempDir;
 use common::tls::{Authority, Identity, client_config, connect};
 use common::{Client, Daemon, TempDirectory, key_service, run_to_end, until};
 
-/// How long a change may take to take effect after the kubelet's update.
+/// The longest time from the kubelet's update until the change takes effect.
 const UPDATE_MAX: Duration = Duration::from_secs(30);
 
-/// A mounted Secret or ConfigMap: in memory, as a Secret is, if /dev/shm exists.
+/// A mounted Secret or ConfigMap. It is in memory if /dev/shm exists, as a Secret is.
 struct Volume(TempDir);
 
 impl Volume {
@@ -74,7 +74,7 @@ impl Volume {
     }
 }
 
-/// A new token and its line of the tokens file.
+/// Creates a token. Returns it and its line for the tokens file.
 fn new_token(name: &str) -> (String, String) {
     let mut command = key_service(&TempDirectory::new());
     command.args(["token", "new", "--name", name]);
@@ -121,7 +121,7 @@ fn wait_for_statuses<const N: usize>(
 }
 
 #[test]
-fn token_changes_apply_and_a_missing_file_opens_nothing() {
+fn token_changes_apply_and_a_missing_file_keeps_old_tokens() {
     let ((a, line_a), (b, line_b)) = (new_token("a"), new_token("b"));
     let both = format!("{line_a}\n{line_b}\n");
     let (config, secret) = (config(), Volume::new(&[("tokens", &both)]));
@@ -256,17 +256,17 @@ fn an_error_in_one_file_does_not_block_the_others() {
             ("TOKENS_FILE", secret.file("tokens")),
         ],
     );
-    // Waits until the server shows this certificate, admits only this client, and responds to both tokens with
-    // `statuses`.
-    let wait_for = |what: &str, server: usize, client: usize, statuses: [u16; 2]| {
+    // Waits until the server presents this certificate, admits only this client, and returns `statuses` for the two
+    // tokens.
+    let wait_for = |case: &str, server: usize, client: usize, statuses: [u16; 2]| {
         let since = Instant::now();
-        until(what, || {
+        until(case, || {
             let found = [&a, &b].map(|token| request_over_tls(&daemon, &authority, &clients[client], token));
-            let other = request_over_tls(&daemon, &authority, &clients[1 - client], &b);
+            let from_other_client = request_over_tls(&daemon, &authority, &clients[1 - client], &b);
             let wanted = statuses.map(|status| Some((servers[server].der().to_vec(), status)));
-            (found == wanted && other.is_none()).then_some(())
+            (found == wanted && from_other_client.is_none()).then_some(())
         });
-        assert!(since.elapsed() < UPDATE_MAX, "{what}: {:?}", since.elapsed());
+        assert!(since.elapsed() < UPDATE_MAX, "{case}: {:?}", since.elapsed());
     };
     wait_for("the start", 0, 0, [200, 401]);
 

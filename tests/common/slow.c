@@ -1,8 +1,8 @@
 /* `just slow` preloads this library into the daemon. It simulates a kernel whose writes to TCP sockets are slow or short.
  * SLOW=delay: each write returns 30 ms after the kernel took the bytes, so that the reader is far ahead of the writer.
- * SLOW=short: writes take some of the bytes, or none (EAGAIN), at random from SLOW_SEED. Writes that end in a short TLS record take
- * all bytes: the daemon tries only once to write the alert that ends a connection, and the kernel has room for it unless the client
- * reads nothing. */
+ * SLOW=short: writes take some of the bytes, or none (EAGAIN), at random from SLOW_SEED. A write that ends in a short TLS
+ * record takes all bytes: the daemon tries only once to write the alert that ends a connection, and the kernel has room for
+ * it unless the client reads nothing. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -26,7 +26,7 @@ static unsigned random_below(unsigned limit) {
     if (!state) state = ((unsigned)strtoul(getenv("SLOW_SEED"), NULL, 10) * 2654435761u ^ (unsigned)gettid()) | 1;
     return (state = state * 1664525u + 1013904223u) / 65536 % limit;
 }
-/* Records registrations, because a simulated EAGAIN must be followed by an edge; otherwise the daemon would not retry (epoll(7)). */
+/* Records registrations. A simulated EAGAIN must be followed by an edge, or the daemon would not retry (epoll(7)). */
 int epoll_ctl(int epoll, int op, int fd, struct epoll_event *event) {
     if (fd >= 0 && fd < 32768 && op != EPOLL_CTL_DEL) registered[fd].epoll = epoll, registered[fd].event = *event;
     return (int)syscall(SYS_epoll_ctl, epoll, op, fd, event);
