@@ -37,6 +37,7 @@ pub fn rustc() -> Command {
     quiet(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
 }
 
+/// A command whose standard streams are /dev/null.
 fn quiet(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
