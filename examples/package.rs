@@ -42,11 +42,14 @@ pub(crate) fn manual(text: &str) -> io::Result<String> {
     for (name, generated) in
         [("synopsis", synopsis.join(".br\n")), ("options", options), ("commands", described)]
     {
-        let place = format!(".\\\" examples/package.rs: {name}\n");
-        if manual.matches(&place).count() != 1 {
-            return Err(io::Error::other(format!("key-service.8: expected one line {:?}", place.trim_end())));
+        let marker = format!(".\\\" examples/package.rs: {name}\n");
+        if manual.matches(&marker).count() != 1 {
+            return Err(io::Error::other(format!(
+                "key-service.8: expected one line {:?}",
+                marker.trim_end()
+            )));
         }
-        manual = manual.replace(&place, &generated);
+        manual = manual.replace(&marker, &generated);
     }
     Ok(manual)
 }

@@ -1,8 +1,8 @@
-//! The daemon's server sending zeros instead of keys: it shows what a large response costs without key generation.
+//! The daemon's server, sending zeros instead of keys: it shows the cost of a large response without key generation.
 //!
 //! The accept loop, the timeouts and the limits are the library's, on one thread. `/key/N` returns N zero bytes in
-//! chunks of [`CHUNK_SIZE`], all of them the same static chunk. The difference to the daemon is therefore the work for
-//! a key (clearing, generating, counting, wiping). `benches/compare/run` builds this example and compares the two. It
+//! chunks of [`CHUNK_SIZE`], all of them the same static chunk. So the difference from the daemon is the work for a key
+//! (clearing, generating, counting, wiping). `benches/compare/run` builds this example and compares the two. It
 //! generates no keys, and the daemon itself has no option to do this.
 //!
 //! It listens on the inherited sockets named `http` and ends with SIGTERM.

@@ -1,4 +1,5 @@
-//! The credential socket, with a client that binds its socket as systemd does. tests/e2e/test_system.py has real units.
+//! The credential socket, with a client that binds its socket as systemd does. tests/e2e/test_system.py covers real
+//! units.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -28,7 +29,7 @@ use key_service::systemd::credentials::{CredentialRules, CredentialServer};
 use key_service::telemetry::metrics::Metrics;
 
 #[test]
-fn every_unit_gets_32_bytes_of_its_own() {
+fn every_unit_gets_its_own_32_bytes() {
     let daemon = start("", &[]);
     let socket = daemon.directory.file("credential.sock");
     let status = &daemon.status;
@@ -66,7 +67,7 @@ fn rules_define_credentials_and_the_audit_names_the_unit() {
     let password = text("db.service", "password");
     assert!(password.len() == 25 && !password.contains(['0', 'O', 'l', '1', 'I']), "{password}");
     assert_eq!(fetch(&daemon.directory, "web.service", "password").len(), 32);
-    common::until("the records", || (daemon.log().matches("key issued").count() == 6).then_some(()));
+    common::until("the audit records", || (daemon.log().matches("key issued").count() == 6).then_some(()));
     let log = daemon.log();
     for part in [
         "unit=\"web.service\" credential=\"cookie.key\"",
@@ -89,7 +90,7 @@ fn a_reload_replaces_the_rules() {
 }
 
 #[test]
-fn a_client_that_is_no_unit_gets_nothing_and_is_counted() {
+fn a_client_that_is_not_a_unit_gets_nothing_and_is_counted() {
     let daemon = start("", &[]);
     let malformed: [Option<&[u8]>; 9] = [
         None,
@@ -112,7 +113,7 @@ fn a_client_that_is_no_unit_gets_nothing_and_is_counted() {
 }
 
 #[test]
-fn an_invalid_table_is_refused_with_its_place_and_the_reason() {
+fn an_invalid_table_is_refused_with_its_location_and_reason() {
     let directory = TempDirectory::new();
     for (text, expected) in [
         ("credentials = 1", "credentials: expected a table of credentials, found 1"),
@@ -147,9 +148,9 @@ fn an_invalid_table_is_refused_with_its_place_and_the_reason() {
     ] {
         let mut command = key_service(&directory);
         command.arg("--check").arg("--config").arg(directory.write("wrong.toml", text));
-        let ended = run_to_end(command);
-        let errors = String::from_utf8(ended.stderr).unwrap();
-        assert_eq!(ended.status.code(), Some(78), "{text}: {errors}");
+        let output = run_to_end(command);
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(78), "{text}: {errors}");
         assert!(errors.contains(expected) && errors.contains("wrong.toml"), "{text}: {errors}");
     }
     // --check prints the effective configuration in the syntax of the file.
@@ -167,23 +168,23 @@ fn an_invalid_table_is_refused_with_its_place_and_the_reason() {
 fn a_credential_socket_over_tcp_is_refused() {
     let directory = TempDirectory::new();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let ended = stderr_of_failed_start(activated(&directory, "credential", listener.into(), &[]));
+    let stderr = stderr_of_failed_start(activated(&directory, "credential", listener.into(), &[]));
     assert!(
-        ended.contains("name \"credential\") is refused: expected a listening Unix stream socket"),
-        "{ended}"
+        stderr.contains("name \"credential\") is refused: expected a listening Unix stream socket"),
+        "{stderr}"
     );
 }
 
 fn stderr_of_failed_start(command: Command) -> String {
-    let ended = run_to_end(command);
-    assert_eq!(ended.status.code(), Some(1));
-    String::from_utf8(ended.stderr).unwrap()
+    let output = run_to_end(command);
+    assert_eq!(output.status.code(), Some(1));
+    String::from_utf8(output.stderr).unwrap()
 }
 
 #[test]
 fn units_above_the_connection_limit_all_get_their_key() {
     let daemon = start("", &[]);
-    // A client that does not read delays no other: its socket takes the whole key.
+    // A client that does not read does not delay the others: its socket buffer holds the whole key.
     let name = |n: usize| format!("{n:x}/unit/boot@{n}.service/key");
     let mut waiting: Vec<_> =
         (0..300).map(|n| connect(&daemon.directory, Some(name(n).as_bytes()))).collect();
@@ -207,7 +208,7 @@ fn a_drain_serves_clients_that_have_connected() {
     assert_eq!(daemon.wait(), 0);
 }
 
-/// Bytes of the kernel, until the flag breaks it.
+/// A source of kernel random bytes that fails once the flag is set.
 struct Breakable(Arc<AtomicBool>);
 
 impl Source for Breakable {
@@ -220,7 +221,7 @@ impl Source for Breakable {
 }
 
 #[test]
-fn a_failed_generator_sends_more_than_systemd_takes() {
+fn a_failed_generator_sends_more_than_systemd_accepts() {
     let directory = TempDirectory::new();
     let is_broken = Arc::new(AtomicBool::new(false));
     let generator = Arc::new(Generator::new(Breakable(Arc::clone(&is_broken))).unwrap());

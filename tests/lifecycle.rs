@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use common::{Client, Daemon, Process, TempDirectory, get, request, until};
 
-/// The daemon, which inherits its standard input as descriptor 3 (sd_listen_fds(3)).
+/// A command that starts the daemon with its standard input as descriptor 3 (sd_listen_fds(3)).
 fn socket_activated(directory: &TempDirectory) -> Command {
     let mut command = common::process::shell("exec 3<&0 && exec \"$@\"");
     common::clear_environment(&mut command, directory);
@@ -68,13 +68,13 @@ fn an_aborted_stream_is_shorter_than_its_content_length() {
     assert!(client.read_response(true).is_none(), "the response must not look complete");
 }
 
-/// A client that has read nothing of its response, all of which is in the socket buffers.
+/// A client that has not read its response. The daemon has written all of it to the socket buffers.
 fn with_unread_response(daemon: &Daemon, connection: &str) -> Client {
     let mut client = Client::connect(daemon.keys());
     client.send(format!("GET /key/150000 HTTP/1.1\r\nHost: a\r\nConnection: {connection}\r\n\r\n"));
     until("the response to be written", || {
         let is_generated = daemon.metric("key_bytes_total{format=\"raw\"}") >= 150_000.0;
-        (is_generated && daemon.metric("http_requests_in_flight") == 1.0).then_some(()) // the request for the metrics
+        (is_generated && daemon.metric("http_requests_in_flight") == 1.0).then_some(()) // only the metrics request
     });
     client
 }
@@ -138,8 +138,9 @@ fn a_second_signal_ends_the_drain_at_once() {
 }
 
 #[test]
-fn a_request_in_flight_gets_a_response_that_closes() {
-    // The daemon keeps reading for 250 ms, which a test on a busy machine may miss: one of five tries is enough.
+fn a_request_in_flight_gets_a_response_with_connection_close() {
+    // The daemon keeps reading for 250 ms. On a busy machine the test may miss them, so one success in five tries is
+    // enough.
     let is_served = (0..5).any(|_| {
         let mut daemon = Daemon::start(&[]);
         let mut client = Client::connect(daemon.keys());
@@ -273,7 +274,7 @@ fn a_reload_is_refused_when_the_configuration_file_is_gone() {
     reload(&daemon);
     assert_eq!((daemon.get("/key/32").status, daemon.metric("config_last_reload_successful")), (401, 0.0));
     std::fs::rename(&away, &file).unwrap();
-    daemon.wait_for_metric("config_last_reload_successful", 1.0); // by itself, within seconds
+    daemon.wait_for_metric("config_last_reload_successful", 1.0); // without a signal, within seconds
 }
 
 #[test]
@@ -299,7 +300,7 @@ fn a_reload_that_removes_protection_warns_and_names_it() {
 #[test]
 fn a_changed_file_alone_removes_no_protection() {
     let daemon = start(PROTECTED);
-    daemon.directory.write("config.toml", ""); // as an editor leaves it for a moment
+    daemon.directory.write("config.toml", ""); // an editor may empty the file before it writes
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
     assert_eq!(daemon.get("/key/32").status, 401);
     daemon.wait_for_log("a changed file alone removes no protection");
@@ -329,7 +330,7 @@ fn a_refused_change_is_logged_once_and_applied_when_fixed() {
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
     std::thread::sleep(Duration::from_secs(12)); // two checks of the files
     reload(&daemon);
-    std::thread::sleep(Duration::from_secs(7)); // files that a signal has reloaded are not reloaded again
+    std::thread::sleep(Duration::from_secs(7)); // the next check must not reload them again
     let log = daemon.log();
     assert_eq!(log.matches("max-sise: not a setting").count(), 2, "{log}");
     assert_eq!(log.matches("files have changed").count(), 1, "{log}");
@@ -400,7 +401,7 @@ fn the_watchdog_is_pinged_while_the_workers_make_progress() {
 }
 
 #[test]
-fn a_suspended_process_resumes_without_blaming_a_worker() {
+fn a_suspended_process_reports_no_missed_heartbeat() {
     let daemon = Daemon::start_with(TempDirectory::new(), |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("WATCHDOG_USEC", "3000000");
@@ -408,7 +409,7 @@ fn a_suspended_process_resumes_without_blaming_a_worker() {
     for _ in 0..2 {
         daemon.manager.wait_for("WATCHDOG=1");
         daemon.signal("STOP");
-        std::thread::sleep(Duration::from_secs(4)); // longer than the watchdog's limit, four of its ticks
+        std::thread::sleep(Duration::from_secs(4)); // four ticks, longer than the watchdog's limit
         daemon.signal("CONT");
         // A ping may have been in flight when the process was suspended.
         for _ in 0..3 {
@@ -441,7 +442,7 @@ fn an_abstract_notify_socket_gets_every_message() {
     assert!(ready.starts_with("READY=1\nSTATUS=Keys on 127.0.0.1:"), "{ready}");
     assert_eq!(message(), "WATCHDOG=1\n");
     child.signal("TERM");
-    until("the end", || (message() == "STOPPING=1\nSTATUS=Draining\n").then_some(()));
+    until("STOPPING=1", || (message() == "STOPPING=1\nSTATUS=Draining\n").then_some(()));
     assert_eq!(child.wait().code(), Some(0));
     assert_eq!(start("nowhere").wait().code(), Some(78));
     assert!(message().starts_with("STATUS=host: expected"));
@@ -457,7 +458,10 @@ fn a_watchdog_of_another_process_is_not_pinged() {
         assert_eq!(daemon.get("/key/32").status, 200);
     }
     daemon.signal("TERM");
-    assert!(daemon.manager.message().contains(&"STOPPING=1".to_owned()), "no watchdog message came before");
+    assert!(
+        daemon.manager.message().contains(&"STOPPING=1".to_owned()),
+        "no watchdog message was sent before"
+    );
 }
 
 #[test]
@@ -468,7 +472,7 @@ fn a_full_notify_socket_stalls_no_request() {
     let filler = UnixDatagram::unbound().unwrap();
     filler.set_nonblocking(true).unwrap();
     while filler.send_to(b"full", &path).is_ok() {}
-    // The daemon can't report its address by READY, so its socket is inherited.
+    // READY can't report the address of the daemon, so the daemon inherits its socket.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let mut command = socket_activated(&directory);
@@ -536,7 +540,7 @@ fn restarts_on_an_inherited_socket_lose_no_connection() {
         }
         served
     };
-    let keep_connections = || {
+    let reuse_connections = || {
         let mut served = 0;
         while is_running() {
             let mut client = Client::connect(address);
@@ -551,7 +555,7 @@ fn restarts_on_an_inherited_socket_lose_no_connection() {
     };
     std::thread::scope(|scope| {
         let mut clients: Vec<_> = (0..2).map(|_| scope.spawn(connect_for_each_key)).collect();
-        clients.extend((0..2).map(|_| scope.spawn(keep_connections)));
+        clients.extend((0..2).map(|_| scope.spawn(reuse_connections)));
         for _ in 0..5 {
             let mut daemon = start();
             until("some load", || (daemon.metric("key_length_bytes_count") > 50.0).then_some(()));
@@ -631,7 +635,7 @@ fn the_health_subcommand_queries_the_running_service() {
     assert_eq!((healthy.status.code(), &*healthy.stdout), (Some(0), b"OK\n".as_slice()));
     daemon.signal("TERM");
     daemon.manager.wait_for("STOPPING=1");
-    let unready = query("/readyz");
-    assert_eq!(unready.status.code(), Some(1));
-    assert!(String::from_utf8(unready.stderr).unwrap().contains("503"));
+    let not_ready = query("/readyz");
+    assert_eq!(not_ready.status.code(), Some(1));
+    assert!(String::from_utf8(not_ready.stderr).unwrap().contains("503"));
 }

@@ -1,4 +1,4 @@
-//! Timeouts and limits: no client can hold a connection without progress, or take more than its share.
+//! Timeouts and limits: no client can hold a connection without progress, or hold what other clients need.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -15,24 +15,25 @@ use common::{
     read_slowly, request, until,
 };
 
-/// Reads to the end of the connection and returns how many bytes came.
+/// Reads to the end of the connection and returns the number of bytes received.
 fn read_to_end(stream: &mut TcpStream) -> usize {
     let mut bytes = Vec::new();
-    let _ = stream.read_to_end(&mut bytes); // a reset is an end too
+    let _ = stream.read_to_end(&mut bytes); // a reset also ends the connection
     bytes.len()
 }
 
 /// A client that keeps its slot: it has received a key and begun another request.
 fn busy_client(daemon: &Daemon) -> Client {
     let mut client = Client::connect(daemon.keys());
-    // Both in one write: between the two, the connection would be idle.
+    // In one write: between two, the connection would be idle and could be evicted.
     assert_eq!(client.send(request("/key/32") + HALF).response().status, 200);
     client
 }
 
+/// The first half of a request.
 const HALF: &str = "GET /key/32 HTTP/1.1\r\n";
 
-/// What makes [`HALF`] a whole request.
+/// The rest of the request that begins with [`HALF`].
 const OTHER_HALF: &str = "Host: localhost\r\n\r\n";
 
 #[test]
@@ -76,7 +77,7 @@ fn an_idle_connection_outlives_the_head_timeout() {
 }
 
 #[test]
-fn half_a_request_after_a_response_is_closed_after_the_head_timeout() {
+fn half_a_request_after_a_response_gets_the_head_timeout() {
     let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1"), ("IDLE_TIMEOUT", "3600")]);
     let mut in_one_write = busy_client(&daemon);
     let mut in_two_writes = Client::connect(daemon.keys());
@@ -131,9 +132,9 @@ fn request_headers_sent_byte_by_byte_time_out() {
     let daemon = Daemon::start(&[("HEAD_TIMEOUT", "1")]);
     let mut stream = TcpStream::connect(daemon.keys()).unwrap();
     let start = Instant::now();
-    // A byte every 100 ms would go on for 100 seconds.
-    let head = format!("GET /key/32 HTTP/1.1\r\nHost: a\r\nX: {}", "x".repeat(1000));
-    let is_closed = head.bytes().any(|byte| {
+    // At one byte every 100 ms, all headers would take 100 seconds.
+    let headers = format!("GET /key/32 HTTP/1.1\r\nHost: a\r\nX: {}", "x".repeat(1000));
+    let is_closed = headers.bytes().any(|byte| {
         thread::sleep(Duration::from_millis(100));
         stream.write_all(&[byte]).is_err()
     });
@@ -196,7 +197,7 @@ fn over_limit_connections_get_health_checks_and_503() {
     assert!(client.is_closed());
     assert_eq!(daemon.metric("http_rejections_total{reason=\"connections\"}"), 1.0);
     assert_eq!(daemon.metric("http_connections_limit"), 4.0);
-    // A released slot is taken again.
+    // Another connection can take a released slot.
     drop(clients.pop());
     until("a slot", || (daemon.get("/key/32").status == 200).then_some(()));
     for client in &mut clients {
@@ -213,8 +214,8 @@ fn a_released_slot_is_free_despite_over_limit_connections() {
         (client.send(request("/key/32") + HALF).response().status == 200).then_some(client)
     };
     let mut clients: Vec<_> = (0..4).map(|_| until("a slot", with_slot)).collect();
-    // Silent over-limit connections are closed after a second, which a busy machine may take: one of five tries is
-    // enough.
+    // Silent over-limit connections are closed after a second. A busy machine may need that long, so one success in
+    // five tries is enough.
     let is_free_at_once = (0..5).any(|_| {
         let over_limit: Vec<_> = (0..20).map(|_| TcpStream::connect(daemon.keys()).unwrap()).collect();
         drop(clients.pop());
@@ -231,7 +232,7 @@ fn a_released_slot_is_free_despite_over_limit_connections() {
 fn over_limit_connections_are_evicted_for_waiting_clients() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS", "4")]);
     let silent: Vec<_> = (0..600).map(|_| Client::connect(daemon.keys())).collect();
-    // The oldest connections without a slot are closed for waiting ones, so that this one is accepted in the end.
+    // The oldest over-limit connections are closed when others wait, so this one is accepted eventually.
     let response = get(daemon.keys(), "/health");
     assert_eq!(response.status, 200);
     assert!(daemon.metric("http_connections") <= 4.0 + 256.0 + 16.0);
@@ -244,7 +245,7 @@ fn an_evicted_over_limit_connection_is_counted_as_rejected() {
     let daemon = Daemon::start(&[("MAX_CONNECTIONS", "4"), ("MAX_CONNECTIONS_PER_CLIENT", "0")]);
     let silent: Vec<_> = (0..600).map(|_| Client::connect(daemon.keys())).collect();
     assert_eq!(get(daemon.keys(), "/health").status, 200);
-    // Over TLS it may have been in its handshake, so it counts as rejected without a request or a route.
+    // An evicted connection may be in its TLS handshake, so it counts as rejected, without a request or a route.
     assert!(daemon.metric("http_rejections_total{reason=\"connections\"}") >= 1.0);
     assert_eq!(daemon.metric("key_request_failures_total{reason=\"connections\"}"), 0.0);
     drop(silent);
@@ -269,7 +270,7 @@ fn over_limit_connections_never_exhaust_the_descriptors() {
         let daemon = with_descriptors(count, &[("WORKERS", "2"), ("MAX_CONNECTIONS_PER_CLIENT", "0")]);
         assert_eq!(daemon.metric("process_max_fds"), f64::from(count));
         daemon.wait_for_log("max-connections is lowered");
-        // From other addresses than the test's own, which has to read the metrics.
+        // From addresses other than 127.0.0.1, from which the test reads the metrics.
         let from = |n: u32| format!("127.0.{}.{}", 1 + n / 200, 1 + n % 200);
         let connect = |to| (0..count).map(|n| connect_from(&from(n), to)).collect::<Vec<_>>();
         let connections = (connect(daemon.keys()), connect(daemon.metrics()));
@@ -336,7 +337,7 @@ fn closing_connections_with_unread_responses_are_limited() {
     assert_eq!(
         daemon.metric("http_connections"),
         128.0,
-        "their number limits what the kernel holds for them"
+        "their number limits the bytes that the kernel holds"
     );
     let complete = unread.into_iter().filter_map(|mut client| client.read_response(true)).count();
     assert_eq!(complete, 128);

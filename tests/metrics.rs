@@ -76,8 +76,8 @@ fn failures(reason: &str, count: usize) -> [f64; 5] {
     REASONS.map(|other| if other == reason { count as f64 } else { 0.0 })
 }
 
-/// The status of a GET of a path, or of a HEAD if the path follows `HEAD`.
-fn ask(daemon: &Daemon, target: &str) -> u16 {
+/// Sends a GET for `target`, or a HEAD if `target` is `HEAD` and a path, and returns the status of the response.
+fn status_of(daemon: &Daemon, target: &str) -> u16 {
     let mut client = Client::connect(daemon.keys());
     match target.strip_prefix("HEAD ") {
         Some(path) => client.send(request(path).replace("GET", "HEAD")).head_response().status,
@@ -85,15 +85,15 @@ fn ask(daemon: &Daemon, target: &str) -> u16 {
     }
 }
 
-/// A client that received a key and began another request: it holds its slot.
-fn busy(daemon: &Daemon) -> TcpStream {
+/// A client that holds its slot: it has received a key and begun another request.
+fn busy_client(daemon: &Daemon) -> TcpStream {
     let mut client = Client::connect(daemon.keys());
     assert_eq!(client.send(request("/key/32") + "GET /key/32 HTTP/1.1\r\n").response().status, 200);
     client.stream
 }
 
-/// A client that began to read a streamed key: it holds its permit.
-fn streaming(daemon: &Daemon) -> TcpStream {
+/// A client that holds its permit: it has begun to read a streamed key.
+fn streaming_client(daemon: &Daemon) -> TcpStream {
     let mut stream = TcpStream::connect(daemon.keys()).unwrap();
     stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
     stream.read_exact(&mut [0; 12]).unwrap();
@@ -113,26 +113,26 @@ fn a_failed_key_request_counts_once_as_request_and_failure() {
     ];
     let large = ["/key/20000", "/key/32?count=1024&format=hex", "/password/24?count=1000"];
     for (reason, setting, hold, targets) in [
-        ("connections", ("MAX_CONNECTIONS", "1"), busy as fn(&Daemon) -> TcpStream, &short[..]),
-        ("client_connections", ("MAX_CONNECTIONS_PER_CLIENT", "1"), busy, &short),
-        ("bulk", ("MAX_BULK_STREAMS", "1"), streaming, &large),
+        ("connections", ("MAX_CONNECTIONS", "1"), busy_client as fn(&Daemon) -> TcpStream, &short[..]),
+        ("client_connections", ("MAX_CONNECTIONS_PER_CLIENT", "1"), busy_client, &short),
+        ("bulk", ("MAX_BULK_STREAMS", "1"), streaming_client, &large),
     ] {
         let daemon = Daemon::start(&[setting, ("HEAD_TIMEOUT", "3600"), ("MAX_SIZE", "1073741824")]);
         let held = hold(&daemon);
         let others = ["/", "/openapi.json", "/health", "/livez", "/readyz", "/nowhere", "/key/32/x", "/keys"];
-        let statuses = others.map(|path| ask(&daemon, path));
+        let statuses = others.map(|path| status_of(&daemon, path));
         assert_eq!(statuses[2..5], [200; 3], "{reason}: health");
         for path in ["/key/32", "/key/{length}", "/password/{length}", "/readyz", "/nowhere"] {
             get(daemon.metrics(), path);
         }
         for target in targets {
-            assert_eq!(ask(&daemon, target), 503, "{reason}: {target}");
+            assert_eq!(status_of(&daemon, target), 503, "{reason}: {target}");
         }
-        let own = if reason == "bulk" { 0 } else { 1 }; // the stream has not ended
+        let counted = if reason == "bulk" { 0 } else { 1 }; // a stream is counted when it ends
         let mut scrapes = 0;
         until("all requests to be counted", || {
             let text = get(daemon.metrics(), "/metrics").text();
-            let done = ((targets.len() + own) as f64, failures(reason, targets.len()));
+            let done = ((targets.len() + counted) as f64, failures(reason, targets.len()));
             let others = (others.len() + 5 + scrapes) as f64;
             scrapes += 1;
             let (requests, failed) = key_requests(&text);
@@ -141,7 +141,7 @@ fn a_failed_key_request_counts_once_as_request_and_failure() {
                 .then(|| assert_eq!(failed, done.1, "{reason}"))
         });
         drop(held);
-        until("the slot or permit to be free", || (ask(&daemon, targets[0]) == 200).then_some(()));
+        until("the slot or permit to be free", || (status_of(&daemon, targets[0]) == 200).then_some(()));
     }
 }
 
@@ -149,15 +149,15 @@ fn a_failed_key_request_counts_once_as_request_and_failure() {
 fn a_stream_refused_while_draining_counts_as_a_failure() {
     let mut daemon =
         Daemon::start(&[("DRAIN_TIMEOUT", "3600"), ("HEAD_TIMEOUT", "3600"), ("MAX_SIZE", "20000")]);
-    let begun = |to, path: &str| {
+    let begin_request = |to, path: &str| {
         let mut client = Client::connect(to);
         client.send(&request(path)[..request(path).len() - 2]);
         client
     };
     // No connection is accepted after the drain has begun.
     let paths = ["/key/20000", "/password/24?count=1000"].repeat(10);
-    let waiting: Vec<_> = paths.iter().map(|path| begun(daemon.keys(), path)).collect();
-    let mut scrape = begun(daemon.metrics(), "/metrics");
+    let waiting: Vec<_> = paths.iter().map(|path| begin_request(daemon.keys(), path)).collect();
+    let mut scrape = begin_request(daemon.metrics(), "/metrics");
     until("all to be accepted", || (daemon.metric("http_connections") == 20.0).then_some(()));
     daemon.signal("TERM");
     daemon.manager.wait_for("STOPPING=1");
@@ -175,7 +175,7 @@ fn a_stream_refused_while_draining_counts_as_a_failure() {
 fn client_errors_do_not_count_as_failures() {
     let daemon = Daemon::start(&[("RATE_REQUESTS", "1"), ("RATE_BURST", "1")]);
     let paths = ["/key/0", "/key/2048", "/password/x", "/key/32?format=x", "/key/32", "/key/32"];
-    let statuses = paths.map(|path| ask(&daemon, path));
+    let statuses = paths.map(|path| status_of(&daemon, path));
     assert_eq!(statuses, [400, 413, 400, 400, 200, 429]);
     until("the requests to be counted", || {
         (key_requests(&get(daemon.metrics(), "/metrics").text()) == (6.0, [0.0; 5])).then_some(())
@@ -183,7 +183,7 @@ fn client_errors_do_not_count_as_failures() {
 }
 
 #[test]
-fn no_path_and_no_client_creates_a_series() {
+fn no_path_or_client_creates_a_series() {
     let daemon = Daemon::start(&[]);
     let series = |text: &str| text.lines().filter(|line| !line.starts_with('#')).count();
     let before = series(&get(daemon.metrics(), "/metrics").text());
@@ -230,7 +230,7 @@ fn process_and_build_metrics_have_plausible_values() {
         assert!(common::metric(&text, name) > 0.0, "{name}");
     }
     assert_eq!(common::metric(&text, "workers_healthy"), 1.0);
-    // The group is the test's own, and not every kernel shows it.
+    // The daemon is in the control group of the test. Not every kernel shows it.
     if text.contains("cgroup_memory_") {
         assert!(common::metric(&text, "cgroup_memory_usage_bytes") > 1e6);
         assert!(common::metric(&text, "cgroup_memory_limit_bytes") > 1e6);
@@ -272,8 +272,11 @@ fn every_metric_label_and_value_is_documented() {
             assert!(["", mode].contains(&&**condition) || condition.starts_with("where "), "{name}: {mode}");
         }
         for (name, (_, condition)) in &documented {
-            let may_lack = !["", mode].contains(&&**condition);
-            assert!(may_lack || exported.contains_key(name), "{name} is documented but not exported: {mode}");
+            let is_optional = !["", mode].contains(&&**condition);
+            assert!(
+                is_optional || exported.contains_key(name),
+                "{name} is documented but not exported: {mode}"
+            );
         }
     }
 }
@@ -286,17 +289,18 @@ fn handshake_failure_reasons_are_documented() {
         exported(&get(daemon.metrics(), "/metrics").text()).remove("tls_handshake_failures_total").unwrap();
     let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/tls.md")).unwrap();
     let rows = rows_of(&text, "| reason |");
-    assert_eq!(rows.iter().flat_map(|row| marked(row[0])).collect::<BTreeSet<_>>(), exported);
+    assert_eq!(rows.iter().flat_map(|row| code_spans(row[0])).collect::<BTreeSet<_>>(), exported);
 }
 
-/// The metrics of the table in docs/monitoring.md, each with the condition on which it exists, or an empty one.
+/// The metrics of the table in docs/monitoring.md, each with the condition under which it is exported; an empty
+/// condition means always.
 fn documented() -> BTreeMap<String, (Label, String)> {
     let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/monitoring.md")).unwrap();
     let mut metrics = BTreeMap::new();
     for row in rows_of(&text, "| metric | values of the label |") {
         let [names, values, meaning] = row[..] else { panic!("three cells: {row:?}") };
         let condition = meaning.split_once("; only ").map_or("", |(_, condition)| condition);
-        for name in marked(names) {
+        for name in code_spans(names) {
             let (name, label) = match name.split_once('{') {
                 None => (name.clone(), None),
                 Some((name, label)) => (name.to_owned(), Some(label.trim_end_matches('}').to_owned())),
@@ -304,9 +308,9 @@ fn documented() -> BTreeMap<String, (Label, String)> {
             let values = match values {
                 "the table below" => {
                     let rows = rows_of(&text, &format!("| {} of `{name}` |", label.as_deref().unwrap()));
-                    rows.iter().flat_map(|row| marked(row[0])).collect()
+                    rows.iter().flat_map(|row| code_spans(row[0])).collect()
                 }
-                _ => marked(values).into_iter().collect(),
+                _ => code_spans(values).into_iter().collect(),
             };
             let before = metrics.insert(name.clone(), ((label, values), condition.to_owned()));
             assert!(before.is_none(), "{name} is in the table twice");
@@ -335,7 +339,7 @@ fn exported(text: &str) -> BTreeMap<String, Label> {
             let (key, value) = pair.split_once('=').unwrap();
             match key {
                 "le" => {}
-                "version" => *label = Some(key.to_owned()), // the table names none of its values
+                "version" => *label = Some(key.to_owned()), // the table lists none of its values
                 _ => {
                     assert!(
                         label.replace(key.to_owned()).is_none_or(|before| before == key),
@@ -362,7 +366,7 @@ fn rows_of<'a>(text: &'a str, header: &str) -> Vec<Vec<&'a str>> {
     rows
 }
 
-/// The texts between back ticks.
-fn marked(cell: &str) -> Vec<String> {
+/// The texts between backticks.
+fn code_spans(cell: &str) -> Vec<String> {
     cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }

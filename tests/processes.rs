@@ -1,4 +1,4 @@
-//! No test leaves a process behind, however it ends, or needs a program that a minimal Debian with Rust lacks.
+//! No test leaves a process behind, even if it panics. No test needs a program that a minimal Debian with Rust lacks.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 

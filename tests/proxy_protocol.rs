@@ -1,4 +1,4 @@
-//! PROXY protocol: the client in a header, the peers that may send one, and what happens to other connections.
+//! The PROXY protocol: the client's address in the header, the peers that may send one, and connections without one.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -71,7 +71,7 @@ fn errors(daemon: &Daemon) -> [f64; 4] {
         .map(|reason| common::metric(&text, &format!("proxy_protocol_errors_total{{reason=\"{reason}\"}}")))
 }
 
-/// Waits for the warning in the log, of which there must be one.
+/// Waits for the warning in the log. There must be exactly one.
 fn warning(daemon: &Daemon) -> String {
     let mut lines = until("a warning", || Some(warnings(daemon)).filter(|lines| !lines.is_empty()));
     assert_eq!(lines.len(), 1, "once a minute: {lines:?}");
@@ -111,7 +111,7 @@ fn the_header_sets_the_address_in_the_audit_record() {
         (v2(0x21, 0x31, &[1; 216]), PROXY),
     ];
     for (n, (header, address)) in cases.iter().enumerate() {
-        // In one segment.
+        // The header and the request in one segment.
         assert_eq!(status(&daemon, header, "/key/32"), 200, "{}", header.escape_ascii());
         let record = record(&daemon, n + 1);
         assert!(record.contains(&format!("address={address} length=32")), "{address}: {record}");
@@ -140,7 +140,7 @@ fn a_header_may_arrive_byte_by_byte() {
     let mut half = through_proxy(&daemon, &v2_for("192.0.2.1", 300)[..200]);
     half.stream.shutdown(Shutdown::Write).unwrap();
     assert!(half.is_closed());
-    assert!(through_proxy(&daemon, b"GE").is_closed(), "at the first byte that is not of a header");
+    assert!(through_proxy(&daemon, b"GE").is_closed(), "at the first byte that cannot belong to a header");
     assert_eq!(errors(&daemon), [0.0, 1.0, 2.0, 0.0]);
 }
 
@@ -154,7 +154,7 @@ fn tls_begins_after_the_header() {
         ("TLS_MIN_VERSION", "1.2"),
     ];
     let daemon = common::tls::daemon(&authority, &settings);
-    let over = |stream: TcpStream, version| {
+    let tls_client = |stream: TcpStream, version| {
         let config = client_config(&authority, &[version], None);
         let name = ServerName::from(daemon.keys().ip());
         Client::new(StreamOwned::new(ClientConnection::new(config, name).unwrap(), stream))
@@ -167,13 +167,13 @@ fn tls_begins_after_the_header() {
             (LOCAL.to_vec(), PROXY),
         ] {
             let stream = through_proxy(&daemon, &header).stream;
-            let mut client = over(stream, version);
+            let mut client = tls_client(stream, version);
             assert_eq!(client.send(request("/key/32")).response().body.len(), 32);
             count += 1;
             assert!(record(&daemon, count).contains(&format!("address={address} ")));
         }
     }
-    // The ClientHello in one segment with the header.
+    // The header and the ClientHello in one segment.
     let mut hello = Vec::new();
     let name = ServerName::from(daemon.keys().ip());
     let mut connection = ClientConnection::new(client_config(&authority, &[&TLS13], None), name).unwrap();
@@ -183,7 +183,7 @@ fn tls_begins_after_the_header() {
     assert_eq!(client.send(request("/key/32")).response().status, 200);
     // Without a header, from the proxy and from a client.
     assert!(through_proxy(&daemon, &hello).is_closed());
-    let mut client = over(connect_from("127.0.0.2", daemon.keys()), &TLS13);
+    let mut client = tls_client(connect_from("127.0.0.2", daemon.keys()), &TLS13);
     assert_eq!(client.send(request("/key/32")).response().status, 200);
     assert_eq!(errors(&daemon), [0.0, 1.0, 0.0, 0.0]);
 }
@@ -191,7 +191,7 @@ fn tls_begins_after_the_header() {
 #[test]
 fn a_malformed_header_closes_the_connection_without_a_response() {
     let daemon = start(&[]);
-    let wires = [
+    let headers = [
         v1("192.0.2.256"),
         b"PROXY TCP4 192.0.2.1 192.0.2.2 1 70000\r\n".to_vec(),
         b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\n".to_vec(),
@@ -202,11 +202,11 @@ fn a_malformed_header_closes_the_connection_without_a_response() {
         v2(0x21, 0x21, &[1; 12]),
         [&LOCAL[..12], b"\x21\x11\xff\xff"].concat(),
     ];
-    for wire in &wires {
-        let bytes = [wire.as_slice(), request("/key/32").as_bytes()].concat();
-        assert!(through_proxy(&daemon, &bytes).is_closed(), "{}", wire.escape_ascii());
+    for header in &headers {
+        let bytes = [header.as_slice(), request("/key/32").as_bytes()].concat();
+        assert!(through_proxy(&daemon, &bytes).is_closed(), "{}", header.escape_ascii());
     }
-    assert_eq!(errors(&daemon), [0.0, 0.0, wires.len() as f64, 0.0]);
+    assert_eq!(errors(&daemon), [0.0, 0.0, headers.len() as f64, 0.0]);
     let logged = warning(&daemon);
     assert!(logged.contains("WARN") && logged.contains("address=127.0.0.9 reason=malformed"), "{logged}");
     assert_eq!(daemon.metric("key_length_bytes_count"), 0.0);
@@ -215,8 +215,8 @@ fn a_malformed_header_closes_the_connection_without_a_response() {
 #[test]
 fn a_trusted_proxy_without_a_header_is_closed_and_logged() {
     let daemon = start(&[]);
-    for wire in [request("/key/32"), request("/health"), "PROXY\r\n".into(), "\r\n\r\nGET".into()] {
-        assert!(through_proxy(&daemon, wire.as_bytes()).is_closed(), "{wire}");
+    for header in [request("/key/32"), request("/health"), "PROXY\r\n".into(), "\r\n\r\nGET".into()] {
+        assert!(through_proxy(&daemon, header.as_bytes()).is_closed(), "{header}");
     }
     assert_eq!(errors(&daemon), [0.0, 4.0, 0.0, 0.0]);
     let logged = warning(&daemon);
@@ -232,16 +232,16 @@ fn a_late_header_closes_the_connection() {
     let mut direct = connect_with(&daemon, "127.0.0.2", b"P");
     daemon.wait_for_metric("http_connections", 4.0);
     assert!(silent.is_closed() && half.is_closed() && without_tlvs.is_closed() && direct.is_closed());
-    assert_eq!(errors(&daemon), [0.0, 0.0, 0.0, 3.0], "an untrusted peer owes no header");
+    assert_eq!(errors(&daemon), [0.0, 0.0, 0.0, 3.0], "an untrusted peer need not send a header");
     assert!(warning(&daemon).contains("address=127.0.0.9 reason=timeout"));
     daemon.wait_for_metric("http_connections", 0.0);
 }
 
 #[test]
-fn an_over_limit_connection_has_a_second_for_its_header() {
+fn an_over_limit_connection_has_one_second_for_its_header() {
     let daemon = start(&[("HEAD_TIMEOUT", "3600"), ("MAX_CONNECTIONS", "1")]);
     let mut held = through_proxy(&daemon, &v1("192.0.2.1"));
-    // With the start of another request, since an idle connection would be evicted.
+    // The start of another request keeps the connection busy: an idle one would be evicted.
     assert_eq!(held.send(request("/key/32") + "GET /key").response().status, 200);
     assert!(through_proxy(&daemon, b"PROXY ").is_closed());
     assert_eq!(errors(&daemon), [0.0, 0.0, 0.0, 1.0]);
@@ -252,9 +252,9 @@ fn an_over_limit_connection_has_a_second_for_its_header() {
 #[test]
 fn a_header_from_an_untrusted_address_is_refused_and_logged() {
     let daemon = start(&[("AUDIT", "true")]);
-    for wire in [v1("192.0.2.1"), v2_for("192.0.2.1", 0), LOCAL.to_vec(), b"PROXY garbage".to_vec()] {
-        let bytes = [wire.as_slice(), request("/key/32").as_bytes()].concat();
-        assert!(connect_with(&daemon, "127.0.0.2", &bytes).is_closed(), "{}", wire.escape_ascii());
+    for header in [v1("192.0.2.1"), v2_for("192.0.2.1", 0), LOCAL.to_vec(), b"PROXY garbage".to_vec()] {
+        let bytes = [header.as_slice(), request("/key/32").as_bytes()].concat();
+        assert!(connect_with(&daemon, "127.0.0.2", &bytes).is_closed(), "{}", header.escape_ascii());
     }
     assert!(connect_with(&daemon, "127.0.0.3", &v1("192.0.2.1")).is_closed());
     assert_eq!(errors(&daemon), [5.0, 0.0, 0.0, 0.0]);
@@ -265,18 +265,18 @@ fn a_header_from_an_untrusted_address_is_refused_and_logged() {
     let mut direct = connect_with(&daemon, "127.0.0.2", request("/key/32").as_bytes());
     assert_eq!(direct.response().status, 200);
     assert!(record(&daemon, 1).contains("address=127.0.0.2 "));
-    // Bytes that begin like a header, and are not one.
+    // Bytes that begin like a header but are not one.
     let mut post = connect_with(&daemon, "127.0.0.2", b"P");
     daemon.wait_for_metric("http_connections", 2.0);
     assert_eq!(post.send(request("/key/32").replace("GET", "OST")).response().status, 405);
-    let mut ended = connect_with(&daemon, "127.0.0.2", b"PROX");
-    ended.stream.shutdown(Shutdown::Write).unwrap();
-    assert!(ended.is_closed());
+    let mut half_closed = connect_with(&daemon, "127.0.0.2", b"PROX");
+    half_closed.stream.shutdown(Shutdown::Write).unwrap();
+    assert!(half_closed.is_closed());
     assert_eq!(errors(&daemon), [5.0, 0.0, 0.0, 0.0]);
 }
 
 #[test]
-fn without_the_setting_a_header_is_malformed_http() {
+fn a_header_without_the_setting_is_malformed_http() {
     let daemon = Daemon::start(&[("TRUSTED_PROXIES", PROXY)]);
     for header in [v1("192.0.2.1"), v2_for("192.0.2.1", 0)] {
         let bytes = [header.as_slice(), request("/key/32").as_bytes()].concat();
@@ -308,9 +308,9 @@ fn health_checks_are_not_errors() {
         socket2::SockRef::from(&client.stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
         drop(client);
         drop(through_proxy(&daemon, header));
-        let mut ended = through_proxy(&daemon, header);
-        ended.stream.shutdown(Shutdown::Write).unwrap();
-        assert!(ended.is_closed());
+        let mut half_closed = through_proxy(&daemon, header);
+        half_closed.stream.shutdown(Shutdown::Write).unwrap();
+        assert!(half_closed.is_closed());
     }
     assert_eq!(status(&daemon, LOCAL, "/health"), 200);
     assert_eq!(errors(&daemon), [0.0; 4]);
@@ -323,7 +323,11 @@ fn rates_count_for_the_client_in_the_header() {
     let daemon = start(&[("RATE_BYTES", "1"), ("RATE_BURST", "1000")]);
     assert_eq!(status(&daemon, &v1("192.0.2.1"), "/key/900"), 200);
     for header in [v1("192.0.2.1"), v2_for("192.0.2.1", 0), v1("::ffff:192.0.2.1")] {
-        assert_eq!(status(&daemon, &header, "/key/900"), 429, "in every version and form");
+        assert_eq!(
+            status(&daemon, &header, "/key/900"),
+            429,
+            "all versions and address forms share one limit"
+        );
     }
     for header in [v1("192.0.2.2"), v2_for("2001:db8::1", 0), LOCAL.to_vec()] {
         assert_eq!(status(&daemon, &header, "/key/900"), 200);
@@ -352,16 +356,16 @@ fn connections_count_for_the_client_in_the_header() {
     let held: Vec<_> = (0..2)
         .map(|_| {
             let mut client = open("192.0.2.1");
-            // With the start of another request, since an idle connection would be evicted.
+            // The start of another request keeps the connection busy: an idle one would be evicted.
             assert_eq!(client.send(request("/key/32") + "GET /key").response().status, 200);
             client
         })
         .collect();
-    let mut over = open("192.0.2.1");
-    let refused = over.send(request("/key/32")).response();
+    let mut over_limit = open("192.0.2.1");
+    let refused = over_limit.send(request("/key/32")).response();
     assert_eq!((refused.status, refused.header("connection")), (503, Some("close")));
     assert_eq!(open("192.0.2.1").send(request("/health")).response().status, 200, "health checks get a 200");
-    // Up to eight over-limit connections get a response, and more are closed; none holds a slot.
+    // Up to eight over-limit connections may get a response, and the rest are closed. None holds a slot.
     let half = [v1("192.0.2.1").as_slice(), b"GET /key"].concat();
     let mut flood: Vec<_> = (0..40).map(|_| through_proxy(&daemon, &half)).collect();
     let closed = "http_rejections_total{reason=\"client_connections\"}";
@@ -375,7 +379,7 @@ fn connections_count_for_the_client_in_the_header() {
         .into();
     assert!(
         flood.iter_mut().all(Client::is_closed),
-        "those that may get a response are closed after a second of silence"
+        "silent over-limit connections are closed after a second"
     );
     daemon.wait_for_metric("http_connections", 4.0);
     drop(held);
@@ -383,7 +387,7 @@ fn connections_count_for_the_client_in_the_header() {
         (open("192.0.2.1").send(request("/key/32")).response().status == 200).then_some(())
     });
     drop(others);
-    // The proxy itself has no limit, nor has a proxy behind it.
+    // Neither the proxy itself nor a proxy behind it has a limit.
     daemon.wait_for_metric("http_connections", 0.0);
     for header in [LOCAL.to_vec(), v1(PROXY)] {
         let held: Vec<_> = (0..4)
@@ -449,7 +453,7 @@ fn a_connection_without_a_header_does_not_delay_shutdown() {
     let mut direct = connect_with(&daemon, "127.0.0.2", b"PRO");
     let mut idle = through_proxy(&daemon, &v1("192.0.2.1"));
     assert_eq!(idle.send(request("/key/32")).response().status, 200);
-    // Its header is in flight when shutdown begins.
+    // Half of its header has been sent when shutdown begins.
     let mut late = through_proxy(&daemon, b"PROXY TCP4 192.0.2.2 ");
     daemon.wait_for_metric("http_connections", 5.0);
     daemon.signal("TERM");
@@ -500,8 +504,8 @@ fn the_unix_socket_accepts_headers_too() {
         health.arg("--config").arg(daemon.directory.file("config.toml")).arg("health");
         health.env("KEYSERVICE_HOST", format!("unix:{}", path.display()));
         health.env("KEYSERVICE_PROXY_PROTOCOL", "true").env("KEYSERVICE_TRUSTED_PROXIES", trusted);
-        let ended = run_to_end(health);
-        assert!(ended.status.success(), "{trusted}: {}", String::from_utf8_lossy(&ended.stderr));
+        let output = run_to_end(health);
+        assert!(output.status.success(), "{trusted}: {}", String::from_utf8_lossy(&output.stderr));
     }
 }
 
@@ -526,11 +530,11 @@ fn the_health_command_sends_a_header_if_it_is_trusted() {
             let file = directory.write("config.toml", &config);
             let daemon = Daemon::start_with(directory, |_| {});
             let mut health = key_service(&daemon.directory);
-            let ended = run_to_end({
+            let output = run_to_end({
                 health.arg("--config").arg(file).arg("health");
                 health
             });
-            assert!(ended.status.success(), "{trusted}: {}", String::from_utf8_lossy(&ended.stderr));
+            assert!(output.status.success(), "{trusted}: {}", String::from_utf8_lossy(&output.stderr));
             assert_eq!(errors(&daemon), [0.0; 4], "{trusted}");
             drop(held);
         }
@@ -553,7 +557,7 @@ fn metrics_on_the_same_port_need_the_header_too() {
 }
 
 #[test]
-fn the_setting_requires_trusted_proxies() {
+fn proxy_protocol_requires_trusted_proxies() {
     let check = |settings: &[(&str, &str)]| {
         let directory = TempDirectory::new();
         let mut command = key_service(&directory);
@@ -561,8 +565,8 @@ fn the_setting_requires_trusted_proxies() {
         for (name, value) in settings {
             command.env(format!("KEYSERVICE_{name}"), value);
         }
-        let ended = run_to_end(command);
-        (ended.status.code(), String::from_utf8([ended.stderr, ended.stdout].concat()).unwrap())
+        let output = run_to_end(command);
+        (output.status.code(), String::from_utf8([output.stderr, output.stdout].concat()).unwrap())
     };
     let (status, errors) = check(&[("PROXY_PROTOCOL", "true")]);
     assert_eq!(status, Some(78));
@@ -576,7 +580,7 @@ fn the_setting_requires_trusted_proxies() {
 }
 
 #[test]
-fn the_setting_requires_a_restart() {
+fn proxy_protocol_takes_effect_at_a_restart() {
     let directory = TempDirectory::new();
     let file = directory.write("config.toml", "trusted-proxies = [\"127.0.0.9\"]\n");
     let daemon = Daemon::start_with(directory, |command| {
@@ -591,7 +595,7 @@ fn the_setting_requires_a_restart() {
 }
 
 #[test]
-fn a_record_has_the_certificate_and_the_address_in_the_header() {
+fn an_audit_record_has_the_certificate_and_the_header_address() {
     let authority = Authority::new();
     let directory = TempDirectory::new();
     authority.server().write(&directory);

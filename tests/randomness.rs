@@ -1,4 +1,4 @@
-//! What clients get when the random source breaks, and whether served bytes look random.
+//! The responses when the random source fails, and statistical tests of the served bytes.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 #![allow(
@@ -34,7 +34,7 @@ use key_service::telemetry::metrics::Metrics;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-/// A source of the kernel's bytes that breaks on demand.
+/// A source of kernel random bytes that fails on demand.
 struct Breakable {
     is_broken: Arc<AtomicBool>,
     broken: fn(&mut [u8]) -> io::Result<usize>,
@@ -146,7 +146,7 @@ fn repeating(buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 #[tokio::test]
-async fn a_broken_source_gets_503_and_is_never_trusted_again() {
+async fn a_broken_source_returns_503_and_is_never_trusted_again() {
     for (name, broken) in [
         ("stuck", stuck as fn(&mut [u8]) -> io::Result<usize>),
         ("zero", zero),
@@ -250,7 +250,7 @@ fn every_key_takes_fresh_bytes_from_the_source() {
     let bytes_read = Arc::new(AtomicU64::new(0));
     let generator = Generator::new(Counted(Arc::clone(&bytes_read))).unwrap();
     // A short key takes a block, a key of up to 128 bytes takes its size, and a larger one takes a seed for each 64
-    // KiB. Nothing is left over that the next key, or a key in a copy of the process, could be made of.
+    // KiB. No bytes are left over for the next key, or for a key in a copy of the process.
     for (length, expected) in [
         (1, 32),
         (16, 32),
@@ -322,7 +322,7 @@ fn biased_bytes_do_not_look_random() {
         good.iter().enumerate().map(|(at, byte)| change(at, *byte)).collect()
     };
     let exceeds = |bytes: &[u8]| deviations(bytes).map(|deviation| deviation.abs() > LIMIT);
-    // 16 standard deviations on average: one run in 10^18 finds less than the limit.
+    // The bias is 16 standard deviations on average: one run in 10^18 measures less than the limit.
     assert!(
         exceeds(&broken(|at, byte| if at % 8 == 0 { byte | 1 } else { byte }))[0],
         "one bit in 64 is always set"

@@ -1,4 +1,4 @@
-//! Inherited sockets, and sockets that the daemon binds. With systemd itself: tests/e2e/test_system.py.
+//! Inherited sockets, and sockets that the daemon binds. tests/e2e/test_system.py covers systemd itself.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -14,8 +14,8 @@ use std::process::{Command, Stdio};
 use common::process::{run_to_end_keeping_stdout, shell};
 use common::{Daemon, TempDirectory, get, run_to_end};
 
-/// The daemon, which inherits up to two sockets as descriptors 3 and 4 (sd_listen_fds(3)). A shell gets them as its
-/// standard streams, and moves them.
+/// A command that starts the daemon with up to two sockets as descriptors 3 and 4 (sd_listen_fds(3)). A shell receives
+/// them as its standard streams and moves them.
 fn socket_activated(directory: &TempDirectory, names: Option<&str>, sockets: Vec<OwnedFd>) -> Command {
     let count = sockets.len();
     let mut command = shell("exec 3<&0 4<&1; export LISTEN_PID=$$; exec \"$@\" </dev/null >/dev/null");
@@ -40,12 +40,12 @@ fn start(names: Option<&str>, sockets: Vec<OwnedFd>) -> Daemon {
     Daemon::run(directory, command)
 }
 
-/// Standard error of a daemon that refuses these sockets.
-fn refuse_error(names: Option<&str>, sockets: Vec<OwnedFd>) -> String {
+/// Runs a daemon that must refuse these sockets, and returns its standard error.
+fn refused_socket_error(names: Option<&str>, sockets: Vec<OwnedFd>) -> String {
     let directory = TempDirectory::new();
-    let ended = run_to_end_keeping_stdout(socket_activated(&directory, names, sockets));
-    assert_eq!(ended.status.code(), Some(1));
-    String::from_utf8(ended.stderr).unwrap()
+    let output = run_to_end_keeping_stdout(socket_activated(&directory, names, sockets));
+    assert_eq!(output.status.code(), Some(1));
+    String::from_utf8(output.stderr).unwrap()
 }
 
 fn tcp_listener() -> TcpListener {
@@ -53,7 +53,7 @@ fn tcp_listener() -> TcpListener {
 }
 
 #[test]
-fn named_sockets_are_taken_in_any_order() {
+fn named_sockets_are_assigned_in_any_order() {
     for names in ["http:metrics", "metrics:http"] {
         let (first, second) = (tcp_listener(), tcp_listener());
         let addresses = [first.local_addr().unwrap(), second.local_addr().unwrap()];
@@ -67,7 +67,7 @@ fn named_sockets_are_taken_in_any_order() {
 }
 
 #[test]
-fn unnamed_sockets_are_taken_in_order() {
+fn unnamed_sockets_are_assigned_in_order() {
     for names in [None, Some(""), Some("unknown:unknown")] {
         let (first, second) = (tcp_listener(), tcp_listener());
         let addresses = [first.local_addr().unwrap(), second.local_addr().unwrap()];
@@ -77,7 +77,7 @@ fn unnamed_sockets_are_taken_in_order() {
 }
 
 #[test]
-fn several_sockets_of_one_name_are_all_served() {
+fn all_sockets_of_one_name_are_served() {
     let (first, second) = (tcp_listener(), tcp_listener());
     let addresses = [first.local_addr().unwrap(), second.local_addr().unwrap()];
     let daemon = start(Some("http:http"), vec![first.into(), second.into()]);
@@ -110,14 +110,14 @@ fn an_inherited_unix_socket_is_served() {
 
 #[test]
 fn an_unknown_socket_name_is_refused() {
-    let log = refuse_error(Some("http:ssh"), vec![tcp_listener().into(), tcp_listener().into()]);
+    let log = refused_socket_error(Some("http:ssh"), vec![tcp_listener().into(), tcp_listener().into()]);
     assert!(
         log.contains(
             "inherited descriptor 4 (name \"ssh\") is refused: expected the name http, metrics or credential"
         ),
         "{log}"
     );
-    let log = refuse_error(Some("key-service.socket"), vec![tcp_listener().into()]);
+    let log = refused_socket_error(Some("key-service.socket"), vec![tcp_listener().into()]);
     assert!(
         log.contains("descriptor 3 (name \"key-service.socket\")") && log.contains("FileDescriptorName="),
         "{log}"
@@ -133,7 +133,7 @@ fn a_descriptor_that_does_not_listen_is_refused() {
         ("a datagram socket", UdpSocket::bind("127.0.0.1:0").unwrap().into()),
         ("a file", File::open("/dev/null").unwrap().into()),
     ] {
-        let log = refuse_error(Some("http"), vec![descriptor]);
+        let log = refused_socket_error(Some("http"), vec![descriptor]);
         assert!(
             log.contains(
                 "inherited descriptor 3 (name \"http\") is refused: expected a listening TCP or Unix"
@@ -150,9 +150,9 @@ fn a_third_unnamed_socket_is_refused() {
     common::clear_environment(&mut command, &directory);
     command.args([env!("CARGO_BIN_EXE_key-service"), "--config"]).arg(directory.file("config.toml"));
     command.env("LISTEN_FDS", "3").stdin(OwnedFd::from(tcp_listener())).stdout(OwnedFd::from(tcp_listener()));
-    let ended = run_to_end_keeping_stdout(command);
-    assert_eq!(ended.status.code(), Some(1));
-    let log = String::from_utf8(ended.stderr).unwrap();
+    let output = run_to_end_keeping_stdout(command);
+    assert_eq!(output.status.code(), Some(1));
+    let log = String::from_utf8(output.stderr).unwrap();
     assert!(log.contains("inherited descriptor 5"), "{log}");
 }
 
@@ -180,7 +180,7 @@ fn a_blocking_socket_is_made_non_blocking() {
     assert_eq!(daemon.get("/livez").status, 200);
 }
 
-/// The daemon without `--host`, on every address.
+/// A daemon without `--host`, which listens on every address.
 fn start_on_every_address() -> Daemon {
     Daemon::start_with(TempDirectory::new(), |command| {
         command.args(["--srv-port", "0", "--metrics-port", "0"]);
@@ -230,11 +230,11 @@ fn the_health_subcommand_finds_a_wildcard_listener() {
     let mut command = common::key_service(&directory);
     command.arg("--config").arg(directory.file("config.toml"));
     command.args(["--srv-port", &daemon.keys().port().to_string(), "health"]);
-    let ended = run_to_end(command);
-    assert_eq!((ended.status.code(), &*ended.stdout), (Some(0), b"OK\n".as_slice()));
+    let output = run_to_end(command);
+    assert_eq!((output.status.code(), &*output.stdout), (Some(0), b"OK\n".as_slice()));
 }
 
-/// Standard error of a daemon that can't bind its sockets.
+/// Runs a daemon that must fail to bind its sockets, and returns its standard error.
 fn bind_error(flags: &[&str], settings: &[(&str, &str)]) -> String {
     let directory = TempDirectory::new();
     let mut command = common::key_service(&directory);
@@ -242,9 +242,9 @@ fn bind_error(flags: &[&str], settings: &[(&str, &str)]) -> String {
     for (name, value) in settings {
         command.env(format!("KEYSERVICE_{name}"), value);
     }
-    let ended = run_to_end(command);
-    assert_eq!(ended.status.code(), Some(1), "{flags:?}");
-    String::from_utf8(ended.stderr).unwrap()
+    let output = run_to_end(command);
+    assert_eq!(output.status.code(), Some(1), "{flags:?}");
+    String::from_utf8(output.stderr).unwrap()
 }
 
 #[test]

@@ -256,7 +256,7 @@ fn every_error_in_a_tokens_file_is_reported_without_secrets() {
     for expected in [
         "tokens, line 2: expected the hash of a token, found a token: it must not be in this file (KEYSERVICE_TOKENS_FILE)",
         "line 3: expected a name",
-        "line 4: expected a hash of its own, found that of line 1",
+        "line 4: expected a unique hash, found the hash of line 1",
         "line 5: expected sha256: and 64 hexadecimal digits",
         "line 6: expected a name",
         "line 7: max-size: expected a whole number from 1",

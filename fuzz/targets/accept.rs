@@ -15,25 +15,33 @@ fuzz_target!(|input: &[u8]| {
     let query = lines.next().unwrap_or_default();
     let Ok(query) = std::str::from_utf8(query) else { return };
     let query = (!query.is_empty()).then_some(query);
-    let fields: Vec<HeaderValue> = lines.filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
+    let accept_headers: Vec<HeaderValue> =
+        lines.filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
     for kind in [Kind::Key, Kind::Password(Alphabet::default())] {
-        let found = KeyRequest::parse(kind, query, &fields);
+        let found = KeyRequest::parse(kind, query, &accept_headers);
         match query {
             // `expected` does not decode escapes, so only check that the result is in range.
             Some(query) if query.contains(['%', '+']) => {
-                if let Ok(wish) = found {
-                    assert!(kind.formats().contains(&wish.format), "{query}");
-                    assert!(wish.count.is_none_or(|count| (1..=COUNT_MAX).contains(&count)), "{query}");
+                if let Ok(key_request) = found {
+                    assert!(kind.formats().contains(&key_request.format), "{query}");
+                    assert!(
+                        key_request.count.is_none_or(|count| (1..=COUNT_MAX).contains(&count)),
+                        "{query}"
+                    );
                 }
             }
             query => {
-                assert_eq!(found, expected(kind, query.unwrap_or_default(), &fields), "{query:?} {fields:?}")
+                assert_eq!(
+                    found,
+                    expected(kind, query.unwrap_or_default(), &accept_headers),
+                    "{query:?} {accept_headers:?}"
+                )
             }
         }
     }
 });
 
-fn expected(kind: Kind, query: &str, fields: &[HeaderValue]) -> Result<KeyRequest, ParamError> {
+fn expected(kind: Kind, query: &str, accept_headers: &[HeaderValue]) -> Result<KeyRequest, ParamError> {
     let (mut format, mut count, mut password) = (None, None, None);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -62,18 +70,18 @@ fn expected(kind: Kind, query: &str, fields: &[HeaderValue]) -> Result<KeyReques
     let is_batch = count.is_some();
     let format = match format {
         Some(format) => format,
-        None => negotiated(kind, fields, is_batch).ok_or(ParamError::NotAcceptable { is_batch })?,
+        None => negotiated(kind, accept_headers, is_batch).ok_or(ParamError::NotAcceptable { is_batch })?,
     };
     Ok(KeyRequest { kind: password.unwrap_or(kind), format, count })
 }
 
-/// The format with the greatest weight above 0; of equal ones, the first. The weight of a format is that of the most
-/// specific range that matches it.
-fn negotiated(kind: Kind, fields: &[HeaderValue], is_batch: bool) -> Option<Format> {
-    if fields.is_empty() {
+/// The format with the greatest weight above 0, and the first of several with that weight. A format has the weight of
+/// the most specific range that matches it.
+fn negotiated(kind: Kind, accept_headers: &[HeaderValue], is_batch: bool) -> Option<Format> {
+    if accept_headers.is_empty() {
         return Some(kind.formats()[0]);
     }
-    let texts: Vec<&str> = fields.iter().filter_map(|field| field.to_str().ok()).collect();
+    let texts: Vec<&str> = accept_headers.iter().filter_map(|header| header.to_str().ok()).collect();
     let elements: Vec<&str> = texts.iter().flat_map(|text| text.split(',')).collect();
     let mut best = None;
     for format in kind.formats() {

@@ -50,7 +50,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex, split};
 use tokio::runtime;
 use tokio::time::timeout;
 
-/// Above 65,536, so that streamed keys are reached, too.
+/// Above 65,536, so that inputs reach streamed keys too.
 const MAX_SIZE: u64 = 70_000;
 
 /// The token that the service accepts, if the setup requires tokens.
@@ -88,17 +88,17 @@ impl From<u8> for Setup {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let [setup, wire @ ..] = input else { return };
+    let [setup, sent_bytes @ ..] = input else { return };
     let setup = Setup::from(*setup);
     let runtime = runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime without sockets");
-    let (requests, responses) = runtime.block_on(exchange(&setup, wire, true));
-    let heads = check(&setup, &requests, &responses);
-    let (requests_by_hyper, responses_by_hyper) = runtime.block_on(exchange(&setup, wire, false));
-    let heads_by_hyper = check(&setup, &requests_by_hyper, &responses_by_hyper);
+    let (requests, responses) = runtime.block_on(exchange(&setup, sent_bytes, true));
+    let response_headers = check(&setup, &requests, &responses);
+    let (requests_by_hyper, responses_by_hyper) = runtime.block_on(exchange(&setup, sent_bytes, false));
+    let headers_by_hyper = check(&setup, &requests_by_hyper, &responses_by_hyper);
     // These responses differ: rate limits depend on real time, audit records have unique ids, and metrics grow.
     if !(setup.has_rates || setup.has_audit || setup.has_metrics) {
-        assert_eq!(heads, heads_by_hyper, "the fast path (left) and hyper differ");
+        assert_eq!(response_headers, headers_by_hyper, "the fast path (left) and hyper differ");
     }
 });
 
@@ -110,7 +110,7 @@ struct RecordedRequest {
 
 /// The service, which also records its requests.
 struct Recorder {
-    session: ConnectionService,
+    service: ConnectionService,
     has_fast_path: bool,
     requests: Rc<RefCell<Vec<RecordedRequest>>>,
 }
@@ -123,7 +123,7 @@ impl Service<Request<Incoming>> for Recorder {
     fn call(&self, request: Request<Incoming>) -> ResponseFuture {
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         self.requests.borrow_mut().push(RecordedRequest { method, path });
-        self.session.call(request)
+        self.service.call(request)
     }
 }
 
@@ -132,7 +132,7 @@ impl FastPath for Recorder {
         if !self.has_fast_path {
             return FastOutcome::NotHandled;
         }
-        let outcome = self.session.respond_fast(request, responses);
+        let outcome = self.service.respond_fast(request, responses);
         if outcome == FastOutcome::Written {
             let path = format!("/key/{}", request.length);
             self.requests.borrow_mut().push(RecordedRequest { method: Method::GET, path });
@@ -142,7 +142,7 @@ impl FastPath for Recorder {
 }
 
 /// The requests that reached the service, and all bytes that the server sent.
-async fn exchange(setup: &Setup, wire: &[u8], has_fast_path: bool) -> (Vec<RecordedRequest>, Vec<u8>) {
+async fn exchange(setup: &Setup, sent_bytes: &[u8], has_fast_path: bool) -> (Vec<RecordedRequest>, Vec<u8>) {
     let generator = Arc::clone(&GENERATOR);
     let number = |number| NonZeroU64::new(number).filter(|_| setup.has_rates);
     let grant = || Grant::new("fuzz".parse().expect("a name"), Sha256::digest(TOKEN).into());
@@ -156,7 +156,7 @@ async fn exchange(setup: &Setup, wire: &[u8], has_fast_path: bool) -> (Vec<Recor
         },
         audit: setup.has_audit,
     };
-    let api = Arc::new(AppState {
+    let state = Arc::new(AppState {
         max_size: AtomicU64::new(MAX_SIZE),
         generator: Arc::clone(&generator),
         health: Arc::new(Health::new(generator)),
@@ -166,10 +166,10 @@ async fn exchange(setup: &Setup, wire: &[u8], has_fast_path: bool) -> (Vec<Recor
         has_page: true,
     });
     let routes = if setup.has_metrics { Routes::Both } else { Routes::Client };
-    let session =
-        HttpService::new(routes, api).serve(ConnectionClass::Normal, Peer::tcp(([10, 0, 0, 1], 1).into()));
+    let service =
+        HttpService::new(routes, state).serve(ConnectionClass::Normal, Peer::tcp(([10, 0, 0, 1], 1).into()));
     let requests = Rc::new(RefCell::new(Vec::new()));
-    let recorder = Recorder { session, has_fast_path, requests: Rc::clone(&requests) };
+    let recorder = Recorder { service, has_fast_path, requests: Rc::clone(&requests) };
 
     let (ours, theirs) = duplex(1 << 14);
     let seconds = Duration::from_secs;
@@ -181,7 +181,7 @@ async fn exchange(setup: &Setup, wire: &[u8], has_fast_path: bool) -> (Vec<Recor
     let activity = IdleConnections::new().activity();
     let serving = serve_connection(ours, recorder, drain.subscribe(), &METRICS, buffers, activity);
     let sending = async {
-        for chunk in wire.chunks(setup.chunk_size) {
+        for chunk in sent_bytes.chunks(setup.chunk_size) {
             if outgoing.write_all(chunk).await.is_err() {
                 return; // the server has closed the connection
             }
@@ -205,13 +205,13 @@ async fn exchange(setup: &Setup, wire: &[u8], has_fast_path: bool) -> (Vec<Recor
 /// They do not include an error that hyper itself may send at the end.
 fn check(setup: &Setup, requests: &[RecordedRequest], mut bytes: &[u8]) -> Vec<String> {
     let mut requests = requests.iter();
-    let mut heads = Vec::new();
+    let mut response_headers = Vec::new();
     while !bytes.is_empty() {
         let request = requests.next();
         let end = bytes.windows(4).position(|four| four == b"\r\n\r\n").expect("the headers have an end");
-        let head = std::str::from_utf8(&bytes[..end]).expect("the headers are ASCII");
+        let section = std::str::from_utf8(&bytes[..end]).expect("the headers are ASCII");
         bytes = &bytes[end + 4..];
-        let mut lines = head.split("\r\n");
+        let mut lines = section.split("\r\n");
         let status = status(lines.next().expect("a response has a status line"));
         let headers: Vec<_> =
             lines.map(|line| line.split_once(": ").expect("a header has a name and a value")).collect();
@@ -228,10 +228,10 @@ fn check(setup: &Setup, requests: &[RecordedRequest], mut bytes: &[u8]) -> Vec<S
             // hyper rejected this request, so it did not reach the service.
             assert!(matches!(status, 400 | 414 | 431), "{status} without a request");
             assert_eq!(bytes.len(), length, "nothing follows an error of hyper");
-            return heads;
+            return response_headers;
         };
-        heads.push(
-            head.split("\r\n").filter(|line| !line.starts_with("date: ")).collect::<Vec<_>>().join("\n"),
+        response_headers.push(
+            section.split("\r\n").filter(|line| !line.starts_with("date: ")).collect::<Vec<_>>().join("\n"),
         );
         let length = if request.method == Method::HEAD { 0 } else { length };
         assert!(bytes.len() >= length, "{} of {length} bytes", bytes.len());
@@ -244,7 +244,7 @@ fn check(setup: &Setup, requests: &[RecordedRequest], mut bytes: &[u8]) -> Vec<S
         check_status(setup, request, status, body, header("content-type"));
     }
     assert_eq!(requests.len(), 0, "every request that reached the service has a response");
-    heads
+    response_headers
 }
 
 fn check_status(setup: &Setup, request: &RecordedRequest, status: u16, body: &[u8], kind: Option<&str>) {

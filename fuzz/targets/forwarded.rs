@@ -35,7 +35,10 @@ fuzz_target!(|input: &[u8]| {
     assert_eq!(proxies.client_ip(untrusted_peer, &headers), None, "an untrusted peer is itself the client");
     let found = proxies.client_ip(trusted_peer, &headers);
     if let Some(found) = found {
-        assert!(forged.iter().any(|value| names(value, found)), "{found} is in none of {forged:?}");
+        assert!(
+            forged.iter().any(|value| contains_address(value, found)),
+            "{found} is in none of {forged:?}"
+        );
     }
     if header == ForwardedHeader::XForwardedFor {
         assert_eq!(found, rightmost(&forged), "{forged:?}");
@@ -141,8 +144,8 @@ fn is_port(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok()
 }
 
-/// The rightmost address of the list that is not trusted. If an unreadable element comes first, the address to its
-/// right.
+/// The rightmost address of the list that is not trusted. If an element before it can't be parsed, the address to the
+/// right of that element.
 fn rightmost(values: &[HeaderValue]) -> Option<IpAddr> {
     let mut found = None;
     for value in values.iter().rev() {
@@ -159,7 +162,7 @@ fn rightmost(values: &[HeaderValue]) -> Option<IpAddr> {
 }
 
 /// Whether the value contains the address.
-fn names(value: &HeaderValue, ip: IpAddr) -> bool {
+fn contains_address(value: &HeaderValue, ip: IpAddr) -> bool {
     let text = String::from_utf8_lossy(value.as_bytes());
     text.split([',', ';', '=', '"', ' ', '\t']).any(|word| address(word) == Some(ip))
 }

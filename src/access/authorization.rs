@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn two_grants_in_one_bucket_are_told_apart() {
+    fn two_grants_in_one_bucket_are_distinguished() {
         let generator = Generator::new(OsRandom).unwrap();
         let tokens = [(); 3].map(|()| Token::generate(&generator).unwrap());
         let mut grants = Grants::default();

@@ -63,12 +63,13 @@ impl FileSource {
     }
 }
 
-/// Reads a file that decides who gets keys, of at most `max` bytes, and returns its content and its mode: the
-/// configuration, tokens, certificates, keys, client CAs.
+/// Reads a file of at most `max` bytes that decides which clients get keys (the configuration, tokens, certificates,
+/// keys, client CAs), and returns its content and its mode.
 ///
 /// The file must be a regular file that neither its group nor others can write to. Its owner is not checked: with
-/// `PrivateUsers=` and in user namespaces of containers, the files of all other users appear to belong to `nobody`. Nor
-/// are the directories above it: the mode of a Kubernetes volume lets everyone write, and it is mounted read-only.
+/// `PrivateUsers=` and in user namespaces of containers, the files of all other users appear to belong to `nobody`. The
+/// directories above it are not checked either: the mode of a Kubernetes volume lets everyone write, although it is
+/// mounted read-only.
 ///
 /// # Errors
 /// A sentence that begins with the path.

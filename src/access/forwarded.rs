@@ -86,9 +86,9 @@ impl TrustedProxies {
         })
     }
 
-    /// The address of the client behind `origin`: the rightmost one that is not a trusted proxy's. If the list ends, or
-    /// an element can't be parsed, before there is one, it is the last trusted proxy that was read. `None` if that is
-    /// `origin` itself, and if `origin` is not trusted.
+    /// The address of the client behind `origin`: the rightmost one that is not a trusted proxy's. If the list ends
+    /// before such an address, or an element can't be parsed, the result is the last trusted proxy's address that was
+    /// read. `None` if no address was read, or if `origin` is not trusted.
     ///
     /// The list is read from the right, byte by byte, up to the client's address and no further: the client may have
     /// made up everything left of it.
@@ -141,8 +141,9 @@ fn trim(mut text: &[u8]) -> &[u8] {
     text
 }
 
-/// Parses an address as proxies write it: with or without a port; IPv6 with a port is in brackets, and may be without.
-/// An address with a zone (RFC 4007) is refused: it has a meaning only on the host that wrote it.
+/// Parses an address as proxies write it, with or without a port. IPv6 with a port is in brackets; without a port,
+/// brackets are optional. An address with a zone (RFC 4007) is refused: it has a meaning only on the host that wrote
+/// it.
 fn parse_address(text: &[u8]) -> Option<IpAddr> {
     let text = str::from_utf8(text).ok()?;
     let bracketed = || text.strip_prefix('[')?.strip_suffix(']')?.parse().ok().map(IpAddr::V6);

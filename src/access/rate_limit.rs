@@ -105,8 +105,8 @@ impl RateLimitStatus {
 ///
 /// A new client that finds no free slot takes over the slot with the earliest TAT of its set, *and that TAT*, up to one
 /// burst ahead of now. So no client exceeds its rates by taking over a slot or by losing its own, however many
-/// addresses it has: as in the Space-Saving algorithm, the counters err only upwards. The price: while more clients
-/// than there are slots have used a part of their burst, some of them share the rates of one client.
+/// addresses it has: as in the Space-Saving algorithm, the counters err only upwards. The cost: while more clients than
+/// there are slots have used part of their burst, some of them share the rates of one client.
 ///
 /// Only a key larger than the burst moves a TAT more than one burst ahead. A new client does not inherit that part: it
 /// never requested such a key, and could wait for hours. If a client did, and its slot is taken over, its TAT is then
@@ -151,7 +151,7 @@ impl RateLimiter {
     pub(crate) fn check(&self, client: Client, rates: &Rates, bytes: u64, now: Instant) -> RateLimitStatus {
         let now = u64::try_from(now.saturating_duration_since(self.start).as_nanos()).unwrap_or(u64::MAX);
         let set = usize::try_from(self.hasher.hash_one(client) % self.sets.len() as u64).unwrap_or(0);
-        // A panic in another thread may have left any TATs behind, and any are valid.
+        // A panic in another thread may have left any TATs behind, and every TAT is valid.
         let mut set = self.sets[set].lock().unwrap_or_else(PoisonError::into_inner);
         let capacity = rates.burst_capacity();
         let slot = slot(&mut set, client, now.saturating_add(capacity));
@@ -171,9 +171,9 @@ impl RateLimiter {
     }
 }
 
-/// The slot of `client`: its own, else the slot with the earliest TAT, taken over with that TAT, but none after
-/// `latest`. Before `latest`, the earliest TAT of a set never decreases: that is why a client which returns finds the
-/// TAT that it left, or one burst ahead.
+/// The slot of `client`: its own, else the slot with the earliest TAT, taken over with that TAT or `latest`, whichever
+/// is earlier. Up to `latest`, the earliest TAT of a set never decreases. So a client that lost its slot and returns
+/// finds at least the TAT that it left, or `latest`.
 fn slot(set: &mut [Slot; WAYS], client: Client, latest: u64) -> &mut Slot {
     let own = set.iter().position(|slot| slot.client == Some(client));
     let index = own.unwrap_or_else(|| {
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_large_keys_delays_new_clients_by_one_burst_at_most() {
+    fn a_flood_of_large_keys_delays_new_clients_by_one_burst() {
         let start = Instant::now();
         let limiter = RateLimiter::new(start);
         let rates = rates(0, 1024, 10);

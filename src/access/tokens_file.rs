@@ -183,7 +183,7 @@ pub fn read(path: &Path) -> Result<Vec<Grant>, Vec<String>> {
             continue;
         }
         let parsed = Grant::parse(line).and_then(|grant| match lines.insert(grant.digest, number) {
-            Some(earlier) => Err(format!("expected a hash of its own, found that of line {earlier}")),
+            Some(earlier) => Err(format!("expected a unique hash, found the hash of line {earlier}")),
             None => Ok(grant),
         });
         match parsed {

@@ -1,4 +1,4 @@
-//! What is logged about the TLS certificate and the client CA.
+//! Log messages about the TLS certificate and the client CA.
 
 use tracing::{error, info, warn};
 
@@ -8,7 +8,7 @@ use crate::server::tls::reload::ReloadError;
 /// Logged for a certificate that was loaded because its files had changed.
 pub(super) const CHANGED: &str = "changed TLS certificate loaded";
 
-/// Logs that `identity` is in use, until when it is valid, and what is wrong with it.
+/// Logs that `identity` is in use, when it expires, and its warning if it has one.
 pub(super) fn log_loaded(message: &'static str, identity: &LoadedIdentity) {
     info!(not_after = %identity.not_after(), "{message}");
     if let Some(warning) = identity.warning() {
@@ -16,7 +16,8 @@ pub(super) fn log_loaded(message: &'static str, identity: &LoadedIdentity) {
     }
 }
 
-/// Logs what could not be reloaded. Certificate and client CA are loaded separately: the valid one of the two is in use.
+/// Logs which files could not be reloaded. The certificate and the client CA are loaded separately: if only one of them
+/// is valid, it is in use.
 pub(super) fn log_refused(error: &ReloadError) {
     if let Some(identity) = &error.applied {
         log_loaded(CHANGED, identity);

@@ -17,14 +17,15 @@ pub(super) struct Bound {
     pub(super) metrics: Vec<Listener>,
     /// For credentials. They are only ever inherited: without systemd no unit loads a credential.
     pub(super) credentials: Vec<Listener>,
-    /// Whether the service manager starts the service again for the next client: not if the socket for keys was bound here.
+    /// Whether the service manager starts the service again for the next client. It does not if the service itself
+    /// bound the socket for keys.
     pub(super) is_activated: bool,
     shares_port: bool,
 }
 
 impl Bound {
-    /// Takes the inherited sockets and binds the missing ones. Where binding is forbidden, as in the sandbox of the shipped
-    /// unit, an administrator has disabled the socket that is missing: only the others are served.
+    /// Takes the inherited sockets and binds the missing ones. If the sandbox forbids binding, as the shipped unit
+    /// does, an administrator has disabled the missing socket, and only the others are served.
     ///
     /// # Errors
     /// When a socket can't be bound, or when none was inherited and binding is forbidden.
@@ -90,13 +91,13 @@ impl Bound {
     }
 }
 
-/// What errors name about the socket of a role.
+/// The settings and the unit of a role's socket, for error messages.
 struct Role {
     /// The settings of its host and its port.
     settings: [&'static str; 2],
     /// The socket unit that should pass it.
     unit: &'static str,
-    /// What the service lacks without it.
+    /// What is not served without it, for the log.
     lost: &'static str,
 }
 

@@ -1,7 +1,7 @@
 //! The daemon as a sequence: bind, start, supervise, shut down.
 //!
-//! May import: [`config`](crate::config) and the layers below it. A new phase goes into [`run`] and a file of its own; what
-//! a new setting changes in a running service goes into `reload`, a limit of the process into `resources`.
+//! May import: [`config`](crate::config) and the layers below it. A new phase goes into [`run`] and a file of its own,
+//! the effect of a new setting on a running service into `reload`, and a limit of the process into `resources`.
 
 mod certificate;
 mod error;
@@ -29,11 +29,11 @@ use crate::telemetry::log::Log;
 
 /// Serves until a signal asks to stop, and returns when the last connection is closed or the drain has timed out.
 ///
-/// `config` is what `sources` gave, from `files`. They are read again on SIGHUP, and when a file has changed. `log` is
-/// borrowed until every connection has left its audit record.
+/// `config` was loaded from `sources` and `files`, which are read again on SIGHUP and when a file changes. `log` stays
+/// borrowed until every connection has logged its audit record.
 ///
 /// # Errors
-/// Why the service could not start; nothing has been served then.
+/// The service could not start, and has served nothing.
 pub fn run(
     config: Config,
     sources: &Sources,

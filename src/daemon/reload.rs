@@ -1,4 +1,5 @@
-//! Reads the configuration again, on SIGHUP or when a file has changed, and applies what may change in a running service.
+//! Reloads the configuration on SIGHUP or when a file has changed, and applies the settings that may change in a
+//! running service.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,13 +20,13 @@ use crate::telemetry::log::Log;
 /// Why the configuration is read again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Trigger {
-    /// SIGHUP: its sender means what the files say.
+    /// SIGHUP: its sender wants the files as they are.
     Signal,
-    /// A file has changed. It may be half written.
+    /// A file has changed. It may be incomplete.
     FileChange,
 }
 
-/// Why a configuration is refused, in one line; the log has it too.
+/// Why a configuration is refused, in one line. The reason is also logged.
 pub(super) struct ReloadRefused(pub(super) String);
 
 /// The configuration in effect, where it comes from, and the parts of the service that it changes.
@@ -45,14 +46,14 @@ impl Reloader<'_> {
         self.files.changed().await;
     }
 
-    /// Applies what may change while the service runs, and logs the settings that take effect at a restart.
+    /// Applies the settings that may change while the service runs, and logs those that take effect at a restart.
     ///
     /// # Errors
-    /// Why the previous configuration stays in effect.
+    /// The configuration is refused, and the previous one stays in effect.
     pub(super) fn reload(&mut self, trigger: Trigger) -> Result<(), ReloadRefused> {
         let previous = std::mem::take(&mut self.files);
         let loaded = self.sources.reload(&self.config, &mut self.files);
-        // Files in use are watched too, whatever the new configuration names.
+        // Files in use are watched too, even if the new configuration does not name them.
         self.config.files().for_each(|path| self.files.add(&path));
         let changed: Vec<_> = self.files.changed_since(&previous).into_iter().map(Path::to_owned).collect();
         if trigger == Trigger::FileChange {
@@ -104,7 +105,7 @@ impl Reloader<'_> {
                         self.config.apply_tls(new);
                     }
                 }
-                // The files were valid a moment ago: what has changed since is noticed within seconds.
+                // The files were valid a moment ago: a change since then triggers another reload within seconds.
                 Err(error) => certificate::log_refused(&error),
             }
         }
@@ -142,7 +143,7 @@ impl Reloader<'_> {
         }
     }
 
-    /// Logs the number of tokens, so that a file which was not read shows.
+    /// Logs the number of tokens, so that an operator notices a file that was not read.
     pub(super) fn log_tokens(&self) {
         if let Some(file) = &self.config.tokens_file {
             info!(

@@ -10,8 +10,8 @@ use crate::config;
 use crate::server::connection_limit::OVER_LIMIT_CONNECTIONS;
 use crate::systemd::credentials;
 
-/// Connections that the metrics listener serves at once: scrapers and probes are few. Up to as many more get one response
-/// each.
+/// Connections that the metrics listener serves at once: scrapers and probes are few. Up to the same number of
+/// over-limit connections get one response each.
 const METRICS_CONNECTIONS: usize = 64;
 
 /// Descriptors that the process needs apart from connections: files, the sockets of the log and the service manager, and
@@ -26,8 +26,9 @@ const DESCRIPTORS_MIN: u64 = 32;
 
 /// Forbids core dumps for the life of the process, since key bytes must not reach a disk. A failure is logged.
 ///
-/// The limit is 1: the kernel then also drops dumps that core_pattern pipes to a program (core(5)), where it ignores 0; for
-/// dumps to a file both are below the smallest one. A hard limit of 0 can't be raised, and stays.
+/// The limit is 1 and not 0: the kernel ignores a limit of 0 when core_pattern pipes the dump to a program (core(5)),
+/// but with 1 it drops that dump too. Every dump to a file is larger than either. A hard limit of 0 can't be raised, so
+/// it stays.
 pub(super) fn forbid_core_dumps() {
     let lowest = getrlimit(Resource::Core).maximum.map_or(1, |maximum| maximum.min(1));
     let limit = Rlimit { current: Some(lowest), maximum: Some(lowest) };
@@ -36,7 +37,7 @@ pub(super) fn forbid_core_dumps() {
     }
 }
 
-/// The number of workers: that of the setting, or for 0 one for each CPU.
+/// The number of workers: the setting, or one for each CPU if the setting is 0.
 pub(super) fn worker_count(setting: usize) -> usize {
     workers_for(setting, thread::available_parallelism().map_or(1, Into::into))
 }
@@ -48,8 +49,8 @@ fn workers_for(setting: usize, cpus: usize) -> usize {
     }
 }
 
-/// The number of connections that each role may have, so that all of them together, those over a limit included, and the
-/// process itself have a descriptor each.
+/// The number of connections that each role may have. Together with the descriptors of the process itself, all of them,
+/// over-limit connections included, fit the limit of open files.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct ConnectionBudget {
     pub(super) keys: usize,
@@ -62,7 +63,7 @@ pub(super) struct ConnectionBudget {
 }
 
 impl ConnectionBudget {
-    /// Raises the limit of open files as far as it goes, and fits `max_connections` into it.
+    /// Raises the limit of open files as far as possible, and fits `max_connections` into it.
     ///
     /// # Errors
     /// When the limit is too low for any service.
@@ -78,7 +79,7 @@ impl ConnectionBudget {
         Ok(budget)
     }
 
-    /// What fits `descriptors`; `None` is no limit.
+    /// The budget that fits `descriptors`; `None` is no limit.
     fn fit(descriptors: Option<u64>, keys: usize, workers: usize) -> Self {
         let wanted = Self {
             keys,

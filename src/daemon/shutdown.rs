@@ -1,4 +1,5 @@
-//! Shuts the service down: drain, abort what is left, and see to it that no connection outlives the log.
+//! Shuts the service down: drains it, aborts the remaining connections, and ensures that no connection outlives the
+//! log.
 
 use std::convert::Infallible;
 use std::io;
@@ -24,17 +25,17 @@ enum DrainOutcome {
     Complete,
     /// The remaining connections are reset.
     Aborted,
-    /// The same, and a blocked worker still has connections.
+    /// The remaining connections are reset, except those of a blocked worker.
     WorkerBlocked,
 }
 
 /// Drains the service, and returns when the last connection is closed or the drain has timed out.
 ///
-/// This takes the service, which borrows the log: every connection has left its audit record when the log ends.
+/// This takes the service, which borrows the log: every connection has logged its audit record before the log ends.
 pub(super) fn shut_down(started: Started<'_>, reason: StopReason) {
     let Started { control, mut service } = started;
     let outcome = control.block_on(service.drain(reason));
-    // With its remaining connections, as the runtimes of the workers are gone with theirs.
+    // Closes the remaining connections of the control thread. The workers have closed theirs with their runtimes.
     control.shutdown_background();
     let Service { contexts, drain, ports, reloader, .. } = &service;
     if outcome != DrainOutcome::Complete {
@@ -103,7 +104,8 @@ async fn all_closed(
     drain.wait_until_acknowledged(&contexts.all(), ports).await;
 }
 
-/// Reloads changed files for as long as the drain takes: a token that is removed meanwhile must not be valid until its end.
+/// Reloads changed files for as long as the drain takes: a token that is removed meanwhile must not stay valid until
+/// the drain ends.
 async fn keep_reloading(reloader: &mut Reloader<'_>) -> Infallible {
     loop {
         reloader.files_changed().await;

@@ -1,19 +1,19 @@
-//! The signals that the daemon handles, each with a word on its sender.
+//! The signals that the daemon handles, each with its usual sender.
 
 use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// What a signal asks for.
+/// The action that a signal requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SignalAction {
-    /// Drain and stop; with the name of the signal, for the log.
+    /// Drain and stop. The name of the signal is for the log.
     Stop(&'static str),
     /// Reload the configuration.
     Reload,
 }
 
-/// The handled signals. They are caught from when this is made.
+/// The handled signals. They are caught as soon as this exists.
 #[derive(Debug)]
 pub(super) struct Signals {
     terminate: Signal,

@@ -43,7 +43,7 @@ use crate::telemetry::metrics::Metrics;
 /// How many of the connections for metrics one client address may have.
 const METRICS_CONNECTIONS_PER_CLIENT: u32 = 16;
 
-/// A service that is ready. While it exists the log can't end, since it borrows the log: only
+/// A service that is ready. It borrows the log, so the log can't end while it exists. Only
 /// [`shut_down`](super::shutdown::shut_down) takes it apart, once every connection is closed.
 pub(super) struct Started<'a> {
     /// The runtime of the control thread.
@@ -75,7 +75,7 @@ impl<'a> Started<'a> {
     /// Serves on the `bound` listeners, and reports to the service manager that the service is ready.
     ///
     /// # Errors
-    /// What is missing; no connection has been accepted then.
+    /// The service could not start. No connection was accepted.
     pub(super) fn start(
         config: Config,
         sources: &'a Sources,
@@ -97,7 +97,7 @@ impl<'a> Started<'a> {
         let control = worker::runtime()?;
         let entered = control.enter();
         let signals = Signals::catch().map_err(|error| RunError::System("failed to catch signals", error))?;
-        // Before the workers, which may take all the threads that there may be.
+        // Started before the workers, which may use up the limit of tasks.
         let notifier = Notifier::start().map_err(|error| RunError::Thread("notify", error))?;
         let routes = if config.shares_port() { Routes::Both } else { Routes::Client };
         let protocol = proxy_protocol(&config, &app.metrics);
@@ -153,7 +153,7 @@ impl Service<'_> {
     }
 }
 
-/// What the connections of each role are held to.
+/// The limits and timeouts for the connections of each role.
 pub(super) struct Contexts {
     pub(super) keys: ServerContext,
     metrics: ServerContext,

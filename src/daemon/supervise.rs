@@ -1,4 +1,4 @@
-//! Supervises the running service: answers signals, reloads, and the watchdog, until there is a reason to stop.
+//! Supervises the running service: handles signals, reloads and the watchdog until there is a reason to stop.
 
 use std::fmt;
 use std::future::pending;
@@ -73,9 +73,9 @@ impl Service<'_> {
     }
 }
 
-/// Whether every worker made progress since the last call, which /livez and a metric show too.
+/// Whether every worker made progress since the last call. /livez and a metric report it too.
 ///
-/// A generator that fails is reported without a request for it, and the watchdog is pinged all the same: a restart by
+/// A failed generator is reported even if no key is requested. The watchdog is pinged all the same: a restart by
 /// systemd would hide the failure from the operator.
 fn check_progress(app: &AppState, heartbeats: &Heartbeats) -> Result<(), &'static str> {
     let _ = app.generator.check(); // the generator keeps the failure
@@ -86,7 +86,7 @@ fn check_progress(app: &AppState, heartbeats: &Heartbeats) -> Result<(), &'stati
     progress
 }
 
-/// Returns when no client has been connected for keys or credentials for `period`; never without one.
+/// Returns when no client has been connected for keys or credentials for `period`. Never returns if `period` is `None`.
 async fn until_idle(period: Option<Duration>, contexts: &Contexts, app: &AppState) {
     let Some(period) = period else { return pending().await };
     ConnectionLimit::idle_for(

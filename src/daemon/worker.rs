@@ -18,8 +18,8 @@ use crate::server::heartbeat::{Heartbeat, Heartbeats};
 use crate::server::listener::Listener;
 use crate::server::memory;
 
-/// How many turns of connections a thread takes before it looks for new connections and new requests. A turn may be 0.3 ms
-/// of work, and tokio takes 61 of them by default.
+/// How many tasks a thread polls before it checks for new connections and new requests; tokio's default is 61. One poll
+/// of a connection may take 0.3 ms.
 const TURNS_MAX: u32 = 16;
 
 /// How many tasks are left free where the limit of tasks allows fewer workers than the setting: `systemctl reload` and the
@@ -155,7 +155,7 @@ mod tests {
     use std::sync::mpsc;
     use tokio::sync::oneshot::error::TryRecvError;
 
-    /// In place of a connection: reports at its end whether its worker still counted as running.
+    /// Stands in for a connection: when it is dropped, it reports whether its worker still counted as running.
     struct Connection(oneshot::Receiver<Infallible>, mpsc::Sender<bool>);
 
     impl Drop for Connection {

@@ -22,17 +22,18 @@ use crate::server::stream::Stream;
 use crate::telemetry::labels::{AcceptError, Rejection};
 use crate::telemetry::metrics::Metrics;
 
-/// How long an accept loop may go on to empty its queue when the drain begins: clients that keep connecting must not
-/// hold it.
+/// How long an accept loop may keep emptying its queue after the drain begins: clients that keep connecting must not
+/// delay the drain.
 const ACCEPT_DRAIN: Duration = Duration::from_millis(20);
 
-/// Above so many open connections there may soon be many, whose memory has to be returned: see [`memory`].
+/// With more open connections than this, there may soon be so many that their memory must be returned to the kernel:
+/// see [`memory`].
 const FEW_CONNECTIONS: usize = 16;
 
 /// How long to wait after accept(2) has failed for a reason other than the connection.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// How many connections in a row may fail before that counts as a persistent failure.
+/// How many connections in a row may fail before the failure counts as persistent.
 const ACCEPT_FAILURES_MAX: u32 = 100;
 
 /// How often a persistent failure is logged.
@@ -89,7 +90,8 @@ impl<F: Fn(Accepted)> AcceptLoop<F> {
     /// Accepts connections until the drain begins.
     async fn run(mut self, mut heartbeat: Heartbeat) {
         let _running = self.context.connection_limit.accept_loops.subscribe();
-        // Both wait in one place for the life of the loop, instead of joining and leaving it for each connection.
+        // Both futures keep one place in their wait lists for the life of the loop, instead of a new one for each
+        // connection.
         let mut phase = self.phase.clone();
         let draining = wait_for_phase(&mut phase, Phase::Draining);
         pin!(draining);
@@ -104,7 +106,7 @@ impl<F: Fn(Accepted)> AcceptLoop<F> {
             };
             self.handle(accepted).await;
         }
-        // Closing a socket that was bound here resets the connections in its queue: they are accepted first.
+        // Closing a socket that was bound here resets the connections in its queue, so they are accepted first.
         let since = Instant::now();
         while since.elapsed() <= ACCEPT_DRAIN {
             let Some(accepted) = try_now(accept(&self.acceptor, &self.context)).await else { return };
@@ -126,7 +128,8 @@ impl<F: Fn(Accepted)> AcceptLoop<F> {
     fn begin(&mut self, stream: Stream, peer: Peer) {
         let context = &self.context;
         let Some(permit) = ClientConnectionLimit::acquire(context.client_limit.as_ref(), peer.origin) else {
-            // The client has connections that get a 503 already; dropped here, this one holds nothing.
+            // Other over-limit connections of the client get a 503 already. This one is closed without a response and
+            // holds nothing.
             context.metrics.count_rejection(Rejection::ClientConnections);
             return;
         };
@@ -163,7 +166,7 @@ impl AcceptFailures {
             debug!(%error, "connection closed before it was accepted");
             return;
         }
-        // The connection stays in the queue, or the listener itself is broken: waiting is all that is left.
+        // The connection stays in the queue, or the listener itself is broken: the loop can only wait.
         if self.last_logged.is_none_or(|last| last.elapsed() > LOG_INTERVAL) {
             self.last_logged = Some(Instant::now());
             error!(%error, "failed to accept connections: {}", kind.reason());

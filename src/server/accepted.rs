@@ -19,7 +19,7 @@ use crate::server::stream::Stream;
 use crate::server::timeout_stream::TimeoutStream;
 use crate::telemetry::labels::Rejection;
 
-/// A connection of which no byte was read. Dropping it closes it and releases its slot.
+/// A connection from which no byte was read. Dropping it closes it and releases its slot.
 #[derive(Debug)]
 pub struct Accepted {
     /// Its bytes, without timeouts.
@@ -37,7 +37,7 @@ impl Accepted {
         (TimeoutStream::new(self.stream, timeouts), self.peer, self.guard)
     }
 
-    /// Spawns `task` with the connection. That of an over-limit connection may be aborted when there are too many.
+    /// Spawns `task` with the connection. The task of an over-limit connection may be aborted when there are too many.
     pub(crate) fn spawn<F>(self, task: impl FnOnce(Self) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -64,9 +64,9 @@ impl Accepted {
         *self.phase.borrow() >= Phase::Closing
     }
 
-    /// Counts the connection for `client`, as named by a proxy; `None` leaves it to its own address. Returns `false` if
-    /// it must be closed, because the client has too many. One that is merely over its client's limit releases its
-    /// slot.
+    /// Counts the connection for `client`, the address that a proxy reported; `None` keeps it counted for its own
+    /// address. Returns `false` if it must be closed, because the client has too many over-limit connections. A
+    /// connection that is over its client's limit but may stay open releases its slot.
     pub(crate) fn set_client(&mut self, client: Option<IpAddr>) -> bool {
         if let Some(origin) = client.map(Origin::Ip) {
             let context = &self.guard.context;
@@ -85,7 +85,7 @@ impl Accepted {
     }
 }
 
-/// Spawns the task of a connection. One that is over a limit is registered there, and may be aborted.
+/// Spawns the task of a connection. An over-limit connection is registered with its limit, and may be aborted.
 pub(crate) fn spawn(
     over_limit: Option<Arc<ConnectionLimit>>,
     task: impl Future<Output = ()> + Send + 'static,
@@ -139,7 +139,7 @@ impl ConnectionGuard {
         }
     }
 
-    /// Goes on without a slot.
+    /// Releases the slot, if it holds one; the connection stays open.
     fn release_slot(&mut self) {
         let limit = &self.context.connection_limit;
         if mem::replace(&mut self.class, ConnectionClass::OverClientLimit) == ConnectionClass::Normal {

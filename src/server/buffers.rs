@@ -51,7 +51,7 @@ impl BufferLimit {
     }
 
     fn lock(&self) -> MutexGuard<'_, Holders> {
-        self.holders.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner) // no code under the lock can panic
     }
 }
 

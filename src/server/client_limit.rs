@@ -12,8 +12,8 @@ use crate::access::peer::{Client, Origin};
 /// How many connections over its limit a client may have, each of which gets a 503; more are closed without a response.
 const OVER_LIMIT_PER_CLIENT: u32 = 8;
 
-/// How many TLS handshakes of one client run at once while many run; its others wait for these. 40 clients, who may
-/// have 10,000 connections, then run fewer than half of all handshakes that run at once.
+/// How many TLS handshakes of one client run at once while many run; its others wait for these. 40 clients, which may
+/// have 10,000 connections together, then run fewer than half of all concurrent handshakes.
 const HANDSHAKES_PER_CLIENT: usize = 3;
 
 /// The connections of each client that has any. Its memory is limited by the number of connections.
@@ -21,7 +21,7 @@ const HANDSHAKES_PER_CLIENT: usize = 3;
 pub struct ClientConnectionLimit {
     clients: Mutex<HashMap<Client, Connections>>,
     limit: u32,
-    /// They connect for many clients, and have no limit.
+    /// Proxies connect for many clients, so they have no limit.
     proxies: TrustedProxies,
 }
 
@@ -59,7 +59,8 @@ impl ClientConnectionLimit {
         let client = Client::from(ip);
         let mut clients = client_limit.lock();
         let connections = clients.entry(client).or_default();
-        // Connections over the limit are counted apart: a client that keeps connecting could never get below it again.
+        // Connections over the limit are counted separately. Otherwise a client that keeps connecting could never get
+        // below the limit again.
         let is_over_limit = connections.within_limit >= client_limit.limit;
         if is_over_limit && connections.over_limit >= OVER_LIMIT_PER_CLIENT {
             return None;
@@ -70,7 +71,7 @@ impl ClientConnectionLimit {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Client, Connections>> {
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner) // no code under the lock can panic
     }
 }
 

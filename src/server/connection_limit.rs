@@ -16,7 +16,7 @@ use crate::telemetry::metrics::Metrics;
 /// Connections above the limit that are still accepted, to return 503 and to answer health checks.
 pub const OVER_LIMIT_CONNECTIONS: usize = 256;
 
-/// How long an over-limit connection is kept when there are as many as are accepted and more clients wait.
+/// How long an over-limit connection is kept when no more are accepted and other clients wait.
 const EVICTION_GRACE: Duration = Duration::from_millis(250);
 
 /// Whether a connection holds a slot.
@@ -53,9 +53,9 @@ pub struct ConnectionLimit {
     limit: usize,
     /// How many connections without a slot are accepted.
     over_limit: usize,
-    /// Notified when a connection ends while no more were accepted.
+    /// Notified when a connection closes while no more could be accepted.
     closed: Notify,
-    /// Connections with a slot, the longest idle of which closes for a new one.
+    /// Connections with a slot. The longest idle one closes for a new connection.
     pub(crate) idle: IdleConnections,
     /// The tasks of connections without a slot and when they started, the oldest first.
     over_limit_tasks: Mutex<VecDeque<(Instant, AbortHandle)>>,
@@ -138,12 +138,12 @@ impl ConnectionLimit {
     }
 
     fn over_limit_tasks(&self) -> MutexGuard<'_, VecDeque<(Instant, AbortHandle)>> {
-        // Nothing that can panic is done under it.
+        // No code under the lock can panic.
         self.over_limit_tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a connection as open and returns its class; [`ConnectionLimit::release`] has to follow. With `evicts`,
-    /// and all slots taken, it gets the slot of the longest idle connection, which closes.
+    /// Counts a connection as open and returns its class; [`ConnectionLimit::release`] has to follow. If all slots are
+    /// taken and `evicts` is true, it gets the slot of the longest idle connection, which closes.
     ///
     /// Connections over their client's limit take no slot: a client that keeps connecting would take each one that is
     /// released, and no other client would get a key.
@@ -157,7 +157,7 @@ impl ConnectionLimit {
         }
     }
 
-    /// Takes a slot for a connection that is open. Returns whether there was one.
+    /// Takes a slot for an open connection. Returns `false` if there is none.
     pub(crate) fn acquire_slot(&self, evicts: bool) -> bool {
         let is_free = self.slots_taken.fetch_add(1, Ordering::Relaxed) < self.limit;
         let has_slot = is_free || (evicts && self.idle.evict());

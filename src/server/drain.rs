@@ -13,17 +13,18 @@ use crate::server::context::{OVER_LIMIT_TIMEOUT, ServerContext};
 use crate::server::timeouts::Timeouts;
 use crate::server::unacknowledged::UnacknowledgedSockets;
 
-/// How long open connections are still read from after the drain began, so that a request in flight gets its response
-/// instead of a reset.
+/// How long the server keeps reading from open connections after the drain begins, so that a request in flight gets its
+/// response instead of a reset.
 const READ_LINGER: Duration = Duration::from_millis(250);
 
 /// How often to ask the kernel whether clients have acknowledged the last bytes and the end of their connections.
 const ACKNOWLEDGED_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How long the process stays after resetting connections, and for the acknowledgement of what was sent last.
+/// How long the process waits for clients to acknowledge the last bytes before it resets their connections, and how
+/// long it stays after the resets.
 const RESET_GRACE: Duration = Duration::from_millis(250);
 
-/// How far the shutdown of the servers has come.
+/// The phase of the servers' shutdown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Connections are accepted.
@@ -32,7 +33,7 @@ pub enum Phase {
     Draining,
     /// Idle connections close; busy ones close after their response.
     Closing,
-    /// Servers return, whatever is still open.
+    /// Servers return even if connections are still open.
     Aborting,
 }
 
@@ -52,14 +53,14 @@ impl Drain {
         self.0.subscribe()
     }
 
-    /// Stops accepting connections, keeps reading requests in flight for a moment, then closes idle connections.
-    /// Returns then; busy connections may still be open.
+    /// Stops accepting connections, keeps reading requests in flight for a moment, then closes idle connections. Busy
+    /// connections may still be open when it returns.
     pub async fn begin(&self, contexts: &[&ServerContext]) {
         for timeouts in all_timeouts(contexts) {
             timeouts.keep_ended_connections();
         }
         self.0.send_replace(Phase::Draining);
-        // Only once the accept loops have ended are all connections known. A blocked worker is not waited for.
+        // All connections are known only once the accept loops have ended. A blocked worker must not delay the drain.
         for context in contexts {
             let _ = timeout(READ_LINGER, context.connection_limit.accept_loops.closed()).await;
         }
@@ -73,15 +74,15 @@ impl Drain {
     }
 
     /// Returns when the clients of all ended connections have acknowledged their last bytes and their end. Until then
-    /// the network namespace has to stay, and that of a pod or a container goes away with the process.
+    /// the network namespace must exist, and the namespace of a pod or a container is removed when the process exits.
     pub async fn wait_until_acknowledged(&self, contexts: &[&ServerContext], ports: &[u16]) {
         while self.close_acknowledged(contexts, ports) > 0 {
             tokio::time::sleep(ACKNOWLEDGED_INTERVAL).await;
         }
     }
 
-    /// Closes the ended connections whose clients have acknowledged everything, and returns how many others there are.
-    /// `ports` are those of the listeners: by them it finds connections that were closed before the drain.
+    /// Closes the ended connections whose clients have acknowledged everything, and returns how many are left. `ports`
+    /// are the ports of the listeners, which identify connections that were closed before the drain.
     pub fn close_acknowledged(&self, contexts: &[&ServerContext], ports: &[u16]) -> usize {
         let sockets = UnacknowledgedSockets::read(ports);
         let kept =
@@ -89,7 +90,7 @@ impl Drain {
         kept.sum::<usize>() + sockets.orphans()
     }
 
-    /// Makes every server return at once. Dropping its runtime then resets the connections that are left.
+    /// Makes every server return at once. Dropping its runtime then resets the remaining connections.
     pub fn abort(&self, contexts: &[&ServerContext]) {
         for timeouts in all_timeouts(contexts) {
             timeouts.reset_connections();
@@ -130,7 +131,7 @@ pub(crate) async fn poll_until_closing<T>(
     pin!(closing);
     let (mut is_watching, mut is_closing) = (false, false);
     poll_fn(move |cx| {
-        // Polling the phase for every request took 170 instructions of each. A task's waker stays the same, so once the
+        // Polling the phase for every request cost 170 instructions each. A task's waker stays the same, so once the
         // phase has the waker, it is enough to poll it again after a change.
         if !is_closing && (!is_watching || changes.has_changed().unwrap_or(true)) {
             is_watching = true;

@@ -1,6 +1,7 @@
 //! Idle connections. When all slots are taken, the one that has been idle for longest closes for a new connection.
 //!
-//! A request only stores two numbers. The longest idle connections are searched for when one is needed, many at a time.
+//! A request only stores two numbers. When an idle connection is needed, one search finds many of the longest idle
+//! ones.
 
 use std::collections::BinaryHeap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -15,8 +16,8 @@ const FOUND_MAX: usize = 256;
 /// search in vain.
 const SEARCH_INTERVAL_FACTOR: u32 = 10;
 
-/// The most that a search needs for each connection. Time beyond that was another thread's, and must not delay the next
-/// search.
+/// The most that a search needs for each connection. Time beyond that went to another thread, and must not delay the
+/// next search.
 const SEARCH_MAX: Duration = Duration::from_nanos(200);
 
 /// [`Activity::idle_since`] while a request is read or answered.
@@ -45,7 +46,7 @@ pub struct Activity {
     idle_since: AtomicU64,
     is_evicted: AtomicBool,
     waker: OnceLock<Waker>,
-    /// Its index in the registry, whose lock guards this.
+    /// Its index in the registry. The registry's lock guards this.
     index: AtomicUsize,
 }
 
@@ -112,7 +113,7 @@ impl IdleConnections {
     }
 
     fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {
-        self.registry.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner) // no code under the lock can panic
     }
 }
 

@@ -30,7 +30,7 @@ const LARGE: usize = 100 * 1024;
 /// How often a worker looks at the number of connections.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Fewer connections take too little memory for it to matter.
+/// Fewer connections take too little memory to matter.
 const CONNECTIONS_MIN: usize = 256;
 
 /// How often in a row the heap is trimmed.
@@ -55,15 +55,15 @@ thread_local! {
     static RESERVED: Cell<Option<Chunks>> = const { Cell::new(None) };
 }
 
-/// Allocates what the calling thread needs for as long as it lives, at the bottom of its heap. To be called while there
-/// are few connections.
+/// Allocates what the calling thread needs for as long as it lives, at the bottom of its heap. Call it while few
+/// connections are open.
 pub(crate) fn reserve() {
     secret_buf::reserve_spare();
     response_buffer::reserve();
     RESERVED.set(Some(Chunks::allocate(CACHED_COUNT)));
 }
 
-/// Trims the calling thread's heap after most of many connections have closed. Never returns.
+/// Trims the calling thread's heap whenever most connections of a burst have closed. Never returns.
 pub async fn trim_after_bursts(connection_limit: &ConnectionLimit) {
     let mut burst = Burst::default();
     loop {
@@ -74,7 +74,7 @@ pub async fn trim_after_bursts(connection_limit: &ConnectionLimit) {
     }
 }
 
-/// How many connections there were, and how few are left.
+/// The highest number of connections so far, and the lowest number after the last burst.
 #[derive(Debug, Default)]
 struct Burst {
     most: usize,
@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_heap_is_trimmed_a_few_times_for_each_minimum_after_a_burst() {
+    fn the_heap_is_trimmed_for_each_new_minimum_after_a_burst() {
         let mut burst = Burst::default();
         let mut is_over = |open: &[usize]| open.iter().map(|open| burst.is_over(*open)).collect::<Vec<_>>();
         assert_eq!(is_over(&[0, 100, 255, 0]), [false; 4], "there was no burst");

@@ -1,8 +1,8 @@
 //! Connections that have ended normally, but whose last bytes or end (FIN) the client has not acknowledged.
 //!
-//! The kernel goes on sending both after the process has exited, unless the network namespace goes away with the
-//! process, as that of a pod or a container does. The client would then get neither the rest nor a reset, and wait
-//! until its own timeout.
+//! The kernel keeps sending both after the process has exited, unless the network namespace is removed with the
+//! process, as the namespace of a pod or a container is. The client would then get neither the rest nor a reset, and
+//! would wait for its own timeout.
 
 use std::collections::HashSet;
 use std::fs;
@@ -14,7 +14,7 @@ use rustix::fs::fstat;
 use socket2::SockRef;
 
 /// The kernel's tables of the TCP sockets in the network namespace of the process (proc(5), `/proc/net/tcp`). Inherited
-/// sockets of another namespace are not in them: that namespace stays.
+/// sockets of another namespace are not in them, but that namespace outlives the process.
 const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
 
 /// FIN_WAIT1, LAST_ACK and CLOSING (the kernel's include/net/tcp_states.h): the client has not acknowledged the end,
@@ -48,7 +48,7 @@ impl EndedConnections {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner) // nothing that can panic is done under it
+        self.0.lock().unwrap_or_else(PoisonError::into_inner) // no code under the lock can panic
     }
 }
 
@@ -68,8 +68,8 @@ impl UnacknowledgedSockets {
         self.orphans.len()
     }
 
-    /// Reads the kernel's tables. Of the sockets without a descriptor, only those whose local port is one of `ports`
-    /// are taken. Finds none if the tables can't be read.
+    /// Reads the kernel's tables. A socket without a descriptor counts only if its local port is one of `ports`. Finds
+    /// none if the tables can't be read.
     pub(crate) fn read(ports: &[u16]) -> Self {
         let mut sockets = Self::default();
         for table in TABLES {

@@ -1,5 +1,6 @@
-//! The credential socket: systemd connects for a unit with `LoadCredential=` (systemd.exec(5)), reads up to the end, and
-//! stores the result where only that unit can read it. The name that systemd binds its socket to names the unit.
+//! The credential socket: systemd connects for a unit with `LoadCredential=` (systemd.exec(5)), reads until the
+//! connection ends, and stores the result where only that unit can read it. The name that systemd binds its socket to
+//! contains the unit's name.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,11 +25,11 @@ pub const LENGTH_MAX: u64 = 4096;
 /// The length of a credential without a rule, in bytes.
 pub const LENGTH_DEFAULT: u64 = 32;
 
-/// Units that are served at once; as many more wait for a moment.
+/// Units that are served at once; the same number of further units wait for a moment.
 pub const CONNECTIONS: usize = 64;
 
-/// What systemd takes at most for all credentials of a unit (`CREDENTIALS_TOTAL_SIZE_MAX`), in bytes. If it gets more, the
-/// unit does not start.
+/// The most bytes that systemd accepts for all credentials of a unit (`CREDENTIALS_TOTAL_SIZE_MAX`). If it receives
+/// more, the unit does not start.
 const SYSTEMD_MAX: usize = 1 << 20;
 
 /// Whether `text` selects credentials for a rule: `CREDENTIAL` or `UNIT:CREDENTIAL`.
@@ -39,7 +40,8 @@ pub fn is_selector(text: &str) -> bool {
     }
 }
 
-/// What each credential consists of: by the rule for `UNIT:CREDENTIAL`, else by that for `CREDENTIAL`, else 32 raw bytes.
+/// The content of each credential. The rule for `UNIT:CREDENTIAL` applies, else the rule for `CREDENTIAL`; without
+/// either, it is 32 raw bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct CredentialRules(BTreeMap<String, KeySpec>);
 
@@ -71,7 +73,7 @@ pub struct CredentialServer {
 }
 
 impl CredentialServer {
-    /// Serves keys of the generator of `app`, and counts them there.
+    /// Serves keys from the generator of `app`, and counts them in its metrics.
     pub fn new(app: Arc<AppState>, rules: CredentialRules) -> Self {
         Self { app, rules: RwLock::new(Arc::new(rules)) }
     }
@@ -97,7 +99,7 @@ impl CredentialServer {
         let name = accepted.stream.peer_name();
         let (mut stream, peer, _guard) = accepted.into_parts();
         let Some(request) = name.and_then(|name| CredentialRequest::parse(&name)) else {
-            debug!("the client of the credential socket is not systemd, loading a credential for a unit");
+            debug!("the client of the credential socket is not systemd loading a credential for a unit");
             return Outcome::Malformed;
         };
         let rules = Arc::clone(&self.rules.read().unwrap_or_else(PoisonError::into_inner));
@@ -155,8 +157,8 @@ async fn send(
     Ok(())
 }
 
-/// Makes systemd fail the start of a unit that no key can be generated for. If the connection just closed, the credential
-/// would be empty and the unit would start with it, so this sends more than systemd takes.
+/// Makes systemd fail the start of a unit that no key can be generated for. If the connection just closed, the
+/// credential would be empty and the unit would start with it, so this sends more than systemd accepts.
 async fn prevent_start(stream: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
     let zeros = [0; 8192];
     for _ in 0..=SYSTEMD_MAX / zeros.len() {

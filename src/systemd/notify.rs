@@ -29,7 +29,8 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// The watchdog's limit if the service manager has set none: WatchdogSec= of the shipped unit.
 const WATCHDOG_DEFAULT: Duration = Duration::from_secs(10);
 
-/// How often the watchdog looks again for heartbeats, within a tenth of its limit, before it reports that one is missing.
+/// How often the watchdog checks again for heartbeats, within a tenth of its limit, before it reports that one is
+/// missing.
 const CHECKS: u32 = 10;
 
 /// Proof of what READY=1 promises: the generator passed its self-tests, and workers serve.
@@ -73,7 +74,7 @@ impl Notifier {
         let (done, flushed) = mpsc::sync_channel(1);
         thread::Builder::new().name("notify".into()).spawn(move || {
             send_all(&messages);
-            let _ = done.send(()); // nobody waits if the process ends first
+            let _ = done.send(()); // fails if the process ends first
         })?;
         Ok(Self { queue: Some(queue), flushed })
     }
@@ -108,7 +109,7 @@ impl Notifier {
 impl Drop for Notifier {
     fn drop(&mut self) {
         drop(self.queue.take());
-        let _ = self.flushed.recv_timeout(FLUSH_TIMEOUT); // a manager that does not read must not hold the exit
+        let _ = self.flushed.recv_timeout(FLUSH_TIMEOUT); // a manager that does not read must not delay the exit
     }
 }
 
@@ -144,8 +145,8 @@ fn notify(state: &[NotifyState<'_>]) -> io::Result<()> {
     if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
-/// Shows in `systemctl status` why the service does not start, whether or not the log has got there yet. It is sent by the
-/// calling thread, since the process is about to end: `TimeoutStartSec=` ends it if the manager does not read.
+/// Shows in `systemctl status` why the service does not start, even if the log has not arrived yet. The calling thread
+/// sends it, since the process is about to exit. If the manager does not read, `TimeoutStartSec=` ends the process.
 pub fn startup_failed(reason: &str) {
     let _ = notify(&[NotifyState::Status(&one_line(reason))]); // stderr has it too
 }
@@ -160,9 +161,9 @@ fn one_line(status: &str) -> String {
 /// Pings the watchdog for as long as `check_progress`, called once a tick, is `Ok`. If the service manager has set no
 /// watchdog, the checks run as if it had: /livez reports their result to other supervisors.
 ///
-/// A tick may be the first thing that happens after the whole process was stopped (SIGSTOP, a debugger, a suspended
-/// machine). If `is_settled` is false then, the tick waits a little, a step at a time: a stop of any length takes only one
-/// step.
+/// After the whole process was stopped (SIGSTOP, a debugger, a suspended machine), a tick may run before the workers
+/// had time to send their heartbeats. If `is_settled` is false, the tick therefore waits a little, in short steps: a
+/// stop of any length uses up only one step.
 pub async fn watchdog(
     notifier: &Notifier,
     is_settled: impl Fn() -> bool,
@@ -172,7 +173,7 @@ pub async fn watchdog(
     let limit = enabled.unwrap_or(WATCHDOG_DEFAULT);
     // sd_watchdog_enabled(3) advises half of the limit; a third leaves room for one late tick.
     let mut tick = tokio::time::interval(limit / 3);
-    // Ticks that were missed would check again before a heartbeat could come.
+    // Catching up on missed ticks would check again before a heartbeat could arrive.
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut is_stalled = false;
     loop {
@@ -200,7 +201,7 @@ pub async fn watchdog(
 }
 
 /// Whether the service manager itself started this process for the unit (systemd.exec(5), `$SYSTEMD_EXEC_PID`). A shell
-/// below a unit passes the variable on, with another process id in it.
+/// that a unit runs passes the variable on, but with the ID of another process.
 pub fn is_started_by_manager() -> bool {
     std::env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid == std::process::id().to_string())
 }

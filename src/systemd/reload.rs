@@ -22,12 +22,12 @@ const OUTCOME_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long to wait before the status is read again: at first, and at most.
 const POLL_INTERVALS: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(200)];
 
-/// What comes before an outcome in a status, and between its number and the rest.
+/// The text before an outcome in a status. [`SUCCEEDED`] or [`REFUSED`] follows its number.
 const PREFIX: &str = "; reload ";
 const SUCCEEDED: &str = " succeeded";
 const REFUSED: &str = " was refused: ";
 
-/// The outcome of a reload by SIGHUP, with which the service's status ends.
+/// The outcome of a reload by SIGHUP. The service's status ends with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReloadOutcome {
     /// 1 for the first reload since the start. It distinguishes an outcome from the previous one.
@@ -47,7 +47,7 @@ impl fmt::Display for ReloadOutcome {
 }
 
 impl ReloadOutcome {
-    /// The outcome with which `status` ends.
+    /// The outcome at the end of `status`.
     fn find(status: &str) -> Option<Self> {
         status.match_indices(PREFIX).find_map(|(at, _)| {
             let rest = &status[at + PREFIX.len()..];
@@ -63,7 +63,7 @@ impl ReloadOutcome {
 /// effect. `config_path` is the unit's configuration file.
 ///
 /// # Errors
-/// Why it is not in effect, in one sentence.
+/// A sentence: why the new configuration is not in effect.
 pub fn run(unit: &str, config_path: &Path) -> Result<(), String> {
     let pid = env::var("MAINPID").ok().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
     let pid = pid.ok_or("expected the service's process in $MAINPID, which systemd sets for ExecReload=")?;
