@@ -23,7 +23,7 @@ struct Held {
 }
 
 impl StreamPermits {
-    /// `limit` permits, of which one client may hold a quarter, but at least one.
+    /// `limit` permits. One client may hold a quarter of them, and always at least one.
     pub(crate) fn new(limit: usize) -> Self {
         // Allocated now, so that it never grows on the heap of a worker thread (`server/memory.rs`).
         let by_client = HashMap::with_capacity(limit.min(1024));

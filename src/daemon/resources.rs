@@ -56,9 +56,9 @@ pub(super) struct ConnectionBudget {
     pub(super) keys: usize,
     /// Connections for keys above that limit.
     pub(super) over_limit: usize,
-    /// For metrics; as many more may be over the limit.
+    /// For metrics. The same number of connections may be over the limit.
     pub(super) metrics: usize,
-    /// For credentials; as many more may be over the limit.
+    /// For credentials. The same number of connections may be over the limit.
     pub(super) credentials: usize,
 }
 

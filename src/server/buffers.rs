@@ -1,6 +1,6 @@
 //! The limit on connections that hold buffers beyond those of an idle one, so that clients which don't read their
-//! responses, or don't finish their requests, can't exhaust memory. At the limit, the client that holds the most loses
-//! its oldest.
+//! responses, or don't finish their requests, can't exhaust memory. At the limit, the client with the most such
+//! connections loses its oldest one.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
@@ -16,7 +16,7 @@ use crate::access::peer::Client;
 /// kernel has not sent.
 pub(crate) const BUFFER_HOLDERS_MAX: usize = 128;
 
-/// If every client has only one, the limit is this many times higher: each client may simply be far away.
+/// If every client has only one, the limit is this many times higher: each may simply be a client with a slow network.
 const SINGLE_HOLDERS_FACTOR: usize = 8;
 
 /// The limit that the connections of a server share.

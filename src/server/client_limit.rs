@@ -9,7 +9,8 @@ use tokio::sync::Semaphore;
 use crate::access::forwarded::TrustedProxies;
 use crate::access::peer::{Client, Origin};
 
-/// How many connections over its limit a client may have, each of which gets a 503; more are closed without a response.
+/// How many connections over its limit a client may have. Each gets a 503, and further ones are closed without a
+/// response.
 const OVER_LIMIT_PER_CLIENT: u32 = 8;
 
 /// How many TLS handshakes of one client run at once while many run; its others wait for these. 40 clients, which may

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 /// How many connections one search finds.
 const FOUND_MAX: usize = 256;
 
-/// Searches take at most one part in this many of the time: with every connection busy, each new one would cause a
-/// search in vain.
+/// Searches take at most one part in this many of the time. Without this limit, each new connection would cause a
+/// useless search while all others are busy.
 const SEARCH_INTERVAL_FACTOR: u32 = 10;
 
 /// The most that a search needs for each connection. Time beyond that went to another thread, and must not delay the

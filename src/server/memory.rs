@@ -2,9 +2,9 @@
 //!
 //! glibc's malloc returns memory only from the top of a thread's heap, and caches up to seven free chunks of each small
 //! size for the thread (mallopt(3), glibc.malloc.tcache_count). After 10,000 connections the cached chunks lie anywhere
-//! in the heap, and each one keeps all memory below it: 47 MB stayed resident. So each worker reserves as many chunks
-//! near the bottom of its heap. To trim the heap, the reserved chunks replace the cached ones. The top of the heap is
-//! free then, and glibc returns it when the next large chunk is freed.
+//! in the heap, and each one keeps all memory below it: 47 MB stayed resident. So each worker reserves the same number
+//! of chunks near the bottom of its heap. To trim the heap, the reserved chunks replace the cached ones. The top of the
+//! heap is free then, and glibc returns it when the next large chunk is freed.
 
 use std::cell::Cell;
 use std::hint::black_box;

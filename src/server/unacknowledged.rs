@@ -191,7 +191,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let ports = [listener.local_addr().unwrap().port()];
         let orphans = || UnacknowledgedSockets::read(&ports).orphans();
-        wait_for_none(orphans); // those of a process that had the port before
+        wait_for_none(orphans); // left by a process that had the port before
         let (descriptor, mut client, _) = ended(&listener);
         drop(descriptor);
         assert_eq!(orphans(), 1);
