@@ -375,7 +375,8 @@ fn invalid_access_settings_are_errors() {
     ] {
         let directory = common::TempDirectory::new();
         let mut command = common::key_service(&directory);
-        command.arg("--check").env(format!("KEYSERVICE_{name}"), value);
+        command.arg("--check").arg("--config").arg(directory.file("config.toml"));
+        command.env(format!("KEYSERVICE_{name}"), value);
         let output = common::run_to_end(command);
         let errors = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(78), "{name}={value}");
@@ -383,7 +384,8 @@ fn invalid_access_settings_are_errors() {
     }
     let directory = common::TempDirectory::new();
     let mut command = common::key_service(&directory);
-    command.arg("--check").env("KEYSERVICE_UNIX_TRUST", "true").env("KEYSERVICE_TRUSTED_PROXIES", "unix");
+    command.arg("--check").arg("--config").arg(directory.file("config.toml"));
+    command.env("KEYSERVICE_UNIX_TRUST", "true").env("KEYSERVICE_TRUSTED_PROXIES", "unix");
     let errors = String::from_utf8(common::run_to_end(command).stderr).unwrap();
     assert!(errors.contains("unix-trust: expected false where trusted-proxies has unix"), "{errors}");
     let file = "trusted-proxies = [\"10.0.0.1\", \"2001:db8::/32\", \"unix\"]\nunix-mode = \"600\"\n";

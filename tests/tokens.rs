@@ -247,7 +247,8 @@ fn every_error_in_a_tokens_file_is_reported_without_secrets() {
     let path = write(&directory.file("tokens"), &lines);
     let check = || {
         let mut command = key_service(&directory);
-        command.arg("--check").env("KEYSERVICE_TOKENS_FILE", &path);
+        command.arg("--check").arg("--config").arg(directory.file("config.toml"));
+        command.env("KEYSERVICE_TOKENS_FILE", &path);
         let output = run_to_end(command);
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
