@@ -42,6 +42,23 @@ fn no_file_is_long() {
 }
 
 #[test]
+fn no_two_types_share_a_name() {
+    let mut files = BTreeMap::<String, Vec<String>>::new();
+    for (path, text) in sources() {
+        for line in without_tests(&text).lines().filter(|line| line.trim_start().starts_with("pub")) {
+            let mut words =
+                line.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty());
+            if words.any(|word| ["struct", "enum", "trait", "type"].contains(&word)) {
+                files.entry(words.next().unwrap().to_owned()).or_default().push(path.clone());
+            }
+        }
+    }
+    assert!(files.len() > 100, "the types were found: {}", files.len());
+    files.retain(|_, files| files.len() > 1);
+    assert_eq!(files, BTreeMap::new());
+}
+
+#[test]
 fn every_directory_says_what_it_may_import() {
     for (path, text) in sources().iter().filter(|(path, _)| path.ends_with("/mod.rs")) {
         assert!(text.starts_with("//! "), "{path} has no documentation");

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use figment::value::{Dict, Value};
 
-use super::kind::{Given, Kind, Mismatch, whole_number};
 use super::print::quoted;
-use crate::keys::format::Kind as KeyKind;
+use super::value_kind::{Given, Mismatch, ValueKind, whole_number};
+use crate::keys::format::Kind;
 use crate::keys::key::KeyLength;
 use crate::keys::key_spec::KeySpec;
 use crate::keys::password::Alphabet;
@@ -22,7 +22,7 @@ const QUOTATION: &str = "; a name with a dot stands in quotation marks";
 /// A table of credentials, each a table with `length`, `format` and `alphabet`.
 pub(super) struct CredentialTable;
 
-impl Kind for CredentialTable {
+impl ValueKind for CredentialTable {
     type Value = CredentialRules;
 
     fn expected(&self) -> String {
@@ -82,11 +82,11 @@ fn parse_rule(selector: &str, entry: &Value) -> Result<KeySpec, Box<Mismatch>> {
     let one_of = |names: Vec<&str>| format!("one of {}", names.join(", "));
 
     let kind = match fields.get(ALPHABET) {
-        None => KeyKind::Key,
+        None => Kind::Key,
         Some(value) => {
             let alphabet = Alphabet::ALL.into_iter().find(|alphabet| value.as_str() == Some(alphabet.name()));
             let expected = || one_of(Alphabet::ALL.map(Alphabet::name).to_vec());
-            KeyKind::Password(alphabet.ok_or_else(|| in_field(ALPHABET, value, expected()))?)
+            Kind::Password(alphabet.ok_or_else(|| in_field(ALPHABET, value, expected()))?)
         }
     };
     let max = kind.length_max(credentials::LENGTH_MAX);
@@ -111,7 +111,7 @@ fn rule_to_value(spec: &KeySpec) -> Value {
         (LENGTH.to_owned(), spec.length().bytes().into()),
         (FORMAT.to_owned(), spec.format().name().into()),
     ]);
-    if let KeyKind::Password(alphabet) = spec.kind() {
+    if let Kind::Password(alphabet) = spec.kind() {
         fields.insert(ALPHABET.to_owned(), alphabet.name().into());
     }
     fields.into()

@@ -7,8 +7,8 @@ use figment::{Figment, Metadata, Profile, Provider, Source};
 
 use super::environment::Variable;
 use super::file::File;
-use super::kind::{Given, Kind, Mismatch};
 use super::print::{key, one_line};
+use super::value_kind::{Given, Mismatch, ValueKind};
 
 const FLAG: &str = "flag";
 
@@ -49,7 +49,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Reads a setting. `None` if it is wrong, which is reported, or if it is ignored.
-    pub(super) fn read<K: Kind>(
+    pub(super) fn read<K: ValueKind>(
         &mut self,
         name: &str,
         kind: &K,

@@ -4,7 +4,7 @@
 //! May import: `systemd`, `http`, `server`, `access`, `telemetry`, `keys`.
 //!
 //! A new setting is an entry in `settings.rs`, its use and its test; `UPDATE_DOCUMENTS=1 cargo test --test settings`
-//! then writes the documents. A new kind of value goes to `kind.rs`, a rule between settings to `rules.rs`, and a
+//! then writes the documents. A new kind of value goes to `value_kind.rs`, a rule between settings to `rules.rs`, and a
 //! setting that names a file is read in `named_files.rs`.
 
 mod credential_rules;
@@ -13,7 +13,6 @@ mod environment;
 mod errors;
 mod file;
 mod groups;
-mod kind;
 mod loader;
 mod named_files;
 mod print;
@@ -22,6 +21,7 @@ mod rules;
 mod settings;
 mod sources;
 mod table;
+mod value_kind;
 pub mod watch;
 
 pub use self::endpoint::LocalEndpoint;

@@ -13,10 +13,12 @@ use figment::value::Value;
 use strum::VariantNames;
 
 use super::credential_rules::CredentialTable;
-use super::kind::{Boolean, FilePath, Kind, TlsVersion, duration, integer, list, none_if_zero, one_of, text};
 use super::loader::Loader;
 use super::print::to_toml;
 use super::table::{Reload, Setting, settings};
+use super::value_kind::{
+    Boolean, FilePath, TlsVersion, ValueKind, duration, integer, list, none_if_zero, one_of, text,
+};
 use crate::access::file_source::FileSource;
 use crate::access::forwarded::{ForwardedHeader, ProxySource};
 use crate::access::tokens_file::Grant;

@@ -38,7 +38,7 @@ pub struct Setting {
 ///
 /// ```text
 /// "name-in-files" field_of_config: Type {
-///     kind: how a value is checked, read and printed (kind.rs),
+///     kind: how a value is checked, read and printed (value_kind.rs),
 ///     default: its default; it may use the fields of the entries above, each an `Option` that is `None` if wrong,
 ///     reload: a variant of [`Reload`],
 ///     protects: true,       // optional: only a signal or a restart removes it
@@ -110,7 +110,7 @@ macro_rules! settings {
             let mut defaults = Config::default().values().into_iter().map(|value| to_toml(&value));
             vec![$(Setting {
                 name: $name,
-                values: (&$kind as &dyn Kind<Value = $type>).values(),
+                values: (&$kind as &dyn ValueKind<Value = $type>).values(),
                 default: defaults.next().unwrap_or_default(),
                 reload: Reload::$reload,
                 protects: false $(|| $protects)?,

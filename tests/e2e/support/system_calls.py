@@ -37,10 +37,10 @@ STREAMS = [("GET", "/key/32769", 2), ("GET", "/key/1048576", 32), ("GET", "/key/
 CALL = re.compile(r", (\d+), (\w+)\) += (-?\d+|\?)")
 
 
-def counted(folder, command):
+def counted(directory, command):
     """Runs a daemon by `command`, and returns the number of getrandom(2) calls and a list of what is wrong with them."""
     total, wrong = 0, []
-    with Traced(folder, command) as daemon, daemon.connect() as connection, connection.makefile("rb") as answers:
+    with Traced(directory, command) as daemon, daemon.connect() as connection, connection.makefile("rb") as answers:
         for method, path, _ in EXACT + STREAMS:  # warm up: the first request of a thread may seed its hash maps
             request(connection, answers, method, path)
         for method, path, wanted in EXACT + STREAMS:
@@ -86,9 +86,9 @@ def extracted(suite):
 class Traced(Daemon):
     """A daemon under strace. The tracer runs as a detached process (-D), so the process that the test starts and stops is the daemon."""
 
-    def __init__(self, folder, command):
-        super().__init__(folder, "max-size = 1048576\n")
-        self.traced, self.trace = command, folder / "trace"
+    def __init__(self, directory, command):
+        super().__init__(directory, "max-size = 1048576\n")
+        self.traced, self.trace = command, directory / "trace"
 
     def command(self):
         self.trace.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ use crate::access::file_source::FileSource;
 use crate::server::tls::settings::MinVersion;
 
 /// How values of one kind are checked, read and printed.
-pub(super) trait Kind {
+pub(super) trait ValueKind {
     /// The type of the field of `Config`.
     type Value;
 
@@ -29,7 +29,7 @@ pub(super) trait Kind {
     /// Everything that is wrong with the value.
     fn parse(&self, given: &Given<'_>) -> Result<Self::Value, Vec<Mismatch>>;
 
-    /// The value that [`Kind::parse`] reads as `value`.
+    /// The value that [`ValueKind::parse`] reads as `value`.
     fn to_value(&self, value: &Self::Value) -> Value;
 }
 
@@ -76,7 +76,7 @@ impl Mismatch {
 }
 
 /// An error for the whole value if there is no `parsed` one.
-fn require<K: Kind>(
+fn require<K: ValueKind>(
     kind: &K,
     given: &Given<'_>,
     parsed: Option<K::Value>,
@@ -97,7 +97,7 @@ pub(super) fn integer<T>(range: RangeInclusive<u64>) -> Integer<T> {
     Integer(range, PhantomData)
 }
 
-impl<T: TryFrom<u64> + TryInto<u64> + Copy> Kind for Integer<T> {
+impl<T: TryFrom<u64> + TryInto<u64> + Copy> ValueKind for Integer<T> {
     type Value = T;
 
     fn expected(&self) -> String {
@@ -136,7 +136,7 @@ impl Seconds {
     }
 }
 
-impl Kind for Seconds {
+impl ValueKind for Seconds {
     type Value = Duration;
 
     fn expected(&self) -> String {
@@ -170,7 +170,7 @@ pub(super) fn none_if_zero<K>(kind: K) -> NoneIfZero<K> {
     NoneIfZero(kind)
 }
 
-impl<K: Kind<Value: Default + PartialEq + Copy>> Kind for NoneIfZero<K> {
+impl<K: ValueKind<Value: Default + PartialEq + Copy>> ValueKind for NoneIfZero<K> {
     type Value = Option<K::Value>;
 
     fn expected(&self) -> String {
@@ -193,7 +193,7 @@ impl<K: Kind<Value: Default + PartialEq + Copy>> Kind for NoneIfZero<K> {
 /// True or false.
 pub(super) struct Boolean;
 
-impl Kind for Boolean {
+impl ValueKind for Boolean {
     type Value = bool;
 
     fn expected(&self) -> String {
@@ -225,7 +225,7 @@ pub(super) fn one_of<T>(names: &[&str]) -> Text<T> {
     text(&format!("one of {}", names.join(", ")))
 }
 
-impl<T: FromStr + Display> Kind for Text<T> {
+impl<T: FromStr + Display> ValueKind for Text<T> {
     type Value = T;
 
     fn expected(&self) -> String {
@@ -247,7 +247,7 @@ impl<T: FromStr + Display> Kind for Text<T> {
 /// A version of TLS. 1.2 is a number in the environment, and in a file without quotation marks.
 pub(super) struct TlsVersion;
 
-impl Kind for TlsVersion {
+impl ValueKind for TlsVersion {
     type Value = MinVersion;
 
     fn expected(&self) -> String {
@@ -267,7 +267,7 @@ impl Kind for TlsVersion {
 /// A file, or none for the empty text. It is opened later, by `named_files.rs`.
 pub(super) struct FilePath;
 
-impl Kind for FilePath {
+impl ValueKind for FilePath {
     type Value = Option<FileSource>;
 
     fn expected(&self) -> String {
@@ -297,7 +297,7 @@ pub(super) fn list<T>(item: &'static str) -> List<T> {
     List { item, of: PhantomData }
 }
 
-impl<T: FromStr + Display> Kind for List<T> {
+impl<T: FromStr + Display> ValueKind for List<T> {
     type Value = Vec<T>;
 
     fn expected(&self) -> String {
