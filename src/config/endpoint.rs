@@ -60,6 +60,11 @@ impl LocalEndpoint {
 
     /// Whether metrics are served beside the keys instead of on a listener of their own.
     pub fn shares_port(&self) -> bool {
-        self.srv_port == self.metrics_port && self.srv_port != 0 && self.host == self.metrics_host
+        share_port((&self.host, self.srv_port), (&self.metrics_host, self.metrics_port))
     }
+}
+
+/// Whether keys and metrics have one listener: the same address, and a port that is not chosen by the kernel.
+pub(super) fn share_port(keys: (&Host, u16), metrics: (&Host, u16)) -> bool {
+    keys == metrics && keys.1 != 0
 }

@@ -4,6 +4,7 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::endpoint::share_port;
 use super::settings::{Config, LoadedSettings};
 use crate::access::authorization::AccessRules;
 use crate::access::file_source::FileSource;
@@ -14,7 +15,7 @@ use crate::server::tls::settings::{MinVersion, TlsSettings};
 impl Config {
     /// Whether metrics are served beside the keys instead of on a listener of their own.
     pub fn shares_port(&self) -> bool {
-        self.srv_port == self.metrics_port && self.srv_port != 0 && self.host == self.metrics_host
+        share_port((&self.host, self.srv_port), (&self.metrics_host, self.metrics_port))
     }
 
     /// The rules that a request for a key must meet.
