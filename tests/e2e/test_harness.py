@@ -193,11 +193,11 @@ def measure_with_a_hung_peer():
         expect(len(log().splitlines()), 1, f"lines in the log {log()!r}")
 
 
-def connects_to_itself(port, tries=200):
+def connects_to_itself(port, host="127.0.0.1", tries=200):
     """Whether a client that polls a port without a server gets a connection, which is then to itself."""
     for _ in range(tries):
         with contextlib.suppress(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.1", 0)).close()
+            socket.create_connection((host, port), source_address=(host, 0)).close()
             return True
     return False
 
@@ -221,22 +221,35 @@ def check_held_port():
                 break  # peers.connect detected a connection to itself
     assert refused < 200, "expected peers.connect to meet a connection to itself"
     with peers.HeldPort() as port:
-        assert not connects_to_itself(port.number), "a client connected to itself"
-        with contextlib.ExitStack() as others:
-            given = set()
-            with contextlib.suppress(OSError):
-                while True:
-                    listener = others.enter_context(socket.create_server(("127.0.0.1", 0)))
-                    given.add(listener.getsockname()[1])
-            assert given and port.number not in given, f"held {port.number}, given {given}"
-        try:
-            with socket.socket() as another:
-                another.bind(port.address)
-            raise AssertionError("another socket could bind the held port")
-        except OSError as error:
-            expect(error.errno, errno.EADDRINUSE, "the error of another bind")
-        with socket.create_server(port.address) as listener, peers.connect(port.address, 10) as client:
-            expect(listener.accept()[1], client.getsockname(), "the client of the server for which the port is held")
+        for family, host in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"):
+            check_held_port_of(family, (host, port.number))
+    # A port that is in use for IPv6 is not given away for IPv4: of the few ports of this network only one is free in both.
+    with contextlib.ExitStack() as others:
+        low, high = map(int, EPHEMERAL_PORTS.split())
+        for number in range(low, high):
+            others.enter_context(socket.create_server(("::1", number), family=socket.AF_INET6))
+        with peers.HeldPort() as port:
+            expect(port.number, high, "the port that is free in both families")
+
+
+def check_held_port_of(family, address):
+    host, number = address
+    assert not connects_to_itself(number, host), f"a client connected to itself at {host}"
+    with contextlib.ExitStack() as others:
+        given = set()
+        with contextlib.suppress(OSError):
+            while True:
+                listener = others.enter_context(socket.create_server((host, 0), family=family))
+                given.add(listener.getsockname()[1])
+        assert given and number not in given, f"held {number}, given {given}"
+    try:
+        with socket.socket(family) as another:
+            another.bind(address)
+        raise AssertionError(f"another socket could bind the held port of {host}")
+    except OSError as error:
+        expect(error.errno, errno.EADDRINUSE, "the error of another bind")
+    with socket.create_server(address, family=family) as listener, peers.connect(address, 10) as client:
+        expect(listener.accept()[1], client.getsockname(), "the client of the server for which the port is held")
 
 
 def connect_to_a_late_server():

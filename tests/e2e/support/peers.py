@@ -24,19 +24,41 @@ class Hung(AssertionError):
 
 
 class HeldPort:
-    """A port of 127.0.0.1 that is reserved, during the block, for a server that binds it itself.
+    """A port of 127.0.0.1 and of ::1 that is reserved, during the block, for a server that binds it itself.
 
     If the port were found by bind(2) with port 0 and then closed, another process could take it. Worse, connect(2) to it could choose
-    the same number as its source port, which connects a client to itself. So this socket stays bound, and never listens. The server can
+    the same number as its source port, which connects a client to itself. So these sockets stay bound, and never listen. The server can
     still bind the port if it sets SO_REUSEADDR, as nginx and all servers in Go or Rust do. The kernel does not give the port to a process
-    that asks for any free port (socket(7), ip(7))."""
+    that asks for any free port (socket(7), ip(7)). Each address family has its own ports, so a port that is reserved in one can be in
+    use in the other."""
 
     def __init__(self):
-        self.socket = socket.socket()
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(("127.0.0.1", 0))
-        self.address = self.socket.getsockname()
-        self.number = self.address[1]
+        self.sockets = []
+        with contextlib.ExitStack() as refused:  # held during the search, or the kernel would give the same ports again
+            while not self.sockets:
+                ipv4 = self.bound(socket.AF_INET, ("127.0.0.1", 0))
+                self.address = ipv4.getsockname()
+                self.number = self.address[1]
+                try:
+                    self.sockets = [ipv4, self.bound(socket.AF_INET6, ("::1", self.number))]
+                except OSError as error:
+                    if error.errno == errno.EADDRINUSE:
+                        refused.enter_context(ipv4)
+                    elif error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                        self.sockets = [ipv4]  # this host has no IPv6
+                    else:
+                        raise
+
+    @staticmethod
+    def bound(family, address):
+        held = socket.socket(family)
+        try:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(address)
+        except OSError:
+            held.close()
+            raise
+        return held
 
     def __enter__(self):
         return self
@@ -45,7 +67,8 @@ class HeldPort:
         self.close()
 
     def close(self):
-        self.socket.close()
+        for held in self.sockets:
+            held.close()
 
 
 def connect(address, timeout, source=None):
