@@ -77,10 +77,12 @@ def browser(tmp_path_factory):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Adds the last log lines of a test's machine to the report if the test fails."""
+    """Adds the state of the service and the last log lines of a test's machine to the report if the test fails."""
     report = yield
     if report.failed and (machine := getattr(item, "funcargs", {}).get("machine")):
         report.sections.append(("journal", machine.run("journalctl -n 40 --no-pager", ok=None).stdout))
+        # After the journal, because it is short: the processes of the service, and whether it failed or waits for one of them.
+        report.sections.append(("service", machine.run("systemctl status --no-pager --lines=0 key-service.service", ok=None).stdout))
     return report
 
 
