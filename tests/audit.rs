@@ -119,30 +119,30 @@ fn a_streamed_key_has_a_record_before_a_crash() {
 
 #[test]
 fn every_stream_aborted_by_shutdown_has_a_record() {
-    const STREAMS: usize = 1500; // more than the log queue holds
+    const STREAMS: usize = 1100; // more than the log queue holds
     let mut daemon = Daemon::start(&[
         ("AUDIT", "true"),
         ("MAX_SIZE", "1073741824"),
         ("MAX_BULK_STREAMS", "8000"),
         ("MAX_CONNECTIONS_PER_CLIENT", "0"),
         ("DRAIN_TIMEOUT", "1"),
+        ("WRITE_TIMEOUT", "3600"), // nothing but the shutdown ends a stream, however long it takes to start them all
     ]);
     let connect = || {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        socket.set_recv_buffer_size(4096).unwrap(); // so that 1,500 connections take little memory
+        socket.set_recv_buffer_size(4096).unwrap(); // so that so many connections take little memory
         socket.connect(&daemon.keys().into()).unwrap();
         TcpStream::from(socket)
     };
-    let mut streams: Vec<_> = (0..STREAMS).map(|_| connect()).collect();
-    // Requests are sent one after the other, and only headers are read: soon the oldest connections are reset so that the
-    // newest get buffers.
-    let ids: Vec<_> = streams
-        .iter_mut()
-        .map(|stream| {
+    // Only headers are read: soon the oldest connections are reset so that the newest get buffers.
+    let (streams, ids): (Vec<_>, Vec<_>) = (0..STREAMS)
+        .map(|_| {
+            let mut stream = connect();
             stream.write_all(request("/key/1073741824").as_bytes()).unwrap();
-            request_id(stream)
+            let id = request_id(&mut stream);
+            (stream, id)
         })
-        .collect();
+        .unzip();
     daemon.signal("TERM");
     assert_eq!(daemon.wait(), 0);
     let log = daemon.log();

@@ -140,7 +140,10 @@ def run_inside(root, script):
         timeout=COMMAND_TIMEOUT,
         check=False,
     )
-    assert ran.returncode == 0, f"{script}: status {ran.returncode}\n{ran.stdout[-6000:]}"
+    # Without the lines of cargo about what went well, or the failure of an early test would be far above the last lines.
+    well = re.compile(r"test .* \.\.\. ok|running \d+ tests?|test result: ok.*|\s*(Compiling|Downloaded|Running) .*|\s*")
+    failed = "\n".join(line for line in ran.stdout.splitlines() if not well.fullmatch(line))
+    assert ran.returncode == 0, f"{script}: status {ran.returncode}\n{failed[-6000:]}"
     return ran.stdout, f"{time.monotonic() - begin:.0f} s, {processor_time() - used:.0f} s of processor time"
 
 
