@@ -119,7 +119,7 @@ fn a_streamed_key_has_a_record_before_a_crash() {
 
 #[test]
 fn every_stream_aborted_by_shutdown_has_a_record() {
-    const STREAMS: usize = 1100; // more than the log queue holds
+    const STREAMS: usize = 1500; // more than the log queue holds
     let mut daemon = Daemon::start(&[
         ("AUDIT", "true"),
         ("MAX_SIZE", "1073741824"),
@@ -130,7 +130,7 @@ fn every_stream_aborted_by_shutdown_has_a_record() {
     ]);
     let connect = || {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        socket.set_recv_buffer_size(4096).unwrap(); // so that so many connections take little memory
+        socket.set_recv_buffer_size(4096).unwrap(); // so that 1,500 connections take little memory
         socket.connect(&daemon.keys().into()).unwrap();
         TcpStream::from(socket)
     };
