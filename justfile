@@ -19,12 +19,14 @@ setup:
 fmt:
     cargo fmt
     cargo fmt --manifest-path fuzz/Cargo.toml
+    cargo fmt --manifest-path benches/compare/floor/Cargo.toml
     ! command -v ruff >/dev/null || { ruff format . $(just _scripts python3); ruff check --fix . $(just _scripts python3); }
 
 # Check formats, lints and docs; also Python, scripts and dependencies if their tools are installed
 lint: _lint-others docs
     cargo fmt --check
     cargo fmt --check --manifest-path fuzz/Cargo.toml
+    cargo fmt --check --manifest-path benches/compare/floor/Cargo.toml
     cargo clippy --locked --all-targets -- -D warnings
 
 # Build the documentation of the code
