@@ -7,8 +7,7 @@ root or unprivileged user namespaces. No daemon is built: scripts that hang take
 import contextlib
 import errno
 import fcntl
-import importlib.machinery
-import importlib.util
+import importlib
 import io
 import os
 import signal
@@ -160,16 +159,12 @@ def test_daemon_context_keeps_the_first_error(raised, expected, tmp_path, monkey
 
 
 def compare(scratch):
-    """benches/compare/run as a module, with SERVER in place of nginx, and a minimal Bench."""
-    path = str(REPOSITORY / "benches/compare/run")
+    """The modules `servers` and `instructions` of benches/compare, with SERVER in place of nginx, and a minimal Bench."""
     sys.path.append(str(REPOSITORY / "benches/compare"))
-    loader = importlib.machinery.SourceFileLoader("compare", path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("compare", loader))
-    sys.modules["compare"] = module  # dataclasses look up their module there
-    loader.exec_module(module)
-    module.reserve_descriptors()
-    module.SERVERS["nginx"] = lambda bench, port: [sys.executable, "-c", SERVER, str(port)]
-    return module, types.SimpleNamespace(scratch=scratch, requests=200, nginx_constants="")
+    servers, instructions = (importlib.import_module(name) for name in ("servers", "measure.instructions"))
+    servers.reserve_descriptors()
+    servers.SERVERS["nginx"] = lambda bench, port: [sys.executable, "-c", SERVER, str(port)]
+    return servers, instructions, types.SimpleNamespace(scratch=scratch, requests=200, nginx_constants="")
 
 
 def measure_with_a_hung_peer():
@@ -181,10 +176,8 @@ def measure_with_a_hung_peer():
         valgrind.write_text(f"#!{sys.executable}\n{SERVER}")
         valgrind.chmod(0o755)
         os.environ["PATH"] = f"{directory}/bin:{os.environ['PATH']}"
-        module, bench = compare(directory)
-        for method in ("_total_instructions", "_count_instructions"):
-            setattr(bench, method, types.MethodType(getattr(module.Bench, method), bench))
-        measure = module.Bench.instructions.__wrapped__
+        _, module, bench = compare(directory)
+        measure = module.instructions.__wrapped__
         expect(measure(bench, "nginx"), 100, "instructions per request")
         os.environ["HANGS"] = str(directory / "hangs")
         with logged() as log:
@@ -254,8 +247,8 @@ def check_held_port_of(family, address):
 
 def connect_to_a_late_server():
     with tempfile.TemporaryDirectory(prefix="key-service-harness-") as directory:
-        module, bench = compare(Path(directory))
-        with module.Running(bench, "nginx", environment={"DELAY": "1"}) as server, server.connect() as client:
+        servers, _, bench = compare(Path(directory))
+        with servers.Running(bench, "nginx", environment={"DELAY": "1"}) as server, server.connect() as client:
             client.ask()
 
 

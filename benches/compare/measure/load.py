@@ -1,0 +1,162 @@
+"""CPU time, rate and memory under load: by wrk, or for a kind of request by the client of this benchmark."""
+
+import contextlib
+import functools
+import re
+import statistics
+
+from kinds import CONNECTIONS, COSTS
+from servers import MAIN_SERVERS, SERVERS, Running, listening
+from tools import LOAD_CORE, MICROSECOND, SERVER_CORE, Failed, run_at_once
+
+from measure.bulk import BULK
+
+REQUESTS_MIN = 100  # with fewer, the measurement fails
+
+
+def load(bench, figure):
+    """For each server, one figure per round under wrk. "cpu" is CPU seconds per request, "rate" requests per second, "resident"
+    resident bytes, "new connection" CPU seconds per request on new connections, "pipelined" requests per second of CPU time."""
+    if figure == "new connection":
+        return loads(bench, "cpu", figure)
+    if figure == "pipelined":  # per CPU time, because wrk can be the slower side
+        return {name: [1 / cpu for cpu in cpus] for name, cpus in loads(bench, "cpu", figure).items()}
+    return loads(bench, figure, "keep-alive")
+
+
+def loads(bench, figure, connections):
+    return {name: [sample[figure] for sample in each] for name, each in samples(bench, connections).items()}
+
+
+@functools.cache
+def samples(bench, connections):
+    names = list(SERVERS) if connections == "keep-alive" else MAIN_SERVERS
+    found = {name: [] for name in names}
+    for _ in range(bench.rounds):
+        for name in names:
+            with Running(bench, name, environment={"KEYSERVICE_WORKERS": "1"}) as server:
+                found[name].append(under_wrk(bench, server, connections))
+    return found
+
+
+@functools.cache
+def two_cores(bench):
+    """For each round, CPU seconds per request of one worker on one core, of two workers on two cores, and of two processes with one
+    worker each that share only the listening socket. The load runs on the same cores as the server."""
+    one, two = (SERVER_CORE,), (SERVER_CORE, LOAD_CORE)
+    layouts = {"one worker": [one], "key-service": [two], "two processes": [(core,) for core in two]}
+    found = {name: [] for name in layouts}
+    for _ in range(bench.rounds):
+        for name, processes in layouts.items():
+            with listening() as listener, contextlib.ExitStack() as servers:
+                # Duplicate all before the first start: Python's dup() makes the socket blocking, also for a running server that
+                # has made it non-blocking, and that would then block in accept(2).
+                listeners = [listener.dup() for _ in processes]
+                server, *others = [
+                    servers.enter_context(
+                        Running(
+                            bench,
+                            "key-service",
+                            cores=",".join(map(str, cores)),
+                            listener=inherited,
+                            environment={"KEYSERVICE_WORKERS": str(len(cores))},
+                        )
+                    )
+                    for inherited, cores in zip(listeners, processes, strict=True)
+                ]
+                cores = sorted({core for cores in processes for core in cores})
+                found[name].append(under_wrk(bench, server, "keep-alive", cores=cores, others=others)["cpu"])
+    return found
+
+
+def curves(bench, names, points, options):
+    """For each server, pairs of a point and the CPU µs per request at this point, as the median of the rounds. `options` returns the
+    options of under_wrk for a point."""
+    settings = {
+        "KEYSERVICE_WORKERS": "1",
+        "KEYSERVICE_MAX_SIZE": str(BULK),
+        "KEYSERVICE_MAX_CONNECTIONS_PER_CLIENT": "100000",  # wrk has one address
+    }
+    found = {name: [] for name in names}
+    for point in points:
+        costs = {name: [] for name in names}
+        for _ in range(bench.rounds):
+            for name in names:
+                with Running(bench, name, environment=settings) as server:
+                    costs[name].append(under_wrk(bench, server, "keep-alive", **options(point))["cpu"] / MICROSECOND)
+        for name in names:
+            found[name].append((point, statistics.median(costs[name])))
+    return found
+
+
+def under_wrk(bench, server, kind, path="/key/32", connections=CONNECTIONS, cores=(LOAD_CORE,), others=()):
+    """The cost of a request for the server, including `others` on the same socket, with one wrk on each of these cores."""
+    with server.connect() as connection:  # warms up the server and checks its responses
+        for _ in range(1000):
+            connection.ask()
+    options = ["-H", "Connection: close"] if kind == "new connection" else []
+    if kind == "pipelined":
+        script = bench.scratch / "pipelined.lua"
+        script.write_text("init = function() batch = string.rep(wrk.format(), 16) end\nrequest = function() return batch end\n")
+        options = ["-s", script]
+
+    def spent():
+        return sum(each.cpu_seconds() for each in (server, *others))
+
+    cpu = spent()
+    wrk = [
+        "wrk",
+        "-t1",
+        f"-c{connections // len(cores)}",
+        f"-d{bench.seconds}s",
+        "--timeout",
+        "60s",  # a slow response on a busy machine is not an error
+        *options,
+        f"{server.origin}{path}",
+    ]
+    outputs = run_at_once([["taskset", "-c", str(core), *wrk] for core in cores])
+    cpu = spent() - cpu
+    requests, rate = 0, 0.0
+    for output in outputs:
+        if "Non-2xx" in output or "Socket errors" in output:
+            raise Failed(f"{server.name} did not answer every request:\n{output}")
+        count, seconds = re.search(r"(\d+) requests in ([\d.]+)s", output).groups()
+        requests, rate = requests + int(count), rate + int(count) / float(seconds)
+    if requests < REQUESTS_MIN:
+        raise Failed(f"{requests} requests are too few for a measurement: is the machine busy?")
+    return {"cpu": cpu / requests, "rate": rate, "resident": server.resident()}
+
+
+def of_kind(bench, kind):
+    """For each round, CPU seconds per request of this kind and of the first kind, measured one right after the other."""
+    found = {"key-service": [], "the first": []}
+    for _ in range(bench.rounds):
+        for name, each in [("the first", COSTS[0]), ("key-service", kind)]:
+            each, settings = bench.prepared(each)
+            with Running(bench, "key-service", environment=settings, tls=bool(each.tls)) as server:
+                found[name].append(in_batches(server, each))
+    return found
+
+
+def in_batches(server, kind):
+    """CPU seconds per request, with many connections ready at a time, as under load. The number of requests is fixed and not the
+    time, so that a busy machine only makes the measurement longer."""
+
+    def connect_all():
+        return [server.connect(kind=kind) for _ in range(kind.connections)]
+
+    with contextlib.ExitStack() as stack:
+        kept = [] if kind.closes else [stack.enter_context(connection) for connection in connect_all()]
+        batches = kind.requests // kind.connections
+        for batch in range(1 + batches):
+            connections = kept or connect_all()
+            for connection in connections:
+                connection.send()
+            for connection in connections:
+                connection.receive()
+            if kind.closes:
+                for connection in connections:
+                    connection.close()
+            if batch == 0:  # the warm-up ends here
+                begun = server.cpu_seconds()
+        return (server.cpu_seconds() - begun) / batches / kind.connections

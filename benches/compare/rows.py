@@ -1,0 +1,189 @@
+"""The rows of the benchmark, with the bar of each."""
+
+import statistics
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from measure.bulk import bulk
+from measure.instructions import instructions
+from measure.load import load, two_cores
+from measure.memory import IDLE_CONNECTIONS, memory
+from measure.start import activation, start
+from measure.system_calls import system_calls
+from tools import KIB, MB, MICROSECOND, MILLISECOND
+
+
+class Figure(NamedTuple):
+    """The result of a row."""
+
+    value: float  # the figure that is compared with the bar
+    ours: float
+    peer: float | None  # the figure of the peer, if the row has one
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure and its bar. The bar applies to the ratio to `peer` or, without a peer, to the figure itself."""
+
+    name: str
+    what: str
+    unit: tuple[str, float]
+    peer: str | None
+    sense: str  # the side of the bar that passes: "≤" or "≥"
+    bar: float
+    measure: callable  # Bench -> Figure
+
+    def is_met(self, figure):
+        return figure.value <= self.bar if self.sense == "≤" else figure.value >= self.bar
+
+    def cells(self, figure):
+        name, size = self.unit
+        by = "×" if self.peer else name
+        return [
+            self.name,
+            amount(figure.ours / size, name),
+            f"{self.peer} {amount(figure.peer / size, name)}" if self.peer else "–",
+            f"{figure.value:.2f} ×" if self.peer else "–",
+            f"{self.sense} {self.bar:g} {by}".rstrip(),
+            "ok" if self.is_met(figure) else "SHORT",
+        ]
+
+
+INSTRUCTIONS, CALLS, TIMES = ("", 1), ("", 1), ("×", 1)
+CPU, RATE, BYTES_RATE = ("µs", MICROSECOND), ("/s", 1), ("MB/s", MB)
+
+ROWS = [
+    Row(
+        "instructions",
+        "user-mode instructions a request",
+        INSTRUCTIONS,
+        "nginx",
+        "≤",
+        0.80,
+        lambda b: compare_with({name: [instructions(b, name)] for name in ("key-service", "nginx")}, "nginx"),
+    ),
+    Row(
+        "instructions-rates",
+        "the same with a rate for each client",
+        INSTRUCTIONS,
+        "nginx",
+        "≤",
+        1.0,
+        lambda b: compare_with({"key-service": [instructions(b, "key-service", rates=True)], "nginx": [instructions(b, "nginx")]}, "nginx"),
+    ),
+    Row("cpu-nginx", "CPU time a request", CPU, "nginx", "≤", 1.0, lambda b: compare_with(load(b, "cpu"), "nginx")),
+    Row(
+        "cpu-raw",
+        "CPU time a request",
+        CPU,
+        "raw loop, getrandom",
+        "≤",
+        1.15,
+        lambda b: compare_with(load(b, "cpu"), "raw loop, getrandom"),
+    ),
+    Row(
+        "system-calls",
+        "system calls a request beyond epoll_wait",
+        CALLS,
+        None,
+        "≤",
+        3.05,
+        lambda b: single(sum(n for call, n in system_calls(b, "key-service").items() if call != "epoll_wait")),
+    ),
+    Row(
+        "waits", "epoll_wait calls a request", CALLS, None, "≤", 0.5, lambda b: single(system_calls(b, "key-service").get("epoll_wait", 0))
+    ),
+    Row(
+        "new-connection",
+        "CPU time of a request on a connection of its own",
+        CPU,
+        "nginx",
+        "≤",
+        1.1,
+        lambda b: compare_with(load(b, "new connection"), "nginx"),
+    ),
+    Row(
+        "pipelined",
+        "requests a second of CPU time, pipelined ×16",
+        RATE,
+        "nginx",
+        "≥",
+        1.0,
+        lambda b: compare_with(load(b, "pipelined"), "nginx"),
+    ),
+    Row(
+        "bulk-urandom",
+        "1 GiB key, bytes a second of CPU time",
+        BYTES_RATE,
+        "/dev/urandom",
+        "≥",
+        5.0,
+        lambda b: compare_with(bulk(b), "/dev/urandom"),
+    ),
+    Row(
+        "bulk-zeros",
+        "1 GiB key, bytes a second of CPU time",
+        BYTES_RATE,
+        "own server, zeros",
+        "≥",
+        0.6,
+        lambda b: compare_with(bulk(b), "own server, zeros"),
+    ),
+    Row("memory-idle", "resident memory before any load", ("MB", MB), None, "≤", 5.0, lambda b: single(memory(b, "key-service")[0], MB)),
+    Row(
+        "memory-connection",
+        f"resident memory of an idle connection, at {IDLE_CONNECTIONS:,}",
+        ("KiB", KIB),
+        None,
+        "≤",
+        6.0,
+        lambda b: single(memory(b, "key-service")[1], KIB),
+    ),
+    Row("start", "exec to READY=1", ("ms", MILLISECOND), None, "≤", 10.0, lambda b: single(start(b), MILLISECOND)),
+    Row(
+        "activation",
+        "exec to the first byte for the client that triggered it",
+        ("ms", MILLISECOND),
+        None,
+        "≤",
+        20.0,
+        lambda b: single(activation(b), MILLISECOND),
+    ),
+    Row(
+        "two-cores",
+        "capacity of two cores over one, by CPU time",
+        TIMES,
+        None,
+        "≥",
+        1.8,
+        lambda b: single(2 / compare_with(two_cores(b), "one worker").value),
+    ),
+    Row(
+        "two-workers",
+        "CPU time a request of two workers on two cores",
+        CPU,
+        "two processes",
+        "≤",
+        1.1,
+        lambda b: compare_with(two_cores(b), "two processes"),
+    ),
+    Row("binary", "size of the binary in the package", ("MB", MB), None, "≤", 6.0, lambda b: single(b.packaged.stat().st_size, MB)),
+    Row("deb", "size of the package", ("MB", MB), None, "≤", 2.5, lambda b: single(b.package.stat().st_size, MB)),
+]
+
+
+def compare_with(samples, peer):
+    """The medians of all rounds, and the median of the ratios of each round: a disturbance of a whole round affects both sides."""
+    ours, theirs = samples["key-service"], samples[peer]
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return Figure(ratio, statistics.median(ours), statistics.median(theirs))
+
+
+def single(figure, unit=1):
+    return Figure(figure / unit, figure, None)
+
+
+def amount(number, unit):
+    """A number with three significant digits."""
+    digits = 0 if number >= 100 else 1 if number >= 10 else 2
+    return f"{number:,.{digits}f} {unit}".rstrip()

@@ -1,0 +1,129 @@
+"""The servers: how each is configured, started, pinned and stopped."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from client import Connection
+from kinds import RAW
+from tools import HERE, KIB, SERVER_CORE, Failed, peers
+
+# The command of each server.
+SERVERS = {
+    "key-service": lambda bench, port: [bench.daemon, "--log-level", "error"],
+    "nginx": lambda bench, port: ["nginx", "-c", nginx_configuration(bench, port)],
+    "bare hyper": lambda bench, port: [bench.floor],
+    "raw loop": lambda bench, port: [bench.epoll, "constant"],
+    "raw loop, getrandom": lambda bench, port: [bench.epoll, "getrandom"],
+    "python": lambda bench, port: [sys.executable, HERE / "server.py"],
+}
+# Started like the others, but measured only by some rows.
+OTHER_SERVERS = {"zeros": lambda bench, port: [bench.zeros]}
+# The servers that are measured under every kind of load.
+MAIN_SERVERS = ["key-service", "nginx", "bare hyper"]
+
+NGINX_RETURN_MAX = 1 << 10  # a longer constant is a file, which nginx sends without copying
+
+
+def nginx_configuration(bench, port):
+    text = (HERE / "nginx.conf").read_text()
+    for name, value in [("port", str(port)), ("scratch", str(bench.scratch)), ("constants", bench.nginx_constants)]:
+        text = text.replace(f"{{{name}}}", value)
+    path = bench.scratch / "nginx.conf"
+    path.write_text(text)
+    return path
+
+
+def nginx_constants(scratch, sizes):
+    """nginx locations with constants of these sizes, each in nginx's fastest way: `return`, or a file if it is long."""
+    locations = []
+    (scratch / "key").mkdir()
+    for size in sizes:
+        if size <= NGINX_RETURN_MAX:
+            directives = f'return 200 "{"0" * size}";'
+        else:
+            (scratch / f"key/{size}").write_bytes(bytes(size))
+            directives = f"root {scratch}; sendfile on; tcp_nopush on; open_file_cache max=100;"
+        locations.append(f"location = /key/{size} {{ {directives} }}")
+    return "\n".join(locations)
+
+
+class Running:
+    """A running server, pinned to its core. It is stopped by its process id at the end of the block."""
+
+    def __init__(self, bench, name, cores=str(SERVER_CORE), under=(), environment=None, listener=None, tls=False):
+        self.name = name
+        self.log = bench.scratch / f"{name}.log"
+        # nginx binds its port itself, because with one process it crashes on an inherited socket (1.22).
+        self.port = peers.HeldPort() if name == "nginx" else None
+        with listener or listening() as http, listening() as metrics, open(self.log, "w") as log:
+            self.address = self.port.address if self.port else http.getsockname()
+            start = {**SERVERS, **OTHER_SERVERS}[name]
+            command = ["taskset", "-c", cores, *under, *start(bench, self.address[1])]
+            environment = {
+                **{key: value for key, value in os.environ.items() if not key.startswith("KEYSERVICE_")},
+                "LISTEN_FDS": "2",
+                "LISTEN_FDNAMES": "http:metrics",  # as from systemd (sd_listen_fds(3)), but without LISTEN_PID
+                **(environment or {}),
+            }
+            os.dup2(http.fileno(), 3)
+            os.dup2(metrics.fileno(), 4)
+            if self.port:
+                reserve_descriptors()
+            self.process = subprocess.Popen(
+                command, env=environment, pass_fds=(3, 4), cwd=bench.scratch, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self.pid = self.process.pid  # taskset and valgrind execute the server in this process
+        self.origin = f"{'https' if tls else 'http'}://127.0.0.1:{self.address[1]}"
+        reserve_descriptors()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        died = self.process.poll() is not None
+        try:
+            if self.name == "key-service":
+                peers.stop_daemon(self.process, self.name, error)
+            else:
+                peers.stop_peer(self.process, self.name)
+        finally:
+            if self.port:
+                self.port.close()
+        if died or isinstance(error, (OSError, Failed)):
+            reason = error or f"exited with status {self.process.returncode} during the measurement"
+            raise Failed(f"{self.name}: {reason}\n{self.log.read_text()[-2000:]}") from error
+
+    def connect(self, source="127.0.0.1", kind=RAW):
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                return Connection(self.address, source, kind)
+            except ConnectionRefusedError:  # happens only with nginx, until it has bound its port
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+    def cpu_seconds(self):
+        """User and system time of all threads, from the clock of clock_getcpuclockid(3). Its resolution is 1 ns; that of /proc is 10 ms."""
+        return time.clock_gettime(~self.pid << 3 | 2)
+
+    def resident(self):
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())[1]) * KIB
+
+
+def listening():
+    return socket.create_server(("127.0.0.1", 0), backlog=4096)
+
+
+def reserve_descriptors():
+    """Reserves descriptors 3 and 4 for the sockets that a server inherits."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    for descriptor in (3, 4):
+        os.dup2(null, descriptor)
+    if null not in (3, 4):
+        os.close(null)
