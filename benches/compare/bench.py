@@ -55,6 +55,11 @@ class Bench:
         return directory / "release/floor"
 
     @functools.cached_property
+    def open_loop(self):
+        """The generator of open-loop load, a program of the same package."""
+        return self.floor.with_name("open-loop")
+
+    @functools.cached_property
     def zeros(self):
         build("cargo", "build", "--release", "--quiet", "--locked", "--example", "zeros")
         return target() / "release/examples/zeros"

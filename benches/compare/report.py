@@ -10,6 +10,7 @@ from kinds import COSTS
 from measure import load as loads
 from measure.bulk import bulk
 from measure.instructions import instructions, of_kind
+from measure.latency import QUANTILES, SHARES, latency
 from measure.load import load
 from measure.memory import IDLE_CONNECTIONS, memory, of_idle
 from measure.system_calls import system_calls
@@ -52,6 +53,9 @@ def print_side_by_side(bench, markdown):
     line("1,000 requests a CPU s, ×16", median(load(bench, "pipelined")), 1000)
     line("resident MB before load", {name: memory(bench, name)[0] for name in MAIN_SERVERS}, MB)
     line("KiB an idle connection", {name: memory(bench, name)[1] for name in MAIN_SERVERS}, KIB)
+    for share in SHARES:
+        for quantile in QUANTILES:
+            line(f"{quantile} µs, at {share:.0%} of nginx", median(latency(bench)[share, quantile]), MICROSECOND)
     rates = median(bulk(bench))
     sides["bulk MB a CPU s"] = {name: rate / MB for name, rate in rates.items()}
     print(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from measure.bulk import bulk
 from measure.instructions import instructions
+from measure.latency import QUANTILES, SHARES, latency, latency_busy
 from measure.load import load, two_cores
 from measure.memory import IDLE_CONNECTIONS, memory
 from measure.start import activation, start
@@ -51,6 +52,7 @@ class Row:
 
 INSTRUCTIONS, CALLS, TIMES = ("", 1), ("", 1), ("×", 1)
 CPU, RATE, BYTES_RATE = ("µs", MICROSECOND), ("/s", 1), ("MB/s", MB)
+LATENCY = ("µs", MICROSECOND)
 
 ROWS = [
     Row(
@@ -169,6 +171,29 @@ ROWS = [
     ),
     Row("binary", "size of the binary in the package", ("MB", MB), None, "≤", 6.0, lambda b: single(b.packaged.stat().st_size, MB)),
     Row("deb", "size of the package", ("MB", MB), None, "≤", 2.5, lambda b: single(b.package.stat().st_size, MB)),
+    # Last, because they need a quiet machine.
+    *[
+        Row(
+            f"latency-{share * 100:.0f}-{quantile}",
+            f"{quantile} at {share:.0%} of nginx's capacity",
+            LATENCY,
+            "nginx",
+            "≤",
+            1.0,
+            lambda b, figure=(share, quantile): compare_with(latency(b)[figure], "nginx"),
+        )
+        for share in SHARES
+        for quantile in QUANTILES
+    ],
+    Row(
+        "latency-busy",
+        "p99 at 50% with 1,000 slow clients, a stream and a scraper",
+        LATENCY,
+        "itself, quiet",
+        "≤",
+        2.0,
+        lambda b: compare_with(latency_busy(b)["p99"], "itself, quiet"),
+    ),
 ]
 
 

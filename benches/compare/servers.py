@@ -62,6 +62,7 @@ class Running:
         self.port = peers.HeldPort() if name == "nginx" else None
         with listener or listening() as http, listening() as metrics, open(self.log, "w") as log:
             self.address = self.port.address if self.port else http.getsockname()
+            self.metrics = metrics.getsockname()
             start = {**SERVERS, **OTHER_SERVERS}[name]
             command = ["taskset", "-c", cores, *under, *start(bench, self.address[1])]
             environment = {
