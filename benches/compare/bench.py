@@ -2,6 +2,7 @@
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from tools import HERE, LOAD_CORE, ROOT, build, run
@@ -89,10 +90,10 @@ class Bench:
         if kind.tls:
             certificate, key = self.certificate(kind.tls)
             settings |= {"KEYSERVICE_TLS_CERT": str(certificate), "KEYSERVICE_TLS_KEY": str(key)}
-        if kind.headers:
+        if any("{token}" in header for header in kind.headers):
             token, path = self.token
             settings["KEYSERVICE_TOKENS_FILE"] = str(path)
-            kind = kind._replace(headers=tuple(header.format(token=token) for header in kind.headers))
+            kind = replace(kind, headers=tuple(header.format(token=token) for header in kind.headers))
         return kind, settings
 
 

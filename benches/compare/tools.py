@@ -26,8 +26,9 @@ TOOLS = {
     "cc": "gcc",
     "dpkg-deb": "dpkg",
     "taskset": "util-linux",
+    "chrt": "util-linux",
 }
-GATE_TOOLS = ["nginx", "valgrind", "taskset"]
+GATE_TOOLS = ["nginx", "valgrind", "taskset", "chrt"]
 COSTS_TOOLS = [*GATE_TOOLS, "openssl"]
 
 

@@ -7,6 +7,7 @@ root or unprivileged user namespaces. No daemon is built: scripts that hang take
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib
 import io
 import os
@@ -57,12 +58,12 @@ while True:
 # A key server on 127.0.0.1 that writes counts like callgrind: 100 instructions for each request, and 5,000 for the start. If HANGS names
 # a file that does not exist, the server creates the file and ignores SIGTERM. DELAY is the number of seconds before it binds.
 SERVER = """
-import os, signal, socket, sys, time
+import os, signal, socket, sys, threading, time
 counts = next((each.partition("=")[2] for each in sys.argv if each.startswith("--callgrind-out-file=")), None)
-served = 0
+served = []
 def finish(*_):
     if counts:
-        open(counts, "w").write(f"totals: {5000 + 100 * served}\\n")
+        open(counts, "w").write(f"totals: {5000 + 100 * len(served)}\\n")
     os._exit(0)
 signal.signal(signal.SIGTERM, finish)
 hangs = os.environ.get("HANGS")
@@ -71,11 +72,12 @@ if hangs and not os.path.exists(hangs):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 time.sleep(float(os.environ.get("DELAY", 0)))
 listener = socket.create_server(("127.0.0.1", int(sys.argv[-1])))
-while True:
-    client, _ = listener.accept()
+def serve(client):
     while request := client.recv(4096):
-        served += 1
+        served.append(request)
         client.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 32\\r\\n\\r\\n" + bytes(32))
+while True:
+    threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
 """
 
 
@@ -158,13 +160,18 @@ def test_daemon_context_keeps_the_first_error(raised, expected, tmp_path, monkey
     expect(running.process.poll(), -signal.SIGKILL, "return code")
 
 
-def compare(scratch):
-    """The modules `servers` and `instructions` of benches/compare, with SERVER in place of nginx, and a minimal Bench."""
+def compare(*modules):
+    """Modules of benches/compare."""
     sys.path.append(str(REPOSITORY / "benches/compare"))
-    servers, instructions = (importlib.import_module(name) for name in ("servers", "measure.instructions"))
+    return [importlib.import_module(name) for name in modules]
+
+
+def compare_with_server(scratch):
+    """The modules `servers` and `measure.instructions`, with SERVER in place of nginx, and a minimal Bench."""
+    servers, instructions = compare("servers", "measure.instructions")
     servers.reserve_descriptors()
     servers.SERVERS["nginx"] = lambda bench, port: [sys.executable, "-c", SERVER, str(port)]
-    return servers, instructions, types.SimpleNamespace(scratch=scratch, requests=200, nginx_constants="")
+    return servers, instructions, types.SimpleNamespace(scratch=scratch, nginx_constants="", prepared=lambda kind: (kind, {}))
 
 
 def measure_with_a_hung_peer():
@@ -176,12 +183,12 @@ def measure_with_a_hung_peer():
         valgrind.write_text(f"#!{sys.executable}\n{SERVER}")
         valgrind.chmod(0o755)
         os.environ["PATH"] = f"{directory}/bin:{os.environ['PATH']}"
-        _, module, bench = compare(directory)
-        measure = module.instructions.__wrapped__
-        expect(measure(bench, "nginx"), 100, "instructions per request")
+        _, module, bench = compare_with_server(directory)
+        measure = functools.partial(module.instructions.__wrapped__, bench, name="nginx", requests=200)
+        expect(measure(), 100, "instructions per request")
         os.environ["HANGS"] = str(directory / "hangs")
         with logged() as log:
-            expect(measure(bench, "nginx"), 100, "instructions per request of a peer that hangs once")
+            expect(measure(), 100, "instructions per request of a peer that hangs once")
         assert (directory / "hangs").exists(), "no peer hung"
         expect(len(log().splitlines()), 1, f"lines in the log {log()!r}")
 
@@ -247,9 +254,24 @@ def check_held_port_of(family, address):
 
 def connect_to_a_late_server():
     with tempfile.TemporaryDirectory(prefix="key-service-harness-") as directory:
-        servers, _, bench = compare(Path(directory))
-        with servers.Running(bench, "nginx", environment={"DELAY": "1"}) as server, server.connect() as client:
-            client.ask()
+        servers, _, bench = compare_with_server(Path(directory))
+        with servers.Running(bench, "nginx", environment={"DELAY": "1"}) as server:
+            with server.connect() as client:
+                client.ask()
+            check_responses(server)
+
+
+def check_responses(server):
+    """The client of benches/compare fails if a response has another status or length than its kind of request expects."""
+    kinds, tools = compare("kinds", "tools")
+    for name, wrong in ("404", "status 404 and 60 bytes"), ("hex", "status 200 and 65 bytes"):
+        [kind] = [kind for kind in kinds.KINDS if kind.name == name]
+        try:
+            with server.connect(kind=kind) as client:
+                client.ask()
+            raise AssertionError(f"{name}: a wrong response was accepted")
+        except tools.Failed as error:
+            assert wrong in str(error), f"expected {wrong!r}, found {error}"
 
 
 def set_up_network():
@@ -285,10 +307,30 @@ def run_in_new_network(function):
     run_in_new_process(function, "unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--net")
 
 
-@pytest.mark.tools("taskset")
+@pytest.mark.tools("taskset", "chrt")
 def test_hung_peer_is_measured_again():
     """benches/compare/run: a peer that is killed before callgrind writes its counts is measured again"""
     run_in_new_process(measure_with_a_hung_peer)
+
+
+GATE = "# reason\ntolerance = 0.02\n\n[rows]\nraw = 0.500\nhex = 2.000\n"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "errors", "lower"),
+    [
+        pytest.param({"raw": 0.509, "hex": 1.961}, [], None, id="within-the-tolerance"),
+        pytest.param({"raw": 0.511, "hex": 2.1}, ["raw", "hex"], None, id="dearer"),
+        pytest.param({"raw": 0.52, "hex": 1.9}, ["raw"], GATE.replace("2.000", "1.900"), id="dearer-and-cheaper"),
+        pytest.param({"raw": 0.5}, ["expected the rows raw, found raw, hex"], None, id="other-rows"),
+    ],
+)
+def test_gate_names_every_dearer_row(ratios, errors, lower):
+    """benches/compare/gate.py: rows beyond the tolerance are errors, and only cheaper rows change the file"""
+    [gate] = compare("gate")
+    found, text = gate.compared(GATE, ratios)
+    expect([error.partition(":")[0] for error in found], errors, "the errors")
+    expect(text, lower, "the new file")
 
 
 @pytest.mark.tools("unshare")

@@ -5,7 +5,8 @@ import functools
 import re
 import statistics
 
-from kinds import CONNECTIONS, COSTS
+from client import Batches
+from kinds import CONNECTIONS, RAW
 from servers import MAIN_SERVERS, SERVERS, Running, listening
 from tools import LOAD_CORE, MICROSECOND, SERVER_CORE, Failed, run_at_once
 
@@ -131,7 +132,7 @@ def of_kind(bench, kind):
     """For each round, CPU seconds per request of this kind and of the first kind, measured one right after the other."""
     found = {"key-service": [], "the first": []}
     for _ in range(bench.rounds):
-        for name, each in [("the first", COSTS[0]), ("key-service", kind)]:
+        for name, each in [("the first", RAW), ("key-service", kind)]:
             each, settings = bench.prepared(each)
             with Running(bench, "key-service", environment=settings, tls=bool(each.tls)) as server:
                 found[name].append(in_batches(server, each))
@@ -141,22 +142,10 @@ def of_kind(bench, kind):
 def in_batches(server, kind):
     """CPU seconds per request, with many connections ready at a time, as under load. The number of requests is fixed and not the
     time, so that a busy machine only makes the measurement longer."""
-
-    def connect_all():
-        return [server.connect(kind=kind) for _ in range(kind.connections)]
-
-    with contextlib.ExitStack() as stack:
-        kept = [] if kind.closes else [stack.enter_context(connection) for connection in connect_all()]
-        batches = kind.requests // kind.connections
-        for batch in range(1 + batches):
-            connections = kept or connect_all()
-            for connection in connections:
-                connection.send()
-            for connection in connections:
-                connection.receive()
-            if kind.closes:
-                for connection in connections:
-                    connection.close()
-            if batch == 0:  # the warm-up ends here
-                begun = server.cpu_seconds()
+    batches = kind.requests // kind.connections
+    with Batches(server, kind, kind.connections) as client:
+        client.ask()  # the warm-up
+        begun = server.cpu_seconds()
+        for _ in range(batches):
+            client.ask()
         return (server.cpu_seconds() - begun) / batches / kind.connections

@@ -3,9 +3,10 @@
 import functools
 import re
 import resource
+from dataclasses import replace
 from pathlib import Path
 
-from kinds import COSTS, RAW
+from kinds import RAW
 from servers import Running
 from tools import KIB, Failed
 
@@ -25,7 +26,7 @@ def memory(bench, name):
 
 def of_idle(bench, tls):
     """The resident bytes that each of many idle connections adds, and the kernel memory for one end of it."""
-    kind, settings = bench.prepared(COSTS[0]._replace(tls=tls))
+    kind, settings = bench.prepared(replace(RAW, tls=tls))
 
     def slab():
         return int(re.search(r"^SUnreclaim:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)[1]) * KIB

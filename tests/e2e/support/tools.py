@@ -23,6 +23,7 @@ PACKAGES = {
     "caddy": "caddy",
     "cargo": "cargo-web",
     "chromium": "chromium",
+    "chrt": "util-linux",
     "cryptsetup": "cryptsetup-bin",
     "curl": "curl",
     "dieharder": "dieharder",
