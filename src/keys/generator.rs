@@ -193,7 +193,7 @@ impl Generator {
         let mut seed = Zeroizing::new([0; SEED_SIZE]);
         self.read_tested(&mut seed[..])?;
         // The key is used for this chunk only, so the first counter may be constant.
-        key_stream(&seed, 0, chunk);
+        key_stream(&seed, [0, 0], chunk);
         scrub_stack();
         Ok(())
     }
@@ -241,20 +241,24 @@ fn scrub_stack() {
     std::hint::black_box(&mut [0_u8; STACK_SCRUB]);
 }
 
-/// Overwrites `bytes` with AES-256-CTR key stream: counters, encrypted in place. The key schedule is wiped.
-fn key_stream(key: &[u8; SEED_SIZE], first: u128, bytes: &mut [u8]) {
+/// Overwrites `bytes` with AES-256-CTR key stream: counters, encrypted in place. The key schedule is wiped. `first` is
+/// the upper and the lower half of the first counter.
+fn key_stream(key: &[u8; SEED_SIZE], first: [u64; 2], bytes: &mut [u8]) {
     let (blocks, tail) = bytes.as_chunks_mut::<BLOCK_SIZE>();
-    let mut counter = first;
+    // No chunk is so long that the lower half overflows. A counter that carries into the upper half cost 14 % of a
+    // streamed key with VAES, and 6 % with AES-NI.
+    let [upper, mut lower] = first;
     let cipher = Aes256::new(key.into());
     for blocks in blocks.chunks_mut(BLOCKS_PER_PASS) {
         for block in &mut *blocks {
-            *block = counter.to_be_bytes();
-            counter = counter.wrapping_add(1);
+            block.copy_from_slice([upper, lower].map(u64::to_be_bytes).as_flattened());
+            lower += 1;
         }
         cipher.encrypt_blocks(Array::cast_slice_from_core_mut(blocks));
     }
     if !tail.is_empty() {
-        let mut last = Zeroizing::new(counter.to_be_bytes());
+        let mut last = Zeroizing::new([0; BLOCK_SIZE]);
+        last.copy_from_slice([upper, lower].map(u64::to_be_bytes).as_flattened());
         cipher.encrypt_block((&mut *last).into());
         tail.copy_from_slice(&last[..tail.len()]);
     }
@@ -270,13 +274,13 @@ const KNOWN_ANSWER_SIZE: usize = KNOWN_ANSWER_BLOCKS * BLOCK_SIZE + 7;
 
 /// Compares `key_stream` with known answers that exercise every AES kernel that the CPU may select. Takes 10 µs, and
 /// 0.12 ms on a CPU without instructions for AES.
-fn test_cipher(key_stream: impl Fn(&[u8; SEED_SIZE], u128, &mut [u8])) -> Result<(), GeneratorError> {
+fn test_cipher(key_stream: impl Fn(&[u8; SEED_SIZE], [u64; 2], &mut [u8])) -> Result<(), GeneratorError> {
     // SP 800-38A section F.5.5: key, first counter, plaintext and ciphertext.
     let key = [
         0x60, 0x3d, 0xeb, 0x10, 0x15, 0xca, 0x71, 0xbe, 0x2b, 0x73, 0xae, 0xf0, 0x85, 0x7d, 0x77, 0x81, 0x1f,
         0x35, 0x2c, 0x07, 0x3b, 0x61, 0x08, 0xd7, 0x2d, 0x98, 0x10, 0xa3, 0x09, 0x14, 0xdf, 0xf4,
     ];
-    let first = 0xf0f1_f2f3_f4f5_f6f7_f8f9_fafb_fcfd_feff;
+    let first = [0xf0f1_f2f3_f4f5_f6f7, 0xf8f9_fafb_fcfd_feff];
     let plaintext = [
         0x6b, 0xc1, 0xbe, 0xe2, 0x2e, 0x40, 0x9f, 0x96, 0xe9, 0x3d, 0x7e, 0x11, 0x73, 0x93, 0x17, 0x2a, 0xae,
         0x2d, 0x8a, 0x57, 0x1e, 0x03, 0xac, 0x9c, 0x9e, 0xb7, 0x6f, 0xac, 0x45, 0xaf, 0x8e, 0x51, 0x30, 0xc8,
