@@ -61,9 +61,9 @@ class Bench:
         return self.floor.with_name("open-loop")
 
     @functools.cached_property
-    def zeros(self):
-        build("cargo", "build", "--release", "--quiet", "--locked", "--example", "zeros")
-        return target() / "release/examples/zeros"
+    def stream(self):
+        build("cargo", "build", "--release", "--quiet", "--locked", "--example", "stream")
+        return target() / "release/examples/stream"
 
     @functools.cached_property
     def token(self):

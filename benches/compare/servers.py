@@ -21,8 +21,6 @@ SERVERS = {
     "raw loop, getrandom": lambda bench, port: [bench.epoll, "getrandom"],
     "python": lambda bench, port: [sys.executable, HERE / "server.py"],
 }
-# Started like the others, but measured only by some rows.
-OTHER_SERVERS = {"zeros": lambda bench, port: [bench.zeros]}
 # The servers that are measured under every kind of load.
 MAIN_SERVERS = ["key-service", "nginx", "bare hyper"]
 
@@ -63,8 +61,7 @@ class Running:
         with listener or listening() as http, listening() as metrics, open(self.log, "w") as log:
             self.address = self.port.address if self.port else http.getsockname()
             self.metrics = metrics.getsockname()
-            start = {**SERVERS, **OTHER_SERVERS}[name]
-            command = ["taskset", "-c", cores, *under, *start(bench, self.address[1])]
+            command = ["taskset", "-c", cores, *under, *SERVERS[name](bench, self.address[1])]
             environment = {
                 **{key: value for key, value in os.environ.items() if not key.startswith("KEYSERVICE_")},
                 "LISTEN_FDS": "2",

@@ -2,6 +2,9 @@
 
 import functools
 import os
+import re
+import resource
+import subprocess
 import time
 
 from servers import Running
@@ -12,9 +15,8 @@ BULK = 1 << 30
 
 @functools.cache
 def bulk(bench):
-    """Bytes per second of CPU time of the daemon, of the daemon's server code and bare hyper sending zeros, and of a plain read of
-    /dev/urandom."""
-    servers = {"key-service": "key-service", "own server, zeros": "zeros", "bare hyper, zeros": "bare hyper"}
+    """Bytes per second of CPU time of the daemon, of bare hyper sending zeros, and of a plain read of /dev/urandom."""
+    servers = {"key-service": "key-service", "bare hyper, zeros": "bare hyper"}
     rates = {key: [] for key in [*servers, "/dev/urandom"]}
     settings = {"KEYSERVICE_WORKERS": "1", "KEYSERVICE_MAX_SIZE": str(BULK)}
     for _ in range(bench.rounds):
@@ -25,6 +27,31 @@ def bulk(bench):
                 rates[key].append(BULK / (server.cpu_seconds() - cpu))
         rates["/dev/urandom"].append(read_urandom(BULK // 4))
     return rates
+
+
+@functools.cache
+def generation(bench):
+    """Bytes per second of CPU time of generating a streamed key without sending it, and of OpenSSL's AES-256-CTR. Neither depends on a
+    client or on the kernel's copies."""
+    rates = {"key-service": [], "OpenSSL": []}
+    for _ in range(bench.rounds):
+        cpu, _ = cpu_of([bench.stream, str(4 * BULK)])
+        rates["key-service"].append(4 * BULK / cpu)
+        cpu, output = cpu_of(["openssl", "speed", "-seconds", "1", "-bytes", "65536", "-evp", "aes-256-ctr"])
+        rates["OpenSSL"].append(65536 * int(re.search(r"(\d+) AES-256-CTR's in", output)[1]) / cpu)
+    return rates
+
+
+def cpu_of(command):
+    """The CPU seconds of a command on the server's core, and what it wrote to standard error."""
+
+    def spent():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    done = subprocess.run(["taskset", "-c", str(SERVER_CORE), *command], check=True, capture_output=True, text=True)
+    return spent() - before, done.stderr
 
 
 def download(url):

@@ -4,15 +4,17 @@ import contextlib
 import functools
 import re
 import statistics
+from dataclasses import replace
 
 from client import Batches
-from kinds import CONNECTIONS, RAW
+from kinds import CONNECTIONS, COUNTED_CONNECTIONS, RAW
 from servers import MAIN_SERVERS, SERVERS, Running, listening
 from tools import LOAD_CORE, MICROSECOND, SERVER_CORE, Failed, run_at_once
 
 from measure.bulk import BULK
 
 REQUESTS_MIN = 100  # with fewer, the measurement fails
+TURN, TURNS_MIN = 40, 12  # batches of requests to one server before those to the next
 
 
 def load(bench, figure):
@@ -41,13 +43,32 @@ def samples(bench, connections):
 
 
 @functools.cache
-def two_cores(bench):
-    """For each round, CPU seconds per request of one worker on one core, of two workers on two cores, and of two processes with one
-    worker each that share only the listening socket. The load runs on the same cores as the server."""
-    one, two = (SERVER_CORE,), (SERVER_CORE, LOAD_CORE)
-    layouts = {"one worker": [one], "key-service": [two], "two processes": [(core,) for core in two]}
+def new_connections(bench):
+    """CPU seconds per request on new connections, for the daemon and nginx. Both run all the time and are measured in turn, for some
+    10 ms each: between two runs of seconds, the machine's speed changes by more than the two differ."""
+    kind = replace(RAW, closes=True)
+    found = {"key-service": [], "nginx": []}
+    with contextlib.ExitStack() as stack:
+        servers = {name: stack.enter_context(Running(bench, name, environment={"KEYSERVICE_WORKERS": "1"})) for name in found}
+        clients = {name: stack.enter_context(Batches(server, kind, COUNTED_CONNECTIONS)) for name, server in servers.items()}
+        for turn in range(max(TURNS_MIN, 5 * bench.rounds)):
+            for name, server in servers.items():
+                cpu = server.cpu_seconds()
+                for _ in range(TURN):
+                    clients[name].ask()
+                if turn > 0:  # the first is the warm-up
+                    found[name].append((server.cpu_seconds() - cpu) / TURN / COUNTED_CONNECTIONS)
+    return found
+
+
+@functools.cache
+def two_workers(bench):
+    """For each round, CPU seconds per request of two workers on two cores, and of two processes with one worker each that share only the
+    listening socket. The load runs on the same cores as the server."""
+    two = (SERVER_CORE, LOAD_CORE)
+    layouts = {"key-service": [two], "two processes": [(core,) for core in two]}
     found = {name: [] for name in layouts}
-    for _ in range(bench.rounds):
+    for _ in range(max(5, bench.rounds)):
         for name, processes in layouts.items():
             with listening() as listener, contextlib.ExitStack() as servers:
                 # Duplicate all before the first start: Python's dup() makes the socket blocking, also for a running server that
