@@ -30,4 +30,5 @@ pub mod timeout_stream;
 pub mod timeouts;
 pub mod tls;
 pub mod transport;
+pub(crate) mod turn;
 pub(crate) mod unacknowledged;

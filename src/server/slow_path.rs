@@ -19,6 +19,7 @@ use crate::server::fast_path::connection::FastPathConnection;
 use crate::server::fast_path::rewind::Exchange;
 use crate::server::fast_path::service::FastPath;
 use crate::server::transport::Transport;
+use crate::server::turn::poll_end_turn;
 use crate::telemetry::labels::Rejection;
 use crate::telemetry::metrics::Metrics;
 
@@ -137,8 +138,7 @@ impl<F: Future + Unpin> Future for YieldOnce<F> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         if !mem::replace(&mut self.has_yielded, true) {
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
+            return poll_end_turn(cx);
         }
         Pin::new(&mut self.future).poll(cx)
     }
