@@ -15,7 +15,9 @@ from tools import HERE, KIB, SERVER_CORE, Failed, peers
 # The command of each server.
 SERVERS = {
     "key-service": lambda bench, port: [bench.daemon, "--log-level", "error"],
-    "nginx": lambda bench, port: ["nginx", "-c", nginx_configuration(bench, port)],
+    "nginx": lambda bench, port: ["nginx", "-c", configuration(bench, "nginx.conf", port)],
+    "haproxy": lambda bench, port: ["haproxy", "-db", "-f", configuration(bench, "haproxy.cfg", port)],
+    "h2o": lambda bench, port: ["h2o", "-c", configuration(bench, "h2o.conf", port)],
     "bare hyper": lambda bench, port: [bench.floor],
     "raw loop": lambda bench, port: [bench.epoll, "constant"],
     "raw loop, getrandom": lambda bench, port: [bench.epoll, "getrandom"],
@@ -24,14 +26,18 @@ SERVERS = {
 # The servers that are measured under every kind of load.
 MAIN_SERVERS = ["key-service", "nginx", "bare hyper"]
 
+CONSTANT = "0123456789abcdef0123456789abcdef"  # the response of nginx, haproxy and h2o
 NGINX_RETURN_MAX = 1 << 10  # a longer constant is a file, which nginx sends without copying
 
 
-def nginx_configuration(bench, port):
-    text = (HERE / "nginx.conf").read_text()
-    for name, value in [("port", str(port)), ("scratch", str(bench.scratch)), ("constants", bench.nginx_constants)]:
-        text = text.replace(f"{{{name}}}", value)
-    path = bench.scratch / "nginx.conf"
+def configuration(bench, name, port):
+    """Writes the configuration of a server, with names in braces replaced, and returns its path."""
+    (bench.scratch / "constant").write_text(CONSTANT)
+    text = (HERE / name).read_text()
+    user = "user: root" if os.geteuid() == 0 else ""  # h2o would become nobody, who can't read the scratch directory
+    for key, value in [("port", str(port)), ("scratch", str(bench.scratch)), ("constants", bench.nginx_constants), ("user", user)]:
+        text = text.replace(f"{{{key}}}", value)
+    path = bench.scratch / name
     path.write_text(text)
     return path
 
@@ -66,6 +72,7 @@ class Running:
                 **{key: value for key, value in os.environ.items() if not key.startswith("KEYSERVICE_")},
                 "LISTEN_FDS": "2",
                 "LISTEN_FDNAMES": "http:metrics",  # as from systemd (sd_listen_fds(3)), but without LISTEN_PID
+                "SERVER_STARTER_PORT": f"127.0.0.1:{self.address[1]}=3",  # for h2o
                 **(environment or {}),
             }
             os.dup2(http.fileno(), 3)

@@ -18,6 +18,8 @@ PASSED, SHORT, MISSING, UNMEASURED = 0, 1, 3, 4  # exit codes; 2 is a wrong comm
 # program: Debian package
 TOOLS = {
     "nginx": "nginx-light",
+    "haproxy": "haproxy",
+    "h2o": "h2o",
     "wrk": "wrk",
     "valgrind": "valgrind",
     "strace": "strace",
@@ -42,7 +44,7 @@ def fail(reason):
 
 def require(tools):
     """Exits with MISSING if a program or one of the two cores is missing."""
-    os.environ["PATH"] += ":/usr/sbin"  # the directory of nginx, which only root has in its path
+    os.environ["PATH"] += ":/usr/sbin"  # the directory of nginx and haproxy, which only root has in its path
     missing = [TOOLS[tool] for tool in tools if not shutil.which(tool)]
     if missing:
         print(f"missing tools; install them with: apt-get install --no-install-recommends {' '.join(missing)}", file=sys.stderr)

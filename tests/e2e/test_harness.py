@@ -261,6 +261,21 @@ def connect_to_a_late_server():
             check_responses(server)
 
 
+def check_constants():
+    """nginx, haproxy and h2o send the constant on a connection that stays open, by one thread of the process that is measured."""
+    with tempfile.TemporaryDirectory(prefix="key-service-harness-") as directory:
+        servers, tools = compare("servers", "tools")
+        tools.require(["nginx", "haproxy", "h2o"])
+        servers.reserve_descriptors()
+        bench = types.SimpleNamespace(scratch=Path(directory), nginx_constants="")
+        for name in ("nginx", "haproxy", "h2o"):
+            with servers.Running(bench, name) as server, server.connect() as client:
+                for _ in range(5000):
+                    expect(client.ask(), servers.CONSTANT.encode(), f"the body that {name} sends")
+                busy = sum(int(path.read_text().split()[2]) > 10 for path in Path(f"/proc/{server.pid}/task").glob("*/schedstat"))
+                expect(busy, 1, f"threads of {name} that ran often")
+
+
 def check_responses(server):
     """The client of benches/compare fails if a response has another status or length than its kind of request expects."""
     kinds, tools = compare("kinds", "tools")
@@ -345,7 +360,13 @@ def test_client_waits_for_a_server_that_binds_late():
     run_in_new_network(connect_to_a_late_server)
 
 
+@pytest.mark.tools("nginx", "haproxy", "h2o", "taskset")
+def test_compared_servers_send_the_constant():
+    """benches/compare: the servers that the daemon is compared with send what the benchmark assumes"""
+    run_in_new_process(check_constants)
+
+
 if __name__ == "__main__":
-    if sys.argv[1] != measure_with_a_hung_peer.__name__:
+    if sys.argv[1] in (check_held_port.__name__, connect_to_a_late_server.__name__):
         set_up_network()
     globals()[sys.argv[1]]()

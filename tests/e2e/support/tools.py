@@ -31,6 +31,7 @@ PACKAGES = {
     "ent": "ent",
     "gcc": "gcc",
     "git": "git",
+    "h2o": "h2o",
     "haproxy": "haproxy",
     "ip": "iproute2",
     "lintian": "lintian",
