@@ -1,13 +1,13 @@
-"""Draws curves as SVG: both axes are logarithmic, and each curve has the name of its server at the right end."""
+"""Draws curves as SVG: both axes are logarithmic, and each curve has its name at the right."""
 
 import math
 from pathlib import Path
 
 WIDTH, HEIGHT = 760, 420
-LEFT, RIGHT, TOP, BOTTOM = 64, 110, 40, 48
+LEFT, RIGHT, TOP, BOTTOM = 64, 140, 40, 48
 # The palette of Okabe and Ito, whose colours colour-blind readers can tell apart.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
-LABEL_GAP = 14
+LABEL_GAP, TICK_GAP = 14, 40
 
 
 def write(path, title, x_title, y_title, curves):
@@ -26,11 +26,12 @@ def write(path, title, x_title, y_title, curves):
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{x_title}</text>',
         f'<text x="{LEFT - 6}" y="{TOP - 6}" text-anchor="end">{y_title}</text>',
     ]
+    labelled = -math.inf
     for x in xs:
-        parts.append(
-            f'<path d="M{x_at(x):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#eee"/>'
-            f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(x)}</text>'
-        )
+        parts.append(f'<path d="M{x_at(x):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#eee"/>')
+        if x_at(x) - labelled >= TICK_GAP:
+            labelled = x_at(x)
+            parts.append(f'<text x="{labelled:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(x)}</text>')
     for exponent in range(round(math.log10(y_low)), round(math.log10(y_high)) + 1):
         for step in (1, 2, 5):
             y = step * 10**exponent
@@ -45,7 +46,7 @@ def write(path, title, x_title, y_title, curves):
         line = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
         parts += [f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="{width}" fill="{colour}"/>' for x, y in points]
-        parts.append(f'<text x="{x_at(points[-1][0]) + 8:.1f}" y="{labels[name] + 4:.1f}" fill="{colour}">{name}</text>')
+        parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{labels[name] + 4:.1f}" fill="{colour}">{name}</text>')
     Path(path).write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 

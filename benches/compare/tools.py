@@ -32,6 +32,7 @@ TOOLS = {
 }
 GATE_TOOLS = ["nginx", "valgrind", "taskset", "chrt"]
 COSTS_TOOLS = [*GATE_TOOLS, "openssl"]
+GROWTH_TOOLS = ["valgrind", "cc", "taskset"]
 
 
 class Failed(Exception):

@@ -45,6 +45,7 @@ NOT_RUN = {
     ("docs/benchmarks.md", "cargo bench"): "its results are for human readers; cargo test and Clippy compile it",
     ("docs/benchmarks.md", "apt-get install"): "it takes minutes on two otherwise idle cores",
     ("docs/benchmarks.md", "benches/compare/run --costs"): "it takes minutes on two otherwise idle cores",
+    ("docs/benchmarks.md", "benches/compare/run --growth"): "it takes minutes on two otherwise idle cores",
     ("docs/benchmarks.md", "benches/compare/run --gate"): "it is a job in .ci/jobs, with the binary that is built there",
     ("docs/containers.md", "docker compose"): "Docker is not available: test_containers.py runs docker-compose instead",
     ("docs/containers.md", "sudo podman build -t localhost/key-service "): REGISTRY,
