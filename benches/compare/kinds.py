@@ -51,6 +51,7 @@ class Kind:
     settings: dict = field(default_factory=dict)
     before: str = ""  # the path of a request that is sent once, before all others
     tls: str = ""  # a key of CERTIFICATE_KEYS; empty for plain HTTP
+    journal: bool = False  # whether the daemon logs to a journal, instead of to stderr
     closes: bool = False  # whether each connection is closed after one response
     requests: int = 5000  # in the measurement of CPU time
     connections: int = CONNECTIONS  # in the measurement of CPU time
@@ -79,6 +80,7 @@ KINDS = [
     Kind("rates", "32 bytes, with rates", settings=RATES, length=32, bar=0.90),
     Kind("proxy", "32 bytes, from a trusted proxy, with rates", headers=FORWARDED, settings={**PROXY, **RATES}, length=32, bar=0.90),
     Kind("audit", "32 bytes, with audit records", settings=AUDIT, length=32, bar=1.8),
+    Kind("journal", "32 bytes, with audit records in the journal", settings=AUDIT, journal=True, length=32, bar=1.8),
     Kind("browser", "32 bytes, a browser through an ingress", headers=BROWSER, length=32, bar=1.0),
     Kind("404", "404, unknown path", "/nope", status=404, length=60, bar=1.0),
     Kind("400", "400, invalid length", "/key/abc", status=400, length=134, bar=1.0),

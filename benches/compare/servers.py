@@ -1,5 +1,6 @@
 """The servers: how each is configured, started, pinned and stopped."""
 
+import contextlib
 import os
 import re
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import journal
 from client import Connection
 from kinds import RAW
 from tools import HERE, KIB, SERVER_CORE, Failed, peers
@@ -54,6 +56,19 @@ def nginx_constants(scratch, sizes):
             directives = f"root {scratch}; sendfile on; tcp_nopush on; open_file_cache max=100;"
         locations.append(f"location = /key/{size} {{ {directives} }}")
     return "\n".join(locations)
+
+
+@contextlib.contextmanager
+def serving(bench, kind, name="key-service", under=(), **options):
+    """Runs a server with the settings for a kind of request. Yields the server, and the kind with a valid token."""
+    kind, settings = bench.prepared(kind)
+    with (
+        journal.reading(bench) if kind.journal else contextlib.nullcontext(((), None)) as (with_journal, entries),
+        Running(bench, name, under=[*with_journal, *under], environment=settings, tls=bool(kind.tls), **options) as server,
+    ):
+        yield server, kind
+    if kind.journal and not entries:
+        raise Failed(f"{name}: no audit record reached the journal")
 
 
 class Running:

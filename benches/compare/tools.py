@@ -29,8 +29,9 @@ TOOLS = {
     "dpkg-deb": "dpkg",
     "taskset": "util-linux",
     "chrt": "util-linux",
+    "unshare": "util-linux",
 }
-GATE_TOOLS = ["nginx", "valgrind", "taskset", "chrt"]
+GATE_TOOLS = ["nginx", "valgrind", "taskset", "chrt", "unshare"]
 COSTS_TOOLS = [*GATE_TOOLS, "openssl"]
 GROWTH_TOOLS = ["valgrind", "cc", "taskset"]
 

@@ -5,7 +5,7 @@ import re
 
 from client import Batches
 from kinds import COUNTED_CONNECTIONS, RAW
-from servers import Running
+from servers import serving
 from tools import LOAD_CORE, Failed
 
 TRIES = 3  # runs of a peer under callgrind
@@ -16,7 +16,7 @@ WARM_UP = 0.1  # the length of the shorter run, relative to the longer
 def instructions(bench, kind=RAW, name="key-service", requests=None):
     """User-mode instructions per request: two runs of different length, the difference of totals divided by that of requests."""
     many = (requests or kind.counted) // COUNTED_CONNECTIONS
-    few = int(many * WARM_UP)
+    few = max(1, int(many * WARM_UP))
     counts = [count(bench, kind, name, batches) for batches in (few, many)]
     return (counts[1] - counts[0]) / (many - few) / COUNTED_CONNECTIONS
 
@@ -24,25 +24,16 @@ def instructions(bench, kind=RAW, name="key-service", requests=None):
 def count(bench, kind, name, batches):
     """The instructions of a server from its start to its exit, with requests of a kind. The first thread of the daemon is left out: it
     serves no keys, and at shutdown it reads /proc/net/tcp, whose length depends on the sockets of other programs."""
-    kind, settings = bench.prepared(kind)
     counts = bench.scratch / "callgrind.out"
-    valgrind = [
-        "chrt",
-        "--batch",
-        "0",
-        "valgrind",
-        "--quiet",
-        "--tool=callgrind",
-        "--separate-threads=yes",
-        f"--callgrind-out-file={counts}",
-    ]
+    callgrind = ["valgrind", "--quiet", "--tool=callgrind", "--separate-threads=yes", f"--callgrind-out-file={counts}"]
     # callgrind writes its counts when the server exits, so a peer that had to be killed is measured again.
     for _ in range(TRIES):
         for each in bench.scratch.glob(f"{counts.name}*"):
             each.unlink()
         with (
-            Running(bench, name, cores=str(LOAD_CORE), under=valgrind, environment=settings, tls=bool(kind.tls)) as server,
-            Batches(server, kind, COUNTED_CONNECTIONS) as client,
+            # On the client's core and in this policy (sched(7)), the server runs when the client waits, and so finds all requests at once.
+            serving(bench, kind, name, under=["chrt", "--batch", "0", *callgrind], cores=str(LOAD_CORE)) as (server, prepared),
+            Batches(server, prepared, COUNTED_CONNECTIONS) as client,
         ):
             for _ in range(batches):
                 client.ask()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from client import Batches
 from kinds import CONNECTIONS, COUNTED_CONNECTIONS, RAW
-from servers import MAIN_SERVERS, SERVERS, Running, listening
+from servers import MAIN_SERVERS, SERVERS, Running, listening, serving
 from tools import LOAD_CORE, MICROSECOND, SERVER_CORE, Failed, run_at_once
 
 from measure.bulk import BULK
@@ -154,9 +154,8 @@ def of_kind(bench, kind):
     found = {"key-service": [], "the first": []}
     for _ in range(bench.rounds):
         for name, each in [("the first", RAW), ("key-service", kind)]:
-            each, settings = bench.prepared(each)
-            with Running(bench, "key-service", environment=settings, tls=bool(each.tls)) as server:
-                found[name].append(in_batches(server, each))
+            with serving(bench, each) as (server, prepared):
+                found[name].append(in_batches(server, prepared))
     return found
 
 
