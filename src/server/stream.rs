@@ -112,14 +112,14 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        let mut filled = bufs.iter().filter(|buf| !buf.is_empty());
+        let first = filled.next().map_or(&[][..], |buf| buf);
         match self.get_mut() {
-            Self::Tcp(stream) => poll_send(stream, cx, || {
+            Self::Tcp(stream) if filled.next().is_some() => poll_send(stream, cx, || {
                 sendmsg(&*stream, bufs, &mut SendAncillaryBuffer::default(), SEND_FLAGS)
             }),
-            unix @ Self::Unix(_) => {
-                let first = bufs.iter().find(|buf| !buf.is_empty()).map_or(&[][..], |buf| buf);
-                Pin::new(unix).poll_write(cx, first)
-            }
+            // rustls writes one buffer for most responses, and send(2) costs less than sendmsg(2).
+            stream => Pin::new(stream).poll_write(cx, first),
         }
     }
 
