@@ -21,6 +21,7 @@ class Bench:
         self.seconds = 1 if quick else 2
         self.requests = 2_000 if quick else 20_000
         self.starts = 5 if quick else 21
+        self.handshakes = 640 if quick else 3_200
         self.nginx_constants = ""
         self.certificates = {}
         os.sched_setaffinity(0, {LOAD_CORE})  # this process is a client too, and wrk inherits the affinity
@@ -62,8 +63,11 @@ class Bench:
 
     @functools.cached_property
     def stream(self):
-        build("cargo", "build", "--release", "--quiet", "--locked", "--example", "stream")
-        return target() / "release/examples/stream"
+        return example("stream")
+
+    @functools.cached_property
+    def tls_handshakes(self):
+        return example("tls_handshakes")
 
     @functools.cached_property
     def token(self):
@@ -79,6 +83,8 @@ class Bench:
         if kind not in self.certificates:
             certificate, key = self.certificates[kind] = self.scratch / f"{kind}.pem", self.scratch / f"{kind}.key"
             options = ["-nodes", "-days", "1", "-subj", "/CN=localhost", "-keyout", key, "-out", certificate]
+            # The client of the handshakes verifies it, and refuses the certificate of a CA as that of a server.
+            options += ["-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=critical,CA:FALSE"]
             run(["openssl", "req", "-x509", "-newkey", *CERTIFICATE_KEYS[kind], *options])
             for path in (key, certificate):
                 path.chmod(0o600)
@@ -95,6 +101,11 @@ class Bench:
             settings["KEYSERVICE_TOKENS_FILE"] = str(path)
             kind = replace(kind, headers=tuple(header.format(token=token) for header in kind.headers))
         return kind, settings
+
+
+def example(name):
+    build("cargo", "build", "--release", "--quiet", "--locked", "--example", name)
+    return target() / "release/examples" / name
 
 
 def target():

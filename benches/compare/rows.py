@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kinds import BARRED
+from measure import tls
 from measure.bulk import bulk, generation
 from measure.instructions import instructions
 from measure.latency import QUANTILES, SHARES, latency, latency_busy
@@ -155,6 +156,45 @@ ROWS = [
         1.1,
         lambda b: compare_with(two_workers(b), "two processes"),
     ),
+    Row("tls-request", "CPU time a request over TLS", CPU, "nginx", "≤", 0.8, lambda b: compare_with(tls.requests(b), "nginx")),
+    Row("tls-request-haproxy", "the same", CPU, "haproxy", "≤", 0.8, lambda b: compare_with(tls.requests(b), "haproxy")),
+    Row(
+        "tls-handshake",
+        "CPU time of a TLS connection with one request",
+        CPU,
+        "nginx",
+        "≤",
+        0.8,
+        lambda b: compare_with(tls.handshakes(b), "nginx"),
+    ),
+    Row("tls-handshake-haproxy", "the same", CPU, "haproxy", "≤", 0.8, lambda b: compare_with(tls.handshakes(b), "haproxy")),
+    Row(
+        "tls-hybrid",
+        f"the same with {tls.HYBRID_GROUP}",
+        CPU,
+        "key-service, X25519",
+        "≤",
+        1.4,
+        lambda b: compare_with(tls.handshakes(b), "key-service", ours=tls.HYBRID),
+    ),
+    Row(
+        "tls-memory",
+        f"resident memory of an idle TLS connection, at {tls.IDLE_CONNECTIONS:,}",
+        ("KiB", KIB),
+        "nginx",
+        "≤",
+        1.0,
+        lambda b: compare_with(tls.memory(b), "nginx"),
+    ),
+    Row(
+        "tls-bulk",
+        "1 GiB over TLS, bytes a second of CPU time",
+        BYTES_RATE,
+        "nginx",
+        "≥",
+        0.9,
+        lambda b: compare_with(tls.bulk(b), "nginx"),
+    ),
     Row("binary", "size of the binary in the package", ("MB", MB), None, "≤", 6.0, lambda b: single(b.packaged.stat().st_size, MB)),
     Row("deb", "size of the package", ("MB", MB), None, "≤", 2.5, lambda b: single(b.package.stat().st_size, MB)),
     # Last, because they need a quiet machine.
@@ -183,9 +223,9 @@ ROWS = [
 ]
 
 
-def compare_with(samples, peer):
+def compare_with(samples, peer, ours="key-service"):
     """The medians of all rounds, and the median of the ratios of each round: a disturbance of a whole round affects both sides."""
-    ours, theirs = samples["key-service"], samples[peer]
+    ours, theirs = samples[ours], samples[peer]
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     return Figure(ratio, statistics.median(ours), statistics.median(theirs))
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import journal
@@ -25,6 +26,14 @@ SERVERS = {
     "raw loop, getrandom": lambda bench, port: [bench.epoll, "getrandom"],
     "python": lambda bench, port: [sys.executable, HERE / "server.py"],
 }
+# The servers that are measured over TLS.
+TLS_SERVERS = {
+    "key-service": SERVERS["key-service"],
+    "nginx": lambda bench, port: ["nginx", "-c", configuration(bench, "nginx.conf", port, tls=nginx_tls(bench))],
+    "haproxy": lambda bench, port: ["haproxy", "-db", "-f", configuration(bench, "haproxy.cfg", port, tls=haproxy_tls(bench))],
+}
+# What each of them has to negotiate. The peers know no hybrid key exchange.
+TLS_VERSION, TLS_CIPHER, TLS_GROUP = "TLSv1.3", "TLS_AES_256_GCM_SHA384", "X25519"
 # The servers that are measured under every kind of load.
 MAIN_SERVERS = ["key-service", "nginx", "bare hyper"]
 
@@ -32,16 +41,33 @@ CONSTANT = "0123456789abcdef0123456789abcdef"  # the response of nginx, haproxy 
 NGINX_RETURN_MAX = 1 << 10  # a longer constant is a file, which nginx sends without copying
 
 
-def configuration(bench, name, port):
+def configuration(bench, name, port, **values):
     """Writes the configuration of a server, with names in braces replaced, and returns its path."""
     (bench.scratch / "constant").write_text(CONSTANT)
     text = (HERE / name).read_text()
     user = "user: root" if os.geteuid() == 0 else ""  # h2o would become nobody, who can't read the scratch directory
-    for key, value in [("port", str(port)), ("scratch", str(bench.scratch)), ("constants", bench.nginx_constants), ("user", user)]:
+    values = {"port": str(port), "scratch": str(bench.scratch), "constants": bench.nginx_constants, "user": user, "tls": "", **values}
+    for key, value in values.items():
         text = text.replace(f"{{{key}}}", value)
     path = bench.scratch / name
     path.write_text(text)
     return path
+
+
+def nginx_tls(bench):
+    """The rest of nginx's directive `listen`, and the directives of TLS. It accepts no earlier session and sends no tickets."""
+    certificate, key = bench.certificate("P-256")
+    return (
+        f" ssl backlog=4096; ssl_certificate {certificate}; ssl_certificate_key {key}; ssl_protocols {TLS_VERSION}; "
+        f"ssl_conf_command Ciphersuites {TLS_CIPHER}; ssl_ecdh_curve {TLS_GROUP}; ssl_session_cache off; ssl_conf_command NumTickets 0"
+    )
+
+
+def haproxy_tls(bench):
+    """The rest of haproxy's directive `bind`."""
+    both = bench.scratch / "certificate-and-key.pem"
+    both.write_text("".join(path.read_text() for path in bench.certificate("P-256")))
+    return f" ssl crt {both} ssl-min-ver {TLS_VERSION} ciphersuites {TLS_CIPHER} curves {TLS_GROUP} no-tls-tickets"
 
 
 def nginx_constants(scratch, sizes):
@@ -82,7 +108,7 @@ class Running:
         with listener or listening() as http, listening() as metrics, open(self.log, "w") as log:
             self.address = self.port.address if self.port else http.getsockname()
             self.metrics = metrics.getsockname()
-            command = ["taskset", "-c", cores, *under, *SERVERS[name](bench, self.address[1])]
+            command = ["taskset", "-c", cores, *under, *(TLS_SERVERS if tls else SERVERS)[name](bench, self.address[1])]
             environment = {
                 **{key: value for key, value in os.environ.items() if not key.startswith("KEYSERVICE_")},
                 "LISTEN_FDS": "2",
@@ -98,6 +124,7 @@ class Running:
                 command, env=environment, pass_fds=(3, 4), cwd=bench.scratch, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         self.pid = self.process.pid  # taskset and valgrind execute the server in this process
+        self.kind = replace(RAW, tls="P-256") if tls else RAW
         self.origin = f"{'https' if tls else 'http'}://127.0.0.1:{self.address[1]}"
         reserve_descriptors()
 
@@ -118,11 +145,11 @@ class Running:
             reason = error or f"exited with status {self.process.returncode} during the measurement"
             raise Failed(f"{self.name}: {reason}\n{self.log.read_text()[-2000:]}") from error
 
-    def connect(self, source="127.0.0.1", kind=RAW):
+    def connect(self, source="127.0.0.1", kind=None):
         deadline = time.monotonic() + 30
         while True:
             try:
-                return Connection(self.address, source, kind)
+                return Connection(self.address, source, kind or self.kind)
             except ConnectionRefusedError:  # happens only with nginx, until it has bound its port
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     raise

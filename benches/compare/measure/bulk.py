@@ -54,9 +54,9 @@ def cpu_of(command):
     return spent() - before, done.stderr
 
 
-def download(url):
+def download(url, *options):
     """Downloads a key of BULK bytes with curl, and checks its size."""
-    size = run(["curl", "-sS", "--fail", "-o", os.devnull, "-w", "%{size_download}", url])
+    size = run(["curl", "-sS", "--fail", "-o", os.devnull, "-w", "%{size_download}", *options, url])
     if int(size) != BULK:
         raise Failed(f"expected {BULK} bytes, found {size}")
 

@@ -43,17 +43,17 @@ def of_idle(bench, tls):
     return own, kernel
 
 
-def connect_idle(server, kind=RAW):
+def connect_idle(server, kind=None, number=IDLE_CONNECTIONS):
     """The resident bytes that each of many idle keep-alive connections adds, those before any load, and the connections."""
     with server.connect(kind=kind) as connection:
         connection.ask()
     before = server.resident()
     connections = []
-    for i in range(IDLE_CONNECTIONS):
+    for i in range(number):
         # From many loopback addresses, because the daemon limits the connections of each client address.
         connections.append(server.connect(f"127.0.1.{1 + i // 200}", kind))
         connections[-1].ask()
-    return (server.resident() - before) / IDLE_CONNECTIONS, before, connections
+    return (server.resident() - before) / number, before, connections
 
 
 def allow_descriptors():
