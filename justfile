@@ -80,7 +80,7 @@ fuzz *ARGS:
 bench *ARGS:
     benches/compare/run "$@"
 
-# Check that a request takes no more instructions than benches/compare/gate.toml allows
+# Check that no kind of request takes more instructions than benches/compare/gate.toml allows
 gate *ARGS:
     benches/compare/run --gate "$@"
 
