@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT / "tests/e2e"))
-from support import peers  # noqa: E402
+from support import peers  # noqa: E402, F401
 
 SERVER_CORE, LOAD_CORE = 0, 1
 MB, KIB, MICROSECOND, MILLISECOND = 1e6, 1024, 1e-6, 1e-3
@@ -59,19 +59,6 @@ def require(tools):
 def run(command):
     """Runs a command and returns its output."""
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
-
-
-def run_at_once(commands):
-    """Runs commands in parallel and returns their outputs."""
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in running]
-    finally:
-        for process in running:
-            peers.kill(process, commands[0][0])
-    if any(process.returncode for process in running):
-        raise Failed(f"{commands[0]}: status {[process.returncode for process in running]}")
-    return outputs
 
 
 def build(*command):

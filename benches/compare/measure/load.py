@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import re
 import statistics
 from dataclasses import replace
@@ -9,12 +10,12 @@ from dataclasses import replace
 from client import Batches
 from kinds import CONNECTIONS, COUNTED_CONNECTIONS, RAW
 from servers import MAIN_SERVERS, SERVERS, Running, listening, serving
-from tools import LOAD_CORE, MICROSECOND, SERVER_CORE, Failed, run_at_once
+from tools import LOAD_CORE, MICROSECOND, SERVER_CORE, Failed, run
 
 from measure.bulk import BULK
 
 REQUESTS_MIN = 100  # with fewer, the measurement fails
-TURN, TURNS_MIN = 40, 12  # batches of requests to one server before those to the next
+TURN, TURNS = 320, 100  # requests to one server before those to the next, and how often
 
 
 def load(bench, figure):
@@ -44,38 +45,30 @@ def samples(bench, connections):
 
 @functools.cache
 def new_connections(bench):
-    """CPU seconds per request on new connections, for the daemon and nginx. Both run all the time and are measured in turn, for some
-    10 ms each: between two runs of seconds, the machine's speed changes by more than the two differ."""
-    kind = replace(RAW, closes=True)
-    found = {"key-service": [], "nginx": []}
+    """CPU seconds per request on new connections, for the daemon and nginx."""
     with contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(Running(bench, name, environment={"KEYSERVICE_WORKERS": "1"})) for name in found}
-        clients = {name: stack.enter_context(Batches(server, kind, COUNTED_CONNECTIONS)) for name, server in servers.items()}
-        for turn in range(max(TURNS_MIN, 5 * bench.rounds)):
-            for name, server in servers.items():
-                cpu = server.cpu_seconds()
-                for _ in range(TURN):
-                    clients[name].ask()
-                if turn > 0:  # the first is the warm-up
-                    found[name].append((server.cpu_seconds() - cpu) / TURN / COUNTED_CONNECTIONS)
-    return found
+        names = ["key-service", "nginx"]
+        servers = {name: [stack.enter_context(Running(bench, name, environment={"KEYSERVICE_WORKERS": "1"}))] for name in names}
+        return in_turn(bench, servers, replace(RAW, closes=True), COUNTED_CONNECTIONS)
 
 
 @functools.cache
 def two_workers(bench):
-    """For each round, CPU seconds per request of two workers on two cores, and of two processes with one worker each that share only the
-    listening socket. The load runs on the same cores as the server."""
-    two = (SERVER_CORE, LOAD_CORE)
-    layouts = {"key-service": [two], "two processes": [(core,) for core in two]}
-    found = {name: [] for name in layouts}
-    for _ in range(max(5, bench.rounds)):
-        for name, processes in layouts.items():
-            with listening() as listener, contextlib.ExitStack() as servers:
-                # Duplicate all before the first start: Python's dup() makes the socket blocking, also for a running server that
-                # has made it non-blocking, and that would then block in accept(2).
+    """CPU seconds per request of two workers on two cores, and of two processes with one worker each that share only the listening
+    socket. The client runs on the same cores."""
+    both = (SERVER_CORE, LOAD_CORE)
+    layouts = {"key-service": [both], "two processes": [(core,) for core in both]}
+    os.sched_setaffinity(0, both)
+    try:
+        with contextlib.ExitStack() as stack:
+            servers = {}
+            for name, processes in layouts.items():
+                listener = stack.enter_context(listening())
+                # Duplicate all before the first start: Python's dup() makes the socket blocking, also for a running server that has
+                # made it non-blocking, and that would then block in accept(2).
                 listeners = [listener.dup() for _ in processes]
-                server, *others = [
-                    servers.enter_context(
+                servers[name] = [
+                    stack.enter_context(
                         Running(
                             bench,
                             "key-service",
@@ -86,8 +79,29 @@ def two_workers(bench):
                     )
                     for inherited, cores in zip(listeners, processes, strict=True)
                 ]
-                cores = sorted({core for cores in processes for core in cores})
-                found[name].append(under_wrk(bench, server, "keep-alive", cores=cores, others=others)["cpu"])
+            return in_turn(bench, servers, RAW, CONNECTIONS)
+    finally:
+        os.sched_setaffinity(0, {LOAD_CORE})
+
+
+def in_turn(bench, servers, kind, connections):
+    """CPU seconds per request, in each turn, for servers that each have one or more processes. All run all the time and are measured
+    in turn, for some 10 ms each: between two runs of seconds, the machine's speed changes by more than the servers differ."""
+    found = {name: [] for name in servers}
+    batches = TURN // connections
+
+    def spent(processes):
+        return sum(each.cpu_seconds() for each in processes)
+
+    for _ in range(TURNS):
+        for name, processes in servers.items():
+            # New connections each time, because chance decides which worker accepts how many.
+            with Batches(processes[0], kind, connections) as client:
+                client.ask()
+                cpu = spent(processes)
+                for _ in range(batches):
+                    client.ask()
+                found[name].append((spent(processes) - cpu) / batches / connections)
     return found
 
 
@@ -111,8 +125,8 @@ def curves(bench, names, points, options):
     return found
 
 
-def under_wrk(bench, server, kind, path="/key/32", connections=CONNECTIONS, cores=(LOAD_CORE,), others=()):
-    """The cost of a request for the server, including `others` on the same socket, with one wrk on each of these cores."""
+def under_wrk(bench, server, kind, path="/key/32", connections=CONNECTIONS):
+    """The cost of a request for the server, under one wrk on the other core."""
     with server.connect() as connection:  # warms up the server and checks its responses
         for _ in range(1000):
             connection.ask()
@@ -121,32 +135,16 @@ def under_wrk(bench, server, kind, path="/key/32", connections=CONNECTIONS, core
         script = bench.scratch / "pipelined.lua"
         script.write_text("init = function() batch = string.rep(wrk.format(), 16) end\nrequest = function() return batch end\n")
         options = ["-s", script]
-
-    def spent():
-        return sum(each.cpu_seconds() for each in (server, *others))
-
-    cpu = spent()
-    wrk = [
-        "wrk",
-        "-t1",
-        f"-c{connections // len(cores)}",
-        f"-d{bench.seconds}s",
-        "--timeout",
-        "60s",  # a slow response on a busy machine is not an error
-        *options,
-        f"{server.origin}{path}",
-    ]
-    outputs = run_at_once([["taskset", "-c", str(core), *wrk] for core in cores])
-    cpu = spent() - cpu
-    requests, rate = 0, 0.0
-    for output in outputs:
-        if "Non-2xx" in output or "Socket errors" in output:
-            raise Failed(f"{server.name} did not answer every request:\n{output}")
-        count, seconds = re.search(r"(\d+) requests in ([\d.]+)s", output).groups()
-        requests, rate = requests + int(count), rate + int(count) / float(seconds)
-    if requests < REQUESTS_MIN:
-        raise Failed(f"{requests} requests are too few for a measurement: is the machine busy?")
-    return {"cpu": cpu / requests, "rate": rate, "resident": server.resident()}
+    cpu = server.cpu_seconds()
+    # A slow response on a busy machine is not an error, hence the timeout.
+    output = run(["wrk", "-t1", f"-c{connections}", f"-d{bench.seconds}s", "--timeout", "60s", *options, f"{server.origin}{path}"])
+    cpu = server.cpu_seconds() - cpu
+    if "Non-2xx" in output or "Socket errors" in output:
+        raise Failed(f"{server.name} did not answer every request:\n{output}")
+    count, seconds = re.search(r"(\d+) requests in ([\d.]+)s", output).groups()
+    if int(count) < REQUESTS_MIN:
+        raise Failed(f"{count} requests are too few for a measurement: is the machine busy?")
+    return {"cpu": cpu / int(count), "rate": int(count) / float(seconds), "resident": server.resident()}
 
 
 def of_kind(bench, kind):
