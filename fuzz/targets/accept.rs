@@ -18,7 +18,11 @@ fuzz_target!(|input: &[u8]| {
     let accept_headers: Vec<HeaderValue> =
         lines.filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
     for kind in [Kind::Key, Kind::Password(Alphabet::default())] {
-        let found = KeyRequest::parse(kind, query, &accept_headers);
+        let found = KeyRequest::parse(
+            kind,
+            query.map(str::as_bytes),
+            accept_headers.iter().map(HeaderValue::as_bytes),
+        );
         match query {
             // `expected` does not decode escapes, so only check that the result is in range.
             Some(query) if query.contains(['%', '+']) => {
@@ -48,23 +52,23 @@ fn expected(kind: Kind, query: &str, accept_headers: &[HeaderValue]) -> Result<K
         let is_second = match name {
             "format" => {
                 let known = kind.formats().iter().find(|format| format.name() == value);
-                format.replace(*known.ok_or(ParamError::UnknownFormat(value.into()))?).is_some()
+                format.replace(*known.ok_or(ParamError::UnknownFormat(shortened(value)))?).is_some()
             }
             "count" => {
                 let is_number = value.bytes().all(|byte| byte.is_ascii_digit()) && !value.starts_with('0');
                 let number = value.parse().ok().filter(|number| is_number && *number <= COUNT_MAX);
-                count.replace(number.ok_or(ParamError::InvalidCount(value.into()))?).is_some()
+                count.replace(number.ok_or(ParamError::InvalidCount(shortened(value)))?).is_some()
             }
             "alphabet" if kind != Kind::Key => {
                 let known = Alphabet::ALL.into_iter().find(|alphabet| alphabet.name() == value);
                 password
-                    .replace(Kind::Password(known.ok_or(ParamError::UnknownAlphabet(value.into()))?))
+                    .replace(Kind::Password(known.ok_or(ParamError::UnknownAlphabet(shortened(value)))?))
                     .is_some()
             }
-            _ => return Err(ParamError::UnknownParameter(name.into())),
+            _ => return Err(ParamError::UnknownParameter(shortened(name))),
         };
         if is_second {
-            return Err(ParamError::RepeatedParameter(name.into()));
+            return Err(ParamError::RepeatedParameter(shortened(name)));
         }
     }
     let is_batch = count.is_some();
@@ -73,6 +77,12 @@ fn expected(kind: Kind, query: &str, accept_headers: &[HeaderValue]) -> Result<K
         None => negotiated(kind, accept_headers, is_batch).ok_or(ParamError::NotAcceptable { is_batch })?,
     };
     Ok(KeyRequest { kind: password.unwrap_or(kind), format, count })
+}
+
+/// The text as an error repeats it.
+fn shortened(text: &str) -> String {
+    let start: String = text.chars().take(64).collect();
+    if start == text { start } else { start + "…" }
 }
 
 /// The format with the greatest weight above 0, and the first of several with that weight. A format has the weight of

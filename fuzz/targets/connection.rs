@@ -24,6 +24,7 @@ use key_service::access::authorization::{AccessRules, Authorizer};
 use key_service::access::forwarded::TrustedProxies;
 use key_service::access::peer::{Client, Peer};
 use key_service::access::rate_limit::Rates;
+use key_service::access::request_head::RequestHead;
 use key_service::access::tokens_file::Grant;
 use key_service::http::body::Body;
 use key_service::http::health::Health;
@@ -37,7 +38,6 @@ use key_service::server::buffers::{BufferAccount, BufferLimit};
 use key_service::server::connection::serve_connection;
 use key_service::server::connection_limit::ConnectionClass;
 use key_service::server::drain::Drain;
-use key_service::server::fast_path::request::FastRequest;
 use key_service::server::fast_path::response_buffer::ResponseBuffer;
 use key_service::server::fast_path::service::{FastOutcome, FastPath};
 use key_service::server::idle::IdleConnections;
@@ -128,14 +128,20 @@ impl Service<Request<Incoming>> for Recorder {
 }
 
 impl FastPath for Recorder {
-    fn respond_fast(&self, request: &FastRequest<'_>, responses: &mut ResponseBuffer<'_>) -> FastOutcome {
+    fn respond_fast(
+        &self,
+        head: &RequestHead<'_>,
+        closes: bool,
+        responses: &mut ResponseBuffer<'_>,
+    ) -> FastOutcome {
         if !self.has_fast_path {
             return FastOutcome::NotHandled;
         }
-        let outcome = self.service.respond_fast(request, responses);
-        if outcome == FastOutcome::Written {
-            let path = format!("/key/{}", request.length);
-            self.requests.borrow_mut().push(RecordedRequest { method: Method::GET, path });
+        let outcome = self.service.respond_fast(head, closes, responses);
+        if let FastOutcome::Written { .. } = outcome {
+            let method = if head.is_head() { Method::HEAD } else { Method::GET };
+            let path = String::from_utf8(head.path.to_vec()).expect("the path is ASCII");
+            self.requests.borrow_mut().push(RecordedRequest { method, path });
         }
         outcome
     }
@@ -201,8 +207,8 @@ async fn exchange(setup: &Setup, sent_bytes: &[u8], has_fast_path: bool) -> (Vec
     (requests.take(), responses)
 }
 
-/// Checks that the bytes are the responses to these requests. Returns the headers of the responses without the date.
-/// They do not include an error that hyper itself may send at the end.
+/// Checks that the bytes are the responses to these requests. Returns the headers of the responses without the date,
+/// and the bodies of errors. They do not include an error that hyper itself may send at the end.
 fn check(setup: &Setup, requests: &[RecordedRequest], mut bytes: &[u8]) -> Vec<String> {
     let mut requests = requests.iter();
     let mut response_headers = Vec::new();
@@ -237,6 +243,9 @@ fn check(setup: &Setup, requests: &[RecordedRequest], mut bytes: &[u8]) -> Vec<S
         assert!(bytes.len() >= length, "{} of {length} bytes", bytes.len());
         let body = &bytes[..length];
         bytes = &bytes[length..];
+        if status != 200 {
+            response_headers.push(String::from_utf8_lossy(body).into_owned());
+        }
         assert_eq!(
             (header("cache-control"), header("x-content-type-options")),
             (Some("no-store"), Some("nosniff"))

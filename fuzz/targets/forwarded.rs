@@ -10,9 +10,11 @@
 
 use std::net::IpAddr;
 
-use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue};
+use http::Request;
+use http::header::HeaderValue;
 use key_service::access::forwarded::{ForwardedHeader, ProxySource, TrustedProxies};
 use key_service::access::peer::Origin;
+use key_service::access::request_head::RequestHead;
 use libfuzzer_sys::fuzz_target;
 
 /// The real client, in each notation.
@@ -31,9 +33,10 @@ fuzz_target!(|input: &[u8]| {
     // Requests that come directly from one peer.
     let trusted_peer = Origin::Ip("10.0.0.1".parse().expect("an address"));
     let untrusted_peer = Origin::Ip("192.0.2.9".parse().expect("an address"));
-    let headers = header_map(header, &forged);
-    assert_eq!(proxies.client_ip(untrusted_peer, &headers), None, "an untrusted peer is itself the client");
-    let found = proxies.client_ip(trusted_peer, &headers);
+    let request = with_headers(header, &forged);
+    let head = RequestHead::from(&request);
+    assert_eq!(proxies.client_ip(untrusted_peer, &head), None, "an untrusted peer is itself the client");
+    let found = proxies.client_ip(trusted_peer, &head);
     if let Some(found) = found {
         assert!(
             forged.iter().any(|value| contains_address(value, found)),
@@ -65,7 +68,7 @@ fuzz_target!(|input: &[u8]| {
     let chain = HeaderValue::from_bytes(&chain).expect("a chain has no control characters");
     let separate: Vec<_> = forged.iter().cloned().chain([chain.clone()]).collect();
     assert_eq!(
-        proxies.client_ip(trusted_peer, &header_map(header, &separate)),
+        proxies.client_ip(trusted_peer, &RequestHead::from(&with_headers(header, &separate))),
         Some(expected),
         "as a separate value: {separate:?}"
     );
@@ -74,7 +77,7 @@ fuzz_target!(|input: &[u8]| {
         let joined = HeaderValue::from_bytes(&joined).expect("two values make one");
         let values: Vec<_> = before.iter().cloned().chain([joined]).collect();
         assert_eq!(
-            proxies.client_ip(trusted_peer, &header_map(header, &values)),
+            proxies.client_ip(trusted_peer, &RequestHead::from(&with_headers(header, &values))),
             Some(expected),
             "appended to the last value: {values:?}"
         );
@@ -92,18 +95,13 @@ fn is_trusted(ip: IpAddr) -> bool {
     }
 }
 
-fn header_map(header: ForwardedHeader, values: &[HeaderValue]) -> HeaderMap {
+fn with_headers(header: ForwardedHeader, values: &[HeaderValue]) -> Request<()> {
     let name = match header {
-        ForwardedHeader::XForwardedFor => HeaderName::from_static("x-forwarded-for"),
-        ForwardedHeader::Forwarded => FORWARDED,
+        ForwardedHeader::XForwardedFor => "x-forwarded-for",
+        ForwardedHeader::Forwarded => "forwarded",
     };
-    values.iter().map(|value| (name.clone(), value.clone())).collect::<Vec<_>>().into_iter().fold(
-        HeaderMap::new(),
-        |mut headers, (name, value)| {
-            headers.append(name, value);
-            headers
-        },
-    )
+    let request = values.iter().fold(Request::builder(), |request, value| request.header(name, value));
+    request.body(()).expect("the headers are valid")
 }
 
 /// An address as a proxy writes it into the header.

@@ -1,6 +1,8 @@
 //! The audit log: one record for each key, with its recipient, its length, and whether all of it was sent. Never the
 //! key.
 
+use std::fmt;
+
 use tracing::info;
 
 use crate::access::authorization::Authorized;
@@ -20,11 +22,33 @@ pub enum AuditSubject {
     Unit(CredentialRequest),
 }
 
+/// Identifies an audit record, in the log and in the response: 128 random bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestId([u8; 16]);
+
+impl RequestId {
+    /// A new one.
+    ///
+    /// # Errors
+    /// The generator fails.
+    pub fn generate(generator: &Generator) -> Result<Self, GeneratorError> {
+        let mut id = [0; 16];
+        generator.fill(&mut id)?;
+        Ok(Self(id))
+    }
+}
+
+/// 32 hexadecimal digits.
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
 /// The audit record of a key in flight. Dropping it logs the record through the log's queue, so nothing waits for it.
 #[derive(Debug)]
 pub struct AuditRecord {
-    /// 128 random bits, which the response contains too.
-    request_id: u128,
+    request_id: RequestId,
     subject: AuditSubject,
     peer: Peer,
     spec: KeySpec,
@@ -33,25 +57,9 @@ pub struct AuditRecord {
 }
 
 impl AuditRecord {
-    /// Creates the record of the keys that `spec` describes. Nothing is logged yet.
-    ///
-    /// # Errors
-    /// The generator fails.
-    pub fn new(
-        subject: AuditSubject,
-        peer: Peer,
-        spec: KeySpec,
-        generator: &Generator,
-    ) -> Result<Self, GeneratorError> {
-        let mut id = [0; 16];
-        generator.fill(&mut id)?;
-        let request_id = u128::from_be_bytes(id);
-        Ok(Self { request_id, subject, peer, spec, sent: 0, is_complete: false })
-    }
-
-    /// The request ID: 32 hexadecimal digits.
-    pub fn request_id(&self) -> String {
-        format!("{:032x}", self.request_id)
+    /// Creates the record of the keys that `spec` describes, which were generated. Nothing is logged yet.
+    pub fn new(request_id: RequestId, subject: AuditSubject, peer: Peer, spec: KeySpec) -> Self {
+        Self { request_id, subject, peer, spec, sent: 0, is_complete: false }
     }
 
     /// Logs that a streamed key begins, so that there is a trace of it if the process is killed. Dropping the record
@@ -82,7 +90,7 @@ impl AuditRecord {
         };
         info!(
             target: AUDIT_TARGET,
-            request_id = self.request_id(),
+            request_id = self.request_id.to_string(),
             unit = unit.map(|request| request.unit.as_str()),
             credential = unit.map(|request| request.credential.as_str()),
             token = client.and_then(Authorized::token_name).map(|name| name.as_str()),

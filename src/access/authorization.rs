@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
 
-use axum::http::header::{AUTHORIZATION, HeaderMap};
 use subtle::ConstantTimeEq;
 
 use crate::access::forwarded::TrustedProxies;
 use crate::access::peer::{Client, Origin, Peer};
 use crate::access::rate_limit::{RateLimitStatus, RateLimiter, Rates};
+use crate::access::request_head::{RequestHead, RequestHeader};
 use crate::access::stream_permits::{StreamPermit, StreamPermits};
 use crate::access::token;
 use crate::access::tokens_file::{Grant, TokenName};
@@ -121,13 +121,13 @@ impl Authorizer {
     ///
     /// # Errors
     /// The request needs a token and has no valid one.
-    pub fn authorize(&self, peer: &Peer, headers: &HeaderMap) -> Result<Box<Authorized>, Unauthorized> {
+    pub fn authorize(&self, peer: &Peer, head: &RequestHead<'_>) -> Result<Box<Authorized>, Unauthorized> {
         let policy = Arc::clone(&self.policy.read().unwrap_or_else(PoisonError::into_inner));
         let rules = &policy.rules;
-        let forwarded = rules.proxies.client_ip(peer.origin, headers);
+        let forwarded = rules.proxies.client_ip(peer.origin, head);
         let is_trusted = rules.trusts_unix && matches!(peer.origin, Origin::Unix(_));
         let grant = match &rules.tokens {
-            Some(_) => match policy.grant(headers) {
+            Some(_) => match policy.grant(head) {
                 Ok(grant) => Some(grant.clone()),
                 Err(Unauthorized::Missing) if is_trusted => None,
                 Err(reason) => return Err(reason),
@@ -179,13 +179,13 @@ impl Authorizer {
         &self,
         authorized: Option<&Authorized>,
         peer: &Peer,
-        headers: &HeaderMap,
+        head: &RequestHead<'_>,
     ) -> Option<StreamPermit> {
         let client = match authorized {
             Some(authorized) => authorized.client(peer),
             None => {
                 let policy = self.policy.read().unwrap_or_else(PoisonError::into_inner);
-                let forwarded = policy.rules.proxies.client_ip(peer.origin, headers);
+                let forwarded = policy.rules.proxies.client_ip(peer.origin, head);
                 forwarded.map_or_else(|| peer.origin.into(), Client::from)
             }
         };
@@ -208,11 +208,11 @@ pub enum Unauthorized {
 }
 
 impl Policy {
-    /// The grant of the bearer token in `headers`.
-    fn grant(&self, headers: &HeaderMap) -> Result<&Grant, Unauthorized> {
-        let mut values = headers.get_all(AUTHORIZATION).iter();
+    /// The grant of the bearer token in `head`.
+    fn grant(&self, head: &RequestHead<'_>) -> Result<&Grant, Unauthorized> {
+        let mut values = head.values(RequestHeader::Authorization);
         let credentials = match (values.next(), values.next()) {
-            (Some(value), None) => value.as_bytes(),
+            (Some(value), None) => value,
             (None, _) => return Err(Unauthorized::Missing),
             (Some(_), Some(_)) => return Err(Unauthorized::Unknown),
         };

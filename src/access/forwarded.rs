@@ -4,10 +4,10 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-use axum::http::header::{FORWARDED, HeaderMap, HeaderName};
 use ipnet::IpNet;
 
 use crate::access::peer::Origin;
+use crate::access::request_head::{RequestHead, RequestHeader};
 
 /// The header that the trusted proxies write. Only that one is read: a proxy that writes one of the two passes the
 /// other on as its client sent it.
@@ -23,11 +23,11 @@ pub enum ForwardedHeader {
     Forwarded,
 }
 
-impl ForwardedHeader {
-    fn name(self) -> HeaderName {
-        match self {
-            Self::XForwardedFor => HeaderName::from_static("x-forwarded-for"),
-            Self::Forwarded => FORWARDED,
+impl From<ForwardedHeader> for RequestHeader {
+    fn from(header: ForwardedHeader) -> Self {
+        match header {
+            ForwardedHeader::XForwardedFor => Self::XForwardedFor,
+            ForwardedHeader::Forwarded => Self::Forwarded,
         }
     }
 }
@@ -92,14 +92,14 @@ impl TrustedProxies {
     ///
     /// The list is read from the right, byte by byte, up to the client's address and no further: the client may have
     /// made up everything left of it.
-    pub fn client_ip(&self, origin: Origin, headers: &HeaderMap) -> Option<IpAddr> {
+    pub fn client_ip(&self, origin: Origin, head: &RequestHead<'_>) -> Option<IpAddr> {
         if !self.contains(origin) {
             return None;
         }
         let mut client = None;
         // Headers of one name are one list, in their order (RFC 9110 section 5.3).
-        for value in headers.get_all(self.header.name()).iter().rev() {
-            let mut unread = Some(value.as_bytes());
+        for value in head.values(self.header.into()).rev() {
+            let mut unread = Some(value);
             while let Some(list) = unread {
                 let Some((ip, rest)) = self.header.last_address(list) else {
                     return client;
@@ -213,7 +213,7 @@ fn is_escaped(text: &[u8], at: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use axum::http::HeaderValue;
+    use axum::http::{HeaderValue, Request};
     use proptest::prelude::*;
 
     fn proxies(header: ForwardedHeader) -> TrustedProxies {
@@ -222,11 +222,15 @@ mod tests {
     }
 
     fn client(header: ForwardedHeader, peer: &str, values: &[impl AsRef<[u8]>]) -> Option<String> {
-        let mut headers = HeaderMap::new();
-        for value in values {
-            headers.append(header.name(), HeaderValue::from_bytes(value.as_ref()).unwrap());
-        }
-        let ip = proxies(header).client_ip(Origin::Ip(peer.parse().unwrap()), &headers)?;
+        let name = match header {
+            ForwardedHeader::XForwardedFor => "x-forwarded-for",
+            ForwardedHeader::Forwarded => "forwarded",
+        };
+        let values = values.iter().map(|value| HeaderValue::from_bytes(value.as_ref()).unwrap());
+        let request = values.fold(Request::builder(), |request, value| request.header(name, value));
+        let request = request.body(()).unwrap();
+        let ip =
+            proxies(header).client_ip(Origin::Ip(peer.parse().unwrap()), &RequestHead::from(&request))?;
         Some(ip.to_string())
     }
 
@@ -363,12 +367,9 @@ mod tests {
         #[test]
         fn no_address_is_found_in_bytes_without_one(bytes in proptest::collection::vec(any::<u8>(), 0..80), header in 0..2) {
             let header = if header == 0 { ForwardedHeader::XForwardedFor } else { ForwardedHeader::Forwarded };
-            let mut headers = HeaderMap::new();
-            if let Ok(value) = HeaderValue::from_bytes(&bytes) {
-                headers.append(header.name(), value);
-            }
+            let values: Vec<_> = HeaderValue::from_bytes(&bytes).map(|_| &bytes).into_iter().collect();
             // The parser does not panic, and an address that it finds is in the text.
-            let found = proxies(header).client_ip(Origin::Ip([10, 0, 0, 1].into()), &headers);
+            let found = client(header, "10.0.0.1", &values);
             let text = String::from_utf8_lossy(&bytes).into_owned();
             prop_assert!(found.is_none_or(|_| text.contains(['.', ':'])));
         }

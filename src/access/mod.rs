@@ -12,6 +12,7 @@ pub mod forwarded;
 pub mod peer;
 pub mod proxy_header;
 pub mod rate_limit;
+pub mod request_head;
 pub mod stream_permits;
 pub mod token;
 pub mod tokens_file;

@@ -2,22 +2,20 @@
 
 use std::sync::Arc;
 
-use axum::http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
-use axum::http::{Method, Response};
-
-use crate::access::audit::{AuditRecord, AuditSubject};
+use crate::access::audit::{AuditRecord, AuditSubject, RequestId};
 use crate::access::authorization::Authorized;
 use crate::access::peer::Peer;
+use crate::access::request_head::{RequestHead, RequestHeader};
 use crate::access::stream_permits::StreamPermit;
 use crate::http::body::Body;
 use crate::http::problem::Problem;
 use crate::http::query::KeyRequest;
-use crate::http::rate_limit_headers::rate_limit_headers;
-use crate::http::request_head::RequestHead;
-use crate::http::response::KEY_HEADERS;
+use crate::http::rate_limit_headers::append_rate_limit_lines;
+use crate::http::response::ReplyHead;
 use crate::http::state::AppState;
 use crate::keys::encoded_stream::EncodedStream;
-use crate::keys::format::{Format, Kind};
+use crate::keys::format::Kind;
+use crate::keys::generator::GeneratorError;
 use crate::keys::key::{KeyLength, LengthError};
 use crate::keys::key_spec::{BATCH_BYTES_MAX, BatchError, KeySpec};
 use crate::keys::password::Alphabet;
@@ -27,22 +25,12 @@ use crate::telemetry::labels::{KeyRequestError, Rejection};
 /// Seconds until a client may retry after all permits of streamed responses were taken.
 const STREAM_RETRY_AFTER: u32 = 1;
 
-/// Identifies the audit record of a response. The header of this name in a request is ignored.
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// The bits of entropy of each password in a response.
-const ENTROPY_BITS: HeaderName = HeaderName::from_static("entropy-bits");
-
-/// Stops nginx from spooling a streamed response to a file on its disk, which it does at once when a client reads
-/// slowly.
-const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
-
 /// A path of these routes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeyPath<'a> {
     kind: Kind,
     /// Not yet parsed.
-    length: &'a str,
+    length: &'a [u8],
 }
 
 impl KeyPath<'_> {
@@ -56,76 +44,139 @@ impl KeyPath<'_> {
 
 /// Parses the path of a key or a password; `None` is another route. The alphabet is the default one until the query is
 /// parsed.
-pub(crate) fn parse_path(path: &str) -> Option<KeyPath<'_>> {
-    let (kind, length) = match path.strip_prefix(KEY_PREFIX) {
+pub(crate) fn parse_path(path: &[u8]) -> Option<KeyPath<'_>> {
+    let (kind, length) = match path.strip_prefix(KEY_PREFIX.as_bytes()) {
         Some(length) => (Kind::Key, length),
-        None => (Kind::Password(Alphabet::default()), path.strip_prefix(PASSWORD_PREFIX)?),
+        None => (Kind::Password(Alphabet::default()), path.strip_prefix(PASSWORD_PREFIX.as_bytes())?),
     };
-    (!length.contains('/')).then_some(KeyPath { kind, length })
+    (!length.contains(&b'/')).then_some(KeyPath { kind, length })
 }
 
-/// Issues keys. A HEAD request gets the headers of GET: no key is generated, and no byte is charged.
-///
-/// # Errors
-/// Why the client gets no key.
-pub(crate) fn respond(
-    state: &AppState,
-    head: &RequestHead<'_>,
-    path: KeyPath<'_>,
-    peer: &Peer,
-    needs_negotiation: bool,
-) -> Result<Response<Body>, Problem> {
-    if !matches!(*head.method, Method::GET | Method::HEAD) {
-        return Err(Problem::method_not_allowed());
-    }
-    let is_head = head.is_head();
-    let mut authorized = authorize(state, head.headers, peer)?;
-    let spec = parse_spec(state, head, path, authorized.as_deref(), needs_negotiation)?;
-    if let Some(failure) = state.generator.failure() {
-        return Err(state.generator_problem(failure));
-    }
-    // The permit comes before the charge: a client does not pay for a key that it does not get.
-    let permit = if spec.is_streamed() && !is_head {
-        Some(stream_permit(state, head.headers, authorized.as_deref(), peer)?)
-    } else {
-        None
-    };
-    if let Some(authorized) = &mut authorized {
-        let bytes = if is_head { 0 } else { spec.key_bytes() };
-        state.authorizer.check_rate_limit(authorized, peer, bytes).map_err(|status| {
-            state.metrics.count_rejection(Rejection::Rate);
-            Problem::too_many_requests(&status)
-        })?;
-    }
-    let body = if is_head { Ok(Body::empty()) } else { key_body(state, &spec, permit) };
-    let mut response = Response::new(body?);
-    *response.headers_mut() = key_headers(&spec);
-    if let Some(authorized) = authorized {
-        if let Some(status) = &authorized.rate_limit {
-            response.headers_mut().extend(rate_limit_headers(status));
+/// A request for keys that the rules allow. Nothing is charged and no key is generated yet.
+#[derive(Debug)]
+pub(crate) struct KeyOrder {
+    pub(crate) spec: KeySpec,
+    authorized: Option<Box<Authorized>>,
+    /// Whether the request is for the headers only: no key is generated, and no byte is charged.
+    pub(crate) is_head: bool,
+    request_id: Option<RequestId>,
+}
+
+impl KeyOrder {
+    /// Decides whether a client gets keys, and which.
+    ///
+    /// # Errors
+    /// Why the client gets no key.
+    pub(crate) fn decide(
+        state: &AppState,
+        head: &RequestHead<'_>,
+        path: KeyPath<'_>,
+        peer: &Peer,
+    ) -> Result<Self, Problem> {
+        if !head.reads() {
+            return Err(Problem::method_not_allowed());
         }
-        if authorized.audit && !is_head {
-            let record =
-                AuditRecord::new(AuditSubject::Client(*authorized), peer.clone(), spec, &state.generator)
+        let authorized = authorize(state, head, peer)?;
+        let spec = parse_spec(state, head, path, authorized.as_deref())?;
+        if let Some(failure) = state.generator.failure() {
+            return Err(state.generator_problem(failure));
+        }
+        Ok(Self { spec, authorized, is_head: head.is_head(), request_id: None })
+    }
+
+    /// Whether the response is generated as the client reads it.
+    pub(crate) fn is_streamed(&self) -> bool {
+        self.spec.is_streamed() && !self.is_head
+    }
+
+    /// A permit for a streamed response. It comes before the charge: a client does not pay for a key that it does not
+    /// get.
+    pub(crate) fn stream_permit(
+        &self,
+        state: &AppState,
+        head: &RequestHead<'_>,
+        peer: &Peer,
+    ) -> Result<StreamPermit, Problem> {
+        if state.health.is_stopping() {
+            state.metrics.count_key_error(KeyRequestError::Draining);
+            return Err(Problem::draining());
+        }
+        state.authorizer.acquire_stream_permit(self.authorized.as_deref(), peer, head).ok_or_else(|| {
+            state.metrics.count_key_error(KeyRequestError::Bulk);
+            Problem::unavailable("Too many large responses are being sent", STREAM_RETRY_AFTER)
+        })
+    }
+
+    /// Charges the client, and returns the head of the response.
+    pub(crate) fn charge(&mut self, state: &AppState, peer: &Peer) -> Result<ReplyHead, Problem> {
+        let mut lines = String::new();
+        if let Some(authorized) = &mut self.authorized {
+            let bytes = if self.is_head { 0 } else { self.spec.key_bytes() };
+            state.authorizer.check_rate_limit(authorized, peer, bytes).map_err(|status| {
+                state.metrics.count_rejection(Rejection::Rate);
+                Problem::too_many_requests(&status)
+            })?;
+            if let Some(status) = &authorized.rate_limit {
+                append_rate_limit_lines(&mut lines, status);
+            }
+            if authorized.audit && !self.is_head {
+                let id = RequestId::generate(&state.generator)
                     .map_err(|failure| state.generator_problem(failure))?;
-            let id = HeaderValue::try_from(record.request_id()).expect("an id has hexadecimal digits only");
-            response.headers_mut().insert(REQUEST_ID, id);
-            response.body_mut().attach_audit_record(record);
+                lines.extend(["x-request-id: ", &id.to_string(), "\r\n"]);
+                self.request_id = Some(id);
+            }
+        }
+        if let Kind::Password(alphabet) = self.spec.kind() {
+            // The bits of entropy of each password in the response.
+            lines.extend(["entropy-bits: ", &alphabet.entropy_bits(self.spec.length()), "\r\n"]);
+        }
+        if self.spec.is_streamed() {
+            // Stops nginx from spooling a streamed response to a file on its disk, which it does at once when a client
+            // reads slowly.
+            lines += "x-accel-buffering: no\r\n";
+        }
+        Ok(ReplyHead::of_keys(&self.spec, lines))
+    }
+
+    /// Appends the keys to `text`, which has the capacity for them, and counts them.
+    pub(crate) fn append_keys(&self, state: &AppState, text: &mut Vec<u8>) -> Result<(), GeneratorError> {
+        if self.is_head {
+            return Ok(());
+        }
+        state.generate_with(&self.spec, || self.spec.append(&state.generator, text))
+    }
+
+    /// The keys as a body for hyper: generated here, or, with a permit, as the client reads them.
+    pub(crate) fn body(
+        &self,
+        state: &AppState,
+        permit: Option<StreamPermit>,
+    ) -> Result<Body, GeneratorError> {
+        match permit {
+            Some(permit) => EncodedStream::start(&self.spec, Arc::clone(&state.generator))
+                .map(|stream| Body::stream(stream, permit)),
+            None if self.is_head => Ok(Body::empty()),
+            None => state.generate(&self.spec).map(Body::full),
         }
     }
-    if is_head {
-        // Hyper derives the header from a body, and there is none.
-        response.headers_mut().insert(CONTENT_LENGTH, spec.encoded_len().into());
+
+    /// The audit record of the keys, which were generated.
+    pub(crate) fn into_record(self, peer: &Peer) -> Option<AuditRecord> {
+        let (id, authorized) = (self.request_id?, self.authorized?);
+        Some(AuditRecord::new(id, AuditSubject::Client(*authorized), peer.clone(), self.spec))
     }
-    Ok(response)
 }
 
 /// Authorizes the client; `None` if no rule applies to any client.
-fn authorize(state: &AppState, headers: &HeaderMap, peer: &Peer) -> Result<Option<Box<Authorized>>, Problem> {
+fn authorize(
+    state: &AppState,
+    head: &RequestHead<'_>,
+    peer: &Peer,
+) -> Result<Option<Box<Authorized>>, Problem> {
     if state.authorizer.is_unrestricted() {
         return Ok(None);
     }
-    let authorized = state.authorizer.authorize(peer, headers).map_err(|reason| {
+    let authorized = state.authorizer.authorize(peer, head).map_err(|reason| {
         state.metrics.count_rejection(Rejection::Unauthorized);
         Problem::unauthorized(reason)
     })?;
@@ -138,62 +189,14 @@ fn parse_spec(
     head: &RequestHead<'_>,
     path: KeyPath<'_>,
     authorized: Option<&Authorized>,
-    needs_negotiation: bool,
 ) -> Result<KeySpec, Problem> {
     let kind = path.kind;
     let max_size = kind.length_max(state.max_size_for(authorized));
     let length = KeyLength::parse(path.length, max_size).map_err(length_problem)?;
-    let request = match head.query {
-        None if !needs_negotiation => KeyRequest { kind, format: kind.formats()[0], count: None },
-        query => KeyRequest::parse(kind, query, head.headers.get_all(ACCEPT))
-            .map_err(|error| error.into_problem(kind))?,
-    };
+    let request = KeyRequest::parse(kind, head.query, head.values(RequestHeader::Accept))
+        .map_err(|error| error.into_problem(kind))?;
     KeySpec::new(request.kind, length, request.format, request.count)
         .map_err(|error| batch_problem(kind, error))
-}
-
-/// A permit for a streamed response.
-fn stream_permit(
-    state: &AppState,
-    headers: &HeaderMap,
-    authorized: Option<&Authorized>,
-    peer: &Peer,
-) -> Result<StreamPermit, Problem> {
-    if state.health.is_stopping() {
-        state.metrics.count_key_error(KeyRequestError::Draining);
-        return Err(Problem::draining());
-    }
-    state.authorizer.acquire_stream_permit(authorized, peer, headers).ok_or_else(|| {
-        state.metrics.count_key_error(KeyRequestError::Bulk);
-        Problem::unavailable("Too many large responses are being sent", STREAM_RETRY_AFTER)
-    })
-}
-
-/// The keys of `spec`: generated here, or, with a permit, as the client reads them.
-fn key_body(state: &AppState, spec: &KeySpec, permit: Option<StreamPermit>) -> Result<Body, Problem> {
-    let body = match permit {
-        Some(permit) => EncodedStream::start(spec, Arc::clone(&state.generator))
-            .map(|stream| Body::stream(stream, permit)),
-        None => state.generate(spec).map(Body::full),
-    };
-    body.map_err(|failure| state.generator_problem(failure))
-}
-
-/// The headers that follow from `spec`.
-fn key_headers(spec: &KeySpec) -> HeaderMap {
-    let mut headers = KEY_HEADERS.clone();
-    if spec.format() != Format::Raw {
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static(spec.content_type()));
-    }
-    if spec.is_streamed() {
-        headers.insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
-    }
-    if let Kind::Password(alphabet) = spec.kind() {
-        let bits = format!("{:.1}", alphabet.entropy_bits(spec.length()));
-        let bits = HeaderValue::try_from(bits).expect("a number has digits and a point only");
-        headers.insert(ENTROPY_BITS, bits);
-    }
-    headers
 }
 
 fn length_problem(error: LengthError) -> Problem {

@@ -16,7 +16,6 @@ mod page;
 pub mod problem;
 pub mod query;
 mod rate_limit_headers;
-mod request_head;
 pub mod response;
 pub mod routes;
 pub mod service;

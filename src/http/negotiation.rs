@@ -1,20 +1,25 @@
 //! Content negotiation by `Accept` headers (RFC 9110 section 12.5.1).
 
-use axum::http::header::HeaderValue;
-
 /// The one of `offers` with the largest weight in the `Accept` headers, the first of equals. Without such a header it
 /// is the first offer; `None` means that the headers match no offer.
 pub(crate) fn negotiate<'a, T: Copy>(
     offers: &[T],
     media_type: impl Fn(T) -> &'static str,
-    accept: impl IntoIterator<Item = &'a HeaderValue>,
+    accept: impl IntoIterator<Item = &'a [u8]>,
 ) -> Option<T> {
     let mut accept = accept.into_iter().peekable();
+    // Without the header, or with the usual one, the first offer is as good as any.
+    while accept.peek().is_some_and(|value| *value == b"*/*") {
+        accept.next();
+        if accept.peek().is_none() {
+            return offers.first().copied();
+        }
+    }
     if accept.peek().is_none() {
         return offers.first().copied();
     }
     let ranges: Vec<MediaRange<'_>> = accept
-        .filter_map(|value| value.to_str().ok())
+        .filter_map(visible_text)
         .flat_map(|value| value.split(','))
         .filter_map(MediaRange::parse)
         .collect();
@@ -25,6 +30,13 @@ pub(crate) fn negotiate<'a, T: Copy>(
         .rev() // of equal weights max_by_key returns the last one, which must be the first offer
         .max_by_key(weight)
         .filter(|offer| weight(offer) > 0)
+}
+
+/// The text of a header's value; `None` if it has other characters than those of ASCII that are visible, spaces and
+/// tabs.
+fn visible_text(value: &[u8]) -> Option<&str> {
+    let is_visible = |byte: &u8| matches!(byte, b' '..=b'~' | b'\t');
+    std::str::from_utf8(value).ok().filter(|text| text.as_bytes().iter().all(is_visible))
 }
 
 /// One media range of an `Accept` header.

@@ -27,8 +27,12 @@ const MEDIA_TYPES: [&str; 2] = ["text/plain", "text/html"];
 /// # Errors
 /// 406 if the client accepts neither.
 pub(crate) fn serve(headers: &HeaderMap) -> Result<Response, Problem> {
-    let chosen = negotiate(&MEDIA_TYPES, |media_type| media_type, headers.get_all(ACCEPT))
-        .ok_or_else(|| Problem::not_acceptable(&MEDIA_TYPES.join(", ")))?;
+    let chosen = negotiate(
+        &MEDIA_TYPES,
+        |media_type| media_type,
+        headers.get_all(ACCEPT).iter().map(HeaderValue::as_bytes),
+    )
+    .ok_or_else(|| Problem::not_acceptable(&MEDIA_TYPES.join(", ")))?;
     let vary = (VARY, HeaderValue::from_static("Accept"));
     Ok(if chosen == "text/html" {
         ([vary], PAGE_HEADERS.clone(), PAGE).into_response()

@@ -1,17 +1,14 @@
 //! Problem details (RFC 9457): the body of every error response.
 
-use axum::http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
-use axum::http::{HeaderValue, Response, StatusCode};
+use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use serde::Serialize;
 
 use crate::access::authorization::Unauthorized;
 use crate::access::rate_limit::RateLimitStatus;
-use crate::http::rate_limit_headers::rate_limit_headers;
+use crate::http::rate_limit_headers::append_rate_limit_lines;
+use crate::http::response::{ReplyHead, TextReply};
 use crate::keys::generator::GeneratorError;
-
-/// The methods of every route.
-const METHODS: HeaderValue = HeaderValue::from_static("GET, HEAD");
 
 /// Seconds until a client may retry after a 503 that concerns the whole service.
 const RETRY_AFTER_UNAVAILABLE: u32 = 5;
@@ -30,12 +27,10 @@ pub struct Problem {
     #[serde(skip_serializing_if = "Option::is_none")]
     max: Option<u64>,
     #[serde(skip)]
-    retry_after: Option<u32>,
-    #[serde(skip)]
     closes_connection: bool,
-    /// Further headers of the response.
+    /// Further header lines of the response, each with its end.
     #[serde(skip)]
-    headers: Vec<(HeaderName, HeaderValue)>,
+    lines: String,
 }
 
 impl Problem {
@@ -52,13 +47,13 @@ impl Problem {
     /// 401 with its challenge. RFC 6750 section 3.1: the challenge names an error only if the request had a token.
     pub(crate) fn unauthorized(reason: Unauthorized) -> Self {
         let challenge = match reason {
-            Unauthorized::Missing => "Bearer realm=\"key-service\"",
+            Unauthorized::Missing => "www-authenticate: Bearer realm=\"key-service\"\r\n",
             Unauthorized::Unknown | Unauthorized::Expired => {
-                "Bearer realm=\"key-service\", error=\"invalid_token\""
+                "www-authenticate: Bearer realm=\"key-service\", error=\"invalid_token\"\r\n"
             }
         };
         let mut problem = Self::new(StatusCode::UNAUTHORIZED, reason.to_string());
-        problem.headers.push((WWW_AUTHENTICATE, HeaderValue::from_static(challenge)));
+        problem.lines += challenge;
         problem
     }
 
@@ -66,8 +61,8 @@ impl Problem {
     pub(crate) fn too_many_requests(status: &RateLimitStatus) -> Self {
         let mut problem =
             Self::new(StatusCode::TOO_MANY_REQUESTS, "Rate limit of requests or bytes exceeded");
-        problem.retry_after = status.retry_after();
-        problem.headers.extend(rate_limit_headers(status));
+        append_rate_limit_lines(&mut problem.lines, status);
+        status.retry_after().into_iter().for_each(|seconds| problem.add_retry_after(seconds));
         problem
     }
 
@@ -79,7 +74,7 @@ impl Problem {
     /// 405 with `Allow`.
     pub(crate) fn method_not_allowed() -> Self {
         let mut problem = Self::new(StatusCode::METHOD_NOT_ALLOWED, "This path supports only GET and HEAD");
-        problem.headers.push((ALLOW, METHODS));
+        problem.lines += "allow: GET, HEAD\r\n";
         problem
     }
 
@@ -96,7 +91,7 @@ impl Problem {
     /// 503: the client may retry after `retry_after` seconds.
     pub(crate) fn unavailable(detail: impl Into<String>, retry_after: u32) -> Self {
         let mut problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, detail);
-        problem.retry_after = Some(retry_after);
+        problem.add_retry_after(retry_after);
         problem
     }
 
@@ -142,20 +137,15 @@ impl Problem {
     }
 
     /// The response.
-    pub(crate) fn to_response<B: From<String>>(&self) -> Response<B> {
-        let json = serde_json::to_string(self).expect("a problem has only strings and numbers");
-        let mut response = Response::new(B::from(json));
-        *response.status_mut() = self.status;
-        let headers = response.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        headers.extend(self.headers.iter().cloned());
-        if let Some(seconds) = self.retry_after {
-            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
-        }
-        if self.closes_connection {
-            headers.insert(CONNECTION, HeaderValue::from_static("close"));
-        }
-        response
+    pub(crate) fn into_reply(self) -> TextReply {
+        let json = serde_json::to_string(&self).expect("a problem has only strings and numbers");
+        let mut head = ReplyHead::of_problem(self.status, self.lines);
+        head.closes = self.closes_connection;
+        TextReply { head, body: json.into() }
+    }
+
+    fn add_retry_after(&mut self, seconds: u32) {
+        self.lines.extend(["retry-after: ", itoa::Buffer::new().format(seconds), "\r\n"]);
     }
 
     fn new(status: StatusCode, detail: impl Into<String>) -> Self {
@@ -165,9 +155,8 @@ impl Problem {
             detail: detail.into(),
             min: None,
             max: None,
-            retry_after: None,
             closes_connection: false,
-            headers: Vec::new(),
+            lines: String::new(),
         }
     }
 }
@@ -175,7 +164,8 @@ impl Problem {
 /// For routes that axum serves.
 impl IntoResponse for Problem {
     fn into_response(self) -> axum::response::Response {
-        self.to_response()
+        let TextReply { head, body } = self.into_reply();
+        head.into_response(body.into_owned().into(), None).map(axum::body::Body::new)
     }
 }
 
@@ -190,10 +180,8 @@ mod tests {
     #[test]
     fn a_problem_has_the_form_of_rfc_9457() {
         let problem = Problem::too_large("Length exceeds maximum size of 8").with_max(8);
-        let response = problem.to_response::<String>();
-        assert_eq!(response.headers()[CONTENT_TYPE], "application/problem+json");
         assert_eq!(
-            response.body(),
+            problem.into_reply().body,
             r#"{"title":"Payload Too Large","status":413,"detail":"Length exceeds maximum size of 8","max":8}"#
         );
     }

@@ -1,7 +1,5 @@
 //! What a request for keys asks for: by its query, else by its `Accept` headers, else the default.
 
-use axum::http::header::HeaderValue;
-
 use crate::http::negotiation::negotiate;
 use crate::http::problem::Problem;
 use crate::keys::format::{Format, Kind};
@@ -44,8 +42,8 @@ impl KeyRequest {
     /// An unknown, repeated or invalid parameter, or no acceptable format.
     pub fn parse<'a>(
         kind: Kind,
-        query: Option<&str>,
-        accept: impl IntoIterator<Item = &'a HeaderValue>,
+        query: Option<&[u8]>,
+        accept: impl IntoIterator<Item = &'a [u8]>,
     ) -> Result<Self, ParamError> {
         let query = query.map_or_else(|| Ok(RawQuery::default()), |query| RawQuery::parse(kind, query))?;
         let is_batch = query.count.is_some();
@@ -125,35 +123,49 @@ struct RawQuery {
 }
 
 impl RawQuery {
-    fn parse(kind: Kind, text: &str) -> Result<Self, ParamError> {
+    fn parse(kind: Kind, text: &[u8]) -> Result<Self, ParamError> {
         let mut query = Self::default();
-        for (name, value) in form_urlencoded::parse(text.as_bytes()) {
+        for (name, value) in form_urlencoded::parse(text) {
             let is_first = match &*name {
                 FORMAT => {
                     let known = kind.formats().iter().copied().find(|format| format.name() == value);
                     query
                         .format
-                        .replace(known.ok_or_else(|| ParamError::UnknownFormat(value.into()))?)
+                        .replace(known.ok_or_else(|| ParamError::UnknownFormat(quoted(&value)))?)
                         .is_none()
                 }
                 COUNT => {
-                    let number = KeyLength::parse(&value, COUNT_MAX).map(KeyLength::bytes);
-                    query.count.replace(number.map_err(|_| ParamError::InvalidCount(value.into()))?).is_none()
+                    let number = KeyLength::parse(&*value, COUNT_MAX).map(KeyLength::bytes);
+                    query
+                        .count
+                        .replace(number.map_err(|_| ParamError::InvalidCount(quoted(&value)))?)
+                        .is_none()
                 }
                 ALPHABET if kind != Kind::Key => {
                     let known = Alphabet::ALL.into_iter().find(|alphabet| alphabet.name() == value);
                     query
                         .alphabet
-                        .replace(known.ok_or_else(|| ParamError::UnknownAlphabet(value.into()))?)
+                        .replace(known.ok_or_else(|| ParamError::UnknownAlphabet(quoted(&value)))?)
                         .is_none()
                 }
-                _ => return Err(ParamError::UnknownParameter(name.into())),
+                _ => return Err(ParamError::UnknownParameter(quoted(&name))),
             };
             if !is_first {
-                return Err(ParamError::RepeatedParameter(name.into()));
+                return Err(ParamError::RepeatedParameter(quoted(&name)));
             }
         }
         Ok(query)
+    }
+}
+
+/// The most characters of a request that a problem repeats.
+const QUOTED_MAX: usize = 64;
+
+/// A text of the request as a problem repeats it: shortened, if it is long.
+fn quoted(text: &str) -> String {
+    match text.char_indices().nth(QUOTED_MAX) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
     }
 }
 
@@ -162,8 +174,7 @@ mod tests {
     use super::*;
 
     fn parse(query: Option<&str>, accept: &[&str]) -> Result<KeyRequest, ParamError> {
-        let accept: Vec<_> = accept.iter().map(|text| HeaderValue::from_str(text).unwrap()).collect();
-        KeyRequest::parse(Kind::Key, query, &accept)
+        KeyRequest::parse(Kind::Key, query.map(str::as_bytes), accept.iter().map(|text| text.as_bytes()))
     }
 
     fn format(query: Option<&str>, accept: &[&str]) -> Result<Format, ParamError> {

@@ -1,59 +1,129 @@
-//! What all responses have in common: their headers, and how they end.
+//! Responses as both transports send them, and their conversion for hyper.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::LazyLock;
 use std::task::{Context, Poll};
 
-use axum::http::Response;
 use axum::http::header::{
-    ACCEPT_RANGES, CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName,
-    HeaderValue, VARY, X_CONTENT_TYPE_OPTIONS,
+    CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS,
 };
+use axum::http::{Response, StatusCode};
 
 use crate::http::body::Body;
 use crate::http::in_flight::InFlightRequest;
-use crate::http::problem::Problem;
 use crate::keys::format::Format;
+use crate::keys::key_spec::KeySpec;
 
-/// The headers of every response.
-const COMMON_HEADERS: [(HeaderName, HeaderValue); 2] = [
-    (CACHE_CONTROL, HeaderValue::from_static("no-store")),
-    (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
-];
-
-/// The headers of a raw key, except its length. They are made once and cloned: five insertions cost more than the key.
-pub(crate) static KEY_HEADERS: LazyLock<HeaderMap> = LazyLock::new(|| {
-    let mut headers = HeaderMap::from_iter(COMMON_HEADERS);
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(Format::Raw.media_type(false)));
-    headers.insert(ACCEPT_RANGES, HeaderValue::from_static("none"));
-    headers.insert(VARY, HeaderValue::from_static("Accept"));
-    headers
-});
-
-/// The status line and [`KEY_HEADERS`], as the fast path writes them.
-pub(crate) static KEY_HEAD: LazyLock<String> = LazyLock::new(|| {
-    let mut head = String::from("HTTP/1.1 200 OK\r\n");
-    for (name, value) in &*KEY_HEADERS {
-        let value = value.to_str().expect("these values are of ASCII");
-        head.extend([name.as_str(), ": ", value, "\r\n"]);
-    }
-    head
-});
-
-/// Sets the headers that every response has.
-pub(crate) fn with_common_headers<B: Into<Body>>(response: Response<B>) -> Response<Body> {
-    let mut response = response.map(Into::into);
-    for (name, value) in COMMON_HEADERS {
-        response.headers_mut().insert(name, value);
-    }
-    response
+/// The header lines of every response of this media type, and further ones, in one text.
+macro_rules! lines {
+    ($media_type:literal $($line:literal)*) => {
+        concat!(
+            "content-type: ", $media_type, "\r\ncache-control: no-store\r\nx-content-type-options: nosniff\r\n",
+            $($line, "\r\n"),*
+        )
+    };
 }
 
-/// The response to a request that fails with `problem`.
-pub(crate) fn problem_response(problem: &Problem) -> Response<Body> {
-    with_common_headers(problem.to_response::<String>())
+/// The header lines of every response with keys of this media type.
+macro_rules! key_lines {
+    ($media_type:literal) => {
+        lines!($media_type "accept-ranges: none" "vary: Accept")
+    };
+}
+
+/// The header lines of a text.
+const TEXT_LINES: &str = lines!("text/plain; charset=utf-8");
+
+/// The header lines of a problem.
+const PROBLEM_LINES: &str = lines!("application/problem+json");
+
+/// The head of a response, but for what a transport adds: Content-Length, Date and Connection.
+#[derive(Debug)]
+pub(crate) struct ReplyHead {
+    pub(crate) status: StatusCode,
+    /// Header lines, each with its end: those that are always the same, and the others.
+    pub(crate) lines: (&'static str, String),
+    /// Whether the connection is to be closed.
+    pub(crate) closes: bool,
+}
+
+/// A response whose body is a text.
+#[derive(Debug)]
+pub(crate) struct TextReply {
+    pub(crate) head: ReplyHead,
+    pub(crate) body: Cow<'static, str>,
+}
+
+impl ReplyHead {
+    /// The head of a problem, with further header lines.
+    pub(crate) fn of_problem(status: StatusCode, more_lines: String) -> Self {
+        Self { status, lines: (PROBLEM_LINES, more_lines), closes: false }
+    }
+
+    /// The head of a response with keys, with further header lines.
+    pub(crate) fn of_keys(spec: &KeySpec, more_lines: String) -> Self {
+        let lines = match (spec.format(), spec.count()) {
+            (Format::Raw, _) => key_lines!("application/octet-stream"),
+            (Format::Text | Format::Hex | Format::Base64 | Format::Base64Url, _) => {
+                key_lines!("text/plain; charset=utf-8")
+            }
+            (Format::Json, _) => key_lines!("application/json"),
+            (Format::Jwk, None) => key_lines!("application/jwk+json"),
+            (Format::Jwk, Some(_)) => key_lines!("application/jwk-set+json"),
+        };
+        Self { status: StatusCode::OK, lines: (lines, more_lines), closes: false }
+    }
+
+    /// The response for hyper, with the length of GET's body in place of the body of HEAD.
+    pub(crate) fn into_response(self, body: Body, content_length: Option<u64>) -> Response<Body> {
+        let mut response = Response::new(body);
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        for lines in [self.lines.0, &self.lines.1] {
+            append_lines(headers, lines);
+        }
+        if self.closes {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        if let Some(length) = content_length {
+            headers.insert(CONTENT_LENGTH, length.into());
+        }
+        response
+    }
+}
+
+impl TextReply {
+    pub(crate) fn into_response(self) -> Response<Body> {
+        let body = match self.body {
+            Cow::Borrowed(text) => text.into(),
+            Cow::Owned(text) => text.into(),
+        };
+        self.head.into_response(Body::full(body), None)
+    }
+
+    pub(crate) fn ok(text: &'static str) -> Self {
+        let head = ReplyHead { status: StatusCode::OK, lines: (TEXT_LINES, String::new()), closes: false };
+        Self { head, body: text.into() }
+    }
+}
+
+fn append_lines(headers: &mut HeaderMap, lines: &str) {
+    for line in lines.split_terminator("\r\n") {
+        let (name, value) = line.split_once(": ").expect("a header line has a colon");
+        let name = HeaderName::try_from(name).expect("the names are ours");
+        headers.append(name, HeaderValue::try_from(value).expect("the values are ours"));
+    }
+}
+
+/// Sets the headers that every response has.
+pub(crate) fn with_common_headers(response: axum::response::Response) -> Response<Body> {
+    let mut response = response.map(Into::into);
+    let headers = response.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
 }
 
 /// Counts `response` by its status, and attaches `request` to it, whose time runs until the last byte is handed over.

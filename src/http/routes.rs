@@ -13,9 +13,7 @@ use crate::http::openapi::{self, DocumentOptions};
 use crate::http::page;
 use crate::http::problem::Problem;
 use crate::http::state::AppState;
-use crate::telemetry::endpoint::{
-    HEALTH_PATH, LIVEZ_PATH, METRICS_PATH, OPENAPI_PATH, PAGE_PATH, READYZ_PATH,
-};
+use crate::telemetry::endpoint::{METRICS_PATH, OPENAPI_PATH, PAGE_PATH};
 
 /// Which routes a listener serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,10 +34,7 @@ impl Routes {
 
     /// The router of these routes.
     pub(crate) fn router(self, state: Arc<AppState>) -> Router {
-        let mut router = Router::new()
-            .route(HEALTH_PATH, get(serve_health))
-            .route(LIVEZ_PATH, get(serve_livez))
-            .route(READYZ_PATH, get(serve_readyz));
+        let mut router = Router::new();
         if self.have_keys() {
             router = router.route(OPENAPI_PATH, get(serve_openapi));
             if state.has_page {
@@ -54,22 +49,6 @@ impl Routes {
             .method_not_allowed_fallback(async || Problem::method_not_allowed())
             .with_state(state)
     }
-}
-
-async fn serve_health(State(state): State<Arc<AppState>>) -> Result<&'static str, Problem> {
-    let checked = state.health.check();
-    state.report_failure();
-    checked.map(|()| "OK")
-}
-
-async fn serve_livez(State(state): State<Arc<AppState>>) -> Result<&'static str, Problem> {
-    state.health.live().map(|()| "OK")
-}
-
-async fn serve_readyz(State(state): State<Arc<AppState>>) -> Result<&'static str, Problem> {
-    let checked = state.health.ready();
-    state.report_failure();
-    checked.map(|()| "OK")
 }
 
 async fn serve_openapi(State(state): State<Arc<AppState>>) -> impl IntoResponse {

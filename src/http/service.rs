@@ -4,32 +4,28 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::http::header::HeaderMap;
-use axum::http::{Request, Response, StatusCode};
+use axum::http::{Request, Response};
 use hyper::service::Service;
 use tower_service::Service as _;
 
 use crate::access::peer::Peer;
+use crate::access::request_head::RequestHead;
 use crate::http::body::Body;
 use crate::http::in_flight::InFlightRequest;
-use crate::http::key_route;
+use crate::http::key_route::{self, KeyOrder};
 use crate::http::problem::Problem;
-use crate::http::rate_limit_headers::rate_limit_header_lines;
-use crate::http::request_head::RequestHead;
-use crate::http::response::{
-    KEY_HEAD, ResponseFuture, finalize_response, problem_response, with_common_headers,
-};
+use crate::http::response::{ReplyHead, ResponseFuture, TextReply, finalize_response, with_common_headers};
 use crate::http::routes::Routes;
 use crate::http::state::AppState;
-use crate::keys::format::{Format, Kind};
-use crate::keys::key::KeyLength;
-use crate::keys::key_spec::KeySpec;
 use crate::server::connection_limit::ConnectionClass;
-use crate::server::fast_path::request::FastRequest;
-use crate::server::fast_path::response_buffer::{FAST_KEY_MAX, ResponseBuffer};
+use crate::server::fast_path::response_buffer::{ResponseBuffer, ResponseHead};
 use crate::server::fast_path::service::{FastOutcome, FastPath};
 use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::labels::Rejection;
+
+/// Bytes of a text that a response may have: room for them is made before a request is decided. A problem repeats only
+/// a little of what a client sent.
+const TEXT_MAX: usize = 1024;
 
 /// The service of a listener; cheap to clone for each connection.
 #[derive(Debug, Clone)]
@@ -60,43 +56,130 @@ impl HttpService {
     }
 }
 
+/// What a request means.
+#[derive(Debug)]
+enum Decision {
+    /// A response that is a text.
+    Text(TextReply),
+    /// Keys, not yet generated.
+    Keys(KeyOrder),
+    /// The router makes the response.
+    Router,
+}
+
+impl From<Problem> for Decision {
+    fn from(problem: Problem) -> Self {
+        Self::Text(problem.into_reply())
+    }
+}
+
 impl ConnectionService {
-    /// Responds to requests for keys at once. The router responds to the others.
-    fn respond<B>(&self, request: Request<B>) -> ResponseFuture {
-        let HttpService { state, router, has_keys } = &self.service;
-        let metrics = &state.metrics;
-        let head = RequestHead::from(&request);
+    /// Decides what the request means, whichever transport read it. Only a refusal has effects: it is counted.
+    fn decide(&self, head: &RequestHead<'_>) -> (Endpoint, Decision) {
+        let HttpService { state, has_keys, .. } = &self.service;
         let key_path = if *has_keys { key_route::parse_path(head.path) } else { None };
         let endpoint =
             key_path.map_or_else(|| Endpoint::from_fixed_path(head.path), |key_path| key_path.endpoint());
-        let in_flight = InFlightRequest::start(Arc::clone(metrics), endpoint);
-        let is_head = head.is_head();
-        let is_closing = self.class != ConnectionClass::Normal || state.health.is_draining();
-        let validated = head.validate();
-        let response = if let Err(problem) = &validated {
-            metrics.count_rejection(Rejection::Malformed);
-            problem_response(problem)
+        let decision = if let Err(malformed) = head.validate() {
+            state.metrics.count_rejection(Rejection::Malformed);
+            Problem::malformed(malformed.to_string()).into()
         } else if let Some(reason) = self.class.failure()
             && !matches!(endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics)
         {
             match key_path {
-                Some(_) => metrics.count_key_error(reason),
-                None => metrics.count_rejection(reason.into()),
+                Some(_) => state.metrics.count_key_error(reason),
+                None => state.metrics.count_rejection(reason.into()),
             }
-            problem_response(&Problem::too_many_connections())
+            Problem::too_many_connections().into()
         } else if let Some(key_path) = key_path {
-            let needs_negotiation = validated.is_ok_and(|needs_negotiation| needs_negotiation);
-            key_route::respond(state, &head, key_path, &self.peer, needs_negotiation)
-                .unwrap_or_else(|problem| problem_response(&problem))
+            KeyOrder::decide(state, head, key_path, &self.peer).map_or_else(Decision::from, Decision::Keys)
         } else {
-            // No route takes a body, so none is handed on.
-            let routed = router.clone().call(request.map(|_| axum::body::Body::empty()));
-            return ResponseFuture::Routed(Box::pin(async move {
-                let Ok(response) = routed.await;
-                finalize_response(with_common_headers(response), in_flight, is_head, is_closing)
-            }));
+            self.decide_other(endpoint, head)
+        };
+        (endpoint, decision)
+    }
+
+    fn decide_other(&self, endpoint: Endpoint, head: &RequestHead<'_>) -> Decision {
+        let state = &self.service.state;
+        let check: fn(&AppState) -> Result<(), Problem> = match endpoint {
+            Endpoint::Health => AppState::check_health,
+            Endpoint::Livez => |state| state.health.live(),
+            Endpoint::Readyz => AppState::check_readiness,
+            Endpoint::Other => return Problem::not_found().into(),
+            Endpoint::Key | Endpoint::Password | Endpoint::Metrics | Endpoint::Page | Endpoint::OpenApi => {
+                return Decision::Router;
+            }
+        };
+        if !head.reads() {
+            return Problem::method_not_allowed().into();
+        }
+        check(state).map_or_else(Decision::from, |()| Decision::Text(TextReply::ok("OK")))
+    }
+
+    /// Whether the connection closes after its next response.
+    fn is_closing(&self) -> bool {
+        self.class != ConnectionClass::Normal || self.service.state.health.is_draining()
+    }
+
+    fn respond<B>(&self, request: Request<B>) -> ResponseFuture {
+        let HttpService { state, router, .. } = &self.service;
+        let head = RequestHead::from(&request);
+        let (endpoint, decision) = self.decide(&head);
+        let in_flight = InFlightRequest::start(Arc::clone(&state.metrics), endpoint);
+        let (is_head, is_closing) = (head.is_head(), self.is_closing());
+        let response = match decision {
+            Decision::Text(reply) => reply.into_response(),
+            Decision::Keys(order) => {
+                self.issue(order, &head).unwrap_or_else(|problem| problem.into_reply().into_response())
+            }
+            Decision::Router => {
+                // No route takes a body, so none is handed on.
+                let routed = router.clone().call(request.map(|_| axum::body::Body::empty()));
+                return ResponseFuture::Routed(Box::pin(async move {
+                    let Ok(response) = routed.await;
+                    finalize_response(with_common_headers(response), in_flight, is_head, is_closing)
+                }));
+            }
         };
         ResponseFuture::Ready(Some(finalize_response(response, in_flight, is_head, is_closing)))
+    }
+
+    /// Issues keys by way of hyper.
+    fn issue(&self, mut order: KeyOrder, head: &RequestHead<'_>) -> Result<Response<Body>, Problem> {
+        let state = &self.service.state;
+        let permit = order.is_streamed().then(|| order.stream_permit(state, head, &self.peer)).transpose()?;
+        let reply_head = order.charge(state, &self.peer)?;
+        let mut body = order.body(state, permit).map_err(|failure| state.generator_problem(failure))?;
+        let content_length = order.is_head.then(|| order.spec.encoded_len());
+        if let Some(record) = order.into_record(&self.peer) {
+            body.attach_audit_record(record);
+        }
+        Ok(reply_head.into_response(body, content_length))
+    }
+
+    /// Adds keys to `responses`, if there is room for them.
+    fn issue_fast(
+        &self,
+        mut order: KeyOrder,
+        endpoint: Endpoint,
+        closes: bool,
+        responses: &mut ResponseBuffer<'_>,
+    ) -> Result<FastOutcome, Problem> {
+        let state = &self.service.state;
+        if order.is_streamed() {
+            return Ok(FastOutcome::NotHandled);
+        }
+        let content_length = order.spec.encoded_len();
+        let length = if order.is_head { 0 } else { usize::try_from(content_length).unwrap_or(usize::MAX) };
+        if !responses.make_room(length) {
+            return Ok(FastOutcome::BufferFull);
+        }
+        let ReplyHead { status, lines, .. } = order.charge(state, &self.peer)?;
+        let head = ResponseHead { status, lines: (lines.0, &lines.1), closes, content_length, endpoint };
+        responses
+            .add(head, |text| order.append_keys(state, text).map(|()| order.into_record(&self.peer)))
+            .map_err(|failure| state.generator_problem(failure))?;
+        Ok(FastOutcome::Written { closes })
     }
 }
 
@@ -111,52 +194,45 @@ impl<B: Send + 'static> Service<Request<B>> for ConnectionService {
 }
 
 impl FastPath for ConnectionService {
-    /// Writes the response that the slow path would give, if it is a raw key and leaves no audit record.
-    fn respond_fast(&self, request: &FastRequest<'_>, responses: &mut ResponseBuffer<'_>) -> FastOutcome {
-        let HttpService { state, has_keys, .. } = &self.service;
-        if !has_keys
-            || self.class != ConnectionClass::Normal
-            || state.health.is_draining()
-            || state.generator.failure().is_some()
-        {
-            return FastOutcome::NotHandled;
-        }
-        let mut authorized = None;
-        if !state.authorizer.is_unrestricted() {
-            // No headers: the fast path takes no request with a header that matters here.
-            match state.authorizer.authorize(&self.peer, &HeaderMap::new()) {
-                Ok(client) if !client.audit => authorized = Some(client),
-                _ => return FastOutcome::NotHandled,
-            }
-        }
-        let max_size = state.max_size_for(authorized.as_deref()).min(FAST_KEY_MAX);
-        let Ok(length) = KeyLength::parse(request.length, max_size) else {
-            return FastOutcome::NotHandled;
-        };
-        let Ok(spec) = KeySpec::new(Kind::Key, length, Format::Raw, None) else {
-            return FastOutcome::NotHandled;
-        };
-        if !responses.has_room(length) {
+    fn respond_fast(
+        &self,
+        head: &RequestHead<'_>,
+        closes: bool,
+        responses: &mut ResponseBuffer<'_>,
+    ) -> FastOutcome {
+        // Room for any text, before anything has an effect.
+        if !responses.make_room(TEXT_MAX) {
             return FastOutcome::BufferFull;
         }
-        let mut headers = String::new();
-        if let Some(authorized) = &mut authorized {
-            // A request over the limit is not charged here, so the slow path may check it again and refuse it.
-            if state.authorizer.check_rate_limit(authorized, &self.peer, length.bytes()).is_err() {
-                return FastOutcome::NotHandled;
-            }
-            if let Some(status) = &authorized.rate_limit {
-                headers = rate_limit_header_lines(status);
-            }
+        let (endpoint, decision) = self.decide(head);
+        let closes = closes || self.is_closing();
+        let reply = match decision {
+            Decision::Router => return FastOutcome::NotHandled,
+            Decision::Text(reply) => reply,
+            Decision::Keys(order) => match self.issue_fast(order, endpoint, closes, responses) {
+                Ok(outcome) => return outcome,
+                Err(problem) => problem.into_reply(),
+            },
+        };
+        let closes = closes || reply.head.closes;
+        let text = reply.body.as_bytes();
+        if !responses.make_room(text.len()) {
+            return FastOutcome::BufferFull; // decided again, and counted again: no text is as long
         }
-        let generate = |key: &mut [u8]| state.generate_with(&spec, || state.generator.fill(key));
-        match responses.add(request, length, &KEY_HEAD, &headers, generate) {
-            Ok(()) => {
-                state.metrics.count_response(StatusCode::OK);
-                FastOutcome::Written
+        let response = ResponseHead {
+            status: reply.head.status,
+            lines: (reply.head.lines.0, &reply.head.lines.1),
+            closes,
+            content_length: text.len() as u64,
+            endpoint,
+        };
+        let Ok(()) = responses.add(response, |bytes| {
+            if !head.is_head() {
+                bytes.extend_from_slice(text);
             }
-            Err(_) => FastOutcome::NotHandled, // the generator fails every time from now on
-        }
+            Ok::<_, Infallible>(None)
+        });
+        FastOutcome::Written { closes }
     }
 }
 
@@ -167,6 +243,7 @@ mod tests {
     use crate::http::health::Health;
     use crate::keys::generator::{Generator, OsRandom};
     use crate::telemetry::metrics::Metrics;
+    use axum::http::StatusCode;
     use axum::http::header::{CONNECTION, HOST, HeaderValue, RETRY_AFTER};
     use std::sync::atomic::AtomicU64;
 

@@ -74,6 +74,20 @@ impl AppState {
         Problem::generator_failed(failure)
     }
 
+    /// `/health`.
+    pub(crate) fn check_health(&self) -> Result<(), Problem> {
+        let checked = self.health.check();
+        self.report_failure();
+        checked
+    }
+
+    /// `/readyz`.
+    pub(crate) fn check_readiness(&self) -> Result<(), Problem> {
+        let checked = self.health.ready();
+        self.report_failure();
+        checked
+    }
+
     /// Logs a failure of the generator and sets its metric, once for the life of the process.
     pub fn report_failure(&self) {
         if let Some(failure) = self.generator.take_report() {

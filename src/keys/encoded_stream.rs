@@ -80,13 +80,13 @@ impl EncodedStream {
     fn generate_part(&mut self) -> Result<Chunk, GeneratorError> {
         let spec = self.spec;
         let (open, separator, close) = spec.delimiters();
-        let mut before = String::new();
+        let mut before = Vec::new();
         let mut keys_started = 0;
         let stream = match &mut self.current {
             Some(stream) => stream,
             None => {
-                before.push_str(if self.keys_started == 0 { open } else { separator });
-                before.push_str(&spec.generate_prefix(&self.generator)?);
+                before.extend_from_slice(if self.keys_started == 0 { open } else { separator }.as_bytes());
+                spec.append_prefix(&self.generator, &mut before)?;
                 keys_started = 1;
                 self.keys_started += 1;
                 let chunk_size = chunk_size(spec.format());
@@ -109,7 +109,7 @@ impl EncodedStream {
         let capacity = before.len() + to_usize(spec.encoding().encoded_len(key_bytes)) + after.len();
         let mut encoded = SecretBuf::with_capacity(capacity);
         let text = &mut encoded.0;
-        text.extend_from_slice(before.as_bytes());
+        text.extend_from_slice(&before);
         spec.encoding().append(key.as_bytes(), text);
         text.extend_from_slice(after.as_bytes());
         Ok(Chunk { bytes: Bytes::from_owner(encoded), key_bytes, keys_started })

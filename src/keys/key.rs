@@ -29,17 +29,18 @@ impl KeyLength {
     ///
     /// # Errors
     /// The rule that the text breaks. A number of any size above `limit` is [`LengthError::TooLarge`].
-    pub fn parse(text: &str, limit: u64) -> Result<Self, LengthError> {
-        match text.as_bytes() {
+    pub fn parse(text: impl AsRef<[u8]>, limit: u64) -> Result<Self, LengthError> {
+        let text = text.as_ref();
+        match text {
             b"0" => return Err(LengthError::Zero),
             [b'1'..=b'9', rest @ ..] if rest.iter().all(u8::is_ascii_digit) => {}
             _ => return Err(LengthError::NotAnInteger),
         }
-        // The text has only digits, so parsing fails only for a number beyond 64 bits.
-        match text.parse() {
-            Ok(bytes) => Self::new(bytes, limit),
-            Err(_) => Err(LengthError::TooLarge { limit }),
-        }
+        let number = text
+            .iter()
+            .try_fold(0_u64, |number, digit| number.checked_mul(10)?.checked_add(u64::from(digit - b'0')));
+        // `None` is a number beyond 64 bits.
+        number.map_or(Err(LengthError::TooLarge { limit }), |bytes| Self::new(bytes, limit))
     }
 
     /// The length in bytes.

@@ -5,8 +5,8 @@
 
 use std::ops::Range;
 
-use base64ct::{Base64UrlUnpadded, Encoding as _};
 use bytes::Bytes;
+use zeroize::Zeroize;
 
 use crate::keys::encoding::{Encoding, to_usize};
 use crate::keys::format::{Format, Kind};
@@ -28,8 +28,15 @@ const WHOLE_MAX: u64 = 16 * 1024;
 /// Random bytes in the `kid` of a JWK.
 const KID_BYTES: usize = 16;
 
-/// A text as long as every `kid`.
-const KID_PLACEHOLDER: &str = "AAAAAAAAAAAAAAAAAAAAAA";
+/// What surrounds the length of a key in JSON.
+const KEY_JSON: [&str; 2] = [r#"{"length":"#, r#","encoding":"base64","key":""#];
+
+/// What surrounds the length, the alphabet and the entropy of a password in JSON.
+const PASSWORD_JSON: [&str; 4] =
+    [r#"{"length":"#, r#","alphabet":""#, r#"","entropy_bits":"#, r#","password":"#];
+
+/// What surrounds the `kid` of a JWK.
+const JWK: [&str; 2] = [r#"{"kty":"oct","kid":""#, r#"","k":""#];
 
 /// One key or password, or a batch of them, in one format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +46,8 @@ pub struct KeySpec {
     format: Format,
     /// `None` is one key that is not in a batch.
     count: Option<u64>,
+    /// Bytes of one key as it is sent, without what separates keys.
+    encoded_len_of_one: u64,
 }
 
 /// Why there is no such batch.
@@ -61,15 +70,17 @@ impl KeySpec {
         format: Format,
         count: Option<u64>,
     ) -> Result<Self, BatchError> {
-        let spec = Self { kind, length, format, count };
         match count {
-            None => Ok(spec),
-            Some(_) if !format.has_batches() => Err(BatchError::Unseparable(format)),
+            Some(_) if !format.has_batches() => return Err(BatchError::Unseparable(format)),
             Some(count) if length.bytes().saturating_mul(count) > BATCH_BYTES_MAX => {
-                Err(BatchError::TooLarge)
+                return Err(BatchError::TooLarge);
             }
-            Some(_) => Ok(spec),
+            _ => {}
         }
+        let mut spec = Self { kind, length, format, count, encoded_len_of_one: 0 };
+        let around = spec.prefix_len() + spec.suffix().len();
+        spec.encoded_len_of_one = around as u64 + spec.encoding().encoded_len(length.bytes());
+        Ok(spec)
     }
 
     /// What is generated.
@@ -107,14 +118,6 @@ impl KeySpec {
         self.encoded_len() > WHOLE_MAX
     }
 
-    /// The value of `Content-Type`.
-    pub fn content_type(&self) -> &'static str {
-        match self.format.media_type(self.count.is_some()) {
-            "text/plain" => "text/plain; charset=utf-8",
-            other => other,
-        }
-    }
-
     /// The number of bytes of all keys as they are sent, known before a key is generated.
     pub fn encoded_len(&self) -> u64 {
         let (open, separator, close) = self.delimiters();
@@ -125,8 +128,7 @@ impl KeySpec {
 
     /// The number of bytes of one key as it is sent, without what separates keys.
     pub(super) fn encoded_len_of_one(&self) -> u64 {
-        let around = self.prefix(KID_PLACEHOLDER).len() + self.suffix().len();
-        around as u64 + self.encoding().encoded_len(self.length.bytes())
+        self.encoded_len_of_one
     }
 
     /// Generates and encodes all keys, in one buffer that is wiped when the last use of its bytes is dropped. Not for
@@ -135,10 +137,24 @@ impl KeySpec {
     /// # Errors
     /// The generator's failure.
     pub fn generate(&self, generator: &Generator) -> Result<Bytes, GeneratorError> {
-        if self.format == Format::Raw {
-            return Ok(self.generate_one(generator)?.into_bytes());
+        let mut encoded = SecretBuf::with_capacity(to_usize(self.encoded_len()));
+        self.append(generator, &mut encoded.0)?;
+        Ok(Bytes::from_owner(encoded))
+    }
+
+    /// Generates and encodes all keys at the end of `text`, which needs [`encoded_len`](Self::encoded_len) of free
+    /// capacity: a buffer that grows leaves a copy behind. Not for what is streamed.
+    ///
+    /// # Errors
+    /// The generator's failure. What was appended is wiped then.
+    pub fn append(&self, generator: &Generator, text: &mut Vec<u8>) -> Result<(), GeneratorError> {
+        let start = text.len();
+        let appended = self.append_range(0..self.key_count(), generator, text);
+        if appended.is_err() {
+            text[start..].zeroize();
+            text.truncate(start);
         }
-        self.generate_range(0..self.key_count(), generator)
+        appended
     }
 
     /// Generates and encodes the keys of these indices, with what separates them from the keys before. The last key of
@@ -153,19 +169,33 @@ impl KeySpec {
         let keys_len = count * (self.encoded_len_of_one() + separator.len() as u64);
         let capacity = to_usize(keys_len) + open.len() + close.len();
         let mut encoded = SecretBuf::with_capacity(capacity);
-        let text = &mut encoded.0;
+        self.append_range(indices, generator, &mut encoded.0)?;
+        Ok(Bytes::from_owner(encoded))
+    }
+
+    fn append_range(
+        &self,
+        indices: Range<u64>,
+        generator: &Generator,
+        text: &mut Vec<u8>,
+    ) -> Result<(), GeneratorError> {
+        if self.format == Format::Raw {
+            // In place. Raw keys have no batches.
+            let start = text.len();
+            text.resize(start + to_usize(self.length.bytes()), 0);
+            return generator.fill(&mut text[start..]);
+        }
+        let (open, separator, close) = self.delimiters();
         for index in indices {
-            let prefix = self.generate_prefix(generator)?;
-            let key = self.generate_one(generator)?;
             text.extend_from_slice(if index == 0 { open } else { separator }.as_bytes());
-            text.extend_from_slice(prefix.as_bytes());
-            self.encoding().append(key.as_bytes(), text);
+            self.append_prefix(generator, text)?;
+            self.encoding().append(self.generate_one(generator)?.as_bytes(), text);
             text.extend_from_slice(self.suffix().as_bytes());
             if index + 1 == self.key_count() {
                 text.extend_from_slice(close.as_bytes());
             }
         }
-        Ok(Bytes::from_owner(encoded))
+        Ok(())
     }
 
     fn generate_one(&self, generator: &Generator) -> Result<Key, GeneratorError> {
@@ -190,29 +220,54 @@ impl KeySpec {
         self.count.map_or(("", "", ""), |_| self.format.batch_delimiters())
     }
 
-    /// What precedes the characters of a key. A JWK gets a `kid` of its own random bytes, so it reveals nothing about
-    /// the key.
-    pub(super) fn generate_prefix(&self, generator: &Generator) -> Result<String, GeneratorError> {
-        if self.format != Format::Jwk {
-            return Ok(self.prefix(""));
+    /// Appends what precedes the characters of a key. A JWK gets a `kid` of its own random bytes, so it reveals nothing
+    /// about the key.
+    pub(super) fn append_prefix(
+        &self,
+        generator: &Generator,
+        text: &mut Vec<u8>,
+    ) -> Result<(), GeneratorError> {
+        let mut append =
+            |parts: &[&str]| parts.iter().for_each(|part| text.extend_from_slice(part.as_bytes()));
+        let mut length = itoa::Buffer::new();
+        let length = length.format(self.length.bytes());
+        match (self.format, self.kind) {
+            (Format::Raw | Format::Text | Format::Hex | Format::Base64 | Format::Base64Url, _) => {}
+            (Format::Json, Kind::Key) => {
+                let [start, end] = KEY_JSON;
+                append(&[start, length, end]);
+            }
+            (Format::Json, Kind::Password(alphabet)) => {
+                let [start, middle, bits, end] = PASSWORD_JSON;
+                let entropy = alphabet.entropy_bits(self.length);
+                append(&[start, length, middle, alphabet.name(), bits, &entropy, end]);
+            }
+            (Format::Jwk, _) => {
+                let mut kid = [0; KID_BYTES];
+                generator.fill(&mut kid)?;
+                let [start, end] = JWK;
+                text.extend_from_slice(start.as_bytes());
+                Encoding::Base64Url.append(&kid, text);
+                text.extend_from_slice(end.as_bytes());
+            }
         }
-        let mut kid = [0; KID_BYTES];
-        generator.fill(&mut kid)?;
-        Ok(self.prefix(&Base64UrlUnpadded::encode_string(&kid)))
+        Ok(())
     }
 
-    fn prefix(&self, kid: &str) -> String {
-        let length = self.length.bytes();
+    /// The number of bytes that [`KeySpec::append_prefix`] appends.
+    fn prefix_len(&self) -> usize {
+        let sum = |parts: &[&str]| parts.iter().map(|part| part.len()).sum::<usize>();
+        let digits = || itoa::Buffer::new().format(self.length.bytes()).len();
         match (self.format, self.kind) {
-            (Format::Raw | Format::Text | Format::Hex | Format::Base64 | Format::Base64Url, _) => {
-                String::new()
-            }
-            (Format::Json, Kind::Key) => format!(r#"{{"length":{length},"encoding":"base64","key":""#),
+            (Format::Raw | Format::Text | Format::Hex | Format::Base64 | Format::Base64Url, _) => 0,
+            (Format::Json, Kind::Key) => sum(&KEY_JSON) + digits(),
             (Format::Json, Kind::Password(alphabet)) => {
-                let (name, bits) = (alphabet.name(), alphabet.entropy_bits(self.length));
-                format!(r#"{{"length":{length},"alphabet":"{name}","entropy_bits":{bits:.1},"password":"#)
+                sum(&PASSWORD_JSON)
+                    + digits()
+                    + alphabet.name().len()
+                    + alphabet.entropy_bits(self.length).len()
             }
-            (Format::Jwk, _) => format!(r#"{{"kty":"oct","kid":"{kid}","k":""#),
+            (Format::Jwk, _) => sum(&JWK) + to_usize(Encoding::Base64Url.encoded_len(KID_BYTES as u64)),
         }
     }
 

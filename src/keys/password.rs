@@ -49,11 +49,15 @@ impl Alphabet {
         }
     }
 
-    /// Bits of entropy in a password of `length` characters, rounded down to a tenth.
+    /// Bits of entropy in a password of `length` characters, rounded down to a tenth, in decimal digits.
     #[expect(clippy::cast_precision_loss, reason = "both numbers are far below 2⁵²")]
-    pub fn entropy_bits(self, length: KeyLength) -> f64 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small positive number")]
+    pub fn entropy_bits(self, length: KeyLength) -> String {
         let bits = (self.characters().len() as f64).log2() * length.bytes() as f64;
-        (bits * 10.0).floor() / 10.0
+        let tenths = (bits * 10.0) as u64;
+        let mut digits = [itoa::Buffer::new(); 2];
+        let [whole, tenth] = &mut digits;
+        [whole.format(tenths / 10), ".", tenth.format(tenths % 10)].concat()
     }
 
     /// The character for a random byte. A byte above the last multiple of the alphabet's size is rejected, because it
@@ -106,9 +110,9 @@ mod tests {
     fn entropy_is_never_rounded_up() {
         let bits =
             |alphabet: Alphabet, length| alphabet.entropy_bits(KeyLength::new(length, PASSWORD_MAX).unwrap());
-        assert_eq!(bits(Alphabet::Hex, 32), 128.0);
-        assert_eq!(bits(Alphabet::Alnum, 24), 142.9); // 142.9007
-        assert_eq!(bits(Alphabet::Digits, 6), 19.9); // 19.93
+        assert_eq!(bits(Alphabet::Hex, 32), "128.0");
+        assert_eq!(bits(Alphabet::Alnum, 24), "142.9"); // 142.9007
+        assert_eq!(bits(Alphabet::Digits, 6), "19.9"); // 19.93
     }
 
     /// Pearson's statistic of the numbers of each character.

@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tracing::{debug, warn};
 
-use crate::access::audit::{AuditRecord, AuditSubject};
+use crate::access::audit::{AuditRecord, AuditSubject, RequestId};
 use crate::access::credential_request::{CredentialRequest, is_credential_name, is_unit_name};
 use crate::http::state::AppState;
 use crate::keys::format::{Format, Kind};
@@ -105,9 +105,9 @@ impl CredentialServer {
         let rules = Arc::clone(&self.rules.read().unwrap_or_else(PoisonError::into_inner));
         let spec = rules.spec_for(&request);
         let generated = self.app.generate(&spec).and_then(|bytes| {
-            let new_record =
-                || AuditRecord::new(AuditSubject::Unit(request.clone()), peer, spec, &self.app.generator);
-            let record = self.app.authorizer.audits().then(new_record).transpose()?;
+            let new_id = || RequestId::generate(&self.app.generator);
+            let id = self.app.authorizer.audits().then(new_id).transpose()?;
+            let record = id.map(|id| AuditRecord::new(id, AuditSubject::Unit(request.clone()), peer, spec));
             Ok((bytes, record))
         });
         let (bytes, mut record) = match generated {

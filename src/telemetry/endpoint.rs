@@ -53,8 +53,8 @@ pub enum Endpoint {
 
 impl Endpoint {
     /// The route of `path`. The routes with a length in their path are recognized where the length is parsed, not here.
-    pub fn from_fixed_path(path: &str) -> Self {
-        match path {
+    pub fn from_fixed_path(path: &[u8]) -> Self {
+        match str::from_utf8(path).unwrap_or_default() {
             HEALTH_PATH => Self::Health,
             LIVEZ_PATH => Self::Livez,
             READYZ_PATH => Self::Readyz,
@@ -96,10 +96,10 @@ mod tests {
         for endpoint in Endpoint::VARIANTS {
             let label = <&str>::from(*endpoint);
             let expected = if label.contains("{length}") { Endpoint::Other } else { *endpoint };
-            assert_eq!(Endpoint::from_fixed_path(label), expected, "{label}");
+            assert_eq!(Endpoint::from_fixed_path(label.as_bytes()), expected, "{label}");
         }
         for path in ["/key/{length}/x", "/key/32", "/health/", ""] {
-            assert_eq!(Endpoint::from_fixed_path(path), Endpoint::Other, "{path}");
+            assert_eq!(Endpoint::from_fixed_path(path.as_bytes()), Endpoint::Other, "{path}");
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, ReadBuf};
 
 use crate::server::buffers::{BufferAccount, BufferPermit};
-use crate::server::fast_path::request::{ParsedHead, READ_BUFFER};
+use crate::server::fast_path::request::{FastRequest, NotFast, READ_BUFFER};
 use crate::server::fast_path::response_buffer::ResponseBuffer;
 use crate::server::fast_path::rewind::{Exchange, Rewind};
 use crate::server::fast_path::service::{FastOutcome, FastPath};
@@ -194,19 +194,22 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
     fn respond(&mut self, mut input: &[u8]) {
         let mut responses = ResponseBuffer::new(self.metrics);
         self.state = loop {
-            let (request, size) = match ParsedHead::parse(input) {
-                ParsedHead::Fast(request, size) => (request, size),
-                ParsedHead::Incomplete => break State::Read,
-                ParsedHead::Slow => break State::Handover,
+            if input.is_empty() {
+                break State::Read;
+            }
+            let request = match FastRequest::parse(input) {
+                Ok(request) => request,
+                Err(NotFast::Incomplete) => break State::Read,
+                Err(NotFast::Slow) => break State::Handover,
             };
-            match self.service.respond_fast(&request, &mut responses) {
-                FastOutcome::Written => input = &input[size..],
+            match self.service.respond_fast(&request.head, request.closes, &mut responses) {
+                FastOutcome::Written { closes: false } => input = &input[request.size..],
+                FastOutcome::Written { closes: true } => {
+                    input = &[]; // RFC 9112 section 9.6: what follows is not read
+                    break State::Close;
+                }
                 FastOutcome::BufferFull => break State::Respond,
                 FastOutcome::NotHandled => break State::Handover,
-            }
-            if request.closes {
-                input = &[]; // RFC 9112 section 9.6: what follows is not read
-                break State::Close;
             }
         };
         if !(self.unread.is_empty() && input.is_empty()) {
@@ -224,11 +227,12 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
 mod tests {
     use super::*;
     use crate::access::peer::Client;
-    use crate::keys::key::KeyLength;
+    use crate::access::request_head::RequestHead;
     use crate::server::buffers::BufferLimit;
-    use crate::server::fast_path::request::FastRequest;
-    use crate::server::fast_path::response_buffer::FAST_KEY_MAX;
+    use crate::server::fast_path::response_buffer::{BODY_MAX, ResponseHead};
     use crate::server::idle::IdleConnections;
+    use crate::telemetry::endpoint::Endpoint;
+    use axum::http::StatusCode;
     use std::cell::Cell;
     use std::convert::Infallible;
     use std::future::poll_fn;
@@ -240,24 +244,28 @@ mod tests {
     }
 
     impl FastPath for Letters {
-        fn respond_fast(&self, request: &FastRequest<'_>, responses: &mut ResponseBuffer<'_>) -> FastOutcome {
-            let Ok(length) = KeyLength::parse(request.length, FAST_KEY_MAX) else {
-                return FastOutcome::NotHandled;
-            };
+        fn respond_fast(
+            &self,
+            head: &RequestHead<'_>,
+            closes: bool,
+            responses: &mut ResponseBuffer<'_>,
+        ) -> FastOutcome {
             if self.left.get() == 0 {
                 return FastOutcome::NotHandled;
             }
-            if !responses.has_room(length) {
+            let length = std::str::from_utf8(head.path).unwrap().trim_start_matches("/key/").parse().unwrap();
+            if !responses.make_room(length) {
                 return FastOutcome::BufferFull;
             }
             self.left.set(self.left.get() - 1);
-            responses
-                .add(request, length, "HTTP/1.1 200 OK\r\n", "", |key| {
-                    key.fill(b'k');
-                    Ok::<_, Infallible>(())
-                })
-                .unwrap();
-            FastOutcome::Written
+            let (status, endpoint) = (StatusCode::OK, Endpoint::Key);
+            let head =
+                ResponseHead { status, lines: ("", ""), closes, content_length: length as u64, endpoint };
+            let Ok(()) = responses.add(head, |text| {
+                text.resize(text.len() + length, b'k');
+                Ok::<_, Infallible>(None)
+            });
+            FastOutcome::Written { closes }
         }
     }
 
@@ -278,7 +286,7 @@ mod tests {
     async fn responses_arrive_whole_and_in_order_at_any_reading_speed() {
         let metrics = Metrics::new();
         let (mut server, mut client) = connection(&metrics, usize::MAX, 64);
-        let lengths: Vec<usize> = (0..300).map(|n| 1 + n * 7 % 4096).collect();
+        let lengths: Vec<usize> = (0..300).map(|n| 1 + n * 97 % BODY_MAX).collect();
         let requesting = async {
             let (mut incoming, mut outgoing) = tokio::io::split(&mut client);
             let requests: String =

@@ -1,58 +1,86 @@
-//! The buffer that keys and their response headers are written to, and sent from.
+//! The buffer that responses are written to, and sent from.
 
 use std::cell::Cell;
 use std::fmt;
 use std::io;
+use std::mem;
+use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
+use axum::http::StatusCode;
 use zeroize::Zeroize;
 
-use crate::keys::key::KeyLength;
+use crate::access::audit::AuditRecord;
 use crate::keys::secret_buf::keep_lower;
 use crate::server::fast_path::date::date;
-use crate::server::fast_path::request::FastRequest;
 use crate::server::transport::Transport;
 use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::metrics::Metrics;
 
-/// Size of the buffer, which is sent in one write, in bytes.
+/// Usual size of the buffer, which is sent in one write, in bytes. A single response may need a larger one.
 const WRITE_BUFFER: usize = 8192;
 
-/// The part of the buffer that a response may need beside its key, in bytes.
-const OVERHEAD_MAX: usize = 1024;
+/// The part of the buffer that a response may need beside its body, in bytes.
+const HEAD_MAX: usize = 1024;
 
-/// The part of [`OVERHEAD_MAX`] for the status line and headers of the service. The rest is for those written here.
-const HEADERS_MAX: usize = OVERHEAD_MAX - 128;
+/// The part of [`HEAD_MAX`] for what is written here, beside the header lines of the service.
+const OWN_HEAD_MAX: usize = 192;
 
-/// The longest key of the fast path, in bytes.
-pub(crate) const FAST_KEY_MAX: u64 = 4096;
+/// The largest body of the fast path, in bytes.
+pub const BODY_MAX: usize = 16 * 1024;
 
-/// The responses to requests that were read together. Dropping them, sent or not, wipes the keys and records the
-/// latency.
+/// The responses to requests that were read together. Dropping them, sent or not, wipes them, records the latency, and
+/// logs the audit records.
 pub struct ResponseBuffer<'a> {
     /// Never grows, because reallocation would leave keys behind.
     bytes: Vec<u8>,
     sent: usize,
-    count: usize,
+    /// The route of each response, for the metrics.
+    endpoints: Vec<Endpoint>,
+    /// The audit records of responses, and where their bodies begin and end.
+    records: Vec<(AuditRecord, Range<usize>)>,
     read_at: Instant,
     metrics: &'a Metrics,
 }
 
+/// The head of a response, without the headers that are written here: Content-Length, Date and Connection.
+#[derive(Debug, Clone, Copy)]
+pub struct ResponseHead<'a> {
+    /// The status line's status.
+    pub status: StatusCode,
+    /// Header lines, each with its end: those that are always the same, and the others.
+    pub lines: (&'static str, &'a str),
+    /// Whether to announce that the connection closes.
+    pub closes: bool,
+    /// The length of the body of GET.
+    pub content_length: u64,
+    /// The route, for the metrics.
+    pub endpoint: Endpoint,
+}
+
 thread_local! {
-    /// A wiped, empty buffer for the next responses. To allocate one each time cost more than to fill it.
+    /// Wiped, empty buffers for the next responses. To allocate them each time cost more than to fill them.
     static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    static SPARE_LIST: Cell<Vec<Endpoint>> = const { Cell::new(Vec::new()) };
 }
 
 /// Allocates the calling thread's buffer.
 pub(crate) fn reserve() {
     SPARE.set(Vec::with_capacity(WRITE_BUFFER));
+    SPARE_LIST.set(Vec::with_capacity(WRITE_BUFFER / 128));
 }
 
 impl fmt::Debug for ResponseBuffer<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ResponseBuffer({}, {} of {} bytes sent)", self.count, self.sent, self.bytes.len())
+        write!(
+            f,
+            "ResponseBuffer({}, {} of {} bytes sent)",
+            self.endpoints.len(),
+            self.sent,
+            self.bytes.len()
+        )
     }
 }
 
@@ -61,12 +89,13 @@ impl<'a> ResponseBuffer<'a> {
     pub(super) fn new(metrics: &'a Metrics) -> Self {
         let spare = SPARE.take();
         let bytes = if spare.capacity() < WRITE_BUFFER { Vec::with_capacity(WRITE_BUFFER) } else { spare };
-        Self { bytes, sent: 0, count: 0, read_at: Instant::now(), metrics }
+        let endpoints = SPARE_LIST.take();
+        Self { bytes, sent: 0, endpoints, records: Vec::new(), read_at: Instant::now(), metrics }
     }
 
     /// Whether there is no response.
     pub(super) fn is_empty(&self) -> bool {
-        self.count == 0
+        self.endpoints.is_empty()
     }
 
     /// When the requests were read.
@@ -74,48 +103,61 @@ impl<'a> ResponseBuffer<'a> {
         self.read_at
     }
 
-    /// Whether a response with a key of `length` fits.
-    pub fn has_room(&self, length: KeyLength) -> bool {
-        length.bytes() <= (WRITE_BUFFER - self.bytes.len()).saturating_sub(OVERHEAD_MAX) as u64
+    /// Makes room for a response with a body of `length` bytes. Returns whether there is room now.
+    pub fn make_room(&mut self, length: usize) -> bool {
+        let needed = HEAD_MAX + length;
+        if self.bytes.capacity() - self.bytes.len() >= needed {
+            return true;
+        }
+        if !self.is_empty() || length > BODY_MAX {
+            return false;
+        }
+        self.bytes = Vec::with_capacity(needed);
+        true
     }
 
-    /// Adds the response to `request` for a key of `length`: `head` (a status line and headers) and `headers`, every
-    /// line with its end, and the key that `generate` makes.
+    /// Adds a response: `head`, and the body that `write` appends. The audit record that `write` returns is logged once
+    /// the body is sent, or can't be.
     ///
     /// # Errors
-    /// The error of `generate`; then nothing is added.
+    /// The error of `write`, which has appended nothing then. No response is added.
     ///
     /// # Panics
-    /// If the response does not fit, or `head` and `headers` have more than 896 bytes.
+    /// If the header lines have more than 832 bytes.
     pub fn add<E>(
         &mut self,
-        request: &FastRequest<'_>,
-        length: KeyLength,
-        head: &str,
-        headers: &str,
-        generate: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        head: ResponseHead<'_>,
+        write: impl FnOnce(&mut Vec<u8>) -> Result<Option<AuditRecord>, E>,
     ) -> Result<(), E> {
-        assert!(self.has_room(length) && head.len() + headers.len() <= HEADERS_MAX, "the response fits");
+        assert!(head.lines.0.len() + head.lines.1.len() <= HEAD_MAX - OWN_HEAD_MAX, "the response fits");
         let bytes = &mut self.bytes;
         let start = bytes.len();
-        let connection = if request.closes { "connection: close\r\n" } else { "" };
-        // Every valid length has one spelling, so the request's text serves as Content-Length.
-        for part in [head, headers, connection, "content-length: ", request.length, "\r\ndate: "] {
-            bytes.extend_from_slice(part.as_bytes());
+        match head.status {
+            StatusCode::OK => bytes.extend_from_slice(b"HTTP/1.1 200 OK\r\n"),
+            status => {
+                let reason = status.canonical_reason().unwrap_or_default();
+                for part in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\n"] {
+                    bytes.extend_from_slice(part.as_bytes());
+                }
+            }
         }
+        bytes.extend_from_slice(head.lines.0.as_bytes());
+        bytes.extend_from_slice(head.lines.1.as_bytes());
+        if head.closes {
+            bytes.extend_from_slice(b"connection: close\r\n");
+        }
+        bytes.extend_from_slice(b"content-length: ");
+        bytes.extend_from_slice(itoa::Buffer::new().format(head.content_length).as_bytes());
+        bytes.extend_from_slice(b"\r\ndate: ");
         bytes.extend_from_slice(&date(self.read_at));
         bytes.extend_from_slice(b"\r\n\r\n");
-        let key = bytes.len();
-        bytes.resize(key + usize::try_from(length.bytes()).unwrap_or(0), 0);
-        let generated = generate(&mut bytes[key..]);
-        match generated {
-            Ok(()) => {
-                self.count += 1;
-                self.metrics.requests_in_flight.inc();
-            }
-            Err(_) => bytes.truncate(start),
-        }
-        generated
+        let body = bytes.len();
+        let record = write(bytes).inspect_err(|_| bytes.truncate(start))?;
+        self.records.extend(record.map(|record| (record, body..bytes.len())));
+        self.endpoints.push(head.endpoint);
+        self.metrics.requests_in_flight.inc();
+        self.metrics.count_response(head.status);
+        Ok(())
     }
 
     /// Sends the responses. `is_final` states that the connection closes after them.
@@ -140,11 +182,18 @@ impl Drop for ResponseBuffer<'_> {
     fn drop(&mut self) {
         self.bytes.as_mut_slice().zeroize();
         self.bytes.clear();
-        keep_lower(&SPARE, &mut self.bytes);
+        if self.bytes.capacity() == WRITE_BUFFER {
+            keep_lower(&SPARE, &mut self.bytes);
+        }
         let latency = self.read_at.elapsed();
-        for _ in 0..self.count {
+        for endpoint in &self.endpoints {
             self.metrics.requests_in_flight.dec();
-            self.metrics.observe_latency(Endpoint::Key, latency);
+            self.metrics.observe_latency(*endpoint, latency);
+        }
+        self.endpoints.clear();
+        SPARE_LIST.set(mem::take(&mut self.endpoints));
+        for (record, body) in &mut self.records {
+            record.add_sent(self.sent.clamp(body.start, body.end) - body.start, self.sent >= body.end);
         }
     }
 }

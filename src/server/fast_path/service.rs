@@ -1,19 +1,28 @@
 //! Services with a fast path beside the slow one, which is [`hyper::service::Service`].
 
-use crate::server::fast_path::request::FastRequest;
+use crate::access::request_head::RequestHead;
 use crate::server::fast_path::response_buffer::ResponseBuffer;
 
-/// A service that can respond to fast-path requests.
+/// A service that can respond without hyper.
 pub trait FastPath {
-    /// Adds the response to `request`, or leaves `responses` as they are.
-    fn respond_fast(&self, request: &FastRequest<'_>, responses: &mut ResponseBuffer<'_>) -> FastOutcome;
+    /// Adds the response to a request with this head and no body, or leaves `responses` as they are. `closes` states
+    /// that the connection closes afterwards.
+    fn respond_fast(
+        &self,
+        head: &RequestHead<'_>,
+        closes: bool,
+        responses: &mut ResponseBuffer<'_>,
+    ) -> FastOutcome;
 }
 
-/// What happened to a fast-path request.
+/// What happened to a request on the fast path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FastOutcome {
     /// The response was added.
-    Written,
+    Written {
+        /// Whether the connection closes after it.
+        closes: bool,
+    },
     /// The response fits only after the others are sent.
     BufferFull,
     /// The request has to take the slow path.
@@ -25,7 +34,7 @@ pub enum FastOutcome {
 pub struct SlowPathOnly<S>(pub S);
 
 impl<S> FastPath for SlowPathOnly<S> {
-    fn respond_fast(&self, _: &FastRequest<'_>, _: &mut ResponseBuffer<'_>) -> FastOutcome {
+    fn respond_fast(&self, _: &RequestHead<'_>, _: bool, _: &mut ResponseBuffer<'_>) -> FastOutcome {
         FastOutcome::NotHandled
     }
 }
