@@ -11,7 +11,7 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConnection, StreamOwned};
 
 use crate::access::file_source::FileSource;
-use crate::access::forwarded::{ProxySource, TrustedProxies};
+use crate::access::forwarded::TrustedProxies;
 use crate::access::peer::Peer;
 use crate::access::proxy_header::LOCAL_HEADER;
 use crate::config::{ConfigErrors, LocalEndpoint, Sources};
@@ -173,8 +173,7 @@ impl Target {
                 let stream = UnixStream::connect(path)?;
                 stream.set_read_timeout(Some(STEP_TIMEOUT))?;
                 stream.set_write_timeout(Some(STEP_TIMEOUT))?;
-                let trusts = |proxies: &TrustedProxies| proxies.sources.contains(&ProxySource::Unix);
-                self.send_request(stream, self.proxy_header(trusts), "localhost")
+                self.send_request(stream, self.proxy_header(TrustedProxies::trusts_unix), "localhost")
             }
             None => {
                 let mut stream = connect(&self.authority)?;

@@ -21,7 +21,7 @@ use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::service::Service;
 use key_service::access::authorization::{AccessRules, Authorizer};
-use key_service::access::forwarded::TrustedProxies;
+use key_service::access::forwarded::{ForwardedHeader, TrustedProxies};
 use key_service::access::peer::{Client, Peer};
 use key_service::access::rate_limit::Rates;
 use key_service::access::request_head::RequestHead;
@@ -156,10 +156,7 @@ async fn exchange(setup: &Setup, sent_bytes: &[u8], has_fast_path: bool) -> (Vec
         tokens: setup.has_tokens.then(|| [grant()].into()),
         trusts_unix: false,
         rates: Rates { requests: number(2), bytes: number(40_000), burst: 2 },
-        proxies: TrustedProxies {
-            sources: vec!["10.0.0.0/8".parse().expect("a network")],
-            ..TrustedProxies::default()
-        },
+        proxies: TrustedProxies::new(&["10.0.0.0/8".parse().expect("a network")], ForwardedHeader::default()),
         audit: setup.has_audit,
     };
     let state = Arc::new(AppState {

@@ -26,7 +26,7 @@ const BETWEEN: [&str; 2] = ["10.1.1.1", "2001:db8:1::9"];
 fuzz_target!(|input: &[u8]| {
     let [setup, forged @ ..] = input else { return };
     let header = if setup & 1 == 0 { ForwardedHeader::XForwardedFor } else { ForwardedHeader::Forwarded };
-    let proxies = TrustedProxies { sources: trusted(), header };
+    let proxies = TrustedProxies::new(&trusted(), header);
     let forged: Vec<HeaderValue> =
         forged.split(|byte| *byte == b'\n').filter_map(|line| HeaderValue::from_bytes(line).ok()).collect();
 

@@ -70,20 +70,42 @@ impl fmt::Display for ProxySource {
 /// The proxies that are trusted to report the addresses of their clients.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TrustedProxies {
-    /// Where the proxies connect from.
-    pub sources: Vec<ProxySource>,
-    /// The header that they write.
-    pub header: ForwardedHeader,
+    v4: AddressRanges<u32>,
+    v6: AddressRanges<u128>,
+    trusts_unix: bool,
+    header: ForwardedHeader,
 }
 
 impl TrustedProxies {
+    /// Proxies that connect from `sources` and write `header`.
+    pub fn new(sources: &[ProxySource], header: ForwardedHeader) -> Self {
+        let networks = sources.iter().filter_map(|source| match source {
+            ProxySource::Network(network) => Some(*network),
+            ProxySource::Unix => None,
+        });
+        let (mut v4, mut v6) = (Vec::new(), Vec::new());
+        for network in IpNet::aggregate(&networks.collect()) {
+            match network {
+                IpNet::V4(network) => v4.push((network.network().into(), network.broadcast().into())),
+                IpNet::V6(network) => v6.push((network.network().into(), network.broadcast().into())),
+            }
+        }
+        let trusts_unix = sources.contains(&ProxySource::Unix);
+        Self { v4: AddressRanges::new(v4), v6: AddressRanges::new(v6), trusts_unix, header }
+    }
+
+    /// Whether connections to the Unix socket are a trusted proxy's.
+    pub fn trusts_unix(&self) -> bool {
+        self.trusts_unix
+    }
+
     /// Whether a connection from `origin` is a trusted proxy's.
     pub fn contains(&self, origin: Origin) -> bool {
-        self.sources.iter().any(|source| match (source, origin) {
-            (ProxySource::Network(network), Origin::Ip(ip)) => network.contains(&ip),
-            (ProxySource::Unix, Origin::Unix(_)) => true,
-            _ => false,
-        })
+        match origin {
+            Origin::Ip(IpAddr::V4(ip)) => self.v4.contain(ip.into()),
+            Origin::Ip(IpAddr::V6(ip)) => self.v6.contain(ip.into()),
+            Origin::Unix(_) => self.trusts_unix,
+        }
     }
 
     /// The address of the client behind `origin`: the rightmost one that is not a trusted proxy's. If the list ends
@@ -112,6 +134,23 @@ impl TrustedProxies {
             }
         }
         client
+    }
+}
+
+/// Disjoint ranges of addresses, in their order: the first and the last address of each. A look-up compares few of
+/// them, however many there are.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+struct AddressRanges<T>(Vec<(T, T)>);
+
+impl<T: Ord> AddressRanges<T> {
+    fn new(mut disjoint: Vec<(T, T)>) -> Self {
+        disjoint.sort_unstable();
+        Self(disjoint)
+    }
+
+    fn contain(&self, ip: T) -> bool {
+        let next = self.0.partition_point(|(first, _)| *first <= ip);
+        next.checked_sub(1).is_some_and(|nearest| ip <= self.0[nearest].1)
     }
 }
 
@@ -147,9 +186,9 @@ fn trim(mut text: &[u8]) -> &[u8] {
 fn parse_address(text: &[u8]) -> Option<IpAddr> {
     let text = str::from_utf8(text).ok()?;
     let bracketed = || text.strip_prefix('[')?.strip_suffix(']')?.parse().ok().map(IpAddr::V6);
-    let with_port = || text.parse().ok().map(|address: SocketAddr| address.ip());
-    let ip = text.parse().ok().or_else(bracketed).or_else(with_port)?;
-    (!text.contains('%')).then(|| ip.to_canonical())
+    let with_port =
+        || text.parse().ok().filter(|_| !text.contains('%')).map(|address: SocketAddr| address.ip());
+    text.parse().ok().or_else(bracketed).or_else(with_port).map(|ip: IpAddr| ip.to_canonical())
 }
 
 /// The address in the `for` parameter of one element of `Forwarded` (RFC 7239 section 4). `None` for `unknown` and for
@@ -213,12 +252,13 @@ fn is_escaped(text: &[u8], at: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::access::peer::PeerCredentials;
     use axum::http::{HeaderValue, Request};
     use proptest::prelude::*;
+    use std::net::{Ipv4Addr, Ipv6Addr};
 
     fn proxies(header: ForwardedHeader) -> TrustedProxies {
-        let sources = ["10.0.0.0/8", "2001:db8:1::/48"].map(|text| text.parse().unwrap());
-        TrustedProxies { sources: sources.to_vec(), header }
+        TrustedProxies::new(&["10.0.0.0/8", "2001:db8:1::/48"].map(|text| text.parse().unwrap()), header)
     }
 
     fn client(header: ForwardedHeader, peer: &str, values: &[impl AsRef<[u8]>]) -> Option<String> {
@@ -325,6 +365,31 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_unix_socket_is_trusted_only_if_it_is_named() {
+        let origin = Origin::Unix(PeerCredentials { pid: None, uid: None, gid: None });
+        for (sources, is_trusted) in
+            [(&["0.0.0.0/0", "::/0", "unix"][..], true), (&["0.0.0.0/0", "::/0"], false)]
+        {
+            let sources: Vec<_> = sources.iter().map(|text| text.parse().unwrap()).collect();
+            let proxies = TrustedProxies::new(&sources, ForwardedHeader::default());
+            assert_eq!((proxies.contains(origin), proxies.trusts_unix()), (is_trusted, is_trusted));
+        }
+    }
+
+    /// Networks that often contain, meet or follow each other: few different bits, at both ends of the address.
+    fn network() -> impl Strategy<Value = IpNet> {
+        let bits = prop_oneof![0..16u32, 0..16u32, (0..16u32).prop_map(|bits| !bits)];
+        let v4 = (bits.clone(), 0..=32u8)
+            .prop_map(|(bits, prefix)| IpNet::new(Ipv4Addr::from(bits).into(), prefix));
+        let high = (bits, any::<bool>(), 0..=128u8);
+        let v6 = high.prop_map(|(bits, is_high, prefix)| {
+            let bits = if is_high { u128::from(bits) << 96 } else { u128::from(bits) };
+            IpNet::new(Ipv6Addr::from(bits).into(), prefix)
+        });
+        prop_oneof![v4, v6].prop_map(|network| network.unwrap().trunc())
+    }
+
     /// Header values that HTTP permits (RFC 9110 section 5.5).
     fn header_value(length: usize) -> impl Strategy<Value = Vec<u8>> {
         let byte = prop_oneof![
@@ -365,6 +430,19 @@ mod tests {
         }
 
         #[test]
+        fn an_address_is_trusted_if_any_network_contains_it(
+            networks in prop::collection::vec(network(), 0..40), others in prop::collection::vec(network(), 1..40)
+        ) {
+            let sources: Vec<_> = networks.iter().copied().map(ProxySource::Network).collect();
+            let proxies = TrustedProxies::new(&sources, ForwardedHeader::default());
+            let edges = networks.iter().chain(&others).flat_map(|network| [network.network(), network.broadcast()]);
+            for ip in edges {
+                let expected = networks.iter().any(|network| network.contains(&ip));
+                prop_assert_eq!(proxies.contains(Origin::Ip(ip)), expected, "{}", ip);
+            }
+        }
+
+        #[test]
         fn no_address_is_found_in_bytes_without_one(bytes in proptest::collection::vec(any::<u8>(), 0..80), header in 0..2) {
             let header = if header == 0 { ForwardedHeader::XForwardedFor } else { ForwardedHeader::Forwarded };
             let values: Vec<_> = HeaderValue::from_bytes(&bytes).map(|_| &bytes).into_iter().collect();
@@ -376,7 +454,7 @@ mod tests {
 
         #[test]
         fn every_address_is_parsed_in_every_form(v4: [u8; 4], v6: [u16; 8], port: u16) {
-            let (v4, v6) = (std::net::Ipv4Addr::from(v4), std::net::Ipv6Addr::from(v6));
+            let (v4, v6) = (Ipv4Addr::from(v4), Ipv6Addr::from(v6));
             let canonical = |ip: IpAddr| Some(ip.to_canonical());
             let address = |text: String| parse_address(text.as_bytes());
             prop_assert_eq!(address(v4.to_string()), canonical(v4.into()));

@@ -2,7 +2,7 @@
 
 use super::settings::LoadedSettings;
 use crate::access::file_source::FileSource;
-use crate::access::forwarded::TrustedProxies;
+use crate::access::forwarded::{ForwardedHeader, TrustedProxies};
 use crate::server::address::Host;
 
 /// Where a service is, for a client on this machine, and whether it speaks TLS there.
@@ -54,7 +54,7 @@ impl LocalEndpoint {
             wants_certificate: client_ca.is_some(),
             proxies: settings
                 .proxy_protocol?
-                .then(|| TrustedProxies { sources, ..TrustedProxies::default() }),
+                .then(|| TrustedProxies::new(&sources, ForwardedHeader::default())),
         })
     }
 

@@ -35,7 +35,7 @@ impl Config {
 
     /// The trusted proxies and their header.
     pub fn proxies(&self) -> TrustedProxies {
-        TrustedProxies { sources: self.trusted_proxies.clone(), header: self.forwarded_header }
+        TrustedProxies::new(&self.trusted_proxies, self.forwarded_header)
     }
 
     /// Certificate, key and client CA; `None` if keys are served in plain HTTP.

@@ -118,11 +118,11 @@ impl Drop for ClientPermit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::access::forwarded::ForwardedHeader;
 
     #[test]
     fn a_client_gets_its_limit_and_a_few_over_limit_connections() {
-        let proxies =
-            TrustedProxies { sources: vec!["10.0.0.0/8".parse().unwrap()], ..TrustedProxies::default() };
+        let proxies = TrustedProxies::new(&["10.0.0.0/8".parse().unwrap()], ForwardedHeader::default());
         let client_limit = Arc::new(ClientConnectionLimit::new(2, proxies));
         let acquire =
             |ip: &str| ClientConnectionLimit::acquire(Some(&client_limit), Origin::Ip(ip.parse().unwrap()));
