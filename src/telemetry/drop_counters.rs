@@ -29,8 +29,22 @@ impl DropCounters {
         self.write_errors.load(Ordering::Relaxed)
     }
 
-    /// Events in the queue or being written.
-    pub(super) fn queued(&self, is_audit: bool) -> &AtomicU64 {
+    /// The number of events in the queue or being written.
+    pub(super) fn queued(&self, is_audit: bool) -> u64 {
+        self.queue(is_audit).load(Ordering::Relaxed)
+    }
+
+    /// Counts an event that is put into the queue.
+    pub(super) fn enqueue(&self, is_audit: bool) {
+        self.queue(is_audit).fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts an event that was in the queue and is written or dropped.
+    pub(super) fn dequeue(&self, is_audit: bool) {
+        self.queue(is_audit).fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn queue(&self, is_audit: bool) -> &AtomicU64 {
         if is_audit { &self.queued_audit_records } else { &self.queued_events }
     }
 

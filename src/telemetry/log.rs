@@ -5,7 +5,6 @@
 //! sent again until the journal takes it; a line that stderr refuses is dropped and counted.
 
 use std::io;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -52,9 +51,9 @@ impl Log {
             written,
             dropped: Arc::clone(&dropped),
         };
-        let writer = LogWriter::new(&dropped);
+        let writer = LogWriter::new();
         thread::Builder::new().name("log".into()).spawn(move || {
-            write_all(&writer, &messages, &dropped);
+            write_all(writer, &messages, &dropped);
             let _ = done.send(()); // the receiver is gone if the flush timed out
         })?;
         let subscriber = LogQueue {
@@ -87,8 +86,7 @@ impl Log {
     /// events. Under systemd, stderr is a stream to the journal, which may work if the journal's socket does not. On
     /// any other stderr nothing is reported: the lines themselves wait for it.
     fn report_lost(&self) {
-        let [records, events] =
-            [true, false].map(|is_audit| self.dropped.queued(is_audit).load(Ordering::Relaxed));
+        let [records, events] = [true, false].map(|is_audit| self.dropped.queued(is_audit));
         if records + events > 0 {
             let line = format!(
                 "<4>key-service: {} audit records and {} other log entries were lost since the start: the journal did not \
@@ -114,9 +112,14 @@ impl Drop for Log {
     }
 }
 
-fn write_all(writer: &LogWriter, messages: &Receiver<Message>, dropped: &DropCounters) {
-    while let Ok(Message::Event(event)) = messages.recv() {
+fn write_all(mut writer: LogWriter, messages: &Receiver<Message>, dropped: &DropCounters) {
+    let mut message = messages.recv().ok();
+    while let Some(Message::Event(event)) = message {
         writer.write(&event, dropped);
-        dropped.queued(event.is_audit()).fetch_sub(1, Ordering::Relaxed);
+        message = messages.try_recv().ok().or_else(|| {
+            writer.flush(dropped);
+            messages.recv().ok()
+        });
     }
+    writer.flush(dropped);
 }

@@ -1,6 +1,6 @@
 //! A log event that owns its values, so that another thread can write it.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use tracing::field::{Field, Value, Visit};
 use tracing::{Event, Metadata};
@@ -18,61 +18,81 @@ const FIELDS_MAX: usize = 16;
 pub(super) const TEXT_MAX: usize = 8192;
 const _: () = assert!(FIELDS_MAX * (TEXT_MAX + 256) < 212_992); // 256: its name, length and terminator
 
+/// The usual size of all values of an event, in bytes: that of an audit record.
+const USUAL_SIZE: usize = 256;
+
 /// A log event that owns its values.
+#[derive(Debug)]
 pub(super) struct OwnedEvent {
     metadata: &'static Metadata<'static>,
-    values: Vec<(Field, Text)>,
+    /// The values, one after the other, as they are logged: without the quotes that `Debug` puts around a text.
+    text: String,
+    /// The fields that have a value, and where it ends in the text.
+    fields: Vec<(Field, usize)>,
 }
 
 impl OwnedEvent {
     pub(super) fn new(event: &Event<'_>) -> Self {
-        let mut owned = Self { metadata: event.metadata(), values: Vec::new() };
+        let mut owned = Self {
+            metadata: event.metadata(),
+            text: String::with_capacity(USUAL_SIZE),
+            fields: Vec::with_capacity(FIELDS_MAX),
+        };
         event.record(&mut owned);
         owned
+    }
+
+    pub(super) fn metadata(&self) -> &'static Metadata<'static> {
+        self.metadata
     }
 
     pub(super) fn is_audit(&self) -> bool {
         self.metadata.target() == AUDIT_TARGET
     }
 
-    /// Calls `write` with the event as tracing passes it. An event without fields is not written.
+    /// The fields that have a value, and their values.
+    pub(super) fn values(&self) -> impl Iterator<Item = (&Field, &str)> {
+        let mut start = 0;
+        self.fields
+            .iter()
+            .map(move |(field, end)| (field, &self.text[std::mem::replace(&mut start, *end)..*end]))
+    }
+
+    /// Calls `write` with an event whose values are the texts of this one. An event without fields is not written.
     pub(super) fn replay(&self, write: impl FnOnce(&Event<'_>)) {
-        let values: Vec<_> =
-            self.values.iter().map(|(field, text)| (field, tracing::field::debug(text))).collect();
-        let Some((any, _)) = values.first() else { return };
+        let Some((any, _)) = self.fields.first() else { return };
+        let mut values = [""; FIELDS_MAX];
+        values.iter_mut().zip(self.values()).for_each(|(place, (_, value))| *place = value);
         // A value set has a fixed length; tracing skips elements without a value.
         let mut set: [(&Field, Option<&dyn Value>); FIELDS_MAX] = [(any, None); FIELDS_MAX];
-        for (place, (field, value)) in set.iter_mut().zip(&values) {
+        for ((place, (field, _)), value) in set.iter_mut().zip(&self.fields).zip(&values) {
             *place = (field, Some(value));
         }
         let set = self.metadata.fields().value_set(&set);
         write(&Event::new(self.metadata, &set));
     }
+
+    /// Ends the value that was appended for `field`.
+    fn end_value(&mut self, field: &Field) {
+        let start = self.fields.last().map_or(0, |(_, end)| *end);
+        truncate(&mut self.text, start + TEXT_MAX);
+        self.fields.push((field.clone(), self.text.len()));
+    }
 }
 
 impl Visit for OwnedEvent {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.values.push((field.clone(), Text::new(format!("{value:?}"))));
+        let _ = write!(self.text, "{value:?}"); // a value that can't be formatted ends where it failed
+        self.end_value(field);
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.values.push((field.clone(), Text::new(value.to_owned())));
+        self.text.push_str(value);
+        self.end_value(field);
     }
-}
 
-/// A value as it is logged, without the quotes that `Debug` would put around it.
-struct Text(String);
-
-impl Text {
-    /// The first [`TEXT_MAX`] bytes of `text`.
-    fn new(mut text: String) -> Self {
-        truncate(&mut text, TEXT_MAX);
-        Self(text)
-    }
-}
-
-impl fmt::Debug for Text {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.text.push_str(itoa::Buffer::new().format(value));
+        self.end_value(field);
     }
 }

@@ -1,6 +1,5 @@
 //! The queue between the threads that log and the one that writes: a tracing subscriber that never waits for a writer.
 
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -65,9 +64,9 @@ impl Subscriber for LogQueue {
     fn event(&self, event: &Event<'_>) {
         let event = OwnedEvent::new(event);
         let is_audit = event.is_audit();
-        self.dropped.queued(is_audit).fetch_add(1, Ordering::Relaxed);
+        self.dropped.enqueue(is_audit);
         if !enqueue(&self.queue, Message::Event(event), self.deadline.get().copied()) {
-            self.dropped.queued(is_audit).fetch_sub(1, Ordering::Relaxed);
+            self.dropped.dequeue(is_audit);
             self.dropped.count_dropped(is_audit);
         }
     }
@@ -87,12 +86,7 @@ impl Subscriber for LogQueue {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{self, Write};
-    use std::sync::{Mutex, mpsc};
-
-    use tracing::Dispatch;
-    use tracing_subscriber::Registry;
-    use tracing_subscriber::layer::SubscriberExt;
+    use std::sync::mpsc;
 
     use super::*;
     use crate::telemetry::log_event::TEXT_MAX;
@@ -102,34 +96,11 @@ mod tests {
         LogQueue { level, queue, deadline: Arc::default(), dropped: Arc::clone(dropped) }
     }
 
-    /// The lines that tracing's own writer makes of a logged event.
-    #[derive(Clone, Default)]
-    struct Lines(Arc<Mutex<Vec<u8>>>);
-
-    impl Lines {
-        fn write(&self, message: Message) -> String {
-            let lines = self.clone();
-            let layer = tracing_subscriber::fmt::layer()
-                .with_ansi(false)
-                .without_time()
-                .with_target(false)
-                .with_writer(move || lines.clone());
-            let dispatch = Dispatch::new(Registry::default().with(layer));
-            let Message::Event(event) = message else { panic!("not an event") };
-            event.replay(|event| dispatch.event(event));
-            String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
-        }
-    }
-
-    impl Write for Lines {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
+    /// The next event in the queue, as text.
+    fn next(events: &mpsc::Receiver<Message>) -> String {
+        let Message::Event(event) = events.recv().unwrap() else { panic!("not an event") };
+        let values = event.values().map(|(field, value)| format!("{}={value} ", field.name()));
+        format!("{} {}", event.metadata().level(), values.collect::<String>())
     }
 
     #[test]
@@ -175,10 +146,9 @@ mod tests {
         tracing::subscriber::with_default(queue(sender, &Arc::default()), || {
             tracing::warn!(short = "a", text = "€".repeat(TEXT_MAX), shown = %"x".repeat(TEXT_MAX + 1), "event");
         });
-        let line = Lines::default().write(events.recv().unwrap());
         let text = "€".repeat(TEXT_MAX / 3);
         let shown = "x".repeat(TEXT_MAX);
-        assert_eq!(line.trim(), format!("WARN event short=a text={text} shown={shown}"));
+        assert_eq!(next(&events), format!("WARN message=event short=a text={text} shown={shown} "));
     }
 
     #[test]
@@ -187,7 +157,6 @@ mod tests {
         tracing::subscriber::with_default(queue(sender, &Arc::default()), || {
             tracing::warn!(address = %"127.0.0.1:1", count = 3, name = "http", "listening");
         });
-        let line = Lines::default().write(events.recv().unwrap());
-        assert_eq!(line.trim(), "WARN listening address=127.0.0.1:1 count=3 name=http");
+        assert_eq!(next(&events), "WARN message=listening address=127.0.0.1:1 count=3 name=http ");
     }
 }

@@ -11,6 +11,7 @@ pub mod labels;
 pub mod log;
 pub mod log_event;
 pub mod log_level;
+mod log_lines;
 mod log_queue;
 mod log_writer;
 pub mod metrics;
