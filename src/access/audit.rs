@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use base16ct::lower;
 use tracing::info;
 
 use crate::access::authorization::Authorized;
@@ -12,6 +13,7 @@ use crate::keys::format::Kind;
 use crate::keys::generator::{Generator, GeneratorError};
 use crate::keys::key_spec::KeySpec;
 use crate::telemetry::log_event::AUDIT_TARGET;
+use crate::telemetry::text::ip_text;
 
 /// The recipient of a key.
 #[derive(Debug)]
@@ -22,9 +24,9 @@ pub enum AuditSubject {
     Unit(CredentialRequest),
 }
 
-/// Identifies an audit record, in the log and in the response: 128 random bits.
+/// Identifies an audit record, in the log and in the response: 128 random bits, as 32 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RequestId([u8; 16]);
+pub struct RequestId([u8; 32]);
 
 impl RequestId {
     /// A new one.
@@ -34,14 +36,20 @@ impl RequestId {
     pub fn generate(generator: &Generator) -> Result<Self, GeneratorError> {
         let mut id = [0; 16];
         generator.fill(&mut id)?;
-        Ok(Self(id))
+        let mut digits = [0; 32];
+        lower::encode(&id, &mut digits).expect("two digits a byte");
+        Ok(Self(digits))
+    }
+
+    /// The digits.
+    pub fn as_str(&self) -> &str {
+        str::from_utf8(&self.0).expect("hexadecimal digits are ASCII")
     }
 }
 
-/// 32 hexadecimal digits.
 impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+        f.write_str(self.as_str())
     }
 }
 
@@ -79,7 +87,10 @@ impl AuditRecord {
             AuditSubject::Client(client) => (Some(client), None),
             AuditSubject::Unit(request) => (None, Some(request)),
         };
-        let proxy = client.filter(|client| client.is_forwarded).map(|_| self.peer.origin.to_string());
+        let proxy = client.filter(|client| client.is_forwarded).map(|_| match self.peer.origin {
+            Origin::Ip(ip) => ip_text(ip),
+            Origin::Unix(_) => self.peer.origin.to_string(),
+        });
         let alphabet = match self.spec.kind() {
             Kind::Key => None,
             Kind::Password(alphabet) => Some(alphabet.name()),
@@ -90,16 +101,17 @@ impl AuditRecord {
         };
         info!(
             target: AUDIT_TARGET,
-            request_id = self.request_id.to_string(),
+            message = event,
+            request_id = self.request_id.as_str(),
             unit = unit.map(|request| request.unit.as_str()),
             credential = unit.map(|request| request.credential.as_str()),
             token = client.and_then(Authorized::token_name).map(|name| name.as_str()),
             // A certificate may contain any name: a line break in it must not begin another record.
-            certificate = self.peer.identity.as_ref().map(|name| name.escape_debug().to_string()),
+            certificate = self.peer.identity.as_ref().map(|name| tracing::field::display(name.escape_debug())),
             peer_uid = uid,
             peer_gid = gid,
             peer_pid = pid,
-            address = client.and_then(|client| client.address).map(|ip| ip.to_string()),
+            address = client.and_then(|client| client.address).map(ip_text),
             proxy,
             length = self.spec.length().bytes(),
             count = self.spec.count(),
@@ -107,7 +119,6 @@ impl AuditRecord {
             alphabet,
             sent = self.sent,
             outcome,
-            "{event}"
         );
     }
 }
