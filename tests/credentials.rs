@@ -228,7 +228,7 @@ fn a_failed_generator_sends_more_than_systemd_accepts() {
     let metrics = Arc::new(Metrics::new());
     let app = AppState {
         max_size: AtomicU64::new(1024),
-        authorizer: Authorizer::new(AccessRules::default(), 1),
+        authorizer: Authorizer::new(AccessRules::default(), 1, &generator).unwrap(),
         health: Arc::new(Health::new(Arc::clone(&generator))),
         generator,
         metrics: Arc::clone(&metrics),

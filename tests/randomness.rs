@@ -59,7 +59,7 @@ impl Service {
         let source = Breakable { is_broken: Arc::clone(&is_broken), broken };
         let generator = Arc::new(Generator::new(source).unwrap());
         let metrics = Arc::new(Metrics::new());
-        let authorizer = Authorizer::new(AccessRules::default(), 64);
+        let authorizer = Authorizer::new(AccessRules::default(), 64, &generator).unwrap();
         let state = AppState {
             max_size: AtomicU64::new(1 << 20),
             generator: Arc::clone(&generator),

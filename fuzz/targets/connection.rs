@@ -164,7 +164,7 @@ async fn exchange(setup: &Setup, sent_bytes: &[u8], has_fast_path: bool) -> (Vec
         generator: Arc::clone(&generator),
         health: Arc::new(Health::new(generator)),
         metrics: Arc::clone(&METRICS),
-        authorizer: Authorizer::new(rules, 64),
+        authorizer: Authorizer::new(rules, 64, &GENERATOR).expect("the generator works"),
         dropped: Arc::default(),
         has_page: true,
     });

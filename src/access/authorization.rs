@@ -1,21 +1,20 @@
 //! Decides every request for keys: bearer tokens, rate limits, and permits for streamed responses.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasher, RandomState};
+use std::mem;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
 
-use subtle::ConstantTimeEq;
-
 use crate::access::forwarded::TrustedProxies;
+use crate::access::grants::{Bearer, Grants};
 use crate::access::peer::{Client, Origin, Peer};
-use crate::access::rate_limit::{RateLimitStatus, RateLimiter, Rates};
+use crate::access::rate_limit::{RateLimitStatus, RateLimiter, RatePolicy, Rates};
 use crate::access::request_head::{RequestHead, RequestHeader};
 use crate::access::stream_permits::{StreamPermit, StreamPermits};
-use crate::access::token;
 use crate::access::tokens_file::{Grant, TokenName};
+use crate::access::verified_token::{Fingerprinter, VerifiedToken};
+use crate::keys::generator::{Generator, GeneratorError};
 
 /// The configured rules for requests for keys. The default requires nothing.
 #[derive(Debug, Clone, Default)]
@@ -36,7 +35,8 @@ pub struct AccessRules {
 #[derive(Debug)]
 pub struct Authorizer {
     is_unrestricted: AtomicBool,
-    policy: RwLock<Arc<Policy>>,
+    policy: RwLock<Policy>,
+    fingerprinter: Fingerprinter,
     /// Created when a rate is first configured, and then kept: new rules don't forget what clients have used.
     rate_limiter: OnceLock<RateLimiter>,
     stream_permits: Arc<StreamPermits>,
@@ -45,46 +45,32 @@ pub struct Authorizer {
 /// The rules in force, with an index of their tokens.
 #[derive(Debug, Default)]
 struct Policy {
+    /// The number of policies before this one, by which a [`VerifiedToken`] of another one is recognised.
+    generation: u64,
     rules: AccessRules,
+    rates: Option<Arc<RatePolicy>>,
     grants: Grants,
-}
-
-/// Grants, indexed by a keyed hash of their digest. The key is random and never leaves the process, so the time of a
-/// lookup reveals nothing about a digest; the digest itself is compared in constant time.
-#[derive(Debug, Default)]
-struct Grants {
-    by_hash: HashMap<u64, Vec<Grant>>,
-    hasher: RandomState,
-}
-
-impl Grants {
-    fn new(grants: &[Grant]) -> Self {
-        let mut index = Self::default();
-        for grant in grants {
-            index.by_hash.entry(index.hasher.hash_one(grant.digest)).or_default().push(grant.clone());
-        }
-        index
-    }
-
-    /// The grant of the token with this text.
-    fn find(&self, token: &[u8]) -> Option<&Grant> {
-        let digest = token::digest_of(token)?;
-        let candidates = self.by_hash.get(&self.hasher.hash_one(digest))?;
-        candidates.iter().find(|grant| grant.digest.ct_eq(&digest).into())
-    }
 }
 
 impl Authorizer {
     /// Applies `rules`, and allows at most `max_streams` streamed responses at once.
-    pub fn new(rules: AccessRules, max_streams: usize) -> Self {
+    ///
+    /// # Errors
+    /// The generator fails.
+    pub fn new(
+        rules: AccessRules,
+        max_streams: usize,
+        generator: &Generator,
+    ) -> Result<Self, GeneratorError> {
         let authorizer = Self {
             is_unrestricted: AtomicBool::new(true),
             policy: RwLock::default(),
+            fingerprinter: Fingerprinter::new(generator)?,
             rate_limiter: OnceLock::new(),
             stream_permits: Arc::new(StreamPermits::new(max_streams)),
         };
         authorizer.replace(rules);
-        authorizer
+        Ok(authorizer)
     }
 
     /// Applies `rules` to every request from now on.
@@ -95,8 +81,12 @@ impl Authorizer {
             self.rate_limiter.get_or_init(|| RateLimiter::new(Instant::now()));
         }
         let is_unrestricted = rules.tokens.is_none() && !has_rates && !rules.audit;
-        let grants = Grants::new(grants);
-        *self.policy.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Policy { rules, grants });
+        let (grants, rates) = (Grants::new(grants, rules.rates), RatePolicy::new(rules.rates));
+        let mut policy = self.policy.write().unwrap_or_else(PoisonError::into_inner);
+        let new = Policy { generation: policy.generation + 1, rules, rates, grants };
+        let old = mem::replace(&mut *policy, new);
+        drop(policy);
+        drop(old); // after the lock: to free many tokens takes longer than a request
         self.is_unrestricted.store(is_unrestricted, Ordering::Relaxed);
     }
 
@@ -117,18 +107,23 @@ impl Authorizer {
         self.policy.read().unwrap_or_else(PoisonError::into_inner).rules.audit
     }
 
-    /// Authorizes a request for a key.
+    /// Authorizes a request for a key. `verified` belongs to the connection.
     ///
     /// # Errors
     /// The request needs a token and has no valid one.
-    pub fn authorize(&self, peer: &Peer, head: &RequestHead<'_>) -> Result<Box<Authorized>, Unauthorized> {
-        let policy = Arc::clone(&self.policy.read().unwrap_or_else(PoisonError::into_inner));
+    pub fn authorize(
+        &self,
+        peer: &Peer,
+        head: &RequestHead<'_>,
+        verified: &VerifiedToken,
+    ) -> Result<Box<Authorized>, Unauthorized> {
+        let policy = self.policy.read().unwrap_or_else(PoisonError::into_inner);
         let rules = &policy.rules;
         let forwarded = rules.proxies.client_ip(peer.origin, head);
         let is_trusted = rules.trusts_unix && matches!(peer.origin, Origin::Unix(_));
-        let grant = match &rules.tokens {
-            Some(_) => match policy.grant(head) {
-                Ok(grant) => Some(grant.clone()),
+        let bearer = match &rules.tokens {
+            Some(_) => match policy.bearer(head, &self.fingerprinter, verified) {
+                Ok(bearer) => Some(bearer),
                 Err(Unauthorized::Missing) if is_trusted => None,
                 Err(reason) => return Err(reason),
             },
@@ -139,9 +134,13 @@ impl Authorizer {
             Origin::Unix(_) => None,
         });
         Ok(Box::new(Authorized {
-            rates: rules.rates,
+            rates: bearer
+                .as_ref()
+                .and_then(|bearer| bearer.rates.as_ref())
+                .or(policy.rates.as_ref())
+                .cloned(),
             audit: rules.audit,
-            grant,
+            bearer,
             address,
             is_forwarded: forwarded.is_some(),
             rate_limit: None,
@@ -159,12 +158,10 @@ impl Authorizer {
         peer: &Peer,
         bytes: u64,
     ) -> Result<(), RateLimitStatus> {
-        let (Some((client, rates)), Some(limiter)) =
-            (authorized.rate_limit_key(peer), self.rate_limiter.get())
-        else {
+        let (Some(rates), Some(limiter)) = (&authorized.rates, self.rate_limiter.get()) else {
             return Ok(());
         };
-        let status = limiter.check(client, &rates, bytes, Instant::now());
+        let status = limiter.check(authorized.rate_limit_key(peer), rates, bytes, Instant::now());
         if status.wait.is_some() {
             return Err(status);
         }
@@ -208,14 +205,33 @@ pub enum Unauthorized {
 }
 
 impl Policy {
-    /// The grant of the bearer token in `head`.
-    fn grant(&self, head: &RequestHead<'_>) -> Result<&Grant, Unauthorized> {
+    /// The bearer of the token in `head`.
+    fn bearer(
+        &self,
+        head: &RequestHead<'_>,
+        fingerprinter: &Fingerprinter,
+        verified: &VerifiedToken,
+    ) -> Result<Arc<Bearer>, Unauthorized> {
         let mut values = head.values(RequestHeader::Authorization);
         let credentials = match (values.next(), values.next()) {
             (Some(value), None) => value,
             (None, _) => return Err(Unauthorized::Missing),
             (Some(_), Some(_)) => return Err(Unauthorized::Unknown),
         };
+        let fingerprint = fingerprinter.fingerprint(credentials);
+        let bearer = match verified.bearer(fingerprint, self.generation) {
+            Some(bearer) => bearer,
+            None => {
+                let bearer = self.find(credentials)?;
+                verified.set(fingerprint, self.generation, bearer);
+                Arc::clone(bearer)
+            }
+        };
+        if bearer.grant.has_expired() { Err(Unauthorized::Expired) } else { Ok(bearer) }
+    }
+
+    /// The bearer with these credentials, whether or not the token has expired.
+    fn find(&self, credentials: &[u8]) -> Result<&Arc<Bearer>, Unauthorized> {
         // RFC 9110 section 11.4: the scheme is case-insensitive, and spaces follow it.
         let scheme = b"bearer ";
         let is_bearer =
@@ -224,16 +240,16 @@ impl Policy {
             return Err(Unauthorized::Missing); // credentials of another scheme count as none
         }
         let token = credentials[scheme.len()..].trim_ascii_start();
-        let grant = self.grants.find(token).ok_or(Unauthorized::Unknown)?;
-        if grant.has_expired() { Err(Unauthorized::Expired) } else { Ok(grant) }
+        self.grants.find(token).ok_or(Unauthorized::Unknown)
     }
 }
 
 /// A request that was authorized, and its client.
 #[derive(Debug, Clone)]
 pub struct Authorized {
-    rates: Rates,
-    grant: Option<Grant>,
+    /// The rates that apply; `None` if they are unlimited.
+    rates: Option<Arc<RatePolicy>>,
+    bearer: Option<Arc<Bearer>>,
     /// Whether its key is recorded in the audit log.
     pub audit: bool,
     /// The client's IP address; `None` for a client of the Unix socket.
@@ -247,33 +263,35 @@ pub struct Authorized {
 impl Authorized {
     /// The largest key that the client may request, in bytes; `limit` is the maximum for every client.
     pub fn max_size(&self, limit: u64) -> u64 {
-        self.grant.as_ref().and_then(|grant| grant.max_size).map_or(limit, |own| own.min(limit))
+        self.grant().and_then(|grant| grant.max_size).map_or(limit, |own| own.min(limit))
     }
 
     /// The name of the token that authorized the request.
     pub fn token_name(&self) -> Option<&TokenName> {
-        self.grant.as_ref().map(|grant| &grant.name)
+        self.grant().map(|grant| &grant.name)
+    }
+
+    fn grant(&self) -> Option<&Grant> {
+        self.bearer.as_ref().map(|bearer| &bearer.grant)
     }
 
     /// The client: the bearer of a token, else the address, else the user of the Unix socket.
     fn client(&self, peer: &Peer) -> Client {
-        match &self.grant {
-            Some(grant) => Client::Bearer(grant.name.id()),
-            None => self.address.map_or_else(|| peer.origin.into(), Client::from),
-        }
+        self.grant().map_or_else(|| self.origin(peer), |grant| Client::Bearer(grant.name.id()))
     }
 
-    /// The client that the request is counted for, and its rates: the bearer of a token with rates of its own, from any
-    /// address; else the address, or the user of the Unix socket. `None` if no rate limit applies.
-    fn rate_limit_key(&self, peer: &Peer) -> Option<(Client, Rates)> {
-        let (client, rates) = match self.grant.as_ref().filter(|grant| grant.has_rates()) {
-            Some(grant) => {
-                let rates = Rates { requests: grant.rate_requests, bytes: grant.rate_bytes, ..self.rates };
-                (Client::Bearer(grant.name.id()), rates)
-            }
-            None => (self.address.map_or_else(|| peer.origin.into(), Client::from), self.rates),
-        };
-        (!rates.are_unlimited()).then_some((client, rates))
+    /// The address, or the user of the Unix socket.
+    fn origin(&self, peer: &Peer) -> Client {
+        self.address.map_or_else(|| peer.origin.into(), Client::from)
+    }
+
+    /// The client that the request is counted for: the bearer of a token with rates of its own, from any address; else
+    /// the address, or the user of the Unix socket.
+    fn rate_limit_key(&self, peer: &Peer) -> Client {
+        match &self.bearer {
+            Some(bearer) if bearer.rates.is_some() => Client::Bearer(bearer.grant.name.id()),
+            _ => self.origin(peer),
+        }
     }
 }
 
@@ -281,45 +299,82 @@ impl Authorized {
 mod tests {
     use super::*;
     use crate::access::token::Token;
-    use crate::keys::generator::{Generator, OsRandom};
+    use crate::keys::generator::OsRandom;
+    use axum::http::Request;
 
-    #[test]
-    fn only_the_exact_token_finds_its_grant() {
-        let generator = Generator::new(OsRandom).unwrap();
-        let tokens = [(); 3].map(|()| Token::generate(&generator).unwrap());
-        let [first, second, other] = &tokens;
-        let grant = |name: &str, token: &Token| Grant::new(name.parse().unwrap(), token.digest);
-        let grants = Grants::new(&[grant("first", first), grant("second", second)]);
-        let found = |text: &[u8]| grants.find(text).map(|grant| grant.name.as_str());
-        let text = first.text.as_bytes();
-        assert_eq!(found(text), Some("first"));
-        assert_eq!(found(second.text.as_bytes()), Some("second"));
-        assert_eq!(found(other.text.as_bytes()), None);
-        for at in 0..text.len() {
-            let mut changed = text.to_vec();
-            changed[at] = if text[at] == b'0' { b'1' } else { b'0' };
-            assert_eq!(found(&changed), None, "byte {at} is changed");
-            assert_eq!(found(&text[..at]), None, "only {at} bytes");
-        }
-        assert_eq!(found(&[text, b"0"].concat()), None, "a digit too many");
-        assert_eq!(found(text.to_ascii_uppercase().as_slice()), None, "capital letters");
-        assert_eq!(found(&first.digest), None, "the digest itself");
+    fn rules(grants: Vec<Grant>) -> AccessRules {
+        AccessRules { tokens: Some(grants.into()), ..AccessRules::default() }
+    }
+
+    /// The name of the token that authorizes a request with `value` as `Authorization` on the connection that owns
+    /// `verified`.
+    fn authorize(
+        authorizer: &Authorizer,
+        value: &str,
+        verified: &VerifiedToken,
+    ) -> Result<String, Unauthorized> {
+        let request = Request::get("/key/32").header("authorization", value).body(()).unwrap();
+        let head = RequestHead::from(&request);
+        let peer = Peer::tcp(([127, 0, 0, 1], 1).into());
+        let authorized = authorizer.authorize(&peer, &head, verified)?;
+        Ok(authorized.token_name().unwrap().to_string())
     }
 
     #[test]
-    fn two_grants_in_one_bucket_are_distinguished() {
+    fn each_request_on_a_connection_gets_the_grant_of_its_own_token() {
         let generator = Generator::new(OsRandom).unwrap();
         let tokens = [(); 3].map(|()| Token::generate(&generator).unwrap());
-        let mut grants = Grants::default();
-        let bucket = ["first", "second"].iter().zip(&tokens);
-        let bucket: Vec<_> =
-            bucket.map(|(name, token)| Grant::new(name.parse().unwrap(), token.digest)).collect();
-        // As if the keyed hashes of all three digests collided.
-        for token in &tokens {
-            grants.by_hash.insert(grants.hasher.hash_one(token.digest), bucket.clone());
+        let [first, second, unknown] = tokens.each_ref().map(|token| format!("Bearer {}", *token.text));
+        let grant = |name: &str, token: &Token| Grant::new(name.parse().unwrap(), token.digest);
+        let grants = vec![grant("first", &tokens[0]), grant("second", &tokens[1])];
+        let authorizer = Authorizer::new(rules(grants), 1, &generator).unwrap();
+        let verified = VerifiedToken::default();
+        let lowercase = first.replace("Bearer ", "bearer  ");
+        for (value, expected) in [
+            (&first, Ok("first")),
+            (&first, Ok("first")),
+            (&second, Ok("second")),
+            (&unknown, Err(Unauthorized::Unknown)),
+            (&second, Ok("second")),
+            (&lowercase, Ok("first")),
+            (&format!("{first} "), Err(Unauthorized::Unknown)),
+            (&first, Ok("first")),
+        ] {
+            assert_eq!(
+                authorize(&authorizer, value, &verified).as_deref(),
+                expected.as_ref().map(|name| *name)
+            );
         }
-        let found = tokens.each_ref().map(|token| grants.find(token.text.as_bytes()));
-        let names = found.map(|grant| grant.map(|grant| grant.name.as_str()));
-        assert_eq!(names, [Some("first"), Some("second"), None]);
+    }
+
+    #[test]
+    fn a_revoked_token_is_refused_on_the_same_connection() {
+        let generator = Generator::new(OsRandom).unwrap();
+        let token = Token::generate(&generator).unwrap();
+        let value = format!("Bearer {}", *token.text);
+        let granted = |name: &str| rules(vec![Grant::new(name.parse().unwrap(), token.digest)]);
+        let authorizer = Authorizer::new(granted("old"), 1, &generator).unwrap();
+        let verified = VerifiedToken::default();
+        assert_eq!(authorize(&authorizer, &value, &verified).as_deref(), Ok("old"));
+        authorizer.replace(granted("new"));
+        assert_eq!(authorize(&authorizer, &value, &verified).as_deref(), Ok("new"), "the new rules apply");
+        authorizer.replace(rules(Vec::new()));
+        assert_eq!(authorize(&authorizer, &value, &verified), Err(Unauthorized::Unknown));
+        authorizer.replace(granted("again"));
+        assert_eq!(authorize(&authorizer, &value, &verified).as_deref(), Ok("again"));
+    }
+
+    #[test]
+    fn an_expired_token_is_refused_on_the_same_connection() {
+        let generator = Generator::new(OsRandom).unwrap();
+        let token = Token::generate(&generator).unwrap();
+        let value = format!("Bearer {}", *token.text);
+        let expires = "2000-01-01".parse().unwrap();
+        let expired = Grant { expires: Some(expires), ..Grant::new("old".parse().unwrap(), token.digest) };
+        let authorizer = Authorizer::new(rules(vec![expired]), 1, &generator).unwrap();
+        let verified = VerifiedToken::default();
+        for attempt in ["hashed", "recognised"] {
+            assert_eq!(authorize(&authorizer, &value, &verified), Err(Unauthorized::Expired), "{attempt}");
+        }
     }
 }

@@ -7,7 +7,8 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::num::NonZeroU64;
-use std::sync::{Mutex, PoisonError};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::access::peer::Client;
@@ -18,7 +19,7 @@ const CLIENTS_MAX: usize = 65_536;
 /// Slots per set. The clients of a set share a lock and compete for its slots.
 const WAYS: usize = 8;
 
-const NANOS_PER_SECOND: u128 = 1_000_000_000;
+const NANOS_PER_SECOND: u64 = 1_000_000_000;
 
 /// The rates of a client. The default is unlimited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -37,17 +38,46 @@ impl Rates {
         self.requests.is_none() && self.bytes.is_none()
     }
 
-    /// Appends the value of the `RateLimit-Policy` header (draft-ietf-httpapi-ratelimit-headers-11, section 3).
-    pub fn append_policy(&self, text: &mut String) {
+    /// The value of the `RateLimit-Policy` header (draft-ietf-httpapi-ratelimit-headers-11, section 3).
+    fn policy(&self) -> String {
         let quota = |rate: NonZeroU64| rate.get().saturating_mul(self.burst.into());
         let [requests, bytes] = [self.requests, self.bytes].map(|rate| rate.map(quota));
+        let mut text = String::new();
         let bytes = (bytes, "\"bytes\";q=", ";qu=\"content-bytes\";w=");
-        append_list(text, [(requests, "\"requests\";q=", ";w="), bytes], self.burst);
+        append_list(&mut text, [(requests, "\"requests\";q=", ";w="), bytes], self.burst);
+        text
     }
 
     /// The burst capacity in nanoseconds: how far a client's TAT may be ahead of now.
     fn burst_capacity(&self) -> u64 {
-        u64::from(self.burst) * 1_000_000_000
+        u64::from(self.burst) * NANOS_PER_SECOND
+    }
+}
+
+/// Rates that are limited, and the header that announces them: it is in every response, so it is written once.
+#[derive(Debug, PartialEq, Eq)]
+pub struct RatePolicy {
+    rates: Rates,
+    text: String,
+}
+
+impl RatePolicy {
+    /// The policy of `rates`; `None` if they are unlimited.
+    pub(crate) fn new(rates: Rates) -> Option<Arc<Self>> {
+        (!rates.are_unlimited()).then(|| Arc::new(Self { rates, text: rates.policy() }))
+    }
+
+    /// Appends the value of the `RateLimit-Policy` header.
+    pub fn append_policy(&self, text: &mut String) {
+        text.push_str(&self.text);
+    }
+}
+
+impl Deref for RatePolicy {
+    type Target = Rates;
+
+    fn deref(&self) -> &Rates {
+        &self.rates
     }
 }
 
@@ -55,7 +85,7 @@ impl Rates {
 const INTEGER_MAX: u64 = 999_999_999_999_999;
 
 /// Appends a list with one item per amount: the text before the amount, the amount, the text after it, and `seconds`.
-/// Both headers are in every response, and `format!` took more instructions for them than the rest of the response.
+/// `format!` took more instructions for it than the rest of the response.
 fn append_list(text: &mut String, items: [(Option<u64>, &str, &str); 2], seconds: u32) {
     let (mut digits, mut seconds_digits) = (itoa::Buffer::new(), itoa::Buffer::new());
     let seconds = seconds_digits.format(seconds);
@@ -71,10 +101,10 @@ fn append_list(text: &mut String, items: [(Option<u64>, &str, &str); 2], seconds
 }
 
 /// A client's status after a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RateLimitStatus {
     /// The rates that apply to the client.
-    pub rates: Rates,
+    pub rates: Arc<RatePolicy>,
     /// Requests that the client could make at once.
     pub requests_remaining: u64,
     /// Key bytes that the client could get at once.
@@ -86,8 +116,9 @@ pub struct RateLimitStatus {
 impl RateLimitStatus {
     /// Seconds until the request would be within the rates, rounded up, for `Retry-After`.
     pub fn retry_after(&self) -> Option<u32> {
-        self.wait
-            .map(|wait| u32::try_from(wait.as_nanos().div_ceil(NANOS_PER_SECOND)).unwrap_or(u32::MAX).max(1))
+        self.wait.map(|wait| {
+            u32::try_from(wait.as_nanos().div_ceil(NANOS_PER_SECOND.into())).unwrap_or(u32::MAX).max(1)
+        })
     }
 
     /// Appends the value of the `RateLimit` header (the same draft, section 4). A client that takes no more than `r`
@@ -148,22 +179,30 @@ impl RateLimiter {
     ///
     /// A request larger than the burst capacity is within the rates if the client has its full burst; then all of its
     /// bytes count.
-    pub(crate) fn check(&self, client: Client, rates: &Rates, bytes: u64, now: Instant) -> RateLimitStatus {
+    pub(crate) fn check(
+        &self,
+        client: Client,
+        rates: &Arc<RatePolicy>,
+        bytes: u64,
+        now: Instant,
+    ) -> RateLimitStatus {
         let now = u64::try_from(now.saturating_duration_since(self.start).as_nanos()).unwrap_or(u64::MAX);
         let set = usize::try_from(self.hasher.hash_one(client) % self.sets.len() as u64).unwrap_or(0);
         // A panic in another thread may have left any TATs behind, and every TAT is valid.
         let mut set = self.sets[set].lock().unwrap_or_else(PoisonError::into_inner);
         let capacity = rates.burst_capacity();
         let slot = slot(&mut set, client, now.saturating_add(capacity));
-        let requests_wait = wait(rates.requests, slot.requests_tat, 1, capacity, now);
-        let bytes_wait = wait(rates.bytes, slot.bytes_tat, bytes, capacity, now);
+        let (requests_time, bytes_time) =
+            (emission_time(rates.requests, 1), emission_time(rates.bytes, bytes));
+        let requests_wait = wait(slot.requests_tat, requests_time, capacity, now);
+        let bytes_wait = wait(slot.bytes_tat, bytes_time, capacity, now);
         let wait = requests_wait.max(bytes_wait);
         if wait == 0 {
-            advance(rates.requests, &mut slot.requests_tat, 1, now);
-            advance(rates.bytes, &mut slot.bytes_tat, bytes, now);
+            advance(&mut slot.requests_tat, requests_time, now);
+            advance(&mut slot.bytes_tat, bytes_time, now);
         }
         RateLimitStatus {
-            rates: *rates,
+            rates: Arc::clone(rates),
             requests_remaining: remaining(rates.requests, slot.requests_tat, capacity, now),
             bytes_remaining: remaining(rates.bytes, slot.bytes_tat, capacity, now),
             wait: (wait > 0).then_some(Duration::from_nanos(wait)),
@@ -185,17 +224,17 @@ fn slot(set: &mut [Slot; WAYS], client: Client, latest: u64) -> &mut Slot {
     &mut set[index]
 }
 
-/// Nanoseconds until `amount` is within the rate; 0 means now.
-fn wait(rate: Option<NonZeroU64>, tat: u64, amount: u64, capacity: u64, now: u64) -> u64 {
-    let Some(rate) = rate else { return 0 };
+/// Nanoseconds until a request that takes `time` is within the rate; 0 means now, and is the answer without a rate.
+fn wait(tat: u64, time: Option<u64>, capacity: u64, now: u64) -> u64 {
+    let Some(time) = time else { return 0 };
     let ahead = tat.saturating_sub(now);
-    ahead.saturating_add(emission_time(rate, amount).min(capacity)).saturating_sub(capacity)
+    ahead.saturating_add(time.min(capacity)).saturating_sub(capacity)
 }
 
-/// Moves the TAT on by the time that `amount` takes.
-fn advance(rate: Option<NonZeroU64>, tat: &mut u64, amount: u64, now: u64) {
-    if let Some(rate) = rate {
-        *tat = (*tat).max(now).saturating_add(emission_time(rate, amount));
+/// Moves the TAT on by `time`, if there is a rate.
+fn advance(tat: &mut u64, time: Option<u64>, now: u64) {
+    if let Some(time) = time {
+        *tat = (*tat).max(now).saturating_add(time);
     }
 }
 
@@ -203,13 +242,23 @@ fn advance(rate: Option<NonZeroU64>, tat: &mut u64, amount: u64, now: u64) {
 fn remaining(rate: Option<NonZeroU64>, tat: u64, capacity: u64, now: u64) -> u64 {
     let rate = rate.map_or(0, NonZeroU64::get);
     let unused = capacity.saturating_sub(tat.saturating_sub(now));
-    u64::try_from(u128::from(unused) * u128::from(rate) / NANOS_PER_SECOND).unwrap_or(u64::MAX)
+    // The division of 128-bit numbers is a function of several hundred instructions; few products need it.
+    match unused.checked_mul(rate) {
+        Some(product) => product / NANOS_PER_SECOND,
+        None => u64::try_from(u128::from(unused) * u128::from(rate) / u128::from(NANOS_PER_SECOND))
+            .unwrap_or(u64::MAX),
+    }
 }
 
-/// Nanoseconds in which the rate yields `amount`, rounded up: that many of GCRA's emission intervals.
-fn emission_time(rate: NonZeroU64, amount: u64) -> u64 {
-    u64::try_from((u128::from(amount) * NANOS_PER_SECOND).div_ceil(u128::from(rate.get())))
-        .unwrap_or(u64::MAX)
+/// Nanoseconds in which the rate yields `amount`, rounded up: that many of GCRA's emission intervals. `None` without a
+/// rate.
+fn emission_time(rate: Option<NonZeroU64>, amount: u64) -> Option<u64> {
+    let rate = rate?.get();
+    Some(match amount.checked_mul(NANOS_PER_SECOND) {
+        Some(product) => product.div_ceil(rate),
+        None => u64::try_from((u128::from(amount) * u128::from(NANOS_PER_SECOND)).div_ceil(u128::from(rate)))
+            .unwrap_or(u64::MAX),
+    })
 }
 
 #[cfg(test)]
@@ -218,8 +267,9 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashMap;
 
-    fn rates(requests: u64, bytes: u64, burst: u32) -> Rates {
-        Rates { requests: NonZeroU64::new(requests), bytes: NonZeroU64::new(bytes), burst }
+    fn rates(requests: u64, bytes: u64, burst: u32) -> Arc<RatePolicy> {
+        let (requests, bytes) = (NonZeroU64::new(requests), NonZeroU64::new(bytes));
+        RatePolicy::new(Rates { requests, bytes, burst }).unwrap()
     }
 
     const ONE: Client = Client::V4(1);
@@ -290,7 +340,7 @@ mod tests {
             append(&mut text);
             text
         };
-        let policy = |rates: &Rates| written(&|text| rates.append_policy(text));
+        let policy = |rates: &RatePolicy| written(&|text| rates.append_policy(text));
         let limit = |status: &RateLimitStatus| written(&|text| status.append_status(text));
         assert_eq!(policy(&both), r#""requests";q=50;w=10, "bytes";q=10000;qu="content-bytes";w=10"#);
         let status = limiter.check(ONE, &both, 400, start);
@@ -386,10 +436,11 @@ mod tests {
                 let (requests_tat, bytes_tat) = model.entry(client).or_default();
                 if status.wait.is_none() {
                     let capacity = rates.burst_capacity();
-                    prop_assert_eq!(wait(rates.requests, *requests_tat, 1, capacity, now), 0);
-                    prop_assert_eq!(wait(rates.bytes, *bytes_tat, bytes, capacity, now), 0);
-                    advance(rates.requests, requests_tat, 1, now);
-                    advance(rates.bytes, bytes_tat, bytes, now);
+                    let times = (emission_time(rates.requests, 1), emission_time(rates.bytes, bytes));
+                    prop_assert_eq!(wait(*requests_tat, times.0, capacity, now), 0);
+                    prop_assert_eq!(wait(*bytes_tat, times.1, capacity, now), 0);
+                    advance(requests_tat, times.0, now);
+                    advance(bytes_tat, times.1, now);
                 }
             }
         }

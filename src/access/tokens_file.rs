@@ -5,6 +5,7 @@ use std::fmt;
 use std::num::NonZeroU64;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use base16ct::{HexDisplay, lower};
@@ -106,7 +107,10 @@ impl fmt::Display for Grant {
 
 /// The name of a token, for the audit log: 1 to 64 letters, digits, dots, hyphens, underscores and at signs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct TokenName(String);
+pub struct TokenName {
+    text: Arc<str>,
+    id: u64,
+}
 
 impl TokenName {
     /// The grammar in words, for error messages.
@@ -114,13 +118,12 @@ impl TokenName {
 
     /// The name.
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.text
     }
 
     /// A number that identifies the name: the first 64 bits of its SHA-256.
     pub(crate) fn id(&self) -> u64 {
-        let [a, b, c, d, e, f, g, h, ..] = <[u8; 32]>::from(Sha256::digest(self.0.as_bytes()));
-        u64::from_be_bytes([a, b, c, d, e, f, g, h])
+        self.id
     }
 }
 
@@ -131,13 +134,17 @@ impl FromStr for TokenName {
         let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b".-_@".contains(&byte);
         let is_name =
             (1..=64).contains(&text.len()) && text.bytes().all(is_allowed) && !text.starts_with(PREFIX);
-        is_name.then(|| Self(text.to_owned())).ok_or(())
+        if !is_name {
+            return Err(());
+        }
+        let [a, b, c, d, e, f, g, h, ..] = <[u8; 32]>::from(Sha256::digest(text.as_bytes()));
+        Ok(Self { text: text.into(), id: u64::from_be_bytes([a, b, c, d, e, f, g, h]) })
     }
 }
 
 impl fmt::Display for TokenName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 

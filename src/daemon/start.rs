@@ -22,7 +22,7 @@ use crate::http::health::Health;
 use crate::http::routes::Routes;
 use crate::http::service::{ConnectionService, HttpService};
 use crate::http::state::AppState;
-use crate::keys::generator::Generator;
+use crate::keys::generator::{Generator, GeneratorError};
 use crate::server::accept;
 use crate::server::accepted::Accepted;
 use crate::server::client_limit::ClientConnectionLimit;
@@ -87,7 +87,7 @@ impl<'a> Started<'a> {
         let (status, ports, exposed) = (bound.status(), bound.ports(), bound.exposed_addresses());
         let worker_count = resources::worker_count(config.workers);
         let budget = ConnectionBudget::within_open_files(config.max_connections, worker_count)?;
-        let app = app_state(&config, generator, log);
+        let app = app_state(&config, generator, log)?;
         app.metrics.connections_limit.set(i64::try_from(budget.keys).unwrap_or(i64::MAX));
         let tls = start_tls(&config, &app.metrics)?;
         let contexts = Contexts::new(&config, &budget, &app.metrics, tls.clone());
@@ -195,16 +195,20 @@ impl Contexts {
     }
 }
 
-fn app_state(config: &Config, generator: &Arc<Generator>, log: &Log) -> Arc<AppState> {
-    Arc::new(AppState {
+fn app_state(
+    config: &Config,
+    generator: &Arc<Generator>,
+    log: &Log,
+) -> Result<Arc<AppState>, GeneratorError> {
+    Ok(Arc::new(AppState {
         max_size: AtomicU64::new(config.max_size),
         generator: Arc::clone(generator),
         health: Arc::new(Health::new(Arc::clone(generator))),
         metrics: Arc::new(Metrics::new()),
-        authorizer: Authorizer::new(config.rules(), config.max_bulk_streams),
+        authorizer: Authorizer::new(config.rules(), config.max_bulk_streams, generator)?,
         dropped: log.dropped(),
         has_page: config.page,
-    })
+    }))
 }
 
 fn start_tls(config: &Config, metrics: &Metrics) -> Result<Option<Arc<Tls>>, RunError> {

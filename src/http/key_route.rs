@@ -7,6 +7,7 @@ use crate::access::authorization::Authorized;
 use crate::access::peer::Peer;
 use crate::access::request_head::{RequestHead, RequestHeader};
 use crate::access::stream_permits::StreamPermit;
+use crate::access::verified_token::VerifiedToken;
 use crate::http::body::Body;
 use crate::http::problem::Problem;
 use crate::http::query::KeyRequest;
@@ -72,11 +73,12 @@ impl KeyOrder {
         head: &RequestHead<'_>,
         path: KeyPath<'_>,
         peer: &Peer,
+        verified_token: &VerifiedToken,
     ) -> Result<Self, Problem> {
         if !head.reads() {
             return Err(Problem::method_not_allowed());
         }
-        let authorized = authorize(state, head, peer)?;
+        let authorized = authorize(state, head, peer, verified_token)?;
         let spec = parse_spec(state, head, path, authorized.as_deref())?;
         if let Some(failure) = state.generator.failure() {
             return Err(state.generator_problem(failure));
@@ -122,7 +124,7 @@ impl KeyOrder {
             if authorized.audit && !self.is_head {
                 let id = RequestId::generate(&state.generator)
                     .map_err(|failure| state.generator_problem(failure))?;
-                lines.extend(["x-request-id: ", &id.to_string(), "\r\n"]);
+                lines.extend(["x-request-id: ", id.as_str(), "\r\n"]);
                 self.request_id = Some(id);
             }
         }
@@ -172,11 +174,12 @@ fn authorize(
     state: &AppState,
     head: &RequestHead<'_>,
     peer: &Peer,
+    verified_token: &VerifiedToken,
 ) -> Result<Option<Box<Authorized>>, Problem> {
     if state.authorizer.is_unrestricted() {
         return Ok(None);
     }
-    let authorized = state.authorizer.authorize(peer, head).map_err(|reason| {
+    let authorized = state.authorizer.authorize(peer, head, verified_token).map_err(|reason| {
         state.metrics.count_rejection(Rejection::Unauthorized);
         Problem::unauthorized(reason)
     })?;

@@ -10,6 +10,7 @@ use tower_service::Service as _;
 
 use crate::access::peer::Peer;
 use crate::access::request_head::RequestHead;
+use crate::access::verified_token::VerifiedToken;
 use crate::http::body::Body;
 use crate::http::in_flight::InFlightRequest;
 use crate::http::key_route::{self, KeyOrder};
@@ -41,6 +42,7 @@ pub struct ConnectionService {
     service: HttpService,
     class: ConnectionClass,
     peer: Peer,
+    verified_token: VerifiedToken,
 }
 
 impl HttpService {
@@ -52,7 +54,7 @@ impl HttpService {
     /// The service of the connection of `peer`. An over-limit connection gets health and metrics, and a 503 for the
     /// rest.
     pub fn serve(self, class: ConnectionClass, peer: Peer) -> ConnectionService {
-        ConnectionService { service: self, class, peer }
+        ConnectionService { service: self, class, peer, verified_token: VerifiedToken::default() }
     }
 }
 
@@ -92,7 +94,8 @@ impl ConnectionService {
             }
             Problem::too_many_connections().into()
         } else if let Some(key_path) = key_path {
-            KeyOrder::decide(state, head, key_path, &self.peer).map_or_else(Decision::from, Decision::Keys)
+            KeyOrder::decide(state, head, key_path, &self.peer, &self.verified_token)
+                .map_or_else(Decision::from, Decision::Keys)
         } else {
             self.decide_other(endpoint, head)
         };
@@ -259,10 +262,10 @@ mod tests {
         let health = Arc::new(Health::new(Arc::clone(&generator)));
         let state = AppState {
             max_size: AtomicU64::new(1 << 20),
+            authorizer: Authorizer::new(AccessRules::default(), 2, &generator).unwrap(),
             generator,
             health: Arc::clone(&health),
             metrics: Arc::new(Metrics::new()),
-            authorizer: Authorizer::new(AccessRules::default(), 2),
             dropped: Arc::default(),
             has_page: false,
         };
