@@ -13,6 +13,7 @@ use crate::access::stream_permits::StreamPermit;
 use crate::http::in_flight::InFlightRequest;
 use crate::keys::encoded_stream::{Chunk, EncodedStream};
 use crate::keys::generator::GeneratorError;
+use crate::server::turn::poll_end_turn;
 use crate::telemetry::labels::KeyRequestError;
 
 /// The body of a response.
@@ -118,10 +119,9 @@ impl http_body::Body for Body {
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
             }
             Content::Stream(body) => {
-                // A chunk is up to 0.3 ms of work: other connections of this thread have a turn before the next one.
+                // Other connections of this thread have a turn before the next chunk.
                 if !std::mem::replace(&mut body.has_yielded, true) {
-                    cx.waker().wake_by_ref();
-                    return Poll::Pending;
+                    return poll_end_turn(cx);
                 }
                 body.has_yielded = false;
                 let stream = &mut body.stream;
