@@ -195,7 +195,7 @@ ROWS = [
         0.9,
         lambda b: compare_with(tls.bulk(b), "nginx"),
     ),
-    Row("binary", "size of the binary in the package", ("MB", MB), None, "≤", 7.3, lambda b: single(b.packaged.stat().st_size, MB)),
+    Row("binary", "size of the binary in the package", ("MB", MB), None, "≤", 6.5, lambda b: single(b.packaged.stat().st_size, MB)),
     Row("deb", "size of the package", ("MB", MB), None, "≤", 2.5, lambda b: single(b.package.stat().st_size, MB)),
     # Last, because they need a quiet machine.
     *[

@@ -75,7 +75,7 @@ impl<'a> RequestHead<'a> {
     }
 
     /// Adds a header, whose name is valid. Names are compared without regard to case.
-    #[inline]
+    #[inline(always)] // one match on the length, with that of the parser of the fast path
     pub(crate) fn add_header(&mut self, name: &[u8], value: &'a [u8]) {
         let is = |known| is_name(name, known);
         // By length first: comparing every name would cost as much as everything else here.

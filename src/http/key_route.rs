@@ -130,7 +130,9 @@ impl KeyOrder {
         }
         if let Kind::Password(alphabet) = self.spec.kind() {
             // The bits of entropy of each password in the response.
-            lines.extend(["entropy-bits: ", &alphabet.entropy_bits(self.spec.length()), "\r\n"]);
+            lines += "entropy-bits: ";
+            alphabet.write_entropy_bits(self.spec.length(), |part| lines += part);
+            lines += "\r\n";
         }
         if self.spec.is_streamed() {
             // Stops nginx from spooling a streamed response to a file on its disk, which it does at once when a client

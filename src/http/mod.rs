@@ -2,9 +2,11 @@
 //!
 //! May import: [`server`](crate::server) and the layers below it.
 //!
-//! [`service`] decides which route a request takes. Keys and passwords are issued by `key_route`, and every other route
-//! is in [`routes`]. A new route needs its path in [`endpoint`](crate::telemetry::endpoint), a handler in [`routes`],
-//! and a description in `openapi`; a new query parameter goes into [`query`], and a new error into [`problem`].
+//! [`service`] decides what a request means, from its [`RequestHead`](crate::access::request_head::RequestHead) and for
+//! both transports. Keys and passwords are issued by `key_route`; a route whose response is long or rare is in
+//! [`routes`]. A new route needs its path in [`endpoint`](crate::telemetry::endpoint), a handler, and a description in
+//! `openapi`; a new query parameter goes into [`query`], a new error into [`problem`], and a header that is to matter
+//! into [`request_head`](crate::access::request_head).
 
 pub mod body;
 pub mod health;

@@ -1,5 +1,7 @@
 //! What a request for keys asks for: by its query, else by its `Accept` headers, else the default.
 
+use std::borrow::Cow;
+
 use crate::http::negotiation::negotiate;
 use crate::http::problem::Problem;
 use crate::keys::format::{Format, Kind};
@@ -125,7 +127,7 @@ struct RawQuery {
 impl RawQuery {
     fn parse(kind: Kind, text: &[u8]) -> Result<Self, ParamError> {
         let mut query = Self::default();
-        for (name, value) in form_urlencoded::parse(text) {
+        for (name, value) in text.split(|byte| *byte == b'&').filter_map(decode) {
             let is_first = match &*name {
                 FORMAT => {
                     let known = kind.formats().iter().copied().find(|format| format.name() == value);
@@ -155,6 +157,19 @@ impl RawQuery {
             }
         }
         Ok(query)
+    }
+}
+
+/// The name and the value of a parameter; `None` if it is empty.
+fn decode(parameter: &[u8]) -> Option<(Cow<'_, str>, Cow<'_, str>)> {
+    let has_escapes = parameter.iter().any(|byte| matches!(byte, b'%' | b'+'));
+    match str::from_utf8(parameter) {
+        // As below, at a tenth of the cost.
+        Ok(text) if !has_escapes && !text.is_empty() => {
+            let (name, value) = text.split_once('=').unwrap_or((text, ""));
+            Some((name.into(), value.into()))
+        }
+        _ => form_urlencoded::parse(parameter).next(),
     }
 }
 

@@ -10,10 +10,10 @@ use zeroize::Zeroize;
 
 use crate::keys::encoding::{Encoding, to_usize};
 use crate::keys::format::{Format, Kind};
-use crate::keys::generator::{CHUNK_SIZE, Generator, GeneratorError};
+use crate::keys::generator::{CHUNK_SIZE, DIRECT_MAX, Generator, GeneratorError};
 use crate::keys::key::{Key, KeyLength};
 use crate::keys::password;
-use crate::keys::secret_buf::SecretBuf;
+use crate::keys::secret_buf::{SecretArray, SecretBuf};
 
 /// The most keys of one batch.
 pub const COUNT_MAX: u64 = 1024;
@@ -189,7 +189,7 @@ impl KeySpec {
         for index in indices {
             text.extend_from_slice(if index == 0 { open } else { separator }.as_bytes());
             self.append_prefix(generator, text)?;
-            self.encoding().append(self.generate_one(generator)?.as_bytes(), text);
+            self.append_one(generator, text)?;
             text.extend_from_slice(self.suffix().as_bytes());
             if index + 1 == self.key_count() {
                 text.extend_from_slice(close.as_bytes());
@@ -198,11 +198,28 @@ impl KeySpec {
         Ok(())
     }
 
-    fn generate_one(&self, generator: &Generator) -> Result<Key, GeneratorError> {
+    /// Generates a key or a password, and appends its characters.
+    fn append_one(&self, generator: &Generator, text: &mut Vec<u8>) -> Result<(), GeneratorError> {
+        let length = to_usize(self.length.bytes());
         match self.kind {
-            Kind::Key => Key::generate(self.length, generator),
-            Kind::Password(alphabet) => password::generate(self.length, alphabet, generator),
+            Kind::Password(alphabet) if self.format == Format::Text => {
+                return password::append(self.length, alphabet, generator, text);
+            }
+            Kind::Password(alphabet) => {
+                let password = password::generate(self.length, alphabet, generator)?;
+                self.encoding().append(password.as_bytes(), text);
+            }
+            Kind::Key if length <= DIRECT_MAX => {
+                let mut key = SecretArray::<DIRECT_MAX>::new();
+                let key = &mut key.as_mut()[..length];
+                generator.fill(key)?;
+                self.encoding().append(key, text);
+            }
+            Kind::Key => {
+                self.encoding().append(Key::generate(self.length, generator)?.as_bytes(), text);
+            }
         }
+        Ok(())
     }
 
     pub(super) fn encoding(&self) -> Encoding {
@@ -239,8 +256,9 @@ impl KeySpec {
             }
             (Format::Json, Kind::Password(alphabet)) => {
                 let [start, middle, bits, end] = PASSWORD_JSON;
-                let entropy = alphabet.entropy_bits(self.length);
-                append(&[start, length, middle, alphabet.name(), bits, &entropy, end]);
+                append(&[start, length, middle, alphabet.name(), bits]);
+                alphabet.write_entropy_bits(self.length, |part| append(&[part]));
+                append(&[end]);
             }
             (Format::Jwk, _) => {
                 let mut kid = [0; KID_BYTES];
@@ -262,10 +280,9 @@ impl KeySpec {
             (Format::Raw | Format::Text | Format::Hex | Format::Base64 | Format::Base64Url, _) => 0,
             (Format::Json, Kind::Key) => sum(&KEY_JSON) + digits(),
             (Format::Json, Kind::Password(alphabet)) => {
-                sum(&PASSWORD_JSON)
-                    + digits()
-                    + alphabet.name().len()
-                    + alphabet.entropy_bits(self.length).len()
+                let mut entropy = 0;
+                alphabet.write_entropy_bits(self.length, |part| entropy += part.len());
+                sum(&PASSWORD_JSON) + digits() + alphabet.name().len() + entropy
             }
             (Format::Jwk, _) => sum(&JWK) + to_usize(Encoding::Base64Url.encoded_len(KID_BYTES as u64)),
         }

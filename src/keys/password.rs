@@ -1,11 +1,11 @@
 //! Passwords: independent characters of a named alphabet, each as likely as any other.
 
 use strum::IntoStaticStr;
-use zeroize::Zeroizing;
 
+use crate::keys::encoding::to_usize;
 use crate::keys::generator::{Generator, GeneratorError};
 use crate::keys::key::{Key, KeyLength};
-use crate::keys::secret_buf::SecretBuf;
+use crate::keys::secret_buf::{SecretArray, SecretBuf};
 
 /// The most characters of a password, unless `max-size` is smaller.
 pub const PASSWORD_MAX: u64 = 1024;
@@ -49,23 +49,16 @@ impl Alphabet {
         }
     }
 
-    /// Bits of entropy in a password of `length` characters, rounded down to a tenth, in decimal digits.
+    /// Calls `write` with the parts of a decimal number: the bits of entropy in a password of `length` characters, rounded
+    /// down to a tenth.
     #[expect(clippy::cast_precision_loss, reason = "both numbers are far below 2⁵²")]
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small positive number")]
-    pub fn entropy_bits(self, length: KeyLength) -> String {
+    pub fn write_entropy_bits(self, length: KeyLength, mut write: impl FnMut(&str)) {
         let bits = (self.characters().len() as f64).log2() * length.bytes() as f64;
         let tenths = (bits * 10.0) as u64;
-        let mut digits = [itoa::Buffer::new(); 2];
-        let [whole, tenth] = &mut digits;
-        [whole.format(tenths / 10), ".", tenth.format(tenths % 10)].concat()
-    }
-
-    /// The character for a random byte. A byte above the last multiple of the alphabet's size is rejected, because it
-    /// would make the first characters likelier than the others.
-    fn character(self, byte: u8) -> Option<u8> {
-        let characters = self.characters();
-        let byte = usize::from(byte);
-        (byte < 256 - 256 % characters.len()).then(|| characters[byte % characters.len()])
+        write(itoa::Buffer::new().format(tenths / 10));
+        write(".");
+        write(itoa::Buffer::new().format(tenths % 10));
     }
 }
 
@@ -74,15 +67,35 @@ impl Alphabet {
 /// # Errors
 /// The generator's failure.
 pub fn generate(length: KeyLength, alphabet: Alphabet, generator: &Generator) -> Result<Key, GeneratorError> {
-    let length = usize::try_from(length.bytes()).expect("a password is at most PASSWORD_MAX long");
-    let mut password = SecretBuf::with_capacity(length); // never grows, which would leave a copy behind
-    let mut pool = Zeroizing::new([0; 64]);
-    while password.0.len() < length {
-        generator.fill(&mut pool[..])?;
-        let missing = length - password.0.len();
-        password.0.extend(pool.iter().filter_map(|byte| alphabet.character(*byte)).take(missing));
-    }
+    let mut password = SecretBuf::with_capacity(to_usize(length.bytes()));
+    append(length, alphabet, generator, &mut password.0)?;
     Ok(Key::from(password))
+}
+
+/// Appends a password of `length` characters to `text`, which needs the capacity for it: a buffer that grows leaves a
+/// copy behind.
+///
+/// # Errors
+/// The generator's failure. What was appended is not wiped.
+pub(super) fn append(
+    length: KeyLength,
+    alphabet: Alphabet,
+    generator: &Generator,
+    text: &mut Vec<u8>,
+) -> Result<(), GeneratorError> {
+    let characters = alphabet.characters();
+    // A byte above the last multiple of the alphabet's size would make the first characters likelier than the others.
+    let limit = 256 - 256 % characters.len();
+    let end = text.len() + to_usize(length.bytes());
+    let mut pool = SecretArray::<64>::new();
+    while text.len() < end {
+        generator.fill(pool.as_mut())?;
+        let accepted = pool.as_mut().iter().map(|byte| usize::from(*byte)).filter(|byte| *byte < limit);
+        for byte in accepted.take(end - text.len()) {
+            text.push(characters[byte % characters.len()]);
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -108,8 +121,11 @@ mod tests {
 
     #[test]
     fn entropy_is_never_rounded_up() {
-        let bits =
-            |alphabet: Alphabet, length| alphabet.entropy_bits(KeyLength::new(length, PASSWORD_MAX).unwrap());
+        let bits = |alphabet: Alphabet, length| {
+            let mut text = String::new();
+            alphabet.write_entropy_bits(KeyLength::new(length, PASSWORD_MAX).unwrap(), |part| text += part);
+            text
+        };
         assert_eq!(bits(Alphabet::Hex, 32), "128.0");
         assert_eq!(bits(Alphabet::Alnum, 24), "142.9"); // 142.9007
         assert_eq!(bits(Alphabet::Digits, 6), "19.9"); // 19.93

@@ -52,6 +52,31 @@ impl fmt::Debug for SecretBuf {
     }
 }
 
+/// Secret bytes on the stack, wiped on drop. Not to be moved, which would leave a copy behind.
+pub(super) struct SecretArray<const N: usize>([u8; N]);
+
+impl<const N: usize> SecretArray<N> {
+    /// Zeros.
+    #[inline]
+    pub(super) fn new() -> Self {
+        Self([0; N])
+    }
+}
+
+impl<const N: usize> AsMut<[u8]> for SecretArray<N> {
+    #[inline]
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+}
+
+impl<const N: usize> Drop for SecretArray<N> {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.as_mut_slice().zeroize();
+    }
+}
+
 thread_local! {
     /// The last wiped buffer of a chunk, for the next chunk: a new one would have to be zeroed.
     static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };

@@ -65,16 +65,16 @@ impl Stream {
     }
 }
 
-/// Sends with `send` once the socket is writable.
+/// Sends with `send`, now or once the socket is writable.
 fn poll_send(
     stream: &tokio::net::TcpStream,
     cx: &mut Context<'_>,
     send: impl Fn() -> rustix::io::Result<usize>,
 ) -> Poll<io::Result<usize>> {
     loop {
-        ready!(stream.poll_write_ready(cx))?;
+        // Without asking for readiness first: a socket is writable before nearly every response.
         match stream.try_io(Interest::WRITABLE, || Ok(send()?)) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready!(stream.poll_write_ready(cx))?,
             result => return Poll::Ready(result),
         }
     }

@@ -15,7 +15,7 @@ from support.daemon import REPOSITORY
 pytestmark = pytest.mark.tools("dpkg-deb")
 
 SIZE_MAX = 2_500_000  # bytes of a package
-BINARY_MAX = 7_300_000
+BINARY_MAX = 6_500_000
 
 every_architecture = pytest.mark.parametrize("architecture", ["amd64", "arm64"])
 

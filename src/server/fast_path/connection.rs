@@ -16,6 +16,7 @@ use crate::server::fast_path::rewind::{Exchange, Rewind};
 use crate::server::fast_path::service::{FastOutcome, FastPath};
 use crate::server::idle::Activity;
 use crate::server::transport::Transport;
+use crate::server::turn::poll_end_turn;
 use crate::telemetry::labels::Rejection;
 use crate::telemetry::metrics::Metrics;
 
@@ -186,8 +187,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
             }
         }
         // The client keeps sending: other connections of this thread have a turn.
-        cx.waker().wake_by_ref();
-        Poll::Pending
+        poll_end_turn(cx)
     }
 
     /// Responds to the requests that `input` begins with, and keeps the rest.
@@ -197,7 +197,8 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
             if input.is_empty() {
                 break State::Read;
             }
-            let request = match FastRequest::parse(input) {
+            let parsed = FastRequest::parse(input);
+            let request = match &parsed {
                 Ok(request) => request,
                 Err(NotFast::Incomplete) => break State::Read,
                 Err(NotFast::Slow) => break State::Handover,

@@ -1,9 +1,9 @@
-//! The fast path: requests for raw keys whose headers change nothing about the response are answered without hyper.
+//! The fast path: requests that need nothing but a response of at most 16 KiB are answered without hyper.
 //!
-//! [`request`] parses with the parser that hyper uses, [`response_buffer`] generates the key where the response is
-//! written, and `connection` sends the responses to pipelined requests in one write. Every other request, errors
-//! included, goes to hyper with all of its bytes (`rewind`): the fast path refuses nothing, so one place decides what
-//! is wrong with a request.
+//! [`request`] parses a strict subset of what hyper accepts, the service decides what the request means, and
+//! [`response_buffer`] holds the responses, each key generated in it, and sends those to pipelined requests in one
+//! write. Every other request, malformed ones included, goes to hyper with all of its bytes (`rewind`). No file here
+//! knows what a request means.
 
 pub(crate) mod connection;
 mod date;
