@@ -4,6 +4,7 @@ import os
 import re
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 from measure.bulk import bulk
@@ -13,19 +14,24 @@ from measure.load import load
 from measure.memory import memory
 from measure.system_calls import system_calls
 from servers import MAIN_SERVERS, SERVERS
-from tools import KIB, MB, MICROSECOND, ROOT, run
+from tools import KIB, MB, MICROSECOND, ROOT, Failed, run
 
 # Under callgrind, for a server that is very slow there.
 REQUESTS = {"python": 240}
 
 
 def print_rows(bench, rows, markdown):
-    """Measures and prints each row. Returns the figures by name."""
+    """Measures and prints each row. Returns the figures by name, without those of rows that could not be measured."""
     table = Table(["row", "key-service", "peer", "ratio", "bar", "", "what"], [22, 12, 27, 8, 10, 5, 0], markdown)
     figures = {}
     for row in rows:
-        figures[row.name] = row.measure(bench)
-        table.line([*row.cells(figures[row.name]), row.what])
+        try:
+            figures[row.name] = row.measure(bench)
+        except Failed as failed:
+            print(f"{row.name} is not measured: {failed}", file=sys.stderr)
+            table.line([row.name, "not measured", "", "", "", "", row.what])
+        else:
+            table.line([*row.cells(figures[row.name]), row.what])
     return figures
 
 
@@ -103,6 +109,7 @@ def as_json(rows, figures, sides):
                 "ok": row.is_met(figures[row.name]),
             }
             for row in rows
+            if row.name in figures
         ],
         "servers": sides or None,
     }

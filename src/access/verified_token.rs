@@ -46,7 +46,7 @@ pub(crate) struct Fingerprint(Hash128);
 /// The token that a connection has proved to hold, if it has. Each connection owns one, so what one client sends has no
 /// effect on another.
 #[derive(Default)]
-pub struct VerifiedToken(Mutex<Option<Verified>>);
+pub struct VerifiedToken(Mutex<Option<Box<Verified>>>); // in a box, since most connections never have one
 
 struct Verified {
     fingerprint: Fingerprint,
@@ -66,7 +66,7 @@ impl VerifiedToken {
     /// Remembers a bearer instead of the last one.
     pub(crate) fn set(&self, fingerprint: Fingerprint, generation: u64, bearer: &Arc<Bearer>) {
         let verified = Verified { fingerprint, generation, bearer: Arc::clone(bearer) };
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(verified);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(verified));
     }
 }
 
