@@ -15,6 +15,8 @@ use crate::http::body::Body;
 use crate::http::in_flight::InFlightRequest;
 use crate::keys::format::Format;
 use crate::keys::key_spec::KeySpec;
+use crate::server::fast_path::response_buffer::ResponseHead;
+use crate::telemetry::endpoint::Endpoint;
 
 /// The header lines of every response of this media type, and further ones, in one text.
 macro_rules! lines {
@@ -42,9 +44,9 @@ const PROBLEM_LINES: &str = lines!("application/problem+json");
 /// The head of a response, but for what a transport adds: Content-Length, Date and Connection.
 #[derive(Debug)]
 pub(crate) struct ReplyHead {
-    pub(crate) status: StatusCode,
+    status: StatusCode,
     /// Header lines, each with its end: those that are always the same, and the others.
-    pub(crate) lines: (&'static str, String),
+    lines: (&'static str, String),
     /// Whether the connection is to be closed.
     pub(crate) closes: bool,
 }
@@ -74,6 +76,17 @@ impl ReplyHead {
             (Format::Jwk, Some(_)) => key_lines!("application/jwk-set+json"),
         };
         Self { status: StatusCode::OK, lines: (lines, more_lines), closes: false }
+    }
+
+    /// The head for the fast path, with what that transport adds.
+    pub(crate) fn for_fast_path(
+        &self,
+        closes: bool,
+        content_length: u64,
+        endpoint: Endpoint,
+    ) -> ResponseHead<'_> {
+        let lines = (self.lines.0, &*self.lines.1);
+        ResponseHead { status: self.status, lines, closes, content_length, endpoint }
     }
 
     /// The response for hyper, with the length of GET's body in place of the body of HEAD.

@@ -15,11 +15,11 @@ use crate::http::body::Body;
 use crate::http::in_flight::InFlightRequest;
 use crate::http::key_route::{self, KeyOrder};
 use crate::http::problem::Problem;
-use crate::http::response::{ReplyHead, ResponseFuture, TextReply, finalize_response, with_common_headers};
+use crate::http::response::{ResponseFuture, TextReply, finalize_response, with_common_headers};
 use crate::http::routes::Routes;
 use crate::http::state::AppState;
 use crate::server::connection_limit::ConnectionClass;
-use crate::server::fast_path::response_buffer::{ResponseBuffer, ResponseHead};
+use crate::server::fast_path::response_buffer::ResponseBuffer;
 use crate::server::fast_path::service::{FastOutcome, FastPath};
 use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::labels::Rejection;
@@ -177,10 +177,11 @@ impl ConnectionService {
         if !responses.make_room(length) {
             return Ok(FastOutcome::BufferFull);
         }
-        let ReplyHead { status, lines, .. } = order.charge(state, &self.peer)?;
-        let head = ResponseHead { status, lines: (lines.0, &lines.1), closes, content_length, endpoint };
+        let head = order.charge(state, &self.peer)?;
         responses
-            .add(head, |text| order.append_keys(state, text).map(|()| order.into_record(&self.peer)))
+            .add(head.for_fast_path(closes, content_length, endpoint), |text| {
+                order.append_keys(state, text).map(|()| order.into_record(&self.peer))
+            })
             .map_err(|failure| state.generator_problem(failure))?;
         Ok(FastOutcome::Written { closes })
     }
@@ -222,14 +223,8 @@ impl FastPath for ConnectionService {
         if !responses.make_room(text.len()) {
             return FastOutcome::BufferFull; // decided again, and counted again: no text is as long
         }
-        let response = ResponseHead {
-            status: reply.head.status,
-            lines: (reply.head.lines.0, &reply.head.lines.1),
-            closes,
-            content_length: text.len() as u64,
-            endpoint,
-        };
-        let Ok(()) = responses.add(response, |bytes| {
+        let response_head = reply.head.for_fast_path(closes, text.len() as u64, endpoint);
+        let Ok(()) = responses.add(response_head, |bytes| {
             if !head.is_head() {
                 bytes.extend_from_slice(text);
             }
