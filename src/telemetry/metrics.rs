@@ -158,7 +158,7 @@ impl Metrics {
             .inc();
     }
 
-    /// Records the time from the headers of a request to the end of its response.
+    /// Records the time from the headers of a request until the last byte of its response is ready to send.
     pub fn observe_latency(&self, endpoint: Endpoint, latency: Duration) {
         self.responses.latency[endpoint as usize].observe(latency.as_secs_f64());
     }
@@ -246,7 +246,7 @@ impl ResponseMetrics {
             int_counter_vec(registry, "http_responses_total", "Responses, by status code.", "status_code");
         let latency = HistogramOpts::new(
             "request_latency_seconds",
-            "Seconds from the headers of a request to the end of its response, by route.",
+            "Seconds from the headers of a request until the last byte of its response is ready to send, by route.",
         );
         Self {
             by_status: STATUSES.map(|status| (status, responses.with_label_values(&[&status.to_string()]))),

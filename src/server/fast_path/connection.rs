@@ -217,6 +217,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
             self.unread = input.to_vec();
         }
         if !responses.is_empty() {
+            responses.observe_latency();
             self.has_responded = true;
             self.last_used = responses.read_at();
             self.responses = Some(responses);
@@ -232,11 +233,13 @@ mod tests {
     use crate::server::buffers::BufferLimit;
     use crate::server::fast_path::response_buffer::{BODY_MAX, ResponseHead};
     use crate::server::idle::IdleConnections;
+    use crate::telemetry::drop_counters::DropCounters;
     use crate::telemetry::endpoint::Endpoint;
     use axum::http::StatusCode;
     use std::cell::Cell;
     use std::convert::Infallible;
     use std::future::poll_fn;
+    use std::task::Waker;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
     /// A service that responds with `left` keys of one letter, and hands over the requests after them.
@@ -313,6 +316,22 @@ mod tests {
         }
         assert_eq!(rest, b"");
         assert_eq!(metrics.requests_in_flight.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_response_is_counted_before_its_client_has_it() {
+        let metrics = Metrics::new();
+        let (mut server, mut client) = connection(&metrics, usize::MAX, 64);
+        client.write_all(REQUEST.as_bytes()).await.unwrap();
+        assert!(server.poll_serve(&mut Context::from_waker(Waker::noop())).is_pending(), "nothing is read");
+        assert_eq!(metrics.requests_in_flight.get(), 1);
+        let text = metrics.render(&DropCounters::default());
+        for series in [
+            "http_responses_total{status_code=\"200\"}",
+            "request_latency_seconds_count{endpoint=\"/key/{length}\"}",
+        ] {
+            assert!(text.contains(&format!("{series} 1\n")), "{series}: {text}");
+        }
     }
 
     #[tokio::test]

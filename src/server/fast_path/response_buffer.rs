@@ -31,8 +31,7 @@ const OWN_HEAD_MAX: usize = 192;
 /// The largest body of the fast path, in bytes.
 pub const BODY_MAX: usize = 16 * 1024;
 
-/// The responses to requests that were read together. Dropping them, sent or not, wipes them, records the latency, and
-/// logs the audit records.
+/// The responses to requests that were read together. Dropping them, sent or not, wipes them and logs the audit records.
 pub struct ResponseBuffer<'a> {
     /// Never grows, because reallocation would leave keys behind.
     bytes: Vec<u8>,
@@ -160,6 +159,15 @@ impl<'a> ResponseBuffer<'a> {
         Ok(())
     }
 
+    /// Records the latency of the responses. Call this before they are sent: then a client that has its response finds
+    /// it in the metrics.
+    pub(super) fn observe_latency(&self) {
+        let latency = self.read_at.elapsed();
+        for endpoint in &self.endpoints {
+            self.metrics.observe_latency(*endpoint, latency);
+        }
+    }
+
     /// Sends the responses. `is_final` states that the connection closes after them.
     pub(super) fn poll_send<I: Transport + Unpin>(
         &mut self,
@@ -185,11 +193,7 @@ impl Drop for ResponseBuffer<'_> {
         if self.bytes.capacity() == WRITE_BUFFER {
             keep_lower(&SPARE, &mut self.bytes);
         }
-        let latency = self.read_at.elapsed();
-        for endpoint in &self.endpoints {
-            self.metrics.requests_in_flight.dec();
-            self.metrics.observe_latency(*endpoint, latency);
-        }
+        self.endpoints.iter().for_each(|_| self.metrics.requests_in_flight.dec());
         self.endpoints.clear();
         SPARE_LIST.set(mem::take(&mut self.endpoints));
         for (record, body) in &mut self.records {
