@@ -165,14 +165,23 @@ fn is_valid_host(value: &[u8]) -> bool {
     value.iter().fold(true, |is_valid, byte| is_valid & HOST_CHARACTERS[usize::from(*byte)])
 }
 
-/// A table, because it is looked up for every byte of every `Host`.
-const HOST_CHARACTERS: [bool; 256] = {
+const HOST_CHARACTERS: Characters = alphanumeric_and(b"-._~!$&'()*+,;=:%[]");
+
+/// A set of characters, as a table, because it is looked up for every byte.
+pub(crate) type Characters = [bool; 256];
+
+/// The letters and digits of ASCII, and `punctuation`.
+pub(crate) const fn alphanumeric_and(punctuation: &[u8]) -> Characters {
     let mut table = [false; 256];
-    let allowed = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,;=:%[]";
     let mut at = 0;
-    while at < allowed.len() {
-        table[allowed[at] as usize] = true;
+    while at < punctuation.len() {
+        table[punctuation[at] as usize] = true;
         at += 1;
     }
+    let mut byte = u8::MAX;
+    while byte > 0 {
+        table[byte as usize] |= byte.is_ascii_alphanumeric();
+        byte -= 1;
+    }
     table
-};
+}

@@ -87,12 +87,6 @@ impl From<Content> for Body {
     }
 }
 
-impl From<String> for Body {
-    fn from(text: String) -> Self {
-        Self::full(text.into())
-    }
-}
-
 impl From<axum::body::Body> for Body {
     fn from(body: axum::body::Body) -> Self {
         Content::Routed(body).into()

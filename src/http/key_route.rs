@@ -12,7 +12,6 @@ use crate::http::body::Body;
 use crate::http::problem::Problem;
 use crate::http::query::KeyRequest;
 use crate::http::rate_limit_headers::append_rate_limit_lines;
-use crate::http::response::ReplyHead;
 use crate::http::state::AppState;
 use crate::keys::encoded_stream::EncodedStream;
 use crate::keys::format::Kind;
@@ -20,6 +19,7 @@ use crate::keys::generator::GeneratorError;
 use crate::keys::key::{KeyLength, LengthError};
 use crate::keys::key_spec::{BATCH_BYTES_MAX, BatchError, KeySpec};
 use crate::keys::password::Alphabet;
+use crate::server::fast_path::response_buffer::ResponseHead;
 use crate::telemetry::endpoint::{Endpoint, KEY_PREFIX, PASSWORD_PREFIX};
 use crate::telemetry::labels::{KeyRequestError, Rejection};
 
@@ -110,7 +110,7 @@ impl KeyOrder {
     }
 
     /// Charges the client, and returns the head of the response.
-    pub(crate) fn charge(&mut self, state: &AppState, peer: &Peer) -> Result<ReplyHead, Problem> {
+    pub(crate) fn charge(&mut self, state: &AppState, peer: &Peer) -> Result<ResponseHead, Problem> {
         let mut lines = String::new();
         if let Some(authorized) = &mut self.authorized {
             let bytes = if self.is_head { 0 } else { self.spec.key_bytes() };
@@ -139,7 +139,7 @@ impl KeyOrder {
             // reads slowly.
             lines += "x-accel-buffering: no\r\n";
         }
-        Ok(ReplyHead::of_keys(&self.spec, lines))
+        Ok(ResponseHead::of_keys(&self.spec, lines))
     }
 
     /// Appends the keys to `text`, which has the capacity for them, and counts them.

@@ -30,10 +30,10 @@ pub(crate) fn negotiate<'a, T: Copy>(
     for value in values.filter(|value| is_visible(value)) {
         for element in split(value, b',') {
             let (range, parameters) = split_once(element, b';').unwrap_or((element, b""));
-            let range = MediaRange::parse(range.trim_ascii());
+            let range = range.trim_ascii();
             let mut weight = None; // parsed if the range matches, which most ranges of a browser do not
             for (media_type, found) in &mut *types {
-                let precision = range.precision(media_type);
+                let precision = precision(range, media_type);
                 if precision > 0
                     && let Some(weight) = *weight.get_or_insert_with(|| parse_weight(parameters))
                 {
@@ -76,42 +76,18 @@ fn split_once(text: &[u8], separator: u8) -> Option<(&[u8], &[u8])> {
     Some((&text[..at], &text[at + 1..]))
 }
 
-/// A media range without its parameters.
-#[derive(Clone, Copy)]
-enum MediaRange<'a> {
-    /// `*/*`
-    Any,
-    /// `type/*`: this type.
-    Subtypes(&'a [u8]),
-    /// `type/subtype`, or a text that matches nothing.
-    Exact(&'a [u8]),
-}
-
-impl<'a> MediaRange<'a> {
-    fn parse(text: &'a [u8]) -> Self {
-        match text.strip_suffix(b"/*") {
-            None => Self::Exact(text),
-            Some(b"*") => Self::Any,
-            Some(main_type) => Self::Subtypes(main_type),
+/// How precisely a media range without parameters matches `media_type`: 3 by its type, 2 by `type/*`, 1 by `*/*`, 0 if
+/// it does not.
+#[inline]
+fn precision(range: &[u8], media_type: &[u8]) -> u8 {
+    match range {
+        b"*/*" => 1,
+        [main_type @ .., b'/', b'*'] => {
+            let found = split_once(media_type, b'/').map(|(found, _)| found);
+            if found.is_some_and(|found| found.eq_ignore_ascii_case(main_type)) { 2 } else { 0 }
         }
-    }
-
-    /// How precisely the range matches `media_type`: 3 by its type, 2 by `type/*`, 1 by `*/*`, 0 if it does not.
-    fn precision(self, media_type: &[u8]) -> u8 {
-        match self {
-            Self::Any => 1,
-            Self::Subtypes(main_type) => {
-                let found = split_once(media_type, b'/').map(|(found, _)| found);
-                if found.is_some_and(|found| found.eq_ignore_ascii_case(main_type)) { 2 } else { 0 }
-            }
-            Self::Exact(own) => {
-                if own.eq_ignore_ascii_case(media_type) {
-                    3
-                } else {
-                    0
-                }
-            }
-        }
+        _ if range.eq_ignore_ascii_case(media_type) => 3,
+        _ => 0,
     }
 }
 

@@ -2,16 +2,14 @@
 
 use std::sync::LazyLock;
 
-use axum::http::header::{
-    ACCEPT, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, REFERRER_POLICY, VARY,
-};
-use axum::response::{IntoResponse, Response};
+use axum::http::header::{ACCEPT, HeaderMap, HeaderValue};
 use base64ct::{Base64, Encoding};
 use sha2::{Digest, Sha256};
 
 use crate::http::negotiation::negotiate;
 use crate::http::problem::Problem;
 use crate::http::query::{ALPHABET, COUNT, FORMAT};
+use crate::http::response::{TextReply, lines};
 use crate::keys::format::{Format, Kind};
 use crate::keys::password::Alphabet;
 use crate::telemetry::endpoint::{HEALTH_PATH, KEY_PREFIX, OPENAPI_PATH, PASSWORD_PREFIX};
@@ -26,40 +24,33 @@ const MEDIA_TYPES: [&str; 2] = ["text/plain", "text/html"];
 ///
 /// # Errors
 /// 406 if the client accepts neither.
-pub(crate) fn serve(headers: &HeaderMap) -> Result<Response, Problem> {
+pub(crate) fn serve(headers: &HeaderMap) -> Result<TextReply, Problem> {
     let chosen = negotiate(
         &MEDIA_TYPES,
         |media_type| media_type,
         headers.get_all(ACCEPT).iter().map(HeaderValue::as_bytes),
     )
     .ok_or_else(|| Problem::not_acceptable(&MEDIA_TYPES.join(", ")))?;
-    let vary = (VARY, HeaderValue::from_static("Accept"));
     Ok(if chosen == "text/html" {
-        ([vary], PAGE_HEADERS.clone(), PAGE).into_response()
+        TextReply::ok((lines!("text/html; charset=utf-8" "vary: Accept"), PAGE_LINES.clone()), PAGE)
     } else {
-        ([vary], INDEX.as_str()).into_response() // axum sends a str as text/plain in UTF-8
+        TextReply::ok((lines!("text/plain; charset=utf-8" "vary: Accept"), String::new()), INDEX.as_str())
     })
 }
 
-/// The headers that keep other code, other pages and other origins out of the page.
-static PAGE_HEADERS: LazyLock<HeaderMap> = LazyLock::new(|| {
-    let policy = format!(
-        "default-src 'none'; script-src '{}'; style-src '{}'; connect-src 'self'; img-src data:; base-uri 'none'; \
-        form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+/// The header lines that keep other code, other pages and other origins out of the page.
+static PAGE_LINES: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "content-security-policy: default-src 'none'; script-src '{}'; style-src '{}'; connect-src 'self'; \
+        img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
+        require-trusted-types-for 'script'; trusted-types 'none'\r\n\
+        referrer-policy: no-referrer\r\n\
+        cross-origin-opener-policy: same-origin\r\n\
+        cross-origin-resource-policy: same-origin\r\n",
         hash_source("script"),
         hash_source("style")
-    );
-    HeaderMap::from_iter([
-        (CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),
-        (CONTENT_SECURITY_POLICY, HeaderValue::try_from(policy).expect("hashes are base64")),
-        (REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
-        (CROSS_ORIGIN_OPENER_POLICY, HeaderValue::from_static("same-origin")),
-        (CROSS_ORIGIN_RESOURCE_POLICY, HeaderValue::from_static("same-origin")),
-    ])
+    )
 });
-
-const CROSS_ORIGIN_OPENER_POLICY: HeaderName = HeaderName::from_static("cross-origin-opener-policy");
-const CROSS_ORIGIN_RESOURCE_POLICY: HeaderName = HeaderName::from_static("cross-origin-resource-policy");
 
 /// The hash source (CSP level 3) of the page's only element of this name.
 fn hash_source(element: &str) -> String {

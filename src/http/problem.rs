@@ -7,8 +7,9 @@ use serde::Serialize;
 use crate::access::authorization::Unauthorized;
 use crate::access::rate_limit::RateLimitStatus;
 use crate::http::rate_limit_headers::append_rate_limit_lines;
-use crate::http::response::{ReplyHead, TextReply};
+use crate::http::response::{TextReply, lines};
 use crate::keys::generator::GeneratorError;
+use crate::server::fast_path::response_buffer::ResponseHead;
 
 /// Seconds until a client may retry after a 503 that concerns the whole service.
 const RETRY_AFTER_UNAVAILABLE: u32 = 5;
@@ -139,8 +140,8 @@ impl Problem {
     /// The response.
     pub(crate) fn into_reply(self) -> TextReply {
         let json = serde_json::to_string(&self).expect("a problem has only strings and numbers");
-        let mut head = ReplyHead::of_problem(self.status, self.lines);
-        head.closes = self.closes_connection;
+        let lines = (lines!("application/problem+json"), self.lines);
+        let head = ResponseHead { status: self.status, lines, closes: self.closes_connection };
         TextReply { head, body: json.into() }
     }
 
@@ -164,8 +165,7 @@ impl Problem {
 /// For routes that axum serves.
 impl IntoResponse for Problem {
     fn into_response(self) -> axum::response::Response {
-        let TextReply { head, body } = self.into_reply();
-        head.into_response(body.into_owned().into(), None).map(axum::body::Body::new)
+        IntoResponse::into_response(self.into_reply())
     }
 }
 

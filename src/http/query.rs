@@ -131,33 +131,34 @@ impl RawQuery {
             let is_first = match &*name {
                 FORMAT => {
                     let known = kind.formats().iter().copied().find(|format| format.name() == value);
-                    query
-                        .format
-                        .replace(known.ok_or_else(|| ParamError::UnknownFormat(quoted(&value)))?)
-                        .is_none()
+                    set(&mut query.format, known, &value, ParamError::UnknownFormat)
                 }
                 COUNT => {
-                    let number = KeyLength::parse(&*value, COUNT_MAX).map(KeyLength::bytes);
-                    query
-                        .count
-                        .replace(number.map_err(|_| ParamError::InvalidCount(quoted(&value)))?)
-                        .is_none()
+                    let number = KeyLength::parse(&*value, COUNT_MAX).ok().map(KeyLength::bytes);
+                    set(&mut query.count, number, &value, ParamError::InvalidCount)
                 }
                 ALPHABET if kind != Kind::Key => {
                     let known = Alphabet::ALL.into_iter().find(|alphabet| alphabet.name() == value);
-                    query
-                        .alphabet
-                        .replace(known.ok_or_else(|| ParamError::UnknownAlphabet(quoted(&value)))?)
-                        .is_none()
+                    set(&mut query.alphabet, known, &value, ParamError::UnknownAlphabet)
                 }
-                _ => return Err(ParamError::UnknownParameter(quoted(&name))),
-            };
+                _ => Err(ParamError::UnknownParameter(quoted(&name))),
+            }?;
             if !is_first {
                 return Err(ParamError::RepeatedParameter(quoted(&name)));
             }
         }
         Ok(query)
     }
+}
+
+/// Sets a parameter to what its `text` means, and returns whether it had no value before.
+fn set<T>(
+    parameter: &mut Option<T>,
+    value: Option<T>,
+    text: &str,
+    invalid: fn(String) -> ParamError,
+) -> Result<bool, ParamError> {
+    Ok(parameter.replace(value.ok_or_else(|| invalid(quoted(text)))?).is_none())
 }
 
 /// The name and the value of a parameter; `None` if it is empty.

@@ -2,21 +2,17 @@
 
 use std::borrow::Cow;
 use std::convert::Infallible;
-use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll};
 
-use axum::http::header::{
-    CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS,
-};
+use axum::http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue};
 use axum::http::{Response, StatusCode};
+use axum::response::IntoResponse;
 
 use crate::http::body::Body;
 use crate::http::in_flight::InFlightRequest;
 use crate::keys::format::Format;
 use crate::keys::key_spec::KeySpec;
 use crate::server::fast_path::response_buffer::ResponseHead;
-use crate::telemetry::endpoint::Endpoint;
 
 /// The header lines of every response of this media type, and further ones, in one text.
 macro_rules! lines {
@@ -35,35 +31,16 @@ macro_rules! key_lines {
     };
 }
 
-/// The header lines of a text.
-const TEXT_LINES: &str = lines!("text/plain; charset=utf-8");
-
-/// The header lines of a problem.
-const PROBLEM_LINES: &str = lines!("application/problem+json");
-
-/// The head of a response, but for what a transport adds: Content-Length, Date and Connection.
-#[derive(Debug)]
-pub(crate) struct ReplyHead {
-    status: StatusCode,
-    /// Header lines, each with its end: those that are always the same, and the others.
-    lines: (&'static str, String),
-    /// Whether the connection is to be closed.
-    pub(crate) closes: bool,
-}
+pub(crate) use lines;
 
 /// A response whose body is a text.
 #[derive(Debug)]
 pub(crate) struct TextReply {
-    pub(crate) head: ReplyHead,
+    pub(crate) head: ResponseHead,
     pub(crate) body: Cow<'static, str>,
 }
 
-impl ReplyHead {
-    /// The head of a problem, with further header lines.
-    pub(crate) fn of_problem(status: StatusCode, more_lines: String) -> Self {
-        Self { status, lines: (PROBLEM_LINES, more_lines), closes: false }
-    }
-
+impl ResponseHead {
     /// The head of a response with keys, with further header lines.
     pub(crate) fn of_keys(spec: &KeySpec, more_lines: String) -> Self {
         let lines = match (spec.format(), spec.count()) {
@@ -76,17 +53,6 @@ impl ReplyHead {
             (Format::Jwk, Some(_)) => key_lines!("application/jwk-set+json"),
         };
         Self { status: StatusCode::OK, lines: (lines, more_lines), closes: false }
-    }
-
-    /// The head for the fast path, with what that transport adds.
-    pub(crate) fn for_fast_path(
-        &self,
-        closes: bool,
-        content_length: u64,
-        endpoint: Endpoint,
-    ) -> ResponseHead<'_> {
-        let lines = (self.lines.0, &*self.lines.1);
-        ResponseHead { status: self.status, lines, closes, content_length, endpoint }
     }
 
     /// The response for hyper, with the length of GET's body in place of the body of HEAD.
@@ -108,6 +74,11 @@ impl ReplyHead {
 }
 
 impl TextReply {
+    /// A response of the status 200 with these header lines.
+    pub(crate) fn ok(lines: (&'static str, String), body: impl Into<Cow<'static, str>>) -> Self {
+        Self { head: ResponseHead { status: StatusCode::OK, lines, closes: false }, body: body.into() }
+    }
+
     pub(crate) fn into_response(self) -> Response<Body> {
         let body = match self.body {
             Cow::Borrowed(text) => text.into(),
@@ -115,10 +86,12 @@ impl TextReply {
         };
         self.head.into_response(Body::full(body), None)
     }
+}
 
-    pub(crate) fn ok(text: &'static str) -> Self {
-        let head = ReplyHead { status: StatusCode::OK, lines: (TEXT_LINES, String::new()), closes: false };
-        Self { head, body: text.into() }
+/// For routes that axum serves.
+impl IntoResponse for TextReply {
+    fn into_response(self) -> axum::response::Response {
+        Self::into_response(self).map(axum::body::Body::new)
     }
 }
 
@@ -128,15 +101,6 @@ fn append_lines(headers: &mut HeaderMap, lines: &str) {
         let name = HeaderName::try_from(name).expect("the names are ours");
         headers.append(name, HeaderValue::try_from(value).expect("the values are ours"));
     }
-}
-
-/// Sets the headers that every response has.
-pub(crate) fn with_common_headers(response: axum::response::Response) -> Response<Body> {
-    let mut response = response.map(Into::into);
-    let headers = response.headers_mut();
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    response
 }
 
 /// Counts `response` by its status, and attaches `request` to it, whose time runs until the last byte is handed over.
@@ -163,22 +127,4 @@ pub(crate) fn finalize_response(
 }
 
 /// A response that is there already, or that the router makes.
-pub enum ResponseFuture {
-    /// A response that is there; `None` once it was taken.
-    Ready(Option<Response<Body>>),
-    /// A response that the router makes.
-    Routed(Pin<Box<dyn Future<Output = Response<Body>> + Send>>),
-}
-
-impl Future for ResponseFuture {
-    type Output = Result<Response<Body>, Infallible>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.get_mut() {
-            Self::Ready(response) => {
-                Poll::Ready(Ok(response.take().expect("a future is not polled again after it was ready")))
-            }
-            Self::Routed(future) => future.as_mut().poll(cx).map(Ok),
-        }
-    }
-}
+pub type ResponseFuture = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;

@@ -5,13 +5,13 @@ use std::sync::atomic::Ordering;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::header::{CONTENT_TYPE, HeaderMap};
-use axum::response::{IntoResponse, Response};
+use axum::http::header::HeaderMap;
 use axum::routing::get;
 
 use crate::http::openapi::{self, DocumentOptions};
 use crate::http::page;
 use crate::http::problem::Problem;
+use crate::http::response::{TextReply, lines};
 use crate::http::state::AppState;
 use crate::telemetry::endpoint::{METRICS_PATH, OPENAPI_PATH, PAGE_PATH};
 
@@ -51,20 +51,20 @@ impl Routes {
     }
 }
 
-async fn serve_openapi(State(state): State<Arc<AppState>>) -> impl IntoResponse {
+async fn serve_openapi(State(state): State<Arc<AppState>>) -> TextReply {
     let document = openapi::document(DocumentOptions {
         max_size: state.max_size.load(Ordering::Relaxed),
         needs_token: state.authorizer.needs_token(),
         has_page: state.has_page,
     });
-    ([(CONTENT_TYPE, "application/json")], document)
+    TextReply::ok((lines!("application/json"), String::new()), document)
 }
 
-async fn serve_page(headers: HeaderMap) -> Result<Response, Problem> {
+async fn serve_page(headers: HeaderMap) -> Result<TextReply, Problem> {
     page::serve(&headers)
 }
 
-async fn serve_metrics(State(state): State<Arc<AppState>>) -> impl IntoResponse {
+async fn serve_metrics(State(state): State<Arc<AppState>>) -> TextReply {
     let text = state.metrics.render(&state.dropped);
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
+    TextReply::ok((lines!("text/plain; version=0.0.4; charset=utf-8"), String::new()), text)
 }

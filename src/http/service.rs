@@ -1,6 +1,7 @@
 //! The service of a connection: requests in, responses out, for hyper and for the fast path.
 
 use std::convert::Infallible;
+use std::future;
 use std::sync::Arc;
 
 use axum::Router;
@@ -15,7 +16,7 @@ use crate::http::body::Body;
 use crate::http::in_flight::InFlightRequest;
 use crate::http::key_route::{self, KeyOrder};
 use crate::http::problem::Problem;
-use crate::http::response::{ResponseFuture, TextReply, finalize_response, with_common_headers};
+use crate::http::response::{ResponseFuture, TextReply, finalize_response, lines};
 use crate::http::routes::Routes;
 use crate::http::state::AppState;
 use crate::server::connection_limit::ConnectionClass;
@@ -116,7 +117,9 @@ impl ConnectionService {
         if !head.reads() {
             return Problem::method_not_allowed().into();
         }
-        check(state).map_or_else(Decision::from, |()| Decision::Text(TextReply::ok("OK")))
+        check(state).map_or_else(Decision::from, |()| {
+            Decision::Text(TextReply::ok((lines!("text/plain; charset=utf-8"), String::new()), "OK"))
+        })
     }
 
     /// Whether the connection closes after its next response.
@@ -138,13 +141,13 @@ impl ConnectionService {
             Decision::Router => {
                 // No route takes a body, so none is handed on.
                 let routed = router.clone().call(request.map(|_| axum::body::Body::empty()));
-                return ResponseFuture::Routed(Box::pin(async move {
-                    let Ok(response) = routed.await;
-                    finalize_response(with_common_headers(response), in_flight, is_head, is_closing)
-                }));
+                return Box::pin(async move {
+                    let response = routed.await?.map(Into::into);
+                    Ok(finalize_response(response, in_flight, is_head, is_closing))
+                });
             }
         };
-        ResponseFuture::Ready(Some(finalize_response(response, in_flight, is_head, is_closing)))
+        Box::pin(future::ready(Ok(finalize_response(response, in_flight, is_head, is_closing))))
     }
 
     /// Issues keys by way of hyper.
@@ -177,9 +180,10 @@ impl ConnectionService {
         if !responses.make_room(length) {
             return Ok(FastOutcome::BufferFull);
         }
-        let head = order.charge(state, &self.peer)?;
+        let mut head = order.charge(state, &self.peer)?;
+        head.closes = closes;
         responses
-            .add(head.for_fast_path(closes, content_length, endpoint), |text| {
+            .add(&head, content_length, endpoint, |text| {
                 order.append_keys(state, text).map(|()| order.into_record(&self.peer))
             })
             .map_err(|failure| state.generator_problem(failure))?;
@@ -210,7 +214,7 @@ impl FastPath for ConnectionService {
         }
         let (endpoint, decision) = self.decide(head);
         let closes = closes || self.is_closing();
-        let reply = match decision {
+        let TextReply { head: mut response_head, body } = match decision {
             Decision::Router => return FastOutcome::NotHandled,
             Decision::Text(reply) => reply,
             Decision::Keys(order) => match self.issue_fast(order, endpoint, closes, responses) {
@@ -218,19 +222,17 @@ impl FastPath for ConnectionService {
                 Err(problem) => problem.into_reply(),
             },
         };
-        let closes = closes || reply.head.closes;
-        let text = reply.body.as_bytes();
-        if !responses.make_room(text.len()) {
+        if !responses.make_room(body.len()) {
             return FastOutcome::BufferFull; // decided again, and counted again: no text is as long
         }
-        let response_head = reply.head.for_fast_path(closes, text.len() as u64, endpoint);
-        let Ok(()) = responses.add(response_head, |bytes| {
+        response_head.closes |= closes;
+        let Ok(()) = responses.add(&response_head, body.len() as u64, endpoint, |bytes| {
             if !head.is_head() {
-                bytes.extend_from_slice(text);
+                bytes.extend_from_slice(body.as_bytes());
             }
             Ok::<_, Infallible>(None)
         });
-        FastOutcome::Written { closes }
+        FastOutcome::Written { closes: response_head.closes }
     }
 }
 

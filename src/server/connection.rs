@@ -161,7 +161,7 @@ mod tests {
 
     use crate::access::peer::Client;
     use crate::server::buffers::BufferLimit;
-    use crate::server::fast_path::service::SlowPathOnly;
+    use crate::server::fast_path::service::tests::SlowPathOnly;
     use crate::server::idle::IdleConnections;
 
     #[tokio::test]

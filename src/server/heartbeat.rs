@@ -84,7 +84,7 @@ mod tests {
     use crate::server::connection_limit::{ConnectionClass, ConnectionLimit};
     use crate::server::context::ServerContext;
     use crate::server::drain::Drain;
-    use crate::server::fast_path::service::SlowPathOnly;
+    use crate::server::fast_path::service::tests::SlowPathOnly;
     use crate::server::listener::Listener;
     use crate::server::timeouts::Timeouts;
     use crate::telemetry::metrics::Metrics;

@@ -262,10 +262,8 @@ mod tests {
                 return FastOutcome::BufferFull;
             }
             self.left.set(self.left.get() - 1);
-            let (status, endpoint) = (StatusCode::OK, Endpoint::Key);
-            let head =
-                ResponseHead { status, lines: ("", ""), closes, content_length: length as u64, endpoint };
-            let Ok(()) = responses.add(head, |text| {
+            let head = ResponseHead { status: StatusCode::OK, lines: ("", String::new()), closes };
+            let Ok(()) = responses.add(&head, length as u64, Endpoint::Key, |text| {
                 text.resize(text.len() + length, b'k');
                 Ok::<_, Infallible>(None)
             });

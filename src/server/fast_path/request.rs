@@ -3,7 +3,7 @@
 //! It accepts a subset of what hyper accepts, and hyper judges the rest: a rule may be stricter here, and never more
 //! lenient. `fuzz/targets/connection.rs` compares the two.
 
-use crate::access::request_head::{RequestHead, is_name};
+use crate::access::request_head::{Characters, RequestHead, alphanumeric_and, is_name};
 
 /// The most headers of a request. hyper has the same limit, and answers more with 431.
 const HEADER_COUNT_MAX: usize = 100;
@@ -128,31 +128,12 @@ impl<'a> Unparsed<'a> {
     }
 }
 
-/// A set of characters, as a table, because it is looked up for every byte.
-type Characters = [bool; 256];
-
-const fn characters<const N: usize>(sets: [&[u8]; N]) -> Characters {
-    let mut table = [false; 256];
-    let (mut set, mut at) = (0, 0);
-    while set < N {
-        while at < sets[set].len() {
-            table[sets[set][at] as usize] = true;
-            at += 1;
-        }
-        (set, at) = (set + 1, 0);
-    }
-    table
-}
-
-const ALPHANUMERIC: &[u8] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
-
-/// What may be in a path or a query and is the same to every parser of URIs (RFC 3986 sections 3.3 and 3.4).
-const TARGET_PUNCTUATION: &[u8] = b"-._~/%=&+,:;@!$'()*";
-
-const PATH_CHARACTERS: Characters = characters([ALPHANUMERIC, TARGET_PUNCTUATION]);
-const QUERY_CHARACTERS: Characters = characters([ALPHANUMERIC, TARGET_PUNCTUATION, b"?"]);
+/// What may be in a path and is the same to every parser of URIs (RFC 3986 section 3.3).
+const PATH_CHARACTERS: Characters = alphanumeric_and(b"-._~/%=&+,:;@!$'()*");
+/// The same for a query (RFC 3986 section 3.4).
+const QUERY_CHARACTERS: Characters = alphanumeric_and(b"-._~/%=&+,:;@!$'()*?");
 /// What names of headers have, of the characters that RFC 9110 section 5.6.2 allows.
-const NAME_CHARACTERS: Characters = characters([ALPHANUMERIC, b"-_"]);
+const NAME_CHARACTERS: Characters = alphanumeric_and(b"-_");
 
 /// How many of `bytes`, from the first on, are among `characters`.
 #[inline]

@@ -44,19 +44,15 @@ pub struct ResponseBuffer<'a> {
     metrics: &'a Metrics,
 }
 
-/// The head of a response, without the headers that are written here: Content-Length, Date and Connection.
-#[derive(Debug, Clone, Copy)]
-pub struct ResponseHead<'a> {
+/// The head of a response, without the headers that a transport adds: Content-Length, Date and Connection.
+#[derive(Debug)]
+pub struct ResponseHead {
     /// The status line's status.
     pub status: StatusCode,
     /// Header lines, each with its end: those that are always the same, and the others.
-    pub lines: (&'static str, &'a str),
-    /// Whether to announce that the connection closes.
+    pub lines: (&'static str, String),
+    /// Whether the connection closes after the response, which announces it.
     pub closes: bool,
-    /// The length of the body of GET.
-    pub content_length: u64,
-    /// The route, for the metrics.
-    pub endpoint: Endpoint,
 }
 
 thread_local! {
@@ -115,8 +111,8 @@ impl<'a> ResponseBuffer<'a> {
         true
     }
 
-    /// Adds a response: `head`, and the body that `write` appends. The audit record that `write` returns is logged once
-    /// the body is sent, or can't be.
+    /// Adds a response of the route `endpoint`: `head`, with the length of the body of GET, and the body that `write`
+    /// appends. The audit record that `write` returns is logged once the body is sent, or can't be.
     ///
     /// # Errors
     /// The error of `write`, which has appended nothing then. No response is added.
@@ -125,7 +121,9 @@ impl<'a> ResponseBuffer<'a> {
     /// If the header lines have more than 832 bytes.
     pub fn add<E>(
         &mut self,
-        head: ResponseHead<'_>,
+        head: &ResponseHead,
+        content_length: u64,
+        endpoint: Endpoint,
         write: impl FnOnce(&mut Vec<u8>) -> Result<Option<AuditRecord>, E>,
     ) -> Result<(), E> {
         assert!(head.lines.0.len() + head.lines.1.len() <= HEAD_MAX - OWN_HEAD_MAX, "the response fits");
@@ -146,14 +144,14 @@ impl<'a> ResponseBuffer<'a> {
             bytes.extend_from_slice(b"connection: close\r\n");
         }
         bytes.extend_from_slice(b"content-length: ");
-        bytes.extend_from_slice(itoa::Buffer::new().format(head.content_length).as_bytes());
+        bytes.extend_from_slice(itoa::Buffer::new().format(content_length).as_bytes());
         bytes.extend_from_slice(b"\r\ndate: ");
         bytes.extend_from_slice(&date(self.read_at));
         bytes.extend_from_slice(b"\r\n\r\n");
         let body = bytes.len();
         let record = write(bytes).inspect_err(|_| bytes.truncate(start))?;
         self.records.extend(record.map(|record| (record, body..bytes.len())));
-        self.endpoints.push(head.endpoint);
+        self.endpoints.push(endpoint);
         self.metrics.requests_in_flight.inc();
         self.metrics.count_response(head.status);
         Ok(())

@@ -29,22 +29,27 @@ pub enum FastOutcome {
     NotHandled,
 }
 
-/// A service that gets every request by way of hyper.
-#[derive(Debug, Clone)]
-pub struct SlowPathOnly<S>(pub S);
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
 
-impl<S> FastPath for SlowPathOnly<S> {
-    fn respond_fast(&self, _: &RequestHead<'_>, _: bool, _: &mut ResponseBuffer<'_>) -> FastOutcome {
-        FastOutcome::NotHandled
+    /// A service that gets every request by way of hyper.
+    #[derive(Debug, Clone)]
+    pub(crate) struct SlowPathOnly<S>(pub(crate) S);
+
+    impl<S> FastPath for SlowPathOnly<S> {
+        fn respond_fast(&self, _: &RequestHead<'_>, _: bool, _: &mut ResponseBuffer<'_>) -> FastOutcome {
+            FastOutcome::NotHandled
+        }
     }
-}
 
-impl<R, S: hyper::service::Service<R>> hyper::service::Service<R> for SlowPathOnly<S> {
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = S::Future;
+    impl<R, S: hyper::service::Service<R>> hyper::service::Service<R> for SlowPathOnly<S> {
+        type Response = S::Response;
+        type Error = S::Error;
+        type Future = S::Future;
 
-    fn call(&self, request: R) -> S::Future {
-        self.0.call(request)
+        fn call(&self, request: R) -> S::Future {
+            self.0.call(request)
+        }
     }
 }
