@@ -3,10 +3,10 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use rustls::ServerConnection;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::unconstrained;
 use tokio_rustls::server::TlsStream;
 
@@ -57,7 +57,16 @@ impl<S: AsyncRead + Transport + Unpin> AsyncRead for CloseNotify<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
+        // Until all decrypted bytes are taken. `poll_read` of tokio-rustls would read on until a read has to wait.
+        loop {
+            let received = ready!(Pin::new(&mut self.0).poll_fill_buf(cx))?;
+            let count = received.len().min(buf.remaining());
+            buf.put_slice(&received[..count]);
+            Pin::new(&mut self.0).consume(count);
+            if count == 0 || self.connection().wants_read() {
+                return Poll::Ready(Ok(()));
+            }
+        }
     }
 }
 
