@@ -127,22 +127,23 @@ struct RawQuery {
 impl RawQuery {
     fn parse(kind: Kind, text: &[u8]) -> Result<Self, ParamError> {
         let mut query = Self::default();
-        for (name, value) in text.split(|byte| *byte == b'&').filter_map(decode) {
-            let is_first = match &*name {
-                FORMAT => {
-                    let known = kind.formats().iter().copied().find(|format| format.name() == value);
-                    set(&mut query.format, known, &value, ParamError::UnknownFormat)
-                }
-                COUNT => {
-                    let number = KeyLength::parse(&*value, COUNT_MAX).ok().map(KeyLength::bytes);
-                    set(&mut query.count, number, &value, ParamError::InvalidCount)
-                }
-                ALPHABET if kind != Kind::Key => {
-                    let known = Alphabet::ALL.into_iter().find(|alphabet| alphabet.name() == value);
-                    set(&mut query.alphabet, known, &value, ParamError::UnknownAlphabet)
-                }
-                _ => Err(ParamError::UnknownParameter(quoted(&name))),
-            }?;
+        for parameter in text.split(|byte| *byte == b'&').filter(|parameter| !parameter.is_empty()) {
+            let (name, value) = decode(parameter);
+            let is = |known: &str| *name == *known.as_bytes();
+            let is_first = if is(FORMAT) {
+                let known = kind.formats().iter().find(|format| *value == *format.name().as_bytes());
+                let format = known.ok_or_else(|| ParamError::UnknownFormat(quoted(&value)))?;
+                query.format.replace(*format).is_none()
+            } else if is(COUNT) {
+                let number = KeyLength::parse(&*value, COUNT_MAX).map(KeyLength::bytes);
+                query.count.replace(number.map_err(|_| ParamError::InvalidCount(quoted(&value)))?).is_none()
+            } else if is(ALPHABET) && kind != Kind::Key {
+                let known = Alphabet::ALL.into_iter().find(|alphabet| *value == *alphabet.name().as_bytes());
+                let alphabet = known.ok_or_else(|| ParamError::UnknownAlphabet(quoted(&value)))?;
+                query.alphabet.replace(alphabet).is_none()
+            } else {
+                return Err(ParamError::UnknownParameter(quoted(&name)));
+            };
             if !is_first {
                 return Err(ParamError::RepeatedParameter(quoted(&name)));
             }
@@ -151,37 +152,26 @@ impl RawQuery {
     }
 }
 
-/// Sets a parameter to what its `text` means, and returns whether it had no value before.
-fn set<T>(
-    parameter: &mut Option<T>,
-    value: Option<T>,
-    text: &str,
-    invalid: fn(String) -> ParamError,
-) -> Result<bool, ParamError> {
-    Ok(parameter.replace(value.ok_or_else(|| invalid(quoted(text)))?).is_none())
-}
-
-/// The name and the value of a parameter; `None` if it is empty.
-fn decode(parameter: &[u8]) -> Option<(Cow<'_, str>, Cow<'_, str>)> {
-    let has_escapes = parameter.iter().any(|byte| matches!(byte, b'%' | b'+'));
-    match str::from_utf8(parameter) {
-        // As below, at a tenth of the cost.
-        Ok(text) if !has_escapes && !text.is_empty() => {
-            let (name, value) = text.split_once('=').unwrap_or((text, ""));
-            Some((name.into(), value.into()))
-        }
-        _ => form_urlencoded::parse(parameter).next(),
+/// The name and the value of a parameter.
+fn decode(parameter: &[u8]) -> (Cow<'_, [u8]>, Cow<'_, [u8]>) {
+    if parameter.iter().any(|byte| matches!(byte, b'%' | b'+')) {
+        let (name, value) = form_urlencoded::parse(parameter).next().unwrap_or_default();
+        return (name.into_owned().into_bytes().into(), value.into_owned().into_bytes().into());
     }
+    // The same, at a tenth of the cost.
+    let mut parts = parameter.splitn(2, |byte| *byte == b'=').map(Cow::from);
+    (parts.next().unwrap_or_default(), parts.next().unwrap_or_default())
 }
 
 /// The most characters of a request that a problem repeats.
 const QUOTED_MAX: usize = 64;
 
 /// A text of the request as a problem repeats it: shortened, if it is long.
-fn quoted(text: &str) -> String {
+fn quoted(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(text);
     match text.char_indices().nth(QUOTED_MAX) {
         Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
+        None => text.into_owned(),
     }
 }
 
