@@ -3,7 +3,6 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Instant;
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
@@ -14,6 +13,7 @@ use crate::http::in_flight::InFlightRequest;
 use crate::keys::encoded_stream::{Chunk, EncodedStream};
 use crate::keys::generator::GeneratorError;
 use crate::server::turn::poll_end_turn;
+use crate::telemetry::clock;
 use crate::telemetry::labels::KeyRequestError;
 
 /// The body of a response.
@@ -119,7 +119,7 @@ impl http_body::Body for Body {
                 }
                 body.has_yielded = false;
                 let stream = &mut body.stream;
-                let started = Instant::now();
+                let started = clock::now();
                 let chunk = stream.next();
                 match (&chunk, &this.request) {
                     (Some(Ok(chunk)), Some(request)) => {

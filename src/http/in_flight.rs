@@ -1,8 +1,8 @@
 //! Requests in flight, for the metrics.
 
 use std::sync::Arc;
-use std::time::Instant;
 
+use crate::telemetry::clock::{self, Nanos};
 use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::metrics::Metrics;
 
@@ -11,14 +11,14 @@ use crate::telemetry::metrics::Metrics;
 pub(crate) struct InFlightRequest {
     metrics: Arc<Metrics>,
     endpoint: Endpoint,
-    started: Instant,
+    started: Nanos,
 }
 
 impl InFlightRequest {
     /// Counts the request as in flight, and starts its clock.
     pub(crate) fn start(metrics: Arc<Metrics>, endpoint: Endpoint) -> Self {
         metrics.requests_in_flight.inc();
-        Self { metrics, endpoint, started: Instant::now() }
+        Self { metrics, endpoint, started: clock::now() }
     }
 
     /// The metrics that count the request.
@@ -30,6 +30,6 @@ impl InFlightRequest {
 impl Drop for InFlightRequest {
     fn drop(&mut self) {
         self.metrics.requests_in_flight.dec();
-        self.metrics.observe_latency(self.endpoint, self.started.elapsed());
+        self.metrics.observe_latency(self.endpoint, self.started);
     }
 }

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
 use bytes::Bytes;
 use tracing::error;
@@ -12,6 +11,7 @@ use crate::http::health::Health;
 use crate::http::problem::Problem;
 use crate::keys::generator::{Generator, GeneratorError};
 use crate::keys::key_spec::KeySpec;
+use crate::telemetry::clock;
 use crate::telemetry::drop_counters::DropCounters;
 use crate::telemetry::labels::KeyRequestError;
 use crate::telemetry::metrics::Metrics;
@@ -59,7 +59,7 @@ impl AppState {
         spec: &KeySpec,
         generate: impl FnOnce() -> Result<T, GeneratorError>,
     ) -> Result<T, GeneratorError> {
-        let started = Instant::now();
+        let started = clock::now();
         let generated = generate()?;
         self.metrics.observe_generation(started);
         (0..spec.key_count()).for_each(|_| self.metrics.count_key(spec.length().bytes()));

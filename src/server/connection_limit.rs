@@ -73,7 +73,7 @@ impl ConnectionLimit {
             limit,
             over_limit,
             closed: Notify::new(),
-            idle: IdleConnections::new(),
+            idle: IdleConnections::default(),
             over_limit_tasks: Mutex::new(VecDeque::with_capacity(2 * over_limit)),
             accept_loops: watch::Sender::new(()),
         }

@@ -4,29 +4,29 @@
 //! ones.
 
 use std::collections::BinaryHeap;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Waker;
-use std::time::{Duration, Instant};
+
+use crate::telemetry::clock::{self, Nanos};
 
 /// How many connections one search finds.
 const FOUND_MAX: usize = 256;
 
 /// Searches take at most one part in this many of the time. Without this limit, each new connection would cause a
 /// useless search while all others are busy.
-const SEARCH_INTERVAL_FACTOR: u32 = 10;
+const SEARCH_INTERVAL_FACTOR: Nanos = 10;
 
 /// The most that a search needs for each connection. Time beyond that went to another thread, and must not delay the
 /// next search.
-const SEARCH_MAX: Duration = Duration::from_nanos(200);
+const SEARCH_MAX: Nanos = 200;
 
 /// [`Activity::idle_since`] while a request is read or answered.
-const BUSY: u64 = u64::MAX;
+const BUSY: Nanos = Nanos::MAX;
 
 /// The connections with a slot.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct IdleConnections {
-    start: Instant,
     registry: Mutex<Registry>,
 }
 
@@ -34,16 +34,15 @@ pub struct IdleConnections {
 struct Registry {
     connections: Vec<Arc<Activity>>,
     /// The connections that the last search found and when they became idle, the longest idle last.
-    candidates: Vec<(u64, Arc<Activity>)>,
-    next_search: Option<Instant>,
+    candidates: Vec<(Nanos, Arc<Activity>)>,
+    next_search: Nanos,
 }
 
 /// Whether a connection is idle, and whether it must close.
 #[derive(Debug)]
 pub struct Activity {
-    start: Instant,
-    /// A [`sort_key`] of the time since the start, or [`BUSY`].
-    idle_since: AtomicU64,
+    /// When the connection became idle, or [`BUSY`].
+    idle_since: AtomicI64,
     is_evicted: AtomicBool,
     waker: OnceLock<Waker>,
     /// Its index in the registry. The registry's lock guards this.
@@ -51,17 +50,10 @@ pub struct Activity {
 }
 
 impl IdleConnections {
-    /// No connections yet.
-    #[expect(clippy::new_without_default, reason = "it is made once, by name")]
-    pub fn new() -> Self {
-        Self { start: Instant::now(), registry: Mutex::default() }
-    }
-
     /// The activity of a busy connection. It is not evicted before it is added.
     pub fn activity(&self) -> Arc<Activity> {
         Arc::new(Activity {
-            start: self.start,
-            idle_since: AtomicU64::new(BUSY),
+            idle_since: AtomicI64::new(BUSY),
             is_evicted: AtomicBool::new(false),
             waker: OnceLock::new(),
             index: AtomicUsize::new(0),
@@ -92,19 +84,16 @@ impl IdleConnections {
     pub(crate) fn evict(&self) -> bool {
         let mut registry = self.registry();
         let evicted = registry.longest_idle().or_else(|| {
-            let now = Instant::now();
-            if registry.next_search.is_some_and(|next| now < next) {
+            let now = clock::now();
+            if now < registry.next_search {
                 return None;
             }
-            registry.search(sort_key(now - self.start));
-            let count = u32::try_from(registry.connections.len()).unwrap_or(u32::MAX);
-            let took = now.elapsed().min(SEARCH_MAX.saturating_mul(count));
-            registry.next_search = Some(now + took * (SEARCH_INTERVAL_FACTOR - 1));
+            registry.search(now);
+            let took = (clock::now() - now).min(SEARCH_MAX * registry.connections.len() as Nanos);
+            registry.next_search = now + took * (SEARCH_INTERVAL_FACTOR - 1);
             registry.longest_idle()
         });
-        let Some(evicted) = evicted else {
-            return false;
-        };
+        let Some(evicted) = evicted else { return false };
         evicted.is_evicted.store(true, Ordering::Relaxed);
         if let Some(waker) = evicted.waker.get() {
             waker.wake_by_ref();
@@ -130,7 +119,7 @@ impl Registry {
     }
 
     /// Finds the connections that have been idle for longest at `now`.
-    fn search(&mut self, now: u64) {
+    fn search(&mut self, now: Nanos) {
         let mut found = BinaryHeap::with_capacity(FOUND_MAX + 1);
         for (index, activity) in self.connections.iter().enumerate() {
             let since = activity.idle_since.load(Ordering::Relaxed);
@@ -149,8 +138,8 @@ impl Registry {
 
 impl Activity {
     /// The connection has been waiting for a request since `since`. If that is in the future, it is not evicted before.
-    pub(crate) fn set_idle(&self, since: Instant) {
-        self.idle_since.store(sort_key(since - self.start), Ordering::Relaxed);
+    pub(crate) fn set_idle(&self, since: Nanos) {
+        self.idle_since.store(since, Ordering::Relaxed);
     }
 
     /// The connection has read something.
@@ -169,16 +158,12 @@ impl Activity {
     }
 }
 
-/// A number that compares as `time` does, without a division.
-fn sort_key(time: Duration) -> u64 {
-    time.as_secs() << 32 | u64::from(time.subsec_nanos())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::clock::SECOND;
 
-    fn idle(connections: &IdleConnections, since: Instant) -> Arc<Activity> {
+    fn idle(connections: &IdleConnections, since: Nanos) -> Arc<Activity> {
         let activity = connections.activity();
         connections.add(&activity);
         activity.set_idle(since);
@@ -187,12 +172,11 @@ mod tests {
 
     #[test]
     fn the_longest_idle_connection_is_evicted_and_a_busy_one_never() {
-        let connections = IdleConnections::new();
-        let at = |millis| connections.start + Duration::from_millis(millis);
-        std::thread::sleep(Duration::from_millis(6)); // the times below have passed
-        let [third, first, second, busy] = [3, 1, 2, 0].map(|millis| idle(&connections, at(millis)));
+        let connections = IdleConnections::default();
+        let now = clock::now();
+        let [third, first, second, busy] = [3, 5, 4, 6].map(|ago| idle(&connections, now - ago));
         busy.set_busy();
-        let later = idle(&connections, Instant::now() + Duration::from_secs(60));
+        let later = idle(&connections, clock::now() + 60 * SECOND);
         let evicted = || [&first, &second, &third].map(|activity| activity.is_evicted());
         for expected in [[true, false, false], [true, true, false], [true, true, true]] {
             assert!(connections.evict());
@@ -204,13 +188,11 @@ mod tests {
 
     #[test]
     fn a_connection_used_or_closed_since_the_search_is_skipped() {
-        let connections = IdleConnections::new();
-        let start = connections.start;
-        let [first, used, closed, last] =
-            [1, 2, 3, 4].map(|n| idle(&connections, start + Duration::from_nanos(n)));
+        let connections = IdleConnections::default();
+        let [first, used, closed, last] = [4, 3, 2, 1].map(|ago| idle(&connections, clock::now() - ago));
         assert!(connections.evict());
         used.set_busy();
-        used.set_idle(Instant::now());
+        used.set_idle(clock::now());
         connections.remove(&closed);
         assert!(connections.evict());
         assert!(first.is_evicted() && last.is_evicted() && !used.is_evicted() && !closed.is_evicted());

@@ -1,6 +1,7 @@
 //! The timeouts that the connections of a server share, and how connections end during a drain.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::server::unacknowledged::EndedConnections;
@@ -12,8 +13,8 @@ pub struct Timeouts {
     head: Duration,
     idle: Duration,
     write: Duration,
-    /// The upper limit of `head` and `idle`, in milliseconds.
-    read_max: AtomicU64,
+    /// The upper limit of `head` and `idle`, once there is one.
+    read_max: OnceLock<Duration>,
     /// Whether connections that end from now on are reset.
     resets: AtomicBool,
     /// Whether connections that end in order are kept until the client has acknowledged everything.
@@ -30,7 +31,7 @@ impl Timeouts {
             head,
             idle,
             write,
-            read_max: AtomicU64::new(u64::MAX),
+            read_max: OnceLock::new(),
             resets: AtomicBool::new(false),
             keeps: AtomicBool::new(false),
             ended: EndedConnections::default(),
@@ -43,10 +44,9 @@ impl Timeouts {
         Self::new(self.head.min(limit), self.idle.min(limit), self.write.min(limit))
     }
 
-    /// Limits the head and the idle timeout. It takes effect for each connection when it is next polled.
+    /// Limits the head and the idle timeout, once. It takes effect for each connection when it is next polled.
     pub(crate) fn shorten_read_timeouts(&self, limit: Duration) {
-        let limit = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-        self.read_max.fetch_min(limit, Ordering::Relaxed);
+        self.read_max.get_or_init(|| limit);
     }
 
     /// Resets every connection that ends from now on, so that no client takes a part of a response for all of it.
@@ -76,12 +76,12 @@ impl Timeouts {
 
     /// The current head timeout.
     pub(crate) fn head(&self) -> Duration {
-        self.head.min(self.read_max())
+        self.shortened(self.head)
     }
 
     /// The current idle timeout.
     pub(crate) fn idle(&self) -> Duration {
-        self.idle.min(self.read_max())
+        self.shortened(self.idle)
     }
 
     /// The write timeout.
@@ -89,7 +89,7 @@ impl Timeouts {
         self.write
     }
 
-    fn read_max(&self) -> Duration {
-        Duration::from_millis(self.read_max.load(Ordering::Relaxed))
+    fn shortened(&self, timeout: Duration) -> Duration {
+        self.read_max.get().map_or(timeout, |max| timeout.min(*max))
     }
 }

@@ -1,12 +1,11 @@
 //! The metrics of the daemon, as a value: every series exists from the start, and is found without a look-up by name.
 
-use std::time::{Duration, Instant};
-
 use axum::http::StatusCode;
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry, TextEncoder};
 use strum::VariantArray;
 
 use crate::keys::format::Format;
+use crate::telemetry::clock::{self, Nanos, SECOND};
 use crate::telemetry::drop_counters::DropCounters;
 use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::labels::{
@@ -158,9 +157,9 @@ impl Metrics {
             .inc();
     }
 
-    /// Records the time from the headers of a request until the last byte of its response is ready to send.
-    pub fn observe_latency(&self, endpoint: Endpoint, latency: Duration) {
-        self.responses.latency[endpoint as usize].observe(latency.as_secs_f64());
+    /// Records that the last byte of a response is ready to send. `started` is when the headers of its request were.
+    pub fn observe_latency(&self, endpoint: Endpoint, started: Nanos) {
+        self.responses.latency[endpoint as usize].observe(seconds_since(started));
     }
 
     /// Counts a rejected request or connection.
@@ -188,7 +187,7 @@ impl Metrics {
     /// Counts a key of `length` bytes that is being served.
     #[expect(clippy::cast_precision_loss, reason = "a length is at most 2³⁰")]
     pub fn count_key(&self, length: u64) {
-        self.keys.length.observe(length as f64);
+        self.keys.length.observe(length.cast_signed() as f64);
     }
 
     /// Counts key bytes, before encoding, that were handed to a connection.
@@ -197,8 +196,8 @@ impl Metrics {
     }
 
     /// Records the time that the generator took, from `started` until now.
-    pub fn observe_generation(&self, started: Instant) {
-        self.keys.generator_latency.observe(started.elapsed().as_secs_f64());
+    pub fn observe_generation(&self, started: Nanos) {
+        self.keys.generator_latency.observe(seconds_since(started));
     }
 
     /// Records that the generator is out of service.
@@ -229,6 +228,11 @@ impl Metrics {
         );
         ProxyProtocolMetrics { errors }
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "exact for three months")]
+fn seconds_since(started: Nanos) -> f64 {
+    (clock::now() - started) as f64 / SECOND as f64
 }
 
 /// Responses and rejections of all routes.

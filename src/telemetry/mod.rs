@@ -5,6 +5,7 @@
 //! new route goes into [`endpoint`]. What happens to log events is in [`log`] and the files named `log_*`.
 
 mod cgroup;
+pub mod clock;
 pub mod drop_counters;
 pub mod endpoint;
 pub mod labels;

@@ -5,7 +5,6 @@ use std::mem::{self, MaybeUninit};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, ReadBuf};
 
@@ -17,6 +16,7 @@ use crate::server::fast_path::service::{FastOutcome, FastPath};
 use crate::server::idle::Activity;
 use crate::server::transport::Transport;
 use crate::server::turn::poll_end_turn;
+use crate::telemetry::clock::{self, Nanos, SECOND};
 use crate::telemetry::labels::Rejection;
 use crate::telemetry::metrics::Metrics;
 
@@ -24,7 +24,7 @@ use crate::telemetry::metrics::Metrics;
 const OPERATIONS_PER_TURN: usize = 4;
 
 /// How long a connection without any request yet is not evicted as idle.
-const UNUSED_GRACE: Duration = Duration::from_millis(250);
+const UNUSED_GRACE: Nanos = SECOND / 4;
 
 /// A connection on the fast path.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ pub(crate) struct FastPathConnection<'a, I, S> {
     buffers: BufferAccount,
     activity: Arc<Activity>,
     /// When the last request was read.
-    last_used: Instant,
+    last_used: Nanos,
     /// Held while responses wait for the client to read.
     buffer_permit: Option<BufferPermit>,
 }
@@ -88,7 +88,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
             metrics,
             buffers,
             activity,
-            last_used: Instant::now() + UNUSED_GRACE,
+            last_used: clock::now() + UNUSED_GRACE,
             buffer_permit: None,
         }
     }
@@ -126,7 +126,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
     /// Returns to the fast path with `unread`, the bytes that hyper read and did not use.
     pub(crate) fn resume(&mut self, unread: Vec<u8>) {
         self.has_responded = true;
-        self.last_used = Instant::now();
+        self.last_used = clock::now();
         self.state = if unread.is_empty() { State::Read } else { State::Respond };
         self.unread = unread;
     }
@@ -152,14 +152,16 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
                 };
                 sent?;
                 self.responses = None;
-                self.buffer_permit = None;
+                if let Some(permit) = self.buffer_permit.take() {
+                    drop(permit);
+                }
             }
             match self.state {
                 State::Read => {
                     let mut input = [const { MaybeUninit::uninit() }; READ_BUFFER];
                     let mut input = ReadBuf::uninit(&mut input);
-                    input.put_slice(&self.unread);
                     if !self.unread.is_empty() {
+                        input.put_slice(&self.unread);
                         self.io.expect_head();
                     }
                     let Poll::Ready(read) = Pin::new(&mut self.io).poll_read(cx, &mut input) else {
@@ -192,7 +194,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
 
     /// Responds to the requests that `input` begins with, and keeps the rest.
     fn respond(&mut self, mut input: &[u8]) {
-        let mut responses = ResponseBuffer::new(self.metrics);
+        let responses = self.responses.get_or_insert_with(|| ResponseBuffer::new(self.metrics));
         self.state = loop {
             if input.is_empty() {
                 break State::Read;
@@ -203,7 +205,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
                 Err(NotFast::Incomplete) => break State::Read,
                 Err(NotFast::Slow) => break State::Handover,
             };
-            match self.service.respond_fast(&request.head, request.closes, &mut responses) {
+            match self.service.respond_fast(&request.head, request.closes, responses) {
                 FastOutcome::Written { closes: false } => input = &input[request.size..],
                 FastOutcome::Written { closes: true } => {
                     input = &[]; // RFC 9112 section 9.6: what follows is not read
@@ -216,11 +218,11 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
         if !(self.unread.is_empty() && input.is_empty()) {
             self.unread = input.to_vec();
         }
-        if !responses.is_empty() {
-            responses.observe_latency();
+        if responses.count == 0 {
+            self.responses = None;
+        } else {
             self.has_responded = true;
-            self.last_used = responses.read_at();
-            self.responses = Some(responses);
+            self.last_used = responses.read_at;
         }
     }
 }
@@ -277,7 +279,7 @@ mod tests {
         capacity: usize,
     ) -> (FastPathConnection<'_, DuplexStream, Letters>, DuplexStream) {
         let (server, client) = duplex(capacity);
-        let (service, activity) = (Letters { left: Cell::new(left) }, IdleConnections::new().activity());
+        let (service, activity) = (Letters { left: Cell::new(left) }, IdleConnections::default().activity());
         let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
         (FastPathConnection::new(server, service, metrics, buffers, activity), client)
     }

@@ -3,19 +3,18 @@
 use std::cell::Cell;
 use std::fmt;
 use std::io;
-use std::mem;
 use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
 
 use axum::http::StatusCode;
 use zeroize::Zeroize;
 
 use crate::access::audit::AuditRecord;
 use crate::keys::secret_buf::keep_lower;
-use crate::server::fast_path::date::date;
+use crate::server::fast_path::date::date_line;
 use crate::server::transport::Transport;
+use crate::telemetry::clock::{self, Nanos};
 use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::metrics::Metrics;
 
@@ -36,11 +35,12 @@ pub struct ResponseBuffer<'a> {
     /// Never grows, because reallocation would leave keys behind.
     bytes: Vec<u8>,
     sent: usize,
-    /// The route of each response, for the metrics.
-    endpoints: Vec<Endpoint>,
+    /// The number of responses.
+    pub(super) count: i64,
     /// The audit records of responses, and where their bodies begin and end.
     records: Vec<(AuditRecord, Range<usize>)>,
-    read_at: Instant,
+    /// When the requests were read.
+    pub(super) read_at: Nanos,
     metrics: &'a Metrics,
 }
 
@@ -56,26 +56,18 @@ pub struct ResponseHead {
 }
 
 thread_local! {
-    /// Wiped, empty buffers for the next responses. To allocate them each time cost more than to fill them.
+    /// A wiped, empty buffer for the next responses. To allocate it each time cost more than to fill it.
     static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
-    static SPARE_LIST: Cell<Vec<Endpoint>> = const { Cell::new(Vec::new()) };
 }
 
 /// Allocates the calling thread's buffer.
 pub(crate) fn reserve() {
     SPARE.set(Vec::with_capacity(WRITE_BUFFER));
-    SPARE_LIST.set(Vec::with_capacity(WRITE_BUFFER / 128));
 }
 
 impl fmt::Debug for ResponseBuffer<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "ResponseBuffer({}, {} of {} bytes sent)",
-            self.endpoints.len(),
-            self.sent,
-            self.bytes.len()
-        )
+        write!(f, "ResponseBuffer({} of {} bytes sent)", self.sent, self.bytes.len())
     }
 }
 
@@ -84,18 +76,7 @@ impl<'a> ResponseBuffer<'a> {
     pub(super) fn new(metrics: &'a Metrics) -> Self {
         let spare = SPARE.take();
         let bytes = if spare.capacity() < WRITE_BUFFER { Vec::with_capacity(WRITE_BUFFER) } else { spare };
-        let endpoints = SPARE_LIST.take();
-        Self { bytes, sent: 0, endpoints, records: Vec::new(), read_at: Instant::now(), metrics }
-    }
-
-    /// Whether there is no response.
-    pub(super) fn is_empty(&self) -> bool {
-        self.endpoints.is_empty()
-    }
-
-    /// When the requests were read.
-    pub(super) fn read_at(&self) -> Instant {
-        self.read_at
+        Self { bytes, sent: 0, count: 0, records: Vec::new(), read_at: clock::now(), metrics }
     }
 
     /// Makes room for a response with a body of `length` bytes. Returns whether there is room now.
@@ -104,7 +85,7 @@ impl<'a> ResponseBuffer<'a> {
         if self.bytes.capacity() - self.bytes.len() >= needed {
             return true;
         }
-        if !self.is_empty() || length > BODY_MAX {
+        if self.count > 0 || length > BODY_MAX {
             return false;
         }
         self.bytes = Vec::with_capacity(needed);
@@ -143,27 +124,19 @@ impl<'a> ResponseBuffer<'a> {
         if head.closes {
             bytes.extend_from_slice(b"connection: close\r\n");
         }
+        bytes.extend_from_slice(&date_line(self.read_at));
         bytes.extend_from_slice(b"content-length: ");
         bytes.extend_from_slice(itoa::Buffer::new().format(content_length).as_bytes());
-        bytes.extend_from_slice(b"\r\ndate: ");
-        bytes.extend_from_slice(&date(self.read_at));
         bytes.extend_from_slice(b"\r\n\r\n");
         let body = bytes.len();
         let record = write(bytes).inspect_err(|_| bytes.truncate(start))?;
         self.records.extend(record.map(|record| (record, body..bytes.len())));
-        self.endpoints.push(endpoint);
+        self.count += 1;
+        // Before the response is sent: a client that has it finds it in the metrics.
         self.metrics.requests_in_flight.inc();
         self.metrics.count_response(head.status);
+        self.metrics.observe_latency(endpoint, self.read_at);
         Ok(())
-    }
-
-    /// Records the latency of the responses. Call this before they are sent: then a client that has its response finds
-    /// it in the metrics.
-    pub(super) fn observe_latency(&self) {
-        let latency = self.read_at.elapsed();
-        for endpoint in &self.endpoints {
-            self.metrics.observe_latency(*endpoint, latency);
-        }
     }
 
     /// Sends the responses. `is_final` states that the connection closes after them.
@@ -191,9 +164,7 @@ impl Drop for ResponseBuffer<'_> {
         if self.bytes.capacity() == WRITE_BUFFER {
             keep_lower(&SPARE, &mut self.bytes);
         }
-        self.endpoints.iter().for_each(|_| self.metrics.requests_in_flight.dec());
-        self.endpoints.clear();
-        SPARE_LIST.set(mem::take(&mut self.endpoints));
+        self.metrics.requests_in_flight.sub(self.count);
         for (record, body) in &mut self.records {
             record.add_sent(self.sent.clamp(body.start, body.end) - body.start, self.sent >= body.end);
         }
