@@ -121,17 +121,12 @@ impl<'a> RequestHead<'a> {
         if self.has_transfer_encoding {
             return Err(MalformedHead::TransferEncoding);
         }
-        let mut hosts = 0;
-        for host in self.values(RequestHeader::Host) {
-            if !is_valid_host(host) {
-                return Err(MalformedHead::InvalidHost);
-            }
-            hosts += 1;
-        }
-        match hosts {
-            0 if self.needs_host => Err(MalformedHead::MissingHost),
-            0 | 1 => Ok(()),
-            _ => Err(MalformedHead::RepeatedHost),
+        let mut hosts = self.values(RequestHeader::Host);
+        match (hosts.next(), hosts.next()) {
+            (_, Some(_)) => Err(MalformedHead::RepeatedHost),
+            (Some(host), None) if !is_valid_host(host) => Err(MalformedHead::InvalidHost),
+            (None, None) if self.needs_host => Err(MalformedHead::MissingHost),
+            _ => Ok(()),
         }
     }
 }

@@ -164,9 +164,9 @@ impl KeyOrder {
         }
     }
 
-    /// The audit record of the keys, which were generated.
-    pub(crate) fn into_record(self, peer: &Peer) -> Option<AuditRecord> {
-        let (id, authorized) = (self.request_id?, self.authorized?);
+    /// The audit record of the keys, which were generated; `None` if there is none, or after the first call.
+    pub(crate) fn take_record(&mut self, peer: &Peer) -> Option<AuditRecord> {
+        let (id, authorized) = (self.request_id.take()?, self.authorized.take()?);
         Some(AuditRecord::new(id, AuditSubject::Client(*authorized), peer.clone(), self.spec))
     }
 }

@@ -14,7 +14,7 @@ use crate::access::request_head::RequestHead;
 use crate::access::verified_token::VerifiedToken;
 use crate::http::body::Body;
 use crate::http::in_flight::InFlightRequest;
-use crate::http::key_route::{self, KeyOrder};
+use crate::http::key_route::{self, KeyOrder, KeyPath};
 use crate::http::problem::Problem;
 use crate::http::response::{ResponseFuture, TextReply, finalize_response, lines};
 use crate::http::routes::Routes;
@@ -77,13 +77,16 @@ impl From<Problem> for Decision {
 }
 
 impl ConnectionService {
+    /// The route of a path, and what is to be parsed of the path of keys.
+    fn route<'a>(&self, path: &'a [u8]) -> (Endpoint, Option<KeyPath<'a>>) {
+        let key_path = if self.service.has_keys { key_route::parse_path(path) } else { None };
+        (key_path.map_or_else(|| Endpoint::from_fixed_path(path), |key_path| key_path.endpoint()), key_path)
+    }
+
     /// Decides what the request means, whichever transport read it. Only a refusal has effects: it is counted.
-    fn decide(&self, head: &RequestHead<'_>) -> (Endpoint, Decision) {
-        let HttpService { state, has_keys, .. } = &self.service;
-        let key_path = if *has_keys { key_route::parse_path(head.path) } else { None };
-        let endpoint =
-            key_path.map_or_else(|| Endpoint::from_fixed_path(head.path), |key_path| key_path.endpoint());
-        let decision = if let Err(malformed) = head.validate() {
+    fn decide(&self, head: &RequestHead<'_>, endpoint: Endpoint, key_path: Option<KeyPath<'_>>) -> Decision {
+        let state = &self.service.state;
+        if let Err(malformed) = head.validate() {
             state.metrics.count_rejection(Rejection::Malformed);
             Problem::malformed(malformed.to_string()).into()
         } else if let Some(reason) = self.class.failure()
@@ -99,8 +102,7 @@ impl ConnectionService {
                 .map_or_else(Decision::from, Decision::Keys)
         } else {
             self.decide_other(endpoint, head)
-        };
-        (endpoint, decision)
+        }
     }
 
     fn decide_other(&self, endpoint: Endpoint, head: &RequestHead<'_>) -> Decision {
@@ -130,7 +132,8 @@ impl ConnectionService {
     fn respond<B>(&self, request: Request<B>) -> ResponseFuture {
         let HttpService { state, router, .. } = &self.service;
         let head = RequestHead::from(&request);
-        let (endpoint, decision) = self.decide(&head);
+        let (endpoint, key_path) = self.route(head.path);
+        let decision = self.decide(&head, endpoint, key_path);
         let in_flight = InFlightRequest::start(Arc::clone(&state.metrics), endpoint);
         let (is_head, is_closing) = (head.is_head(), self.is_closing());
         let response = match decision {
@@ -157,7 +160,7 @@ impl ConnectionService {
         let reply_head = order.charge(state, &self.peer)?;
         let mut body = order.body(state, permit).map_err(|failure| state.generator_problem(failure))?;
         let content_length = order.is_head.then(|| order.spec.encoded_len());
-        if let Some(record) = order.into_record(&self.peer) {
+        if let Some(record) = order.take_record(&self.peer) {
             body.attach_audit_record(record);
         }
         Ok(reply_head.into_response(body, content_length))
@@ -166,7 +169,7 @@ impl ConnectionService {
     /// Adds keys to `responses`, if there is room for them.
     fn issue_fast(
         &self,
-        mut order: KeyOrder,
+        order: &mut KeyOrder,
         endpoint: Endpoint,
         closes: bool,
         responses: &mut ResponseBuffer<'_>,
@@ -184,7 +187,7 @@ impl ConnectionService {
         head.closes = closes;
         responses
             .add(&head, content_length, endpoint, |text| {
-                order.append_keys(state, text).map(|()| order.into_record(&self.peer))
+                order.append_keys(state, text).map(|()| order.take_record(&self.peer))
             })
             .map_err(|failure| state.generator_problem(failure))?;
         Ok(FastOutcome::Written { closes })
@@ -212,12 +215,12 @@ impl FastPath for ConnectionService {
         if !responses.make_room(TEXT_MAX) {
             return FastOutcome::BufferFull;
         }
-        let (endpoint, decision) = self.decide(head);
+        let (endpoint, key_path) = self.route(head.path);
         let closes = closes || self.is_closing();
-        let TextReply { head: mut response_head, body } = match decision {
+        let TextReply { head: mut response_head, body } = match self.decide(head, endpoint, key_path) {
             Decision::Router => return FastOutcome::NotHandled,
             Decision::Text(reply) => reply,
-            Decision::Keys(order) => match self.issue_fast(order, endpoint, closes, responses) {
+            Decision::Keys(mut order) => match self.issue_fast(&mut order, endpoint, closes, responses) {
                 Ok(outcome) => return outcome,
                 Err(problem) => problem.into_reply(),
             },

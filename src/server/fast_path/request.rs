@@ -34,6 +34,7 @@ pub(super) enum NotFast {
 }
 
 impl<'a> FastRequest<'a> {
+    #[inline(always)] // with all it calls: otherwise the head is copied into the result
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, NotFast> {
         let bytes = &bytes[..bytes.len().min(FAST_HEAD_MAX)];
         Unparsed { rest: bytes }.parse_head(bytes.len()).map_err(|reason| match reason {
@@ -50,9 +51,10 @@ struct Unparsed<'a> {
 
 impl<'a> Unparsed<'a> {
     /// A request line and headers (RFC 9112 sections 3 and 5) that are among the next `length` bytes.
+    #[inline(always)]
     fn parse_head(mut self, length: usize) -> Result<FastRequest<'a>, NotFast> {
         let is_head = self.rest.first() == Some(&b'H');
-        self.expect(if is_head { b"HEAD " } else { b"GET " })?;
+        if is_head { self.expect(b"HEAD ") } else { self.expect(b"GET ") }?;
         let path = self.take_while(|bytes| count_while(&PATH_CHARACTERS, bytes))?;
         if !path.starts_with(b"/") {
             return Err(NotFast::Slow);
@@ -65,7 +67,7 @@ impl<'a> Unparsed<'a> {
         self.expect(b" HTTP/1.1\r\n")?;
         let mut head = RequestHead::new(is_head, path, query);
         let mut closes = None;
-        for _ in 0..=HEADER_COUNT_MAX {
+        for _ in 0..HEADER_COUNT_MAX + 1 {
             if self.rest.first() == Some(&b'\r') {
                 self.expect(b"\r\n")?;
                 return Ok(FastRequest {
@@ -94,6 +96,7 @@ impl<'a> Unparsed<'a> {
     }
 
     /// A header line, with at most one space around its value.
+    #[inline(always)]
     fn parse_header(&mut self) -> Result<(&'a [u8], &'a [u8]), NotFast> {
         let name = self.take_while(count_name)?;
         if name.is_empty() {
