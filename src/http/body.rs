@@ -63,11 +63,11 @@ impl Body {
     }
 
     /// Logs `record` when this body ends, and, if the body is streamed, when it begins.
-    pub(crate) fn attach_audit_record(&mut self, record: AuditRecord) {
+    pub(crate) fn attach_audit_record(&mut self, record: Box<AuditRecord>) {
         if matches!(self.content, Content::Stream(_)) {
             record.log_start();
         }
-        self.record = Some(Box::new(record));
+        self.record = Some(record);
     }
 
     /// Keeps `request` in flight until this body is dropped.
@@ -123,10 +123,8 @@ impl http_body::Body for Body {
                 let chunk = stream.next();
                 match (&chunk, &this.request) {
                     (Some(Ok(chunk)), Some(request)) => {
-                        let (spec, metrics) = (stream.spec(), request.metrics());
-                        metrics.observe_generation(started);
-                        (0..chunk.keys_started).for_each(|_| metrics.count_key(spec.length().bytes()));
-                        metrics.count_key_bytes(spec.format(), chunk.key_bytes);
+                        let (keys, bytes) = (chunk.keys_started, chunk.key_bytes);
+                        request.metrics().record_keys(stream.spec(), keys, bytes, started);
                         let is_last = stream.remaining() == 0;
                         if let Some(record) = &mut this.record {
                             record.add_sent(chunk.bytes.len(), is_last);

@@ -30,6 +30,6 @@ impl InFlightRequest {
 impl Drop for InFlightRequest {
     fn drop(&mut self) {
         self.metrics.requests_in_flight.dec();
-        self.metrics.observe_latency(self.endpoint, self.started);
+        self.metrics.observe_latency(self.endpoint, self.started, clock::now());
     }
 }

@@ -20,6 +20,7 @@ use crate::keys::key::{KeyLength, LengthError};
 use crate::keys::key_spec::{BATCH_BYTES_MAX, BatchError, KeySpec};
 use crate::keys::password::Alphabet;
 use crate::server::fast_path::response_buffer::ResponseHead;
+use crate::telemetry::clock::{self, Nanos};
 use crate::telemetry::endpoint::{Endpoint, KEY_PREFIX, PASSWORD_PREFIX};
 use crate::telemetry::labels::{KeyRequestError, Rejection};
 
@@ -142,12 +143,9 @@ impl KeyOrder {
         Ok(ResponseHead::of_keys(&self.spec, lines))
     }
 
-    /// Appends the keys to `text`, which has the capacity for them, and counts them.
-    pub(crate) fn append_keys(&self, state: &AppState, text: &mut Vec<u8>) -> Result<(), GeneratorError> {
-        if self.is_head {
-            return Ok(());
-        }
-        state.generate_with(&self.spec, || self.spec.append(&state.generator, text))
+    /// Appends the keys to `text`, which has the capacity for them, and counts them. Returns when they were ready.
+    pub(crate) fn append_keys(&self, state: &AppState, text: &mut Vec<u8>) -> Result<Nanos, GeneratorError> {
+        if self.is_head { Ok(clock::now()) } else { state.append_keys(&self.spec, text) }
     }
 
     /// The keys as a body for hyper: generated here, or, with a permit, as the client reads them.
@@ -165,9 +163,9 @@ impl KeyOrder {
     }
 
     /// The audit record of the keys, which were generated; `None` if there is none, or after the first call.
-    pub(crate) fn take_record(&mut self, peer: &Peer) -> Option<AuditRecord> {
+    pub(crate) fn take_record(&mut self, peer: &Peer) -> Option<Box<AuditRecord>> {
         let (id, authorized) = (self.request_id.take()?, self.authorized.take()?);
-        Some(AuditRecord::new(id, AuditSubject::Client(*authorized), peer.clone(), self.spec))
+        Some(Box::new(AuditRecord::new(id, AuditSubject::Client(*authorized), peer.clone(), self.spec)))
     }
 }
 

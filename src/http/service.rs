@@ -22,6 +22,7 @@ use crate::http::state::AppState;
 use crate::server::connection_limit::ConnectionClass;
 use crate::server::fast_path::response_buffer::ResponseBuffer;
 use crate::server::fast_path::service::{FastOutcome, FastPath};
+use crate::telemetry::clock;
 use crate::telemetry::endpoint::Endpoint;
 use crate::telemetry::labels::Rejection;
 
@@ -187,7 +188,7 @@ impl ConnectionService {
         head.closes = closes;
         responses
             .add(&head, content_length, endpoint, |text| {
-                order.append_keys(state, text).map(|()| order.take_record(&self.peer))
+                order.append_keys(state, text).map(|ready_at| (order.take_record(&self.peer), ready_at))
             })
             .map_err(|failure| state.generator_problem(failure))?;
         Ok(FastOutcome::Written { closes })
@@ -233,7 +234,7 @@ impl FastPath for ConnectionService {
             if !head.is_head() {
                 bytes.extend_from_slice(body.as_bytes());
             }
-            Ok::<_, Infallible>(None)
+            Ok::<_, Infallible>((None, clock::now()))
         });
         FastOutcome::Written { closes: response_head.closes }
     }

@@ -11,7 +11,7 @@ use crate::http::health::Health;
 use crate::http::problem::Problem;
 use crate::keys::generator::{Generator, GeneratorError};
 use crate::keys::key_spec::KeySpec;
-use crate::telemetry::clock;
+use crate::telemetry::clock::{self, Nanos};
 use crate::telemetry::drop_counters::DropCounters;
 use crate::telemetry::labels::KeyRequestError;
 use crate::telemetry::metrics::Metrics;
@@ -47,24 +47,20 @@ impl AppState {
     /// # Errors
     /// The generator's failure; nothing is counted then.
     pub fn generate(&self, spec: &KeySpec) -> Result<Bytes, GeneratorError> {
-        self.generate_with(spec, || spec.generate(&self.generator))
+        let started = clock::now();
+        let bytes = spec.generate(&self.generator)?;
+        self.metrics.record_keys(spec, spec.key_count(), spec.key_bytes(), started);
+        Ok(bytes)
     }
 
-    /// Calls `generate`, and counts its keys, which are those of `spec`.
+    /// The same at the end of `text`, which has the capacity for it. Returns when it was ready.
     ///
     /// # Errors
-    /// That of `generate`; nothing is counted then.
-    pub(crate) fn generate_with<T>(
-        &self,
-        spec: &KeySpec,
-        generate: impl FnOnce() -> Result<T, GeneratorError>,
-    ) -> Result<T, GeneratorError> {
+    /// The generator's failure; nothing is appended or counted then.
+    pub(crate) fn append_keys(&self, spec: &KeySpec, text: &mut Vec<u8>) -> Result<Nanos, GeneratorError> {
         let started = clock::now();
-        let generated = generate()?;
-        self.metrics.observe_generation(started);
-        (0..spec.key_count()).for_each(|_| self.metrics.count_key(spec.length().bytes()));
-        self.metrics.count_key_bytes(spec.format(), spec.key_bytes());
-        Ok(generated)
+        spec.append(&self.generator, text)?;
+        Ok(self.metrics.record_keys(spec, spec.key_count(), spec.key_bytes(), started))
     }
 
     /// Reports and counts a request that gets a 503 because of `failure`, and returns that response's problem.

@@ -5,6 +5,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry, TextE
 use strum::VariantArray;
 
 use crate::keys::format::Format;
+use crate::keys::key_spec::KeySpec;
 use crate::telemetry::clock::{self, Nanos, SECOND};
 use crate::telemetry::drop_counters::DropCounters;
 use crate::telemetry::endpoint::Endpoint;
@@ -157,9 +158,9 @@ impl Metrics {
             .inc();
     }
 
-    /// Records that the last byte of a response is ready to send. `started` is when the headers of its request were.
-    pub fn observe_latency(&self, endpoint: Endpoint, started: Nanos) {
-        self.responses.latency[endpoint as usize].observe(seconds_since(started));
+    /// Records when the headers of a request were read, and when the last byte of its response was ready to send.
+    pub fn observe_latency(&self, endpoint: Endpoint, started: Nanos, ended: Nanos) {
+        self.responses.latency[endpoint as usize].observe(seconds(ended - started));
     }
 
     /// Counts a rejected request or connection.
@@ -184,20 +185,16 @@ impl Metrics {
         self.accept_errors[kind as usize].inc();
     }
 
-    /// Counts a key of `length` bytes that is being served.
+    /// Records what was generated of `spec` from `started` until now, which is returned: how many keys begin in it, and
+    /// how many bytes it has before encoding.
     #[expect(clippy::cast_precision_loss, reason = "a length is at most 2³⁰")]
-    pub fn count_key(&self, length: u64) {
-        self.keys.length.observe(length.cast_signed() as f64);
-    }
-
-    /// Counts key bytes, before encoding, that were handed to a connection.
-    pub fn count_key_bytes(&self, format: Format, bytes: u64) {
-        self.keys.bytes[format as usize].inc_by(bytes);
-    }
-
-    /// Records the time that the generator took, from `started` until now.
-    pub fn observe_generation(&self, started: Nanos) {
-        self.keys.generator_latency.observe(seconds_since(started));
+    pub fn record_keys(&self, spec: &KeySpec, keys: u64, bytes: u64, started: Nanos) -> Nanos {
+        let ended = clock::now();
+        self.keys.generator_latency.observe(seconds(ended - started));
+        let length = spec.length().bytes().cast_signed() as f64;
+        (0..keys).for_each(|_| self.keys.length.observe(length));
+        self.keys.bytes[spec.format() as usize].inc_by(bytes);
+        ended
     }
 
     /// Records that the generator is out of service.
@@ -231,8 +228,8 @@ impl Metrics {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "exact for three months")]
-fn seconds_since(started: Nanos) -> f64 {
-    (clock::now() - started) as f64 / SECOND as f64
+fn seconds(time: Nanos) -> f64 {
+    time as f64 / SECOND as f64
 }
 
 /// Responses and rejections of all routes.

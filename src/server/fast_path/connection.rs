@@ -152,9 +152,7 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
                 };
                 sent?;
                 self.responses = None;
-                if let Some(permit) = self.buffer_permit.take() {
-                    drop(permit);
-                }
+                self.buffer_permit = None;
             }
             match self.state {
                 State::Read => {
@@ -267,7 +265,7 @@ mod tests {
             let head = ResponseHead { status: StatusCode::OK, lines: ("", String::new()), closes };
             let Ok(()) = responses.add(&head, length as u64, Endpoint::Key, |text| {
                 text.resize(text.len() + length, b'k');
-                Ok::<_, Infallible>(None)
+                Ok::<_, Infallible>((None, clock::now()))
             });
             FastOutcome::Written { closes }
         }

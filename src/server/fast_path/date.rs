@@ -1,28 +1,30 @@
 //! The `Date` header of responses.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::io::Write;
 use std::time::SystemTime;
 
 use crate::telemetry::clock::{Nanos, SECOND};
 
-/// The header line with the current time in the format of RFC 9110 section 5.6.7. `now` is the monotonic time of a moment ago. Each thread
-/// reads the clock and formats it once a second, so a step of the clock shows within a second.
-pub(super) fn date_line(now: Nanos) -> [u8; 37] {
+/// Appends the end of a head after the value of another header: `Date` with the current time in the format of RFC 9110
+/// section 5.6.7, and the empty line. `now` is the monotonic time of a moment ago. Each thread reads the clock and formats
+/// it once a second, so a step of the clock shows within a second.
+pub(super) fn append_date(now: Nanos, text: &mut Vec<u8>) {
     thread_local! {
-        /// The line, and when it expires.
-        static CACHED: Cell<(Nanos, [u8; 37])> = const { Cell::new((0, [0; 37])) };
+        /// The appended lines, and when they expire.
+        static CACHED: RefCell<(Nanos, [u8; 41])> =
+            const { RefCell::new((0, *b"\r\ndate: Thu, 01 Jan 1970 00:00:00 GMT\r\n\r\n")) };
     }
-    let (expiry, line) = CACHED.get();
-    if now < expiry {
-        return line;
-    }
-    let time = SystemTime::now();
-    let second = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().subsec_nanos();
-    let mut line = *b"date: Thu, 01 Jan 1970 00:00:00 GMT\r\n";
-    write!(&mut line[6..], "{}", httpdate::HttpDate::from(time)).expect("an HTTP date has 29 bytes");
-    CACHED.set((now + SECOND - Nanos::from(second), line));
-    line
+    CACHED.with_borrow_mut(|(expiry, lines)| {
+        if now >= *expiry {
+            let time = SystemTime::now();
+            let second = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().subsec_nanos();
+            write!(&mut lines[8..37], "{}", httpdate::HttpDate::from(time))
+                .expect("an HTTP date has 29 bytes");
+            *expiry = now + SECOND - Nanos::from(second);
+        }
+        text.extend_from_slice(lines);
+    });
 }
 
 #[cfg(test)]
@@ -34,8 +36,10 @@ mod tests {
     #[test]
     fn the_date_follows_rfc_9110_and_changes_each_second() {
         let parsed = |now| {
-            let line = String::from_utf8(date_line(now).to_vec()).unwrap();
-            let date = line.strip_prefix("date: ").unwrap().strip_suffix("\r\n").unwrap();
+            let mut lines = Vec::new();
+            append_date(now, &mut lines);
+            let lines = String::from_utf8(lines).unwrap();
+            let date = lines.strip_prefix("\r\ndate: ").unwrap().strip_suffix("\r\n\r\n").unwrap();
             httpdate::parse_http_date(date).unwrap()
         };
         let now = clock::now();

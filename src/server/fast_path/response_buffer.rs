@@ -12,7 +12,7 @@ use zeroize::Zeroize;
 
 use crate::access::audit::AuditRecord;
 use crate::keys::secret_buf::keep_lower;
-use crate::server::fast_path::date::date_line;
+use crate::server::fast_path::date::append_date;
 use crate::server::transport::Transport;
 use crate::telemetry::clock::{self, Nanos};
 use crate::telemetry::endpoint::Endpoint;
@@ -38,7 +38,7 @@ pub struct ResponseBuffer<'a> {
     /// The number of responses.
     pub(super) count: i64,
     /// The audit records of responses, and where their bodies begin and end.
-    records: Vec<(AuditRecord, Range<usize>)>,
+    records: Vec<(Box<AuditRecord>, Range<usize>)>,
     /// When the requests were read.
     pub(super) read_at: Nanos,
     metrics: &'a Metrics,
@@ -93,7 +93,8 @@ impl<'a> ResponseBuffer<'a> {
     }
 
     /// Adds a response of the route `endpoint`: `head`, with the length of the body of GET, and the body that `write`
-    /// appends. The audit record that `write` returns is logged once the body is sent, or can't be.
+    /// appends. `write` returns the audit record, which is logged once the body is sent, or can't be, and when the body was
+    /// ready.
     ///
     /// # Errors
     /// The error of `write`, which has appended nothing then. No response is added.
@@ -105,7 +106,7 @@ impl<'a> ResponseBuffer<'a> {
         head: &ResponseHead,
         content_length: u64,
         endpoint: Endpoint,
-        write: impl FnOnce(&mut Vec<u8>) -> Result<Option<AuditRecord>, E>,
+        write: impl FnOnce(&mut Vec<u8>) -> Result<(Option<Box<AuditRecord>>, Nanos), E>,
     ) -> Result<(), E> {
         assert!(head.lines.0.len() + head.lines.1.len() <= HEAD_MAX - OWN_HEAD_MAX, "the response fits");
         let bytes = &mut self.bytes;
@@ -124,18 +125,19 @@ impl<'a> ResponseBuffer<'a> {
         if head.closes {
             bytes.extend_from_slice(b"connection: close\r\n");
         }
-        bytes.extend_from_slice(&date_line(self.read_at));
         bytes.extend_from_slice(b"content-length: ");
         bytes.extend_from_slice(itoa::Buffer::new().format(content_length).as_bytes());
-        bytes.extend_from_slice(b"\r\n\r\n");
+        append_date(self.read_at, bytes);
         let body = bytes.len();
-        let record = write(bytes).inspect_err(|_| bytes.truncate(start))?;
-        self.records.extend(record.map(|record| (record, body..bytes.len())));
+        let (record, ready_at) = write(bytes).inspect_err(|_| bytes.truncate(start))?;
+        if let Some(record) = record {
+            self.records.push((record, body..bytes.len()));
+        }
         self.count += 1;
         // Before the response is sent: a client that has it finds it in the metrics.
         self.metrics.requests_in_flight.inc();
         self.metrics.count_response(head.status);
-        self.metrics.observe_latency(endpoint, self.read_at);
+        self.metrics.observe_latency(endpoint, self.read_at, ready_at);
         Ok(())
     }
 
