@@ -1,4 +1,5 @@
-//! The modules of `src` import only downwards, and no two of them import each other, directly or by way of others.
+//! The modules of `src` import only downwards, and no two of them import each other, directly or by way of others. No
+//! dependency is there that none of them uses.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
@@ -56,6 +57,23 @@ fn no_two_types_share_a_name() {
     assert!(files.len() > 100, "the types were found: {}", files.len());
     files.retain(|_, files| files.len() > 1);
     assert_eq!(files, BTreeMap::new());
+}
+
+#[test]
+fn every_dependency_is_used() {
+    let source: String = sources().into_values().collect();
+    let manifest = include_str!("../Cargo.toml");
+    let (_, dependencies) = manifest.split_once("\n[dependencies]\n").unwrap();
+    let (dependencies, _) = dependencies.split_once("\n[").unwrap();
+    let names: Vec<_> =
+        dependencies.lines().filter_map(|line| line.split_once(" = ")).map(|(name, _)| name).collect();
+    assert!(names.contains(&"tokio"), "the dependencies were found: {names:?}");
+    let is_used = |name: &str| {
+        let name = name.replace('-', "_");
+        ["::", "!"].iter().any(|end| source.contains(&format!("{name}{end}")))
+    };
+    let unused: Vec<_> = names.into_iter().filter(|name| !is_used(name)).collect();
+    assert_eq!(unused, [""; 0]);
 }
 
 #[test]
