@@ -35,6 +35,7 @@ fn responses_are_counted_by_status_and_route() {
         ("key_length_bytes_bucket{le=\"32\"}", 2.0),
         ("key_bytes_total{format=\"raw\"}", 100_064.0),
         ("generator_healthy", 1.0),
+        ("http_requests_in_flight", 1.0), // the scrape itself
     ] {
         assert_eq!(common::metric(&text, series), value, "{series}");
     }

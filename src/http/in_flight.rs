@@ -29,7 +29,8 @@ impl InFlightRequest {
 
 impl Drop for InFlightRequest {
     fn drop(&mut self) {
-        self.metrics.requests_in_flight.dec();
+        // Recorded first, as on the fast path: who sees no request in flight sees the latency of all of them.
         self.metrics.observe_latency(self.endpoint, self.started, clock::now());
+        self.metrics.requests_in_flight.dec();
     }
 }

@@ -67,6 +67,7 @@ impl<'a> Unparsed<'a> {
         self.expect(b" HTTP/1.1\r\n")?;
         let mut head = RequestHead::new(is_head, path, query);
         let mut closes = None;
+        // Not ..=, which checks a flag of its own for each header.
         for _ in 0..HEADER_COUNT_MAX + 1 {
             if self.rest.first() == Some(&b'\r') {
                 self.expect(b"\r\n")?;
