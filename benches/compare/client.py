@@ -14,6 +14,12 @@ UNVERIFIED = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 UNVERIFIED.check_hostname, UNVERIFIED.verify_mode = False, ssl.CERT_NONE
 
 
+def source(index):
+    """The client address of the connection of this index. 200 share one: the daemon limits the connections of each address, and one has
+    only 28,000 ports, each taken for a minute after its connection is closed."""
+    return f"127.0.1.{1 + index // 200}"
+
+
 class Connection:
     """A connection that sends requests of one kind."""
 

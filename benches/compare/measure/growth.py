@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+from client import source
 from kinds import PROXY, RATES, RAW
 from servers import Running
 from tools import MICROSECOND, Failed, run
@@ -131,9 +132,7 @@ def connected(server, load):
     with contextlib.ExitStack() as stack:
         # In random order: neither memory nor the kernel's tables can be read ahead.
         order = random.Random(0)
-        # From many addresses, because one has 28,000 ports, and a closed connection keeps its port for a minute.
-        sources = (f"127.0.2.{1 + number // 200}" for number in range(load.connections))
-        opened = [stack.enter_context(server.connect(source)) for source in sources]
+        opened = [stack.enter_context(server.connect(source(index))) for index in range(load.connections)]
         requests = list(load.requests)
         order.shuffle(opened)
         order.shuffle(requests)

@@ -6,6 +6,7 @@ import resource
 from dataclasses import replace
 from pathlib import Path
 
+from client import source
 from kinds import RAW
 from servers import Running
 from tools import KIB, Failed
@@ -49,9 +50,8 @@ def connect_idle(server, kind=None, number=IDLE_CONNECTIONS):
         connection.ask()
     before = server.resident()
     connections = []
-    for i in range(number):
-        # From many loopback addresses, because the daemon limits the connections of each client address.
-        connections.append(server.connect(f"127.0.1.{1 + i // 200}", kind))
+    for index in range(number):
+        connections.append(server.connect(source(index), kind))
         connections[-1].ask()
     return (server.resident() - before) / number, before, connections
 
