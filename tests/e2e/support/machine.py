@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from support import peers
@@ -205,17 +206,23 @@ def base(suite, kind, packages):
     return root
 
 
+def repack(package, target, suffix, change=()):
+    """Copies a package, with a suffix to its version; `change` maps files of the package to functions that edit their text."""
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory) / "tree"
+        subprocess.run(["dpkg-deb", "-R", package, tree], check=True)
+        control = tree / "DEBIAN/control"
+        control.write_text(re.sub(r"^Version: (.*)$", rf"Version: \g<1>{suffix}", control.read_text(), flags=re.M))
+        for path, changed in dict(change).items():
+            (tree / path).write_text(changed((tree / path).read_text()))
+        subprocess.run(["dpkg-deb", "--root-owner-group", "-b", tree, target], check=True, stdout=subprocess.DEVNULL)
+    return target
+
+
 def upgrade(machine, change=()):
-    """Installs the same package with a higher version, and returns the output; `change` maps files of the package to functions that
-    edit their text."""
+    """Installs the same package with a higher version, and returns the output; for `change` see repack()."""
     machine.upgrades += 1
-    tree, target = machine.directory / f"package{machine.upgrades}", machine.root / "root/key-service-new.deb"
-    subprocess.run(["dpkg-deb", "-R", machine.root / "root/key-service.deb", tree], check=True)
-    control = tree / "DEBIAN/control"
-    control.write_text(re.sub(r"^Version: (.*)$", rf"Version: \g<1>+new{machine.upgrades}", control.read_text(), flags=re.M))
-    for path, changed in dict(change).items():
-        (tree / path).write_text(changed((tree / path).read_text()))
-    subprocess.run(["dpkg-deb", "--root-owner-group", "-b", tree, target], check=True, stdout=subprocess.DEVNULL)
+    repack(machine.root / "root/key-service.deb", machine.root / "root/key-service-new.deb", f"+new{machine.upgrades}", change)
     done = machine.run(
         "apt-get install -y --no-install-recommends -o Dpkg::Options::=--force-confold /root/key-service-new.deb", timeout=120
     )
