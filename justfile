@@ -88,6 +88,10 @@ gate *ARGS:
 deb *ARCHITECTURES='amd64 arm64':
     for architecture in {{ ARCHITECTURES }}; do packaging/build-deb "$architecture"; done
 
+# Add the packages to a signed apt repository (arguments: its directory, then other packages than those in target/debian)
+apt-repository DIR *PACKAGES:
+    packaging/apt-repository "$@"
+
 # Build the container image (arguments: amd64 or arm64, then options for buildah)
 image *ARGS:
     packaging/build-image "$@"

@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 
 
 # A test or a group of these files takes minutes. They run first, so that with -n no process has to run one of them at the end.
-SLOWEST = [f"test_{name}.py" for name in ("quick_start", "image", "containers", "package", "system", "operations")]
+SLOWEST = [f"test_{name}.py" for name in ("quick_start", "image", "containers", "package", "system", "apt_repository", "operations")]
 
 
 def pytest_collection_modifyitems(config, items):
