@@ -361,6 +361,15 @@ fn a_request_that_rfc_9112_forbids_closes_the_connection() {
     assert_eq!(daemon.metric("key_length_bytes_count"), 0.0, "no request generated a key");
     // A request that hyper refuses is counted after its connection is closed, which the client may notice first.
     daemon.wait_for_metric("http_rejections_total{reason=\"malformed\"}", 24.0);
+    for (status, count) in [(400, 20.0), (431, 4.0)] {
+        daemon.wait_for_metric(&format!("http_responses_total{{status_code=\"{status}\"}}"), count);
+    }
+    // hyper answers a preface of HTTP/2 by closing the connection, so there is a rejection and no response.
+    let mut client = Client::connect(daemon.keys());
+    client.stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+    assert!(client.is_closed(), "the connection stays open");
+    daemon.wait_for_metric("http_rejections_total{reason=\"malformed\"}", 25.0);
+    assert_eq!(daemon.metric("http_responses_total{status_code=\"400\"}"), 20.0);
 }
 
 #[test]

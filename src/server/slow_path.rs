@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::Service;
-use hyper::{Request, Response};
+use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncRead;
 use tokio::sync::watch;
@@ -88,6 +88,9 @@ where
             // Neither the client nor its bytes are logged; malformed requests are counted.
             if error.is_parse() {
                 metrics.count_rejection(Rejection::Malformed);
+                if let Some(status) = parse_error_status(&error) {
+                    metrics.count_response(status);
+                }
             }
             debug!(%error, "connection failed");
             if error.is_user() { SlowPathExit::Reset } else { SlowPathExit::Closed }
@@ -103,6 +106,19 @@ where
             SlowPathExit::Reset
         }
     }
+}
+
+/// The status of hyper's own response to a request that it can't parse, which no service sees; `None` if it only closes
+/// the connection. A URI is too long for the buffer before it is too long for hyper, so there is no 414.
+fn parse_error_status(error: &hyper::Error) -> Option<StatusCode> {
+    if error.is_parse_version_h2() {
+        return None;
+    }
+    Some(if error.is_parse_too_large() {
+        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
+    } else {
+        StatusCode::BAD_REQUEST
+    })
 }
 
 /// A service that records requests in `exchange`, and yields to other connections between pipelined requests, each of
