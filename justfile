@@ -60,6 +60,10 @@ test *ARGS:
 e2e *ARGS:
     pytest "$@"
 
+# Run the soak test for MINUTES (further arguments: --seed N, --plot)
+soak MINUTES *ARGS:
+    PYTHONPATH=tests/e2e python3 -m support.soak "$@"
+
 # Run the Rust tests on slow sockets: MODE is delay or short (further arguments go to cargo test)
 slow MODE *ARGS:
     #!/usr/bin/env bash

@@ -362,7 +362,7 @@ def test_clients_that_never_read_are_closed(tls, figures):
         fleet.connected()
         until("all of them to get a response", lambda: daemon.metric('http_responses_total{status_code="200"}') >= 1000)
         expect(daemon.status("/key/32"), 200, "a well-behaved client meanwhile")
-        kernel = socket_memory(daemon)
+        kernel = daemon.socket_memory()
         end = fleet.end()
         expect(end["closed"], 1000, "connections that were closed")
         assert end["latest"] < STALLED_WRITE_MAX, end
@@ -382,13 +382,6 @@ LEFT_MAX = 40e6  # bytes resident after the clients have left
 MEMORY_LIMITS = {"chart": 256 * MIB, "unit": 512 * MIB}
 
 
-def socket_memory(daemon):
-    """Bytes that the kernel holds for connections to the key port: received, unsent, allocated ahead and in the backlog."""
-    port = daemon.authority.split(":")[1]
-    listed = subprocess.run(["ss", "-tmnH", "sport", "=", f":{port}"], capture_output=True, text=True, check=True).stdout
-    return sum(int(size) for size in re.findall(r"(?<=[(,])(?:r|w|f|bl)(\d+)", listed))
-
-
 def test_unread_responses_hold_limited_memory(tls, figures):
     """10,000 connections from 40 addresses that pipeline requests and never read hold at most 200 MiB, and other clients are served"""
     with Daemon({"max-size": 256 * MIB}, tls) as daemon, contextlib.ExitStack() as fleets:
@@ -406,7 +399,7 @@ def test_unread_responses_hold_limited_memory(tls, figures):
         waiting.start()
         stop = None
         while stop is None or time.monotonic() < stop:
-            sockets, memory = socket_memory(daemon), daemon.resident("VmRSS")
+            sockets, memory = daemon.socket_memory(), daemon.resident("VmRSS")
             total, kernel, resident = max(total, sockets + memory), max(kernel, sockets), max(resident, memory)
             peak = max(peak, daemon.metric("http_connections"))
             if stop is None and connected.is_set():

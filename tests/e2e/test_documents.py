@@ -42,6 +42,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "python3 -m venv"): SUITE,
     ("README.md", "docker build"): DOCKER,
     ("docs/adversity.md", "just e2e"): SUITE,
+    ("docs/adversity.md", "just soak"): "it takes an hour; test_soak.py runs a minute of it",
     ("docs/benchmarks.md", "cargo bench"): "its results are for human readers; cargo test and Clippy compile it",
     ("docs/benchmarks.md", "apt-get install"): "it takes minutes on two otherwise idle cores",
     ("docs/benchmarks.md", "benches/compare/run --costs"): "it takes minutes on two otherwise idle cores",

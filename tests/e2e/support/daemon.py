@@ -208,5 +208,11 @@ class Daemon:
         """Bytes of resident memory: the peak (VmHWM), or the current value with VmRSS."""
         return int(re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())[1]) * 1024
 
+    def socket_memory(self):
+        """Bytes that the kernel holds for connections to the key port: received, unsent, allocated ahead and in the backlog."""
+        port = self.authority.split(":")[1]
+        listed = subprocess.run(["ss", "-tmnH", "sport", "=", f":{port}"], capture_output=True, text=True, check=True).stdout
+        return sum(int(size) for size in re.findall(r"(?<=[(,])(?:r|w|f|bl)(\d+)", listed))
+
     def signal(self, number):
         os.kill(self.pid, number)
