@@ -88,18 +88,40 @@ static INDEX: LazyLock<String> = LazyLock::new(|| {
 
 #[cfg(test)]
 mod tests {
+    use strum::VariantArray;
+
     use super::*;
+    use crate::keys::key_spec::BATCH_BYTES_MAX;
     use crate::telemetry::endpoint::{KEY_PATH, PASSWORD_PATH};
 
     /// Its paths are relative, because a proxy may serve the page below a path of its own.
     #[test]
     fn the_page_uses_the_paths_of_the_routes() {
         for path in [HEALTH_PATH, OPENAPI_PATH] {
-            assert!(PAGE.contains(&format!("fetch(\"{}\"", &path[1..])), "{path}");
+            assert!(PAGE.contains(&format!("request(\"{}\")", &path[1..])), "{path}");
         }
         for path in [KEY_PATH, PASSWORD_PATH] {
             let kind = path.trim_start_matches('/').trim_end_matches("/{length}");
             assert!(PAGE.contains(&format!("name=\"kind\" value=\"{kind}\"")), "{path}");
         }
+    }
+
+    /// The page takes names and limits from the OpenAPI document, which lacks what this test compares.
+    #[test]
+    fn the_page_explains_every_format_and_alphabet() {
+        let table = |name: &str| {
+            let (_, rest) = PAGE.split_once(&format!("const {name} = {{")).unwrap();
+            rest.split_once("};").unwrap().0
+        };
+        for format in Format::VARIANTS {
+            assert!(table("FORMATS").contains(&format!("\n  {}: \"", format.name())), "{format:?}");
+        }
+        for alphabet in Alphabet::ALL {
+            let (_, row) = table("ALPHABETS").split_once(&format!("\n  {}: [\"", alphabet.name())).unwrap();
+            let row = row.lines().next().unwrap();
+            assert!(row.ends_with(&format!("\", {}],", alphabet.characters().len())), "{alphabet:?}: {row}");
+        }
+        let limit = format!("const BYTES_MAX = {BATCH_BYTES_MAX};");
+        assert!(PAGE.replace('_', "").contains(&limit.replace('_', "")), "{limit}");
     }
 }

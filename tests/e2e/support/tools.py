@@ -46,6 +46,7 @@ PACKAGES = {
     "npm": "npm",
     "nsenter": "util-linux",
     "openssl": "openssl",
+    "pngquant": "pngquant",
     "podman": "podman",
     "prometheus": "prometheus",
     "prometheus-alertmanager": "prometheus-alertmanager",
