@@ -88,7 +88,7 @@ class Browser:
         """Keeps an event for `event`, or handles it at once: a command may not return before."""
         if handler := self.handlers.get((message.get("method"), message.get("sessionId"))):
             handler(message["params"])
-        else:
+        elif "method" in message:  # not the result of a command that was posted
             self.events.append(message)
 
     def receive(self):
