@@ -198,8 +198,7 @@ fn parse_spec(
     let length = KeyLength::parse(path.length, max_size).map_err(length_problem)?;
     let request = KeyRequest::parse(kind, head.query, head.values(RequestHeader::Accept))
         .map_err(|error| error.into_problem(kind))?;
-    KeySpec::new(request.kind, length, request.format, request.count)
-        .map_err(|error| batch_problem(kind, error))
+    KeySpec::new(request.kind, length, request.format, request.count).map_err(batch_problem)
 }
 
 fn length_problem(error: LengthError) -> Problem {
@@ -211,19 +210,10 @@ fn length_problem(error: LengthError) -> Problem {
     }
 }
 
-fn batch_problem(kind: Kind, error: BatchError) -> Problem {
+fn batch_problem(error: BatchError) -> Problem {
+    let detail = error.to_string();
     match error {
-        BatchError::Unseparable(format) => {
-            let formats = kind.formats().iter().filter(|format| format.has_batches());
-            Problem::bad_request(format!(
-                "Keys in format {} could not be told apart in a batch; formats that allow a count: {}",
-                format.name(),
-                formats.map(|format| format.name()).collect::<Vec<_>>().join(", ")
-            ))
-        }
-        BatchError::TooLarge => Problem::too_large(format!(
-            "Length times count exceeds the maximum size of a batch, {BATCH_BYTES_MAX}"
-        ))
-        .with_max(BATCH_BYTES_MAX),
+        BatchError::Unseparable(_) => Problem::bad_request(detail),
+        BatchError::TooLarge => Problem::too_large(detail).with_max(BATCH_BYTES_MAX),
     }
 }

@@ -5,8 +5,7 @@ use std::borrow::Cow;
 use crate::http::negotiation::negotiate;
 use crate::http::problem::Problem;
 use crate::keys::format::{Format, Kind};
-use crate::keys::key::KeyLength;
-use crate::keys::key_spec::COUNT_MAX;
+use crate::keys::key_spec::{COUNT_MAX, CountError, parse_count};
 use crate::keys::password::Alphabet;
 
 /// The parameter that names a [`Format`].
@@ -97,11 +96,11 @@ impl ParamError {
                 "Unknown alphabet \"{value}\"; known: {}",
                 Alphabet::ALL.map(Alphabet::name).join(", ")
             )),
-            Self::InvalidCount(value) => Problem::bad_request(format!(
-                "Invalid count \"{value}\": must be an integer from 1 to {COUNT_MAX}, in decimal digits"
-            ))
-            .with_min(1)
-            .with_max(COUNT_MAX),
+            Self::InvalidCount(value) => {
+                Problem::bad_request(format!("Invalid count \"{value}\": {CountError}"))
+                    .with_min(1)
+                    .with_max(COUNT_MAX)
+            }
             Self::NotAcceptable { is_batch } => {
                 Problem::not_acceptable(&acceptable_media_types(kind, is_batch))
             }
@@ -135,8 +134,8 @@ impl RawQuery {
                 let format = known.ok_or_else(|| ParamError::UnknownFormat(quoted(&value)))?;
                 query.format.replace(*format).is_none()
             } else if is(COUNT) {
-                let number = KeyLength::parse(&*value, COUNT_MAX).map(KeyLength::bytes);
-                query.count.replace(number.map_err(|_| ParamError::InvalidCount(quoted(&value)))?).is_none()
+                let count = parse_count(&*value).map_err(|_| ParamError::InvalidCount(quoted(&value)))?;
+                query.count.replace(count).is_none()
             } else if is(ALPHABET) && kind != Kind::Key {
                 let known = Alphabet::ALL.into_iter().find(|alphabet| *value == *alphabet.name().as_bytes());
                 let alphabet = known.ok_or_else(|| ParamError::UnknownAlphabet(quoted(&value)))?;

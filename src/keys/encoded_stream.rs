@@ -64,6 +64,7 @@ impl EncodedStream {
     }
 
     /// Generates the next chunk, which must exist.
+    #[inline(never)] // Each caller would get a copy of the cipher and the encoders.
     fn generate(&mut self) -> Result<Chunk, GeneratorError> {
         let one = self.spec.encoded_len_of_one();
         if one > BATCH_CHUNK_SIZE {

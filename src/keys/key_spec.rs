@@ -51,12 +51,35 @@ pub struct KeySpec {
 }
 
 /// Why there is no such batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BatchError {
     /// Keys of this format could not be told apart.
+    #[error(
+        "Keys in format {} could not be told apart in a batch; formats that allow a count: {}",
+        .0.name(), batch_formats().join(", ")
+    )]
     Unseparable(Format),
     /// More than [`BATCH_BYTES_MAX`] key bytes in all.
+    #[error("Length times count exceeds the maximum size of a batch, {BATCH_BYTES_MAX}")]
     TooLarge,
+}
+
+/// A text is not the number of keys of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("must be an integer from 1 to {COUNT_MAX}, in decimal digits")]
+pub struct CountError;
+
+/// Parses the number of keys of a batch, 1 to [`COUNT_MAX`], by the grammar of [`KeyLength::parse`].
+///
+/// # Errors
+/// The text is not such a number.
+pub fn parse_count(text: impl AsRef<[u8]>) -> Result<u64, CountError> {
+    KeyLength::parse(text, COUNT_MAX).map(KeyLength::bytes).map_err(|_| CountError)
+}
+
+/// The formats of keys that batches have. Passwords have no other.
+fn batch_formats() -> Vec<&'static str> {
+    Kind::Key.formats().iter().filter(|format| format.has_batches()).map(|format| format.name()).collect()
 }
 
 impl KeySpec {
