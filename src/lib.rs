@@ -5,7 +5,7 @@
 //!
 //! | module | role |
 //! |---|---|
-//! | [`cli`] | the command line |
+//! | [`cli`] | the command line, and keys without the service |
 //! | [`probe`] | the `health` subcommand: an HTTP client of a running service |
 //! | [`daemon`] | the sequence: bind, start, supervise, shut down |
 //! | [`config`] | the settings: loading, checking, printing |

@@ -4,7 +4,6 @@ use std::fmt;
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
 use key_service::cli::{Cli, Command};
 use key_service::config::watch::WatchedFiles;
 use key_service::config::{Config, ConfigErrors, Sources};
@@ -22,10 +21,12 @@ const EXIT_FAILURE: u8 = 1;
 const EXIT_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse(); // wrong usage ends the process here, with status 2
+    let cli = Cli::from_arguments(); // wrong usage ends the process here, with status 2
     let (check, command) = (cli.check, cli.command.clone());
     let sources = cli.sources();
     match command {
+        Some(Command::Key(key)) => key.run().map_or_else(failure, |()| ExitCode::SUCCESS),
+        Some(Command::Password(password)) => password.run().map_or_else(failure, |()| ExitCode::SUCCESS),
         Some(Command::Token { action }) => action.run().map_or_else(failure, |token| print(&token)),
         Some(Command::Health { url, .. }) if !check => match probe::run(url.as_deref(), &sources) {
             Ok(answer) => print(&format!("{answer}\n")),
@@ -90,7 +91,8 @@ fn config_failure(errors: &ConfigErrors) -> ExitCode {
 }
 
 fn failure(error: impl fmt::Display) -> ExitCode {
-    eprintln!("key-service: {error}");
+    // `eprintln!` would panic if standard error is full or closed.
+    let _ = writeln!(std::io::stderr(), "key-service: {error}");
     EXIT_FAILURE.into()
 }
 
@@ -98,6 +100,6 @@ fn failure(error: impl fmt::Display) -> ExitCode {
 fn print(text: &str) -> ExitCode {
     match std::io::stdout().write_all(text.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(_) => EXIT_FAILURE.into(),
+        Err(error) => failure(format_args!("failed to write to standard output: {error}")),
     }
 }

@@ -8,9 +8,9 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 use common::credential::{fetch, start};
-use common::formats::{FORMATS, decode_batch, decode_key};
+use common::formats::{FORMATS, decode_batch, decode_hex, decode_key};
 use common::tls::{Authority, client_config, connect};
-use common::{Client, Daemon, TempDirectory, find, get, key_service, request, run_to_end};
+use common::{Client, Daemon, Process, TempDirectory, find, get, key_service, request, run_to_end};
 use rustls::version::{TLS12, TLS13};
 
 /// The number of consecutive key bytes that count as a match: 16 bytes never match by chance.
@@ -228,6 +228,27 @@ fn no_key_is_in_memory_after_its_tls_connection_was_aborted() {
     common::until("the chunks to be wiped", || {
         (count_found(&memory(daemon.pid()), &chunks) == 0).then_some(())
     });
+}
+
+#[test]
+fn no_written_key_is_in_the_memory_of_the_command() {
+    for format in ["raw", "hex", "json"] {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut command = key_service(&TempDirectory::new());
+        command.args(["key", "1073741824", "--max-size", "1073741824", "--format", format]).stdout(writer);
+        let process = Process::spawn(command);
+        // The pipe holds more than the chunk that is being written, so all of these bytes are of earlier ones.
+        let mut received = vec![0; 4 << 20];
+        std::io::Read::read_exact(&mut reader, &mut received).unwrap();
+        let mut chunks: Vec<_> = received[64..].chunks_exact(4096).map(<[u8]>::to_vec).collect();
+        if format == "hex" {
+            let digits = |chunk: &Vec<u8>| decode_hex(str::from_utf8(chunk).unwrap());
+            chunks.extend(chunks.iter().map(digits).collect::<Vec<_>>());
+        }
+        common::until("the chunks to be wiped", || {
+            (count_found(&memory(process.pid()), &chunks) == 0).then_some(())
+        });
+    }
 }
 
 /// The output of twenty runs of `token new`.

@@ -10,7 +10,10 @@ mod package;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use clap::CommandFactory;
+use clap_complete::{Shell, generate};
 use common::{TempDirectory, key_service, run_to_end};
+use key_service::cli::Cli;
 
 fn shipped(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
@@ -54,10 +57,10 @@ fn manual() -> String {
 /// What `--help` prints for the daemon and for each of its commands.
 fn help() -> String {
     let directory = TempDirectory::new();
-    [&["--help"][..], &["health", "--help"], &["reload", "--help"], &["token", "new", "--help"]]
-        .map(|arguments| {
+    ["", "health ", "key ", "password ", "reload ", "token new "]
+        .map(|name| {
             let mut command = key_service(&directory);
-            command.args(arguments);
+            command.args(format!("{name}--help").split(' '));
             String::from_utf8(run_to_end(command).stdout).unwrap()
         })
         .concat()
@@ -89,9 +92,26 @@ fn the_command_manual_lists_only_existing_flags_and_commands() {
     }
     let commands: Vec<&str> =
         manual.lines().filter_map(|line| line.strip_prefix("\\fBkey-service")).collect();
-    let [synopsis, described] = [&commands[1..4], &commands[4..]];
+    let [synopsis, described] = [&commands[1..6], &commands[6..]];
     assert_eq!(synopsis, described, "the synopsis lists the daemon and the commands that are described");
-    assert_eq!(synopsis.len(), 3);
+    assert_eq!(synopsis.len(), 5);
+    assert_eq!(
+        manual.matches("\\fB--srv-port\\fR").count(),
+        1,
+        "the options of the service are described once"
+    );
+}
+
+#[test]
+fn shells_complete_the_options_and_values_of_every_command() {
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        let mut completions = Vec::new();
+        generate(shell, &mut Cli::command(), "key-service", &mut completions);
+        let completions = String::from_utf8(completions).unwrap();
+        for word in ["srv-port", "keep-existing", "base64url", "unambiguous", "rate-requests"] {
+            assert!(completions.contains(word), "{shell}: {word}");
+        }
+    }
 }
 
 #[test]

@@ -27,6 +27,6 @@ pub mod watch;
 pub use self::endpoint::LocalEndpoint;
 pub use self::environment::ENV_PREFIX;
 pub use self::errors::ConfigErrors;
-pub use self::settings::{Config, MAX_SIZE_LIMIT, WORKERS_MAX, settings};
+pub use self::settings::{Config, MAX_SIZE_DEFAULT, MAX_SIZE_LIMIT, WORKERS_MAX, settings};
 pub use self::sources::{DEFAULT_PATH, Sources, injected_variables};
 pub use self::table::{Reload, Setting};

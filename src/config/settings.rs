@@ -30,6 +30,9 @@ use crate::telemetry::log_level::LogLevel;
 /// The largest value that `max-size` may have: 1 GiB.
 pub const MAX_SIZE_LIMIT: u64 = 1 << 30;
 
+/// The value of `max-size` unless configured.
+pub const MAX_SIZE_DEFAULT: u64 = 1024;
+
 /// The most threads that serve.
 pub const WORKERS_MAX: usize = 256;
 
@@ -59,7 +62,7 @@ settings! {
     }
     "max-size" max_size: u64 {
         kind: integer(1..=MAX_SIZE_LIMIT),
-        default: 1024,
+        default: MAX_SIZE_DEFAULT,
         reload: Applied,
         flag: "BYTES",
         help: "Maximum key size, in bytes",

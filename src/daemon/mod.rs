@@ -7,7 +7,7 @@ mod certificate;
 mod error;
 mod listeners;
 mod reload;
-mod resources;
+pub(crate) mod resources;
 mod shutdown;
 mod signals;
 mod start;
@@ -16,7 +16,7 @@ mod worker;
 
 use std::sync::Arc;
 
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 pub use self::error::RunError;
 use self::listeners::Bound;
@@ -44,7 +44,9 @@ pub fn run(
 ) -> Result<(), RunError> {
     info!(version = env!("CARGO_PKG_VERSION"), "starting");
     log_injected_variables();
-    resources::forbid_core_dumps();
+    if let Err(error) = resources::forbid_core_dumps() {
+        warn!(%error, "failed to forbid core dumps");
+    }
     let generator = Arc::new(Generator::new(source)?);
     let bound = Bound::bind(&config, inherited)?;
     let mut started = Started::start(config, sources, files, bound, &generator, log)?;

@@ -1,5 +1,6 @@
 //! Limits of the process: core dumps, open files, workers, and the connections that fit them.
 
+use std::io;
 use std::thread;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -24,17 +25,17 @@ const WORKER_DESCRIPTORS: u64 = 4;
 /// The lowest limit of open files that the service starts with: a start needs about 20, and tokio panics without them.
 const DESCRIPTORS_MIN: u64 = 32;
 
-/// Forbids core dumps for the life of the process, since key bytes must not reach a disk. A failure is logged.
+/// Forbids core dumps for the life of the process, since key bytes must not reach a disk.
 ///
 /// The limit is 1 and not 0: the kernel ignores a limit of 0 when core_pattern pipes the dump to a program (core(5)),
 /// but with 1 it drops that dump too. Every dump to a file is larger than either. A hard limit of 0 can't be raised, so
 /// it stays.
-pub(super) fn forbid_core_dumps() {
+///
+/// # Errors
+/// The limit can't be set.
+pub(crate) fn forbid_core_dumps() -> io::Result<()> {
     let lowest = getrlimit(Resource::Core).maximum.map_or(1, |maximum| maximum.min(1));
-    let limit = Rlimit { current: Some(lowest), maximum: Some(lowest) };
-    if let Err(error) = setrlimit(Resource::Core, limit) {
-        warn!(%error, "failed to forbid core dumps");
-    }
+    Ok(setrlimit(Resource::Core, Rlimit { current: Some(lowest), maximum: Some(lowest) })?)
 }
 
 /// The number of workers: the setting, or one for each CPU if the setting is 0.

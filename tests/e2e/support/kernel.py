@@ -110,6 +110,32 @@ class DenySocket(Getrandom):
             raise OSError(ctypes.get_errno(), "seccomp")
 
 
+class DenyFlag:
+    """Makes a system call fail if its argument with this index has a bit set. `numbers` are those of the call, by architecture."""
+
+    def __init__(self, index, bit, code, **numbers):
+        self.index, self.bit, self.code, self.numbers = index, bit, code, numbers
+
+    def install(self):
+        """Runs in the child, before exec."""
+        audit, _, seccomp = Getrandom.ARCHITECTURES[platform.machine()]
+        load, equal, is_set, ret = 0x20, 0x15, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_RET|K
+        filters = [
+            (load, 0, 0, 4),
+            (equal, 0, 5, audit),
+            (load, 0, 0, 0),
+            (equal, 0, 3, self.numbers[platform.machine()]),
+            (load, 0, 0, 16 + 8 * self.index),
+            (is_set, 0, 1, self.bit),
+            (ret, 0, 0, 0x00050000 | self.code),  # SECCOMP_RET_ERRNO
+            (ret, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+        ]
+        code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in filters))
+        program = ctypes.create_string_buffer(struct.pack("@HP", len(filters), ctypes.addressof(code)))
+        if LIBC.prctl(38, 1, 0, 0, 0) or LIBC.syscall(seccomp, 1, 0, program):  # PR_SET_NO_NEW_PRIVS
+            raise OSError(ctypes.get_errno(), "seccomp")
+
+
 class Accept4(Getrandom):
     """Answers accept4(2) calls in place of the kernel."""
 

@@ -1,15 +1,21 @@
-//! The command line.
+//! The command line: the options of the daemon, and the commands that do something else.
+//!
+//! May import: every layer below, and of its own layer what a command runs. A new command goes into [`Command`], and what
+//! it does into a file of its own.
 
-use std::num::NonZeroU64;
+mod generate;
+mod output;
+mod token;
+
 use std::path::PathBuf;
 
-use clap::{Arg, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
-use zeroize::Zeroizing;
+use clap::error::ErrorKind;
+use clap::{Arg, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::access::token::Token;
-use crate::access::tokens_file::{ExpiryDate, Grant, TokenName};
+pub use self::generate::Generate;
+pub use self::output::GenerateError;
+pub use self::token::TokenAction;
 use crate::config::{Setting, Sources, settings};
-use crate::keys::generator::{Generator, OsRandom};
 
 /// Issues cryptographically secure random keys over HTTP.
 ///
@@ -50,6 +56,10 @@ pub enum Command {
         #[arg(long, value_name = "BYTES", hide = true)]
         max_size: Option<String>,
     },
+    /// Print a random key, or write it to a file, without any service
+    Key(Generate<false>),
+    /// Print a random password, or write it to a file, without any service
+    Password(Generate<true>),
     /// Reload the unit's service, for ExecReload=: sends SIGHUP to $MAINPID, waits, and exits with 1 if the reload was refused
     Reload {
         /// Name of the unit (%n)
@@ -64,34 +74,36 @@ pub enum Command {
     },
 }
 
-/// What to do with tokens.
-#[derive(Debug, Clone, Subcommand)]
-pub enum TokenAction {
-    /// Print a new token, which is shown only once, and on the next line its entry for the tokens file, with its hash
-    New {
-        /// Name of the client: letters, digits, dots, hyphens, underscores and at signs
-        #[arg(long, value_name = "NAME", value_parser = |text: &str| text.parse::<TokenName>().map_err(|()| TokenName::GRAMMAR))]
-        name: TokenName,
-
-        /// Maximum key size for this token, in bytes [default: max-size]
-        #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1..))]
-        max_size: Option<u64>,
-
-        /// Requests per second for this token, from all addresses together [default: rate-requests for each address]
-        #[arg(long, value_name = "NUMBER")]
-        rate_requests: Option<NonZeroU64>,
-
-        /// Key bytes per second for this token, from all addresses together [default: rate-bytes for each address]
-        #[arg(long, value_name = "BYTES")]
-        rate_bytes: Option<NonZeroU64>,
-
-        /// First day on which the token is no longer valid, in UTC: YYYY-MM-DD [default: never]
-        #[arg(long, value_name = "DATE", value_parser = |text: &str| text.parse::<ExpiryDate>().map_err(|()| "expected a date such as 2027-01-31"))]
-        expires: Option<ExpiryDate>,
-    },
-}
-
 impl Cli {
+    /// Parses the arguments of this process. Wrong usage ends it, with status 2.
+    pub fn from_arguments() -> Self {
+        let mut command = Self::command();
+        // Global options that two commands refuse are not in their help.
+        let is_global = |option: &&Arg| option.is_global_set();
+        let refused: Vec<_> =
+            command.get_arguments().filter(is_global).map(|option| option.clone().hide(true)).collect();
+        for name in ["key", "password"] {
+            command = command.mut_subcommand(name, |command| command.args(&refused));
+        }
+        let cli = Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
+        if matches!(cli.command, Some(Command::Key(_) | Command::Password(_))) {
+            cli.refuse_options_of_the_service();
+        }
+        cli
+    }
+
+    fn refuse_options_of_the_service(&self) {
+        let others = [("check", self.check), ("config", self.config.is_some())];
+        let others = others.into_iter().filter_map(|(name, is_given)| is_given.then_some(name));
+        if let Some(name) = self.settings.0.iter().map(|(name, _)| *name).chain(others).next() {
+            let error = format_args!(
+                "expected no option of the service, found --{name}: this command reads no configuration, and its own \
+                 options stand after it\n"
+            );
+            clap::Error::raw(ErrorKind::ArgumentConflict, error).exit();
+        }
+    }
+
     /// The configuration's sources; flags are parsed there, with the other layers and by the same rules.
     pub fn sources(self) -> Sources {
         Sources { file: self.config, flags: self.settings.0 }
@@ -129,20 +141,5 @@ impl FromArgMatches for SettingFlags {
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
         *self = Self::from_arg_matches(matches)?;
         Ok(())
-    }
-}
-
-impl TokenAction {
-    /// A new token, and on the next line the grant for the tokens file. Neither is kept.
-    ///
-    /// # Errors
-    /// A sentence, when the random generator has failed.
-    pub fn run(self) -> Result<Zeroizing<String>, String> {
-        let Self::New { name, max_size, rate_requests, rate_bytes, expires } = self;
-        let token = Generator::new(OsRandom)
-            .and_then(|generator| Token::generate(&generator))
-            .map_err(|failure| format!("no token can be generated: {failure}"))?;
-        let grant = Grant { max_size, rate_requests, rate_bytes, expires, ..Grant::new(name, token.digest) };
-        Ok(Zeroizing::new(format!("{}\n{grant}\n", *token.text)))
     }
 }
