@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import subprocess
 import time
@@ -11,10 +12,13 @@ import zlib
 from pathlib import Path
 
 import pytest
-from support import peers
+import yaml
+from support import pages, peers
 from support.conditions import TIMEOUT, expect, until
 from support.daemon import REPOSITORY
 from support.images import (
+    CONFINED,
+    DOCKERFILE,
     EPOCH,
     IMAGES,
     LABELS,
@@ -222,6 +226,59 @@ def test_daemon_exits_without_getrandom(tmp_path):
         status, log = run_to_exit(options=[f"--security-opt=seccomp={profile}"])
         expect(status, 1, f"exit status under {name}")
         assert "no keys can be generated" in log, log
+
+
+@pytest.fixture
+def volume(tmp_path):
+    """A tmpfs that is writable for every user, as the kubelet makes an emptyDir with `medium: Memory`."""
+    directory = tmp_path / "volume"
+    directory.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=1m,mode=0777", "none", directory)
+    yield directory
+    run("umount", directory)
+
+
+@pytest.mark.tools("mount")
+def test_init_container_shares_a_key(volume, tmp_path):
+    """docs/recipes.md: a container of the image writes a key that only a container with the same user can read, and keeps it"""
+    [(_, text)] = dict(pages.sections(REPOSITORY / "docs/recipes.md"))["Kubernetes: an init container without the service"]
+    spec = yaml.safe_load(text)["spec"]
+    [init] = spec["initContainers"]
+    user, file = spec["securityContext"]["runAsUser"], init["args"][init["args"].index("--output") + 1]
+    mount = f"--volume={volume}:{init['volumeMounts'][0]['mountPath']}"
+
+    def write(*arguments):
+        return run_to_exit(*arguments, options=[f"--user={user}:{user}", mount])
+
+    def read(user):
+        image = re.search(r"^ARG RUST_IMAGE=(\S+)$", DOCKERFILE, re.M)[1]
+        options = ["--rm", *CONFINED, f"--user={user}:{user}", "--ulimit=nproc=4096:4096", "--ulimit=nofile=4096:4096", f"{mount}:ro"]
+        return run("podman", "--runtime=runc", "run", *options, image, "od", "-An", "-tx1", "-v", file, ok=None)
+
+    expect(write(*init["args"]), (0, ""), "exit status and log of the init container")
+    [written] = volume.iterdir()
+    status = written.stat()
+    expect((status.st_uid, status.st_mode, status.st_size), (user, 0o100600, 32), "owner, mode and size")
+    key = read(user)
+    expect((key.returncode, bytes.fromhex(key.stdout)), (0, written.read_bytes()), "exit status and output of the reader")
+    assert "Permission denied" in read(10_001).stderr
+    expect(write(*init["args"]), (0, ""), "exit status and log of a second run")
+    expect(read(user).stdout, key.stdout, "the key after it")
+    status, log = write(*(argument for argument in init["args"] if argument != "--keep-existing"))
+    assert (status, "it exists already" in log) == (1, True), log
+
+
+def test_documented_container_writes_a_key(tmp_path):
+    """docs/containers.md: a container without a network writes a key into the current directory"""
+    docker = tmp_path / "bin/docker"
+    docker.parent.mkdir()
+    docker.write_text('#!/bin/sh\nshift\nexec podman --runtime=runc run --ulimit=nproc=4096:4096 --ulimit=nofile=4096:4096 "$@"\n')
+    docker.chmod(0o755)
+    run("podman", "tag", AMD64, "localhost/key-service")
+    script = pages.commands("docs/containers.md", "docker run --rm --network=none")
+    run("sh", "-ec", script, cwd=tmp_path, env={**os.environ, "PATH": f"{docker.parent}:{os.environ['PATH']}"})
+    found = (tmp_path / "session.key").stat()
+    expect((found.st_size, found.st_mode, found.st_uid), (32, 0o100600, os.getuid()), "size, mode and owner")
 
 
 def test_stop_signals_end_the_container(tmp_path):

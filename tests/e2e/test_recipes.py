@@ -20,7 +20,7 @@ import pytest
 import yaml
 from support import certificates, pages, proxies
 from support.conditions import TIMEOUT, expect
-from support.daemon import REPOSITORY, Daemon
+from support.daemon import REPOSITORY, Daemon, binary
 from support.proxies import CLIENT, PROXY, STREAMED, Stage
 from support.tools import DJANGO, STREAM_MODULE
 
@@ -98,6 +98,27 @@ def test_init_container(tmp_path, daemon, printed):
     expect((tmp_path / "session.key").stat().st_size, 32, "bytes")
     mounts = {mount["name"] for one in pod["spec"]["initContainers"] + pod["spec"]["containers"] for mount in one["volumeMounts"]}
     expect(mounts, {volume["name"] for volume in pod["spec"]["volumes"]}, "volumes")
+
+
+@pytest.mark.tools("kubernetes-validate")
+@recipe("Kubernetes: an init container without the service")
+def test_init_container_without_the_service(tmp_path, printed):
+    run(["kubernetes-validate", "--strict", "pod.yaml"], tmp_path)
+    spec = yaml.safe_load((tmp_path / "pod.yaml").read_text())["spec"]
+    [generator], [reader] = spec["initContainers"], spec["containers"]
+    # The file is for one user, and the kubelet would make it readable for a group.
+    users = [one.get("securityContext", {}).get("runAsUser", spec["securityContext"]["runAsUser"]) for one in (generator, reader)]
+    expect((len(set(users)), "fsGroup" in spec["securityContext"]), (1, False), "number of users, and whether there is an fsGroup")
+    [mount], [volume] = generator["volumeMounts"], spec["volumes"]
+    expect(reader["volumeMounts"], [{**mount, "readOnly": True}], "the reader's mount")
+    expect((mount["name"], volume["emptyDir"]["medium"]), (volume["name"], "Memory"), "the volume")
+    file = Path(generator["args"][generator["args"].index("--output") + 1])
+    expect(str(file.parent), mount["mountPath"], "the directory of the file")
+    command = [binary(), *(str(tmp_path / file.name) if argument == str(file) else argument for argument in generator["args"])]
+    run(command, tmp_path)
+    key = (tmp_path / file.name).read_bytes()
+    run(command, tmp_path)
+    expect(((tmp_path / file.name).read_bytes() == key, len(key), mode(tmp_path / file.name)), (True, 32, 0o600), "same key, size, mode")
 
 
 @recipe("Kubernetes: External Secrets")
