@@ -10,6 +10,7 @@ use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, value_parser};
 
+use super::option::option;
 use super::output::{self, GenerateError};
 use crate::config::{MAX_SIZE_DEFAULT, MAX_SIZE_LIMIT};
 use crate::daemon::resources::forbid_core_dumps;
@@ -124,12 +125,6 @@ fn arguments(command: Command, kind: Kind, length: &'static str, count: &'static
             .action(ArgAction::SetTrue)
             .requires(OUTPUT),
     ])
-}
-
-/// An option with a value. What clap derives instead takes 2 KB of the binary for each option.
-#[inline(never)]
-fn option(name: &'static str, value: &'static str, help: &'static str) -> Arg {
-    Arg::new(name).long(name).value_name(value).help(help)
 }
 
 /// An option that has one of these values, the first one by default. `--help` and the shell completions list them.

@@ -4,6 +4,7 @@
 //! it does into a file of its own.
 
 mod generate;
+mod option;
 mod output;
 mod token;
 
@@ -14,7 +15,7 @@ use clap::{Arg, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcom
 
 pub use self::generate::Generate;
 pub use self::output::GenerateError;
-pub use self::token::TokenAction;
+pub use self::token::{NewToken, TokenAction};
 use crate::config::{Setting, Sources, settings};
 
 /// Issues cryptographically secure random keys over HTTP.
