@@ -160,24 +160,53 @@ fn another_method_gets_405_with_allow() {
 #[test]
 fn an_unknown_path_gets_404() {
     let daemon = Daemon::start(&[]);
-    for path in [
-        "//",
-        "/index.html",
-        "/key",
-        "/key/32/",
-        "/key/32/x",
-        "//key/32",
-        "/Key/32",
-        "/keys/32",
-        "/metrics",
-        "/health/",
-        "/%6bey/32",
+    let on_metrics_port =
+        ": this port serves /metrics, /health, /livez and /readyz; keys are served on the key port";
+    for (address, path, hint) in [
+        (daemon.keys(), "//", "; try /"),
+        (daemon.keys(), "/index.html", "; try /"),
+        (daemon.keys(), "/key", "; try /key/32"),
+        (daemon.keys(), "/key?size=64", "; try /key/32"),
+        (daemon.keys(), "/key/64/", "; try /key/64"),
+        (daemon.keys(), "/key/64/x", "; try /key/64"),
+        (daemon.keys(), "/key/99999/", "; try /key/32"),
+        (daemon.keys(), "//key/64", "; try /key/64"),
+        (daemon.keys(), "/Key/64", "; try /key/64"),
+        (daemon.keys(), "/keys/64", "; try /key/64"),
+        (daemon.keys(), "/proxied/key/64", "; try /key/64"),
+        (daemon.keys(), "/password", "; try /password/24"),
+        (daemon.keys(), "/password/12/", "; try /password/12"),
+        (daemon.keys(), "/metrics", ": metrics are served on the metrics port"),
+        (daemon.keys(), "/health/", "; try /health"),
+        (daemon.keys(), "/%6bey/32", ""),
+        (daemon.keys(), "/nowhere", ""),
+        (daemon.metrics(), "/", on_metrics_port),
+        (daemon.metrics(), "/key/32", on_metrics_port),
+        (daemon.metrics(), "/nowhere", on_metrics_port),
     ] {
-        let response = daemon.get(path);
-        assert_eq!(response.status, 404, "{path}");
-        assert_eq!(response.problem(), "Path not found");
+        let fast = get(address, path);
+        assert_eq!(fast.status, 404, "{path}");
+        assert_eq!(fast.problem(), format!("Path not found{hint}"), "{path}");
+        // HTTP/1.0 takes the slow path.
+        let slow = exchange(address, format!("GET {path} HTTP/1.0\r\n\r\n"));
+        assert_eq!((slow.status, slow.text()), (404, fast.text()), "{path}");
     }
     assert_eq!(exchange(daemon.keys(), "OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n").status, 404);
+    let posted = exchange(daemon.keys(), request("/key").replace("GET", "POST"));
+    assert_eq!((posted.status, &*posted.problem()), (404, "Path not found; try /key/32"));
+}
+
+#[test]
+fn a_hint_names_a_path_that_works() {
+    let daemon = Daemon::start(&[("MAX_SIZE", "8"), ("PAGE", "false")]);
+    for path in
+        ["/", "/key", "/key/", "/key/8/", "/key/9/", "/password/", "/passwords", "/openapi", "/healthz"]
+    {
+        let response = daemon.get(path);
+        let detail = response.problem();
+        let (_, hint) = detail.split_once("; try ").unwrap_or_else(|| panic!("{path}: {detail}"));
+        assert_eq!(daemon.get(hint).status, 200, "{path}: {hint}");
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use crate::access::request_head::{RequestHead, RequestHeader};
 use crate::access::stream_permits::StreamPermit;
 use crate::access::verified_token::VerifiedToken;
 use crate::http::body::Body;
+use crate::http::not_found::example_path;
 use crate::http::problem::Problem;
 use crate::http::query::KeyRequest;
 use crate::http::rate_limit_headers::append_rate_limit_lines;
@@ -195,7 +196,10 @@ fn parse_spec(
 ) -> Result<KeySpec, Problem> {
     let kind = path.kind;
     let max_size = kind.length_max(state.max_size_for(authorized));
-    let length = KeyLength::parse(path.length, max_size).map_err(length_problem)?;
+    let length = KeyLength::parse(path.length, max_size).map_err(|error| match path.length {
+        b"" => Problem::bad_request(format!("{error}; try {}", example_path(kind, b"", max_size))),
+        _ => length_problem(error),
+    })?;
     let request = KeyRequest::parse(kind, head.query, head.values(RequestHeader::Accept))
         .map_err(|error| error.into_problem(kind))?;
     KeySpec::new(request.kind, length, request.format, request.count).map_err(batch_problem)

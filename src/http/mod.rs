@@ -13,6 +13,7 @@ pub mod health;
 mod in_flight;
 mod key_route;
 mod negotiation;
+pub(crate) mod not_found;
 mod openapi;
 mod page;
 pub mod problem;

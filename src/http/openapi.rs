@@ -33,7 +33,8 @@ pub(crate) fn document(options: DocumentOptions) -> String {
             "version": env!("CARGO_PKG_VERSION"),
             "summary": "Cryptographically secure random keys",
             "description": "Keys are generated on request and never stored. A HEAD request gets the headers of GET, and no key is \
-                generated. Every error is a problem document (RFC 9457), and nothing may be cached.",
+                generated. Every error is a problem document (RFC 9457), and nothing may be cached. The 404 for a path that is close to \
+                one of these names that one.",
             "license": { "name": "MIT OR Apache-2.0", "identifier": "MIT OR Apache-2.0" },
         },
         "servers": [{ "url": "/" }],

@@ -1,5 +1,7 @@
 //! Problem details (RFC 9457): the body of every error response.
 
+use std::borrow::Cow;
+
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use serde::Serialize;
@@ -20,7 +22,7 @@ pub struct Problem {
     title: &'static str,
     #[serde(serialize_with = "serialize_status")]
     status: StatusCode,
-    detail: String,
+    detail: Cow<'static, str>,
     /// The smallest value that is allowed, if the request has a smaller one.
     #[serde(skip_serializing_if = "Option::is_none")]
     min: Option<u64>,
@@ -36,12 +38,12 @@ pub struct Problem {
 
 impl Problem {
     /// 400: the request has an invalid value.
-    pub(crate) fn bad_request(detail: impl Into<String>) -> Self {
+    pub(crate) fn bad_request(detail: impl Into<Cow<'static, str>>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, detail)
     }
 
     /// 400 for a request that RFC 9112 forbids. Closes the connection, because what follows on it can't be trusted.
-    pub(crate) fn malformed(detail: impl Into<String>) -> Self {
+    pub(crate) fn malformed(detail: impl Into<Cow<'static, str>>) -> Self {
         Self::bad_request(detail).and_close()
     }
 
@@ -68,8 +70,8 @@ impl Problem {
     }
 
     /// 404.
-    pub(crate) fn not_found() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "Path not found")
+    pub(crate) fn not_found(detail: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, detail)
     }
 
     /// 405 with `Allow`.
@@ -85,12 +87,12 @@ impl Problem {
     }
 
     /// 413.
-    pub(crate) fn too_large(detail: impl Into<String>) -> Self {
+    pub(crate) fn too_large(detail: impl Into<Cow<'static, str>>) -> Self {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
     }
 
     /// 503: the client may retry after `retry_after` seconds.
-    pub(crate) fn unavailable(detail: impl Into<String>, retry_after: u32) -> Self {
+    pub(crate) fn unavailable(detail: impl Into<Cow<'static, str>>, retry_after: u32) -> Self {
         let mut problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, detail);
         problem.add_retry_after(retry_after);
         problem
@@ -149,7 +151,7 @@ impl Problem {
         self.lines.extend(["retry-after: ", itoa::Buffer::new().format(seconds), "\r\n"]);
     }
 
-    fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+    fn new(status: StatusCode, detail: impl Into<Cow<'static, str>>) -> Self {
         Self {
             title: status.canonical_reason().unwrap_or("Error"),
             status,

@@ -1,4 +1,4 @@
-//! The router: every route but those of keys and passwords, which `http/key_route.rs` serves.
+//! Which routes a listener serves, and the router of those that need no other code: the description, the page, metrics.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,7 +13,7 @@ use crate::http::page;
 use crate::http::problem::Problem;
 use crate::http::response::{TextReply, lines};
 use crate::http::state::AppState;
-use crate::telemetry::endpoint::{METRICS_PATH, OPENAPI_PATH, PAGE_PATH};
+use crate::telemetry::endpoint::{Endpoint, METRICS_PATH, OPENAPI_PATH, PAGE_PATH};
 
 /// Which routes a listener serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,28 +27,26 @@ pub enum Routes {
 }
 
 impl Routes {
-    /// Whether keys and passwords are among them.
-    pub(crate) fn have_keys(self) -> bool {
-        self != Self::Operator
+    /// Whether `endpoint` is among them.
+    pub(crate) fn serve(self, endpoint: Endpoint, has_page: bool) -> bool {
+        match endpoint {
+            Endpoint::Key | Endpoint::Password | Endpoint::OpenApi => self != Self::Operator,
+            Endpoint::Page => has_page && self != Self::Operator,
+            Endpoint::Metrics => self != Self::Client,
+            Endpoint::Health | Endpoint::Livez | Endpoint::Readyz => true,
+            Endpoint::Other => false,
+        }
     }
+}
 
-    /// The router of these routes.
-    pub(crate) fn router(self, state: Arc<AppState>) -> Router {
-        let mut router = Router::new();
-        if self.have_keys() {
-            router = router.route(OPENAPI_PATH, get(serve_openapi));
-            if state.has_page {
-                router = router.route(PAGE_PATH, get(serve_page));
-            }
-        }
-        if self != Self::Client {
-            router = router.route(METRICS_PATH, get(serve_metrics));
-        }
-        router
-            .fallback(async || Problem::not_found())
-            .method_not_allowed_fallback(async || Problem::method_not_allowed())
-            .with_state(state)
-    }
+/// The router. Only requests for a route of the listener reach it.
+pub(crate) fn router(state: Arc<AppState>) -> Router {
+    Router::new()
+        .route(OPENAPI_PATH, get(serve_openapi))
+        .route(PAGE_PATH, get(serve_page))
+        .route(METRICS_PATH, get(serve_metrics))
+        .method_not_allowed_fallback(async || Problem::method_not_allowed())
+        .with_state(state)
 }
 
 async fn serve_openapi(State(state): State<Arc<AppState>>) -> TextReply {

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::future;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use axum::Router;
 use axum::http::{Request, Response};
@@ -15,9 +16,10 @@ use crate::access::verified_token::VerifiedToken;
 use crate::http::body::Body;
 use crate::http::in_flight::InFlightRequest;
 use crate::http::key_route::{self, KeyOrder, KeyPath};
+use crate::http::not_found;
 use crate::http::problem::Problem;
 use crate::http::response::{ResponseFuture, TextReply, finalize_response, lines};
-use crate::http::routes::Routes;
+use crate::http::routes::{self, Routes};
 use crate::http::state::AppState;
 use crate::server::connection_limit::ConnectionClass;
 use crate::server::fast_path::response_buffer::ResponseBuffer;
@@ -35,7 +37,7 @@ const TEXT_MAX: usize = 1024;
 pub struct HttpService {
     state: Arc<AppState>,
     router: Router,
-    has_keys: bool,
+    routes: Routes,
 }
 
 /// The service of one connection.
@@ -50,7 +52,7 @@ pub struct ConnectionService {
 impl HttpService {
     /// A service with `routes`.
     pub fn new(routes: Routes, state: Arc<AppState>) -> Self {
-        Self { router: routes.router(Arc::clone(&state)), state, has_keys: routes.have_keys() }
+        Self { router: routes::router(Arc::clone(&state)), state, routes }
     }
 
     /// The service of the connection of `peer`. An over-limit connection gets health and metrics, and a 503 for the
@@ -80,7 +82,8 @@ impl From<Problem> for Decision {
 impl ConnectionService {
     /// The route of a path, and what is to be parsed of the path of keys.
     fn route<'a>(&self, path: &'a [u8]) -> (Endpoint, Option<KeyPath<'a>>) {
-        let key_path = if self.service.has_keys { key_route::parse_path(path) } else { None };
+        let key_path = key_route::parse_path(path)
+            .filter(|key_path| self.service.routes.serve(key_path.endpoint(), false));
         (key_path.map_or_else(|| Endpoint::from_fixed_path(path), |key_path| key_path.endpoint()), key_path)
     }
 
@@ -107,15 +110,22 @@ impl ConnectionService {
     }
 
     fn decide_other(&self, endpoint: Endpoint, head: &RequestHead<'_>) -> Decision {
-        let state = &self.service.state;
+        let HttpService { state, routes, .. } = &self.service;
+        if !routes.serve(endpoint, state.has_page) {
+            let max_size = state.max_size.load(Ordering::Relaxed);
+            return Problem::not_found(not_found::detail(head.path, *routes, state.has_page, max_size))
+                .into();
+        }
         let check: fn(&AppState) -> Result<(), Problem> = match endpoint {
             Endpoint::Health => AppState::check_health,
             Endpoint::Livez => |state| state.health.live(),
             Endpoint::Readyz => AppState::check_readiness,
-            Endpoint::Other => return Problem::not_found().into(),
-            Endpoint::Key | Endpoint::Password | Endpoint::Metrics | Endpoint::Page | Endpoint::OpenApi => {
-                return Decision::Router;
-            }
+            Endpoint::Key
+            | Endpoint::Password
+            | Endpoint::Metrics
+            | Endpoint::Page
+            | Endpoint::OpenApi
+            | Endpoint::Other => return Decision::Router,
         };
         if !head.reads() {
             return Problem::method_not_allowed().into();
