@@ -5,6 +5,7 @@
 
 mod certificate;
 mod error;
+mod hint;
 mod listeners;
 mod reload;
 pub(crate) mod resources;

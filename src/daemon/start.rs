@@ -10,6 +10,7 @@ use tracing::{info, warn};
 
 use super::certificate;
 use super::error::RunError;
+use super::hint::startup_hint;
 use super::listeners::Bound;
 use super::reload::Reloader;
 use super::resources::{self, ConnectionBudget};
@@ -85,6 +86,7 @@ impl<'a> Started<'a> {
         log: &'a Log,
     ) -> Result<Self, RunError> {
         let (status, ports, exposed) = (bound.status(), bound.ports(), bound.exposed_addresses());
+        let hint = log.is_on_terminal().then(|| startup_hint(&config, &bound));
         let worker_count = resources::worker_count(config.workers);
         let budget = ConnectionBudget::within_open_files(config.max_connections, worker_count)?;
         let app = app_state(&config, generator, log)?;
@@ -133,6 +135,7 @@ impl<'a> Started<'a> {
             status,
         };
         service.report_ready(&exposed);
+        hint.into_iter().for_each(|hint| log.print_on_terminal(hint));
         Ok(Self { control, service })
     }
 }

@@ -33,6 +33,7 @@ pub struct Log {
     /// Gets a message when the queue is written up to [`Message::Shutdown`].
     written: Receiver<()>,
     dropped: Arc<DropCounters>,
+    is_on_terminal: bool,
 }
 
 impl Log {
@@ -44,14 +45,15 @@ impl Log {
         let (queue, messages) = mpsc::sync_channel(QUEUE_SIZE);
         let (done, written) = mpsc::sync_channel(1);
         let dropped = Arc::new(DropCounters::default());
+        let writer = LogWriter::new();
         let log = Self {
             level: Arc::new(ReloadableLevel::new(level)),
             queue,
             deadline: Arc::default(),
             written,
             dropped: Arc::clone(&dropped),
+            is_on_terminal: writer.is_on_terminal(),
         };
-        let writer = LogWriter::new();
         thread::Builder::new().name("log".into()).spawn(move || {
             write_all(writer, &messages, &dropped);
             let _ = done.send(()); // the receiver is gone if the flush timed out
@@ -69,6 +71,23 @@ impl Log {
     /// Changes the minimum level of logged events.
     pub fn set_level(&self, level: LogLevel) {
         self.level.set(level);
+    }
+
+    /// Whether log events are lines on a terminal.
+    pub fn is_on_terminal(&self) -> bool {
+        self.is_on_terminal
+    }
+
+    /// Writes `text` to the terminal, below the events so far. It is not a log event: no level hides it, and without a
+    /// terminal it is not written. A terminal that its user has stopped delays nothing else.
+    pub fn print_on_terminal(&self, text: String) {
+        if self.is_on_terminal {
+            self.dropped.enqueue(false);
+            if !enqueue(&self.queue, Message::Text(text), None) {
+                self.dropped.dequeue(false);
+                self.dropped.count_dropped(false);
+            }
+        }
     }
 
     /// For a second from now, makes events wait for room in a full queue instead of being dropped. Call this when
@@ -114,8 +133,12 @@ impl Drop for Log {
 
 fn write_all(mut writer: LogWriter, messages: &Receiver<Message>, dropped: &DropCounters) {
     let mut message = messages.recv().ok();
-    while let Some(Message::Event(event)) = message {
-        writer.write(&event, dropped);
+    while let Some(next) = message {
+        match next {
+            Message::Event(event) => writer.write(&event, dropped),
+            Message::Text(text) => writer.write_text(&text),
+            Message::Shutdown => break,
+        }
         message = messages.try_recv().ok().or_else(|| {
             writer.flush(dropped);
             messages.recv().ok()

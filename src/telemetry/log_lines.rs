@@ -1,7 +1,8 @@
 //! The lines of the log on stderr.
 
+use std::env;
 use std::fmt::Write as _;
-use std::io::{self, ErrorKind, Write as _};
+use std::io::{self, ErrorKind, IsTerminal, Write as _};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tracing::Level;
@@ -22,6 +23,18 @@ pub(super) struct StderrLines {
     text: String,
     lines: Vec<Line>,
     timestamp: Timestamp,
+    terminal: Terminal,
+}
+
+/// How far stderr is a terminal.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Terminal {
+    /// It is a file, a pipe or a socket.
+    #[default]
+    None,
+    /// It is a terminal that shows no colours, or its user wants none.
+    Plain,
+    Coloured,
 }
 
 /// A line that is not written yet.
@@ -33,6 +46,22 @@ struct Line {
 }
 
 impl StderrLines {
+    /// For the stderr of this process.
+    pub(super) fn new() -> Self {
+        Self { terminal: Terminal::of_stderr(), ..Self::default() }
+    }
+
+    /// Whether a person may be reading along.
+    pub(super) fn is_on_terminal(&self) -> bool {
+        self.terminal != Terminal::None
+    }
+
+    /// Adds a text that is not a log event. Like the line of an event, it may be written later.
+    pub(super) fn add_text(&mut self, text: &str) {
+        append_printable(text, "\n", &mut self.text);
+        self.lines.push(Line { end: self.text.len(), is_audit: false });
+    }
+
     /// Adds the line of an event. Call [`Self::write`] once there is no other event to add.
     pub(super) fn add(&mut self, event: &OwnedEvent, dropped: &DropCounters) {
         self.format(event, SystemTime::now());
@@ -42,20 +71,30 @@ impl StderrLines {
     }
 
     fn format(&mut self, event: &OwnedEvent, time: SystemTime) {
+        let (level, colour) = match *event.metadata().level() {
+            Level::ERROR => (" ERROR", "\x1b[31m"),
+            Level::WARN => ("  WARN", "\x1b[33m"),
+            Level::INFO => ("  INFO", "\x1b[32m"),
+            Level::DEBUG => (" DEBUG", "\x1b[34m"),
+            Level::TRACE => (" TRACE", "\x1b[35m"),
+        };
+        // ECMA-48, SGR: dim, a colour, and back to the default.
+        let [dim, colour, reset] =
+            if self.terminal == Terminal::Coloured { ["\x1b[2m", colour, "\x1b[0m"] } else { [""; 3] };
         let text = &mut self.text;
+        text.push_str(dim);
         self.timestamp.append(time, text);
-        text.push_str(match *event.metadata().level() {
-            Level::ERROR => " ERROR",
-            Level::WARN => "  WARN",
-            Level::INFO => "  INFO",
-            Level::DEBUG => " DEBUG",
-            Level::TRACE => " TRACE",
-        });
+        [reset, colour, level, reset].into_iter().for_each(|part| text.push_str(part));
         for (field, value) in event.values() {
             text.push(' ');
-            match field.name() {
-                "message" => append_escaped(value, text),
-                name => [name, "=", value].into_iter().for_each(|part| text.push_str(part)),
+            match (field.name(), self.terminal) {
+                ("message", Terminal::None) => append_escaped(value, text),
+                ("message", _) => append_printable(value, "\n", text),
+                (name, Terminal::None) => text.extend([name, "=", value]),
+                (name, _) => {
+                    text.extend([name, "="]);
+                    append_printable(value, "", text);
+                }
             }
         }
         text.push('\n');
@@ -114,6 +153,29 @@ fn append_escaped(message: &str, text: &mut String) {
             '\u{80}'..='\u{9f}' => write!(text, "\\u{{{:x}}}", u32::from(char)),
             char => text.write_char(char),
         };
+    }
+}
+
+/// Appends a text for a terminal, without any control characters but those in `kept`.
+fn append_printable(value: &str, kept: &str, text: &mut String) {
+    for char in value.chars() {
+        if char.is_control() && !kept.contains(char) {
+            text.extend(char.escape_default());
+        } else {
+            text.push(char);
+        }
+    }
+}
+
+impl Terminal {
+    /// What stderr is. The user's variables are those of <https://no-color.org> and terminfo(5).
+    fn of_stderr() -> Self {
+        if !io::stderr().is_terminal() {
+            return Self::None;
+        }
+        let [term, no_color] = ["TERM", "NO_COLOR"].map(|name| env::var_os(name).unwrap_or_default());
+        let has_colours = !term.is_empty() && term != "dumb" && no_color.is_empty();
+        if has_colours { Self::Coloured } else { Self::Plain }
     }
 }
 
@@ -218,8 +280,45 @@ mod tests {
         assert_eq!(theirs, ours);
     }
 
+    /// The lines on such a terminal of the events that `log` logs.
+    fn on_terminal(terminal: Terminal, log: impl FnOnce()) -> String {
+        let ours = Ours(Arc::new(Mutex::new(StderrLines { terminal, ..StderrLines::default() })));
+        tracing::subscriber::with_default(Registry::default().with(ours.clone()), log);
+        ours.0.lock().unwrap().text.clone()
+    }
+
+    #[test]
+    fn a_terminal_shows_each_level_in_its_colour() {
+        let log = || {
+            tracing::error!(count = 3, "a message");
+            tracing::warn!("a message");
+            tracing::info!("a message");
+        };
+        let time = "1970-01-01T00:00:00.000000Z";
+        let plain = format!(
+            "{time} ERROR a message count=3\n\
+             {time}  WARN a message\n\
+             {time}  INFO a message\n"
+        );
+        let coloured = format!(
+            "\x1b[2m{time}\x1b[0m\x1b[31m ERROR\x1b[0m a message count=3\n\
+             \x1b[2m{time}\x1b[0m\x1b[33m  WARN\x1b[0m a message\n\
+             \x1b[2m{time}\x1b[0m\x1b[32m  INFO\x1b[0m a message\n"
+        );
+        assert_eq!(on_terminal(Terminal::None, log), plain);
+        assert_eq!(on_terminal(Terminal::Plain, log), plain);
+        assert_eq!(on_terminal(Terminal::Coloured, log), coloured);
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_value_controls_a_terminal(value in ".*", controls in "[\\x00-\\x9f]{1,9}") {
+            let line = on_terminal(Terminal::Plain, || tracing::info!(%value, controls, "a message"));
+            prop_assert_eq!(line.find(char::is_control), Some(line.len() - 1), "{:?}", line);
+            prop_assert!(value.contains(char::is_control) || line.contains(&value));
+        }
 
         #[test]
         fn every_text_is_written_as_tracing_does(message in ".*", value in ".*", controls in "[\\x00-\\x9f]{0,9}") {
@@ -258,7 +357,7 @@ mod tests {
     fn lines() -> StderrLines {
         let text = ["a", "b", "c"].map(|line| format!("{}\n", line.repeat(1499))).concat();
         let lines = [1500, 3000, 4500].map(|end| Line { end, is_audit: end == 3000 });
-        StderrLines { text, lines: lines.into(), timestamp: Timestamp::default() }
+        StderrLines { text, lines: lines.into(), ..StderrLines::default() }
     }
 
     #[test]

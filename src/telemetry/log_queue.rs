@@ -19,6 +19,8 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 /// A message to the thread that writes.
 pub(super) enum Message {
     Event(OwnedEvent),
+    /// A text for a terminal.
+    Text(String),
     /// The last message: the thread ends.
     Shutdown,
 }

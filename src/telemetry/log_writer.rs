@@ -33,7 +33,7 @@ impl LogWriter {
             let journal = journal.with_field_prefix(None).with_syslog_identifier("key-service".into());
             return Self::Journal(Dispatch::new(Registry::default().with(journal)));
         }
-        Self::Stderr(StderrLines::default())
+        Self::Stderr(StderrLines::new())
     }
 
     /// Writes an event. To the journal it is sent until the journal takes it. A line for stderr may be written later,
@@ -45,6 +45,22 @@ impl LogWriter {
                 dropped.dequeue(event.is_audit());
             }
             Self::Stderr(lines) => lines.add(event, dropped),
+        }
+    }
+
+    /// Whether stderr is a terminal.
+    pub(super) fn is_on_terminal(&self) -> bool {
+        match self {
+            Self::Journal(_) => false,
+            Self::Stderr(lines) => lines.is_on_terminal(),
+        }
+    }
+
+    /// Writes a text that is not a log event, if stderr is a terminal.
+    pub(super) fn write_text(&mut self, text: &str) {
+        match self {
+            Self::Journal(_) => {}
+            Self::Stderr(lines) => lines.add_text(text),
         }
     }
 
