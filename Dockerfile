@@ -37,9 +37,13 @@ RUN set -eu; \
 COPY . .
 # The file and the C code get the time of the commit. Otherwise the image would depend on the time of the build.
 ARG SOURCE_DATE_EPOCH=0
+# The commit and its date, for `key-service --version`: the sources come without their repository.
+ARG REVISION=
+ARG CREATED=
 # The image tests use another profile, which builds in a fraction of the time.
 ARG PROFILE=release
-RUN cargo auditable build --profile "$PROFILE" --locked
+RUN KEY_SERVICE_COMMIT="$REVISION" KEY_SERVICE_COMMIT_DATE="${CREATED%T*}" \
+    cargo auditable build --profile "$PROFILE" --locked
 RUN install -D --mode=755 target/*/"$PROFILE"/key-service /out/key-service \
     && touch --date="@$SOURCE_DATE_EPOCH" /out/key-service
 

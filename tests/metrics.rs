@@ -218,8 +218,9 @@ fn no_key_byte_is_in_the_metrics_or_the_log() {
 fn process_and_build_metrics_have_plausible_values() {
     let daemon = Daemon::start(&[]);
     let text = get(daemon.metrics(), "/metrics").text();
-    let version = env!("CARGO_PKG_VERSION");
-    assert_eq!(common::metric(&text, &format!("build_info{{version=\"{version}\"}}")), 1.0);
+    let (version, commit) = (env!("CARGO_PKG_VERSION"), env!("KEY_SERVICE_VERSION_COMMIT"));
+    let build_info = format!("build_info{{commit=\"{commit}\",version=\"{version}\"}}");
+    assert_eq!(common::metric(&text, &build_info), 1.0);
     let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs_f64();
     let started = common::metric(&text, "process_start_time_seconds");
     assert!((now - started).abs() < 60.0, "{started} {now}");
@@ -338,7 +339,10 @@ fn exported(text: &str) -> BTreeMap<String, Label> {
             let (key, value) = pair.split_once('=').unwrap();
             match key {
                 "le" => {}
-                "version" => *label = Some(key.to_owned()), // the table lists none of its values
+                // Of one metric; the table lists none of their values.
+                "commit" | "version" => {
+                    *label = Some(label.take().map_or(key.to_owned(), |before| format!("{before},{key}")));
+                }
                 _ => {
                     assert!(
                         label.replace(key.to_owned()).is_none_or(|before| before == key),

@@ -17,13 +17,14 @@ pub use self::generate::Generate;
 pub use self::output::GenerateError;
 pub use self::token::{NewToken, TokenAction};
 use crate::config::{Setting, Sources, settings};
+use crate::telemetry::version::VERSION;
 
 /// Issues cryptographically secure random keys over HTTP.
 ///
 /// Settings come from flags, then KEYSERVICE_* variables, then the configuration file, then defaults.
 /// key-service.toml(5) describes all of them.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "key-service", version, max_term_width = 100)]
+#[command(name = "key-service", version = VERSION, max_term_width = 100)]
 #[command(
     after_help = "Exit status: 0 clean shutdown, 1 runtime failure, 2 wrong usage, 78 invalid configuration."
 )]

@@ -27,6 +27,7 @@ use crate::config::{Config, Sources, injected_variables};
 use crate::keys::generator::{Generator, Source};
 use crate::server::activation::ActivatedSockets;
 use crate::telemetry::log::Log;
+use crate::telemetry::version::COMMIT;
 
 /// Serves until a signal asks to stop, and returns when the last connection is closed or the drain has timed out.
 ///
@@ -43,7 +44,7 @@ pub fn run(
     source: impl Source,
     log: &Log,
 ) -> Result<(), RunError> {
-    info!(version = env!("CARGO_PKG_VERSION"), "starting");
+    info!(version = env!("CARGO_PKG_VERSION"), commit = COMMIT, "starting");
     log_injected_variables();
     if let Err(error) = resources::forbid_core_dumps() {
         warn!(%error, "failed to forbid core dumps");

@@ -16,6 +16,7 @@ use crate::telemetry::process::ProcessMetrics;
 use crate::telemetry::register::{
     histogram, histograms, info, int_counter, int_counter_vec, int_counters, int_gauge,
 };
+use crate::telemetry::version::COMMIT;
 
 /// The status codes that the daemon sends; any other would be counted as `other`.
 const STATUSES: [u16; 10] = [200, 400, 401, 404, 405, 406, 413, 429, 431, 503];
@@ -96,9 +97,8 @@ impl Metrics {
         info(
             &registry,
             "build_info",
-            "Always 1; the version is a label.",
-            "version",
-            env!("CARGO_PKG_VERSION"),
+            "Always 1; the version and the commit are labels.",
+            &[("version", env!("CARGO_PKG_VERSION")), ("commit", COMMIT.unwrap_or_default())],
         );
         Self {
             process: ProcessMetrics::register(&registry),
@@ -449,7 +449,7 @@ mod tests {
             "log_events_dropped_total 3",
             "audit_records_dropped_total 0",
             "log_write_errors_total 0",
-            "build_info{version=",
+            "build_info{commit=",
         ] {
             assert!(text.contains(series), "{series} is missing:\n{text}");
         }

@@ -19,3 +19,4 @@ pub mod metrics;
 mod process;
 mod register;
 pub mod text;
+pub mod version;

@@ -28,9 +28,10 @@ pub(super) fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[
     register(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec())))
 }
 
-/// A gauge that is always 1, with a label for information.
-pub(super) fn info(registry: &Registry, name: &str, help: &str, label: &str, value: &str) {
-    register(registry, IntGaugeVec::new(Opts::new(name, help), &[label])).with_label_values(&[value]).set(1);
+/// A gauge that is always 1, with labels for information.
+pub(super) fn info(registry: &Registry, name: &str, help: &str, labels: &[(&str, &str)]) {
+    let (names, values): (Vec<_>, Vec<_>) = labels.iter().copied().unzip();
+    register(registry, IntGaugeVec::new(Opts::new(name, help), &names)).with_label_values(&values).set(1);
 }
 
 pub(super) fn int_counter_vec(registry: &Registry, name: &str, help: &str, label: &str) -> IntCounterVec {

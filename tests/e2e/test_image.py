@@ -68,7 +68,7 @@ def test_build_context_has_only_the_sources(tmp_path):
     run("buildah", "build", "--quiet", "--isolation=chroot", "--tag=key-service-context", "-f", tree / "Dockerfile.context", tree)
     found = {entry.name for entry in extract_entries("key-service-context", tmp_path) if entry.isfile()}
     sources = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "src").rglob("*") if path.is_file()}
-    expect(found, {"Cargo.toml", "Cargo.lock", ".cargo/config.toml", "benches/generator.rs"} | sources, "the context")
+    expect(found, {"Cargo.toml", "Cargo.lock", ".cargo/config.toml", "benches/generator.rs", "build.rs"} | sources, "the context")
 
 
 def test_image_is_one_small_file(image_arm64, packages, tmp_path, figures):
@@ -409,8 +409,9 @@ def test_arm64_binary_works(image_arm64, tmp_path):
     """under emulation, the arm64 binary prints its version, reads its configuration, serves a key and stops"""
     extract_entries(ARM64, tmp_path)
     emulated = ["qemu-aarch64-static", str(tmp_path / "key-service")]
-    version = inspect_image(ARM64)["Labels"]["org.opencontainers.image.version"]
-    expect(run(*emulated, "--version").stdout, f"key-service {version}\n", "version")
+    labels = {name.rpartition(".")[2]: value for name, value in inspect_image(ARM64)["Labels"].items()}
+    commit, day = labels["revision"][:7], labels["created"].partition("T")[0]
+    expect(run(*emulated, "--version").stdout, f"key-service {labels['version']} ({commit}, {day})\n", "version")
     assert "max-size = 77\n" in run(*emulated, "--max-size", "77", "--check").stdout
     command = [*emulated, "--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon, peers.killed_after(daemon, "key-service"):

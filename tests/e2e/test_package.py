@@ -4,6 +4,7 @@ test_system.py tests the installed package on a booted Debian.
 """
 
 import os
+import re
 import socket
 import subprocess
 
@@ -52,6 +53,19 @@ def test_package_is_reproducible(packages, tmp_path, figures):
     differ = subprocess.run(["cmp", ours, theirs], capture_output=True, text=True)
     assert differ.returncode == 0, f"{differ.stdout}if {ours} is older than the last commit, rebuild it: just deb"
     figures(f"{ours.stat().st_size} bytes")
+
+
+@pytest.mark.tools("git")
+def test_binary_names_its_commit(trees, figures):
+    """`key-service --version` prints the commit that the package was built from, and the commit's date"""
+    version = output(trees["amd64"] / "usr/bin/key-service", "--version").strip()
+    found = re.fullmatch(r"key-service \S+ \(([0-9a-f]{7}), (\S+)\)", version)
+    assert found, version
+    shown = output(
+        "git", "log", "-1", "--format=%cd", "--date=format-local:%Y-%m-%d", found[1], cwd=REPOSITORY, env={**os.environ, "TZ": "UTC"}
+    )
+    assert shown.strip() == found[2], f"expected the date of the commit, {shown.strip()}, found {version}"
+    figures(version)
 
 
 @pytest.mark.tools("lintian")
