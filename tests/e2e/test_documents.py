@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support import certificates
 from support.conditions import TIMEOUT, expect
-from support.daemon import REPOSITORY, Daemon, binary
+from support.daemon import REPOSITORY, Daemon, binary, environment
 from support.pages import all_commands, commands
 
 PAGES = [
@@ -251,8 +251,51 @@ def test_tls_command_works(tmp_path):
     with Daemon(tmp_path, f'tls-cert = "{tmp_path}/ca.pem"\ntls-key = "{tmp_path}/tls.key"\n') as daemon:
         # Replaces DNS.
         (tmp_path / ".curlrc").write_text(f'connect-to = "keys.example.org:1123:{daemon.authority}"\n')
-        printed = run(commands("docs/tls.md", "curl --cacert"), daemon, tmp_path, CURL_HOME=str(tmp_path))
+        printed = run(commands("docs/tls.md", "curl --cacert ca.pem"), daemon, tmp_path, CURL_HOME=str(tmp_path))
     assert re.fullmatch("[0-9a-f]{64}\n", printed), printed
+
+
+def in_network_of_its_own(script, directory):
+    """Runs a script where all ports are free, and returns its output. The commands of a document find the daemon in PATH."""
+    namespace = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
+    ran = subprocess.run(
+        [*namespace, "sh", "-ec", f"ip link set lo up\n{script}"],
+        cwd=directory,
+        env={**environment(), "PATH": f"{Path(binary()).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    log = (directory / "log").read_text()
+    assert ran.returncode == 0, f"{ran.stdout}{ran.stderr}{log}"
+    return ran.stdout, log
+
+
+@pytest.mark.root
+@pytest.mark.tools("openssl", "curl", "unshare", "setpriv", "ip")
+def test_tls_trial_works(tmp_path):
+    """docs/tls.md: a throw-away certificate is good for curl and for the health check, by all of its names, and for two weeks"""
+    create = commands("docs/tls.md", "umask 077\nopenssl req -x509")
+    requests = commands("docs/tls.md", "curl --cacert trial.pem")
+    printed, log = in_network_of_its_own(
+        f"""
+        {create.rstrip()} 2>log &
+        until curl -fsS -o output http://localhost:8000/readyz 2>error; do kill -0 $!; sleep 0.1; done
+        {requests}
+        for name in 127.0.0.1 '[::1]'; do curl -fsS --cacert trial.pem https://$name:1123/livez; done
+        stat -c '\n%a %n' trial.key trial.pem
+        openssl x509 -in trial.pem -noout -checkend $((13 * 86400))
+        ! openssl x509 -in trial.pem -noout -checkend $((15 * 86400))
+        kill $!
+        wait $!
+        {commands("docs/tls.md", "rm trial")}
+        ls
+        """,
+        tmp_path,
+    )
+    expected = r"[0-9a-f]{64}\nOK\nOKOK\n600 trial.key\n+600 trial.pem\nCertificate will not expire\nCertificate will expire\nerror\nlog\noutput\n"
+    assert re.fullmatch(expected, printed), f"{printed}\n{log}"
 
 
 @pytest.mark.root
@@ -263,13 +306,9 @@ def test_socket_activation_works_without_a_unit(tmp_path):
     (tmp_path / "target/release/key-service").symlink_to(binary())
     command = commands("docs/debian.md", "systemd-socket-activate").strip()
     script = f"""
-        ip link set lo up
         {command} 2>log &
         until curl -fsS -o key http://127.0.0.1:1123/key/32 2>error; do kill -0 $!; sleep 0.1; done
     """
-    namespace = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
-    ran = subprocess.run([*namespace, "sh", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    log = (tmp_path / "log").read_text()
-    assert ran.returncode == 0, f"{ran.stdout}{ran.stderr}{log}"
+    _, log = in_network_of_its_own(script, tmp_path)
     expect((tmp_path / "key").stat().st_size, 32, "bytes of the key")
     assert "Communication attempt on fd 3" in log, f"the request did not start the daemon: {log}"

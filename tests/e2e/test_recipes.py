@@ -6,7 +6,9 @@ localhost:1123.
 
 import base64
 import contextlib
+import csv
 import json
+import math
 import os
 import re
 import signal
@@ -18,6 +20,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cryptography.fernet import Fernet
+from joserfc import jwt
+from joserfc.errors import JoseError
+from joserfc.jwk import OctKey
 from support import certificates, pages, proxies
 from support.conditions import TIMEOUT, expect
 from support.daemon import REPOSITORY, Daemon, binary
@@ -30,6 +36,7 @@ SPOOFED = "203.0.113.9"
 TESTED_ELSEWHERE = {
     "systemd credentials": ("tests/e2e/test_system.py", "/run/key-service/credential.sock"),
     "Generated clients": ("tests/e2e/test_openapi.py", "Generated clients"),
+    "TLS: a throw-away certificate": ("tests/e2e/test_documents.py", "openssl req -x509"),
 }
 tested = set()
 
@@ -73,6 +80,57 @@ def test_shell_scripts(tmp_path, printed):
     expect((len(set(passwords)), {len(one) for one in passwords}), (30, {12}), "passwords and their lengths")
     for path in tmp_path.iterdir():
         expect(mode(path), 0o600, f"mode of {path.name}")
+
+
+@pytest.mark.tools("curl")
+@recipe("API tokens as CSV")
+def test_csv_tokens(tmp_path, printed):
+    with (tmp_path / "tokens.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    expect(rows[0], ["client", "token"], "the header")
+    expect([client for client, _ in rows[1:]], [f"client-{number:03}" for number in range(1, 101)], "clients")
+    tokens = {token for _, token in rows[1:]}
+    expect(len(tokens), 100, "number of different tokens")
+    assert all(re.fullmatch("[0-9A-Za-z]{43}", token) for token in tokens), tokens
+    assert 43 * math.log2(62) >= 256, "bits of entropy"
+    expect(mode(tmp_path / "tokens.csv"), 0o600, "mode")
+
+
+@pytest.mark.tools("curl")
+@recipe("Fernet keys")
+def test_fernet(tmp_path, daemon, printed):
+    expect(printed, "a secret\n", "the output of encrypt.py")
+    expect(mode(tmp_path / "fernet.key"), 0o600, "mode")
+    command = next(text for language, text in SECTIONS["Fernet keys"] if language == "sh" and "curl" in text)
+    many = replaced(command, "format=base64", "format=base64&count=1000").replace("localhost:1123", daemon.authority)
+    for _ in range(2):
+        run(["sh", "-e"], tmp_path, given=many)
+        for key in (tmp_path / "fernet.key").read_text().split():
+            # The alphabet of the specification; Python's decoder accepts more.
+            assert re.fullmatch("[A-Za-z0-9_-]{43}=", key), key
+            reader = Fernet(base64.b64encode(base64.b64decode(key, altchars=b"-_")))
+            expect(reader.decrypt(Fernet(key).encrypt(b"a")), b"a", "the text that another reader of the key decrypts")
+    keys = run(["curl", "-fsS", f"{daemon.address}/key/32?format=base64url&count=1000"], tmp_path).split()
+    expect(len(keys), 1000, "keys in base64url")
+    for key in keys:
+        with pytest.raises(ValueError, match="Fernet key must be 32"):
+            Fernet(key)
+
+
+@pytest.mark.tools("curl", "jq")
+@recipe("JWT signing keys")
+def test_jwt(tmp_path, daemon, printed):
+    expect(printed, "web\n", "the output of sign.py")
+    expect(mode(tmp_path / "signing.jwk"), 0o600, "mode")
+    found = json.loads((tmp_path / "signing.jwk").read_text())
+    expect((set(found), found["alg"], found["use"]), ({"kty", "kid", "k", "alg", "use"}, "HS256", "sig"), "members of the key")
+    key = OctKey.import_key(found)
+    token = jwt.encode({"alg": "HS256"}, {"sub": "web"}, key)
+    with pytest.raises(JoseError, match="designed for algorithm 'HS256'"):
+        jwt.encode({"alg": "HS384"}, {"sub": "web"}, key, algorithms=["HS384"])
+    other = OctKey.import_key({**found, "k": json.loads(daemon.get("/key/32?format=jwk")[2])["k"]})
+    with pytest.raises(JoseError, match="bad_signature"):
+        jwt.decode(token, other)
 
 
 @pytest.mark.tools("ansible-playbook")

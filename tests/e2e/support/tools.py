@@ -37,6 +37,7 @@ PACKAGES = {
     "h2o": "h2o",
     "haproxy": "haproxy",
     "ip": "iproute2",
+    "jq": "jq",
     "lintian": "lintian",
     "mandoc": "mandoc",
     "mmdebstrap": "mmdebstrap",
