@@ -1,7 +1,10 @@
-"""Runs the quick start of README.md on a minimal Debian with only the packages that README.md names.
+"""Runs the quick start of README.md, command by command, on a minimal Debian with only the packages that README.md names.
 
-Each system is newly created. It has no network but loopback, no passwd entry for the user, no HOME and no curl. The checkout has the
-files that git tracks, as they are in the working tree.
+Each system is newly created. Root installs packages there with apt; the commands of a document run without their `sudo`. The other
+commands run as a user without a passwd entry and without HOME, and without a network but loopback. curl is installed only after the
+build and the tests. The checkout has the files that git tracks, as they are in the working tree. The daemon runs on a pseudo-terminal.
+
+The times are printed, and not asserted. They lack the download of the crates, which are copied from this machine.
 
 Nearly all of the time is spent in the compiler, and the optimisation level does not matter here. So the commands are those of README.md,
 but a configuration file of cargo turns off optimisation and debugging information. Each system builds one of the two profiles: Debian 12
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import pytest
 from support.daemon import REPOSITORY
+from support.machine import as_root
 from support.pages import commands
 
 pytestmark = [
@@ -51,35 +55,62 @@ codegen-units = 16
 """
 
 # Runs a command in new namespaces. All processes in them end with the first one.
-UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL", "sh", "-ec"]
-ENTER = f"""
-ip link set lo up
+UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child=KILL"]
+ENTER = """
 mount -t proc proc "$1/proc"
 mount --rbind /dev "$1/dev"
-exec chroot "$1" setpriv --reuid {USER} --regid {USER} --clear-groups \\
-    env -i PATH=/usr/bin:/bin CARGO_HOME=/cargo CARGO_NET_OFFLINE=true sh -ec "$2"
+exec chroot "$1" """
+AS_ROOT = [*UNSHARE, "sh", "-ec", f'{ENTER} env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive sh -ec "$2"', "sh"]
+AS_USER = [
+    *UNSHARE,
+    "--net",
+    "sh",
+    "-ec",
+    f"""ip link set lo up
+    {ENTER} setpriv --reuid {USER} --regid {USER} --clear-groups \\
+        env -i PATH=/usr/bin:/bin CARGO_HOME=/cargo CARGO_NET_OFFLINE=true sh -ec "$2" """,
+    "sh",
+]
+APT_SETTINGS = """
+APT::Get::Assume-Yes "true";
+APT::Install-Recommends "false";
 """
-# `key-service health` takes the place of curl in a second terminal.
+
+PREPARE = as_root(commands("README.md", "sudo apt update\nsudo apt install cargo"))
+INSTALL_CURL, KEYS = as_root(commands("README.md", "sudo apt install curl")).split("\n", 1)
+OTHERS = commands("README.md", "curl http://localhost:1123/password")
+PAGE = re.search(r"In a browser, <(\S+)>", (REPOSITORY / "README.md").read_text())[1]
+# Two terminals: the daemon's, and that of a user who tries what the daemon prints, and then what README.md shows.
 SERVES = """
 cd /checkout
-{command} >/tmp/output 2>&1 &
-until {client} health >/dev/null 2>&1; do
-    kill -0 $! || {{ cat /tmp/output; exit 1; }}
+rm -f /tmp/terminal
+script --quiet --flush --command '{command}' /tmp/terminal </dev/null >/dev/null &
+until grep -qs ^Try: /tmp/terminal; do
+    kill -0 $! || {{ cat /tmp/terminal; exit 1; }}
     sleep 0.1
 done
+hint() {{ tr -d '\\r' </tmp/terminal | sed -n "s/^$1: *//p"; }}
+exec 2>/dev/null  # curl shows its progress there
+hint Page
+sh -ec "$(hint Try)"
+curl -fsS -H 'Accept: text/html' "$(hint Page)" | grep -c '</html>'
 for address in 127.0.0.1 '[::1]'; do
-    {client} health --url http://$address:1123
-    {client} health --url http://$address:8000
+    curl -fsS http://$address:1123/health http://$address:8000/health
 done
-grep 'Keys on' /tmp/output
+echo
+cd /
+{keys}
+{others}
 """
+PRINTED = re.compile(
+    rf"{re.escape(PAGE)}\n[0-9a-f]{{64}}\n1\nOKOKOKOK\n"  # the daemon's hint
+    r"[0-9a-f]{64}\n((?: [0-9a-f]{2}){16}\n){2}[0-9A-Za-z]{24}\nOK# HELP (.|\n)*\nhttp_responses_total(.|\n)*"
+)
 
-
-PACKAGES = commands("README.md", "sudo apt install cargo").removeprefix("sudo apt install ").split()
 RUN, TEST = commands("README.md", "cargo run").strip(), commands("README.md", "cargo test").strip()
 # (system, command)
 STEPS = [("bookworm", RUN), ("trixie", TEST)]
-FULL = [("bookworm", RUN), ("bookworm", TEST), ("trixie", RUN), ("trixie", TEST)]
+FULL = [("bookworm", TEST), ("bookworm", RUN), ("trixie", TEST), ("trixie", RUN)]
 
 
 def pytest_generate_tests(metafunc):
@@ -97,14 +128,15 @@ def is_full(config):
 
 @pytest.fixture(scope="module")
 def system(request):
-    """The root directory of a Debian with those packages, the crates and the checkout."""
+    """The root directory of a minimal Debian with the packages, the crates and the checkout, and the seconds that the packages took."""
     subprocess.run(["cargo", "fetch", "--quiet", "--locked"], cwd=REPOSITORY, check=True)
     registry = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo")) / "registry"
     with tempfile.TemporaryDirectory(prefix="key-service-quick-start-") as directory:
         root = Path(directory) / request.param
         root.mkdir()
-        include = f"--include={','.join(PACKAGES)}"
-        subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", include, request.param, root, *SOURCES[request.param]], check=True)
+        subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", request.param, root, *SOURCES[request.param]], check=True)
+        (root / "etc/apt/apt.conf.d/99-test").write_text(APT_SETTINGS)
+        shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
         # The crates in the form in which cargo downloads them; cargo unpacks them in the system.
         for part in ("cache", "index"):
             shutil.copytree(registry / part, root / "cargo/registry" / part)
@@ -120,7 +152,9 @@ def system(request):
                 PROFILES + "".join(f"[profile.release.package.{name}]\nopt-level = 0\n" for name in optimised_crates())
             )
         subprocess.run(["chown", "-R", f"{USER}:{USER}", root / "cargo", checkout], check=True)
-        yield root
+        _, seconds, _ = run_inside(root, PREPARE, AS_ROOT)
+        run_inside(root, "! command -v curl")
+        yield root, seconds
 
 
 def optimised_crates():
@@ -128,11 +162,11 @@ def optimised_crates():
     return tomllib.loads((REPOSITORY / "Cargo.toml").read_text())["profile"]["release"]["package"]
 
 
-def run_inside(root, script):
-    """Runs a script in a system, and returns its output and the time that it took."""
+def run_inside(root, script, enter=AS_USER):
+    """Runs a script in a system, and returns its output, the seconds that it took and the processor time."""
     begin, used = time.monotonic(), processor_time()
     ran = subprocess.run(
-        [*UNSHARE, ENTER, "sh", root, script],
+        [*enter, root, script],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -144,7 +178,7 @@ def run_inside(root, script):
     well = re.compile(r"test .* \.\.\. ok|running \d+ tests?|test result: ok.*|\s*(Compiling|Downloaded|Running) .*|\s*")
     failed = "\n".join(line for line in ran.stdout.splitlines() if not well.fullmatch(line))
     assert ran.returncode == 0, f"{script}: status {ran.returncode}\n{failed[-6000:]}"
-    return ran.stdout, f"{time.monotonic() - begin:.0f} s, {processor_time() - used:.0f} s of processor time"
+    return ran.stdout, time.monotonic() - begin, processor_time() - used
 
 
 def processor_time():
@@ -153,18 +187,21 @@ def processor_time():
 
 
 def test_quick_start(system, command, figures):
-    """the command builds, and as README.md says all tests pass, or keys and metrics are served over IPv4 and IPv6"""
-    version, _ = run_inside(system, "rustc --version")
+    """the packages install, the command builds, and as README.md says all tests pass, or each request of README.md is answered"""
+    system, seconds = system
+    times = {"packages": seconds}
+    version, _, _ = run_inside(system, "rustc --version")
     if command == TEST:
-        output, took = run_inside(system, f"cd /checkout && {TEST} --no-fail-fast")
+        output, times["tests"], used = run_inside(system, f"cd /checkout && {TEST} --no-fail-fast")
         passed = sum(map(int, re.findall(r"^test result: ok. (\d+) passed", output, re.M)))
         assert passed, f"expected tests, found none:\n{output}"
-        figures(f"{version.strip()}: {passed} tests [{took}]")
-        binary = command = "target/debug/key-service"
+        what, command = f"{passed} tests", "target/debug/key-service"
     else:
-        _, took = run_inside(
-            system, f"cd /checkout && {RUN.replace(' run ', ' build ')}"
-        )  # `cargo run` builds first; built separately to measure the time
-        figures(f"{version.strip()}: built [{took}]")
-        binary = "target/release/key-service"
-    run_inside(system, SERVES.format(command=command, client=binary))
+        # `cargo run` builds first; built separately to measure the time.
+        _, times["build"], used = run_inside(system, f"cd /checkout && {RUN.replace(' run ', ' build ')}")
+        what = "built"
+    _, times["curl"], _ = run_inside(system, INSTALL_CURL, AS_ROOT)
+    printed, times["first requests"], _ = run_inside(system, SERVES.format(command=command, keys=KEYS, others=OTHERS))
+    assert PRINTED.fullmatch(printed), printed
+    took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items())
+    figures(f"{version.strip()}: {what}, {used:.0f} s of processor time; {took}; together {sum(times.values()):.0f} s")
