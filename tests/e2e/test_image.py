@@ -409,9 +409,9 @@ def test_arm64_binary_works(image_arm64, tmp_path):
     """under emulation, the arm64 binary prints its version, reads its configuration, serves a key and stops"""
     extract_entries(ARM64, tmp_path)
     emulated = ["qemu-aarch64-static", str(tmp_path / "key-service")]
-    labels = {name.rpartition(".")[2]: value for name, value in inspect_image(ARM64)["Labels"].items()}
-    commit, day = labels["revision"][:7], labels["created"].partition("T")[0]
-    expect(run(*emulated, "--version").stdout, f"key-service {labels['version']} ({commit}, {day})\n", "version")
+    labels = inspect_image(ARM64)["Labels"]
+    number, commit, created = (labels[f"org.opencontainers.image.{name}"] for name in ("version", "revision", "created"))
+    expect(run(*emulated, "--version").stdout, f"key-service {number} ({commit[:7]}, {created[:10]})\n", "version")
     assert "max-size = 77\n" in run(*emulated, "--max-size", "77", "--check").stdout
     command = [*emulated, "--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon, peers.killed_after(daemon, "key-service"):

@@ -90,6 +90,8 @@ def test_each_commit_is_noticed_and_nothing_else_is_rebuilt(checkout):
     expect(is_rebuilt(checkout), False, "whether a second build compiles")
     (checkout / "notes.md").write_text("a")  # not a source of the binary
     expect(is_rebuilt(checkout), False, "whether a build after a change of a document compiles")
+    os.utime(checkout / "src/main.rs")
+    expect(version(checkout), before, "version with a changed document")
     new = commit(checkout)
     expect(version(checkout), f"1.2.3 ({new}, {DAY})", "version after a commit")
     git(checkout, "pack-refs", "--all")
@@ -126,6 +128,23 @@ def test_clone_shows_the_same_version(checkout, tmp_path):
     clone = tmp_path / "another/clone"
     git(checkout, "clone", "--quiet", "--shared", checkout, clone)
     expect(version(clone), version(checkout), "version in the clone")
+
+
+def test_installed_binary_shows_the_commit(checkout, tmp_path):
+    """cargo install --git builds in a checkout of its own"""
+    run(
+        "cargo",
+        "install",
+        "--quiet",
+        "--git",
+        checkout.as_uri(),
+        "--root",
+        tmp_path / "root",
+        cwd=tmp_path,
+        CARGO_HOME=str(tmp_path / "home"),
+    )
+    found = run(tmp_path / "root/bin/key-service", cwd=tmp_path)
+    expect(found, f"1.2.3 ({head(checkout)}, {DAY})|{head(checkout)}", "version and commit")
 
 
 @pytest.mark.parametrize("place", ["alone", "in another repository"])
