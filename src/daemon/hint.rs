@@ -9,6 +9,7 @@ use crate::server::listener::Listener;
 use crate::telemetry::endpoint::PAGE_PATH;
 
 /// Where the daemon listens, the address of its page, and a command that gets a key.
+#[cold]
 pub(super) fn startup_hint(config: &Config, bound: &Bound) -> String {
     let mut hint = format!("\n{}\n", bound.status());
     let Some((origin, socket)) = bound.keys.iter().find_map(origin) else { return hint };
@@ -40,7 +41,7 @@ fn origin(listener: &Listener) -> Option<(String, Option<String>)> {
     }
 }
 
-/// What curl needs besides the URL. Files that the client keeps have the names of docs/access.md and docs/tls.md.
+/// What curl needs besides the URL. The header with the token is in the file that docs/access.md describes.
 fn curl_options(config: &Config, socket: Option<&str>) -> String {
     let mut options = String::new();
     match (socket, &config.tls_cert) {

@@ -35,6 +35,7 @@ const NAMES: [(&str, Endpoint); 12] = [
 ];
 
 /// The detail of the 404 for `path`. It repeats nothing of the path but a valid length.
+#[cold] // else each transport would have a copy
 pub(crate) fn detail(path: &[u8], routes: Routes, has_page: bool, max_size: u64) -> Cow<'static, str> {
     if routes == Routes::Operator {
         return ON_METRICS_PORT.into();
@@ -52,6 +53,7 @@ pub(crate) fn detail(path: &[u8], routes: Routes, has_page: bool, max_size: u64)
 }
 
 /// A path that works: with `length` if that is valid, else with one that is.
+#[cold]
 pub(crate) fn example_path(kind: Kind, length: &[u8], max_size: u64) -> String {
     let (prefix, example) = match kind {
         Kind::Key => (KEY_PREFIX, 32),

@@ -58,7 +58,7 @@ impl StderrLines {
 
     /// Adds a text that is not a log event. Like the line of an event, it may be written later.
     pub(super) fn add_text(&mut self, text: &str) {
-        append_printable(text, "\n", &mut self.text);
+        append_escaped(text, is_unprintable, &mut self.text);
         self.lines.push(Line { end: self.text.len(), is_audit: false });
     }
 
@@ -88,12 +88,12 @@ impl StderrLines {
         for (field, value) in event.values() {
             text.push(' ');
             match (field.name(), self.terminal) {
-                ("message", Terminal::None) => append_escaped(value, text),
-                ("message", _) => append_printable(value, "\n", text),
+                ("message", Terminal::None) => append_escaped(value, is_dangerous, text),
+                ("message", _) => append_escaped(value, is_unprintable, text),
                 (name, Terminal::None) => text.extend([name, "=", value]),
                 (name, _) => {
                     text.extend([name, "="]);
-                    append_printable(value, "", text);
+                    append_escaped(value, char::is_control, text);
                 }
             }
         }
@@ -144,27 +144,25 @@ fn write_all(write: &mut impl FnMut(&[u8]) -> io::Result<usize>, bytes: &[u8]) -
     Ok(())
 }
 
-/// Appends a message without the control characters by which a terminal could be made to run commands. A line break
-/// stays: no message of this program has one from outside.
-fn append_escaped(message: &str, text: &mut String) {
-    for char in message.chars() {
+/// Appends `text`, with these characters escaped.
+fn append_escaped(text: &str, is_escaped: fn(char) -> bool, to: &mut String) {
+    for char in text.chars() {
         let _ = match char {
-            '\x07' | '\x08' | '\x0c' | '\x1b' | '\x7f' => write!(text, "\\x{:02x}", u32::from(char)),
-            '\u{80}'..='\u{9f}' => write!(text, "\\u{{{:x}}}", u32::from(char)),
-            char => text.write_char(char),
+            char if !is_escaped(char) => to.write_char(char),
+            '\0'..='\x7f' => write!(to, "\\x{:02x}", u32::from(char)),
+            char => write!(to, "\\u{{{:x}}}", u32::from(char)),
         };
     }
 }
 
-/// Appends a text for a terminal, without any control characters but those in `kept`.
-fn append_printable(value: &str, kept: &str, text: &mut String) {
-    for char in value.chars() {
-        if char.is_control() && !kept.contains(char) {
-            text.extend(char.escape_default());
-        } else {
-            text.push(char);
-        }
-    }
+/// The control characters by which a terminal could be made to run commands, as tracing escapes them in messages.
+fn is_dangerous(char: char) -> bool {
+    matches!(char, '\x07' | '\x08' | '\x0c' | '\x1b' | '\x7f' | '\u{80}'..='\u{9f}')
+}
+
+/// What a message must not send to a terminal. A line break stays: no message of this program has one from outside.
+fn is_unprintable(char: char) -> bool {
+    char.is_control() && char != '\n'
 }
 
 impl Terminal {

@@ -56,7 +56,7 @@ impl LogWriter {
         }
     }
 
-    /// Writes a text that is not a log event, if stderr is a terminal.
+    /// Writes a text that is not a log event to stderr, in the same way. The journal takes none.
     pub(super) fn write_text(&mut self, text: &str) {
         match self {
             Self::Journal(_) => {}

@@ -191,7 +191,7 @@ def test_names_can_not_control_the_terminal(tmp_path):
     with Terminal(tmp_path, colours={"NO_COLOR": "1"}, settings={"host": f"unix:{path}"}) as terminal:
         hint = terminal.until(HINT)[1]
         assert Path(path).is_socket()
-    assert r"\u{1b}[31m\r\u{7}" in hint, hint
+    assert r"\x1b[31m\x0d\x07" in hint, hint
     controls = set(re.findall(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", terminal.written))
     expect(controls, set(), f"control characters in {terminal.written!r}")
 
