@@ -18,30 +18,44 @@ SUPPORT = Path(__file__).resolve().parent
 # Root file systems are built once and kept here; each machine boots a copy.
 ROOTS = Path(os.environ.get("KEY_SERVICE_ROOTS", "/var/cache/key-service-roots"))
 PACKAGES = "systemd,systemd-sysv"
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
 
 
 class Machine:
     """A booted Debian system. Commands run inside it through the namespaces of its first process."""
 
-    # test_containers.py overrides these: packages and name of the root file system, options and environment of systemd-nspawn.
-    packages, kind, options, environment = PACKAGES, "-minimal", [], {}
+    # Other machines override these: packages and name of the root file system, options of mmdebstrap, options and environment of
+    # systemd-nspawn, and the C compiler.
+    packages, kind, bootstrap, options, environment, compiler = PACKAGES, "-minimal", [], [], {}, "gcc"
 
     def __init__(self, suite, directory, package):
-        self.suite, self.directory, self.upgrades = suite, Path(directory), 0
+        self.suite, self.directory, self.package, self.upgrades = suite, Path(directory), package, 0
         self.disk = self.directory / "root"
         self.disk.mkdir()
         # In memory, because fsync(2) on a disk waits for what all other processes write to it: Podman and dpkg call it all the time.
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755,size=50%", "key-service-test", self.disk], check=True)
         try:
             # Not shutil.copytree: it reads devices as if they were files, and /dev/full never ends.
-            subprocess.run(["cp", "-a", f"{base(suite, self.kind, self.packages)}/.", self.disk], check=True)
+            subprocess.run(["cp", "-a", f"{self.base()}/.", self.disk], check=True)
             (self.disk / "etc/hostname").write_text("keys\n")
-            self.root = self.disk
-            self.install_file(package, f"/root/key-service{Path(package).suffix}")
+            shutil.copy(package, self.disk / f"root/key-service{Path(package).suffix}")
             self.boot()
         except BaseException:
             self.unmount()
             raise
+
+    def base(self):
+        """The root file system that the machines of this kind are copies of."""
+        root = ROOTS / f"{self.suite}{self.kind}"
+        if not root.exists():
+            print(f"building the root file system for {self.suite}{self.kind} in {root}", flush=True)
+            new = ROOTS / f"{root.name}.new"  # an interrupted build is not used
+            shutil.rmtree(new, ignore_errors=True)
+            ROOTS.mkdir(parents=True, exist_ok=True)
+            options = ["--quiet", "--variant=minbase", f"--include={self.packages}", *self.bootstrap]
+            subprocess.run(["mmdebstrap", *options, self.suite, new], check=True)
+            new.rename(root)
+        return root
 
     def boot(self):
         # The system is killed when this process ends, for whatever reason.
@@ -100,6 +114,9 @@ class Machine:
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, place)
 
+    def read(self, path):
+        return (self.root / path.lstrip("/")).read_bytes()
+
     def write(self, path, text):
         """Writes a file as an editor does: a new file replaces the old one."""
         place = self.root / path.lstrip("/")
@@ -133,12 +150,11 @@ class Machine:
         return ["nsenter", "-t", self.leader, "-m", "-u", "-i", "-n", "-p", "--", "/bin/sh", "-c", command]
 
     def run(self, command, ok=0, timeout=TIMEOUT):
-        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
         done = subprocess.run(
             self.inside(command),
             capture_output=True,
             text=True,
-            env=environment,
+            env=ENVIRONMENT,
             timeout=timeout,
             errors="replace",
             stdin=subprocess.DEVNULL,
@@ -195,17 +211,6 @@ def is_first_process(pid):
     return False
 
 
-def base(suite, kind, packages):
-    root = ROOTS / f"{suite}{kind}"
-    if not (root / "usr/bin/systemctl").exists():
-        print(f"building the root file system for {suite}{kind} in {root}", flush=True)
-        shutil.rmtree(root, ignore_errors=True)
-        ROOTS.mkdir(parents=True, exist_ok=True)
-        command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", suite, root]
-        subprocess.run(command, check=True)
-    return root
-
-
 def repack(package, target, suffix, change=()):
     """Copies a package, with a suffix to its version; `change` maps files of the package to functions that edit their text."""
     with tempfile.TemporaryDirectory() as directory:
@@ -222,7 +227,8 @@ def repack(package, target, suffix, change=()):
 def upgrade(machine, change=()):
     """Installs the same package with a higher version, and returns the output; for `change` see repack()."""
     machine.upgrades += 1
-    repack(machine.root / "root/key-service.deb", machine.root / "root/key-service-new.deb", f"+new{machine.upgrades}", change)
+    target = repack(machine.package, machine.directory / "key-service-new.deb", f"+new{machine.upgrades}", change)
+    machine.install_file(target, "/root/key-service-new.deb")
     done = machine.run(
         "apt-get install -y --no-install-recommends -o Dpkg::Options::=--force-confold /root/key-service-new.deb", timeout=120
     )
