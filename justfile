@@ -7,12 +7,12 @@ export PATH := justfile_directory() / ".venv/bin:" + env("PATH")
 _list:
     @just --list --unsorted
 
-# Install the tools of the recipes below, as root: Debian packages, Python packages in .venv, Rust's arm64 target
-setup:
+# Install the tools of the recipes below, as root: Debian packages, Python packages in .venv, Rust's arm64 target; `setup emulation`: also those of arm64
+setup *EMULATION:
     python3 -c 'import ensurepip, venv' 2>/dev/null || apt-get install -y -qq --no-install-recommends python3-venv
     [ -x .venv/bin/pip ] || python3 -m venv .venv
     pip install --quiet --upgrade pip && pip install --quiet --group e2e
-    missing=$(PYTHONPATH=tests/e2e python3 -m support.tools); [ -z "$missing" ] || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing >/dev/null; }
+    missing=$(PYTHONPATH=tests/e2e python3 -m support.tools {{ EMULATION }}); [ -z "$missing" ] || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing >/dev/null; }
     rustup target add --toolchain "$(rustup show active-toolchain | cut -d' ' -f1)" aarch64-unknown-linux-gnu
 
 # Format Rust, and Python where Ruff is installed
@@ -63,6 +63,10 @@ e2e *ARGS:
 # Run the soak test for MINUTES (further arguments: --seed N, --plot)
 soak MINUTES *ARGS:
     PYTHONPATH=tests/e2e python3 -m support.soak "$@"
+
+# Test the package for arm64 on a booted Debian, on an emulated processor (arguments go to pytest)
+arm64 *ARGS: (deb "arm64")
+    pytest --emulated tests/e2e/test_arm64.py "$@"
 
 # Run the Rust tests on slow sockets: MODE is delay or short (further arguments go to cargo test)
 slow MODE *ARGS:

@@ -15,6 +15,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run tests that take hours")
+    parser.addoption("--emulated", action="store_true", help="also run tests that emulate another processor")
     parser.addoption("--plot", action="store_true", help="draw docs/dashboard.svg, which makes its test run longer")
 
 
@@ -24,10 +25,11 @@ SLOWEST = [f"test_{name}.py" for name in ("quick_start", "image", "containers", 
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
-    if not config.getoption("--full"):
-        hours = [item for item in items if item.get_closest_marker("hours")]
-        items[:] = [item for item in items if item not in hours]
-        config.hook.pytest_deselected(items=hours)
+    for option, marker in [("--full", "hours"), ("--emulated", "emulated")]:
+        if not config.getoption(option):
+            deselected = [item for item in items if item.get_closest_marker(marker)]
+            items[:] = [item for item in items if item not in deselected]
+            config.hook.pytest_deselected(items=deselected)
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """The programs that the end-to-end tests run, and the Debian packages that contain them. Further programs come with the e2e group of
 pyproject.toml.
 
-python3 -m support.tools    prints the missing packages, for apt-get
+python3 -m support.tools              prints the missing packages, for apt-get
+python3 -m support.tools emulation    also those of the tests that are marked as `emulated`
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 DJANGO = "/usr/lib/python3/dist-packages/django"
@@ -71,15 +73,24 @@ PACKAGES = {
     "wg": "wireguard-tools",
 }
 
+# Only for the tests that are marked as `emulated`.
+EMULATION = {
+    "arch-test": "arch-test",
+    "mke2fs": "e2fsprogs",
+    "qemu-system-aarch64": "qemu-system-arm",
+    "ssh": "openssh-client",
+}
+
 
 def missing(commands=PACKAGES):
     """The Debian packages of those commands that are not installed."""
-    return sorted({PACKAGES[command] for command in commands if command in PACKAGES and is_absent(command)})
+    packages = PACKAGES | EMULATION
+    return sorted({packages[command] for command in commands if command in packages and is_absent(command)})
 
 
 def missing_python(commands):
     """The commands that are not installed and that come from pyproject.toml, not from a Debian package."""
-    return [command for command in commands if command not in PACKAGES and is_absent(command)]
+    return [command for command in commands if command not in PACKAGES | EMULATION and is_absent(command)]
 
 
 def is_absent(command):
@@ -87,4 +98,4 @@ def is_absent(command):
 
 
 if __name__ == "__main__":
-    print(*missing())
+    print(*missing(PACKAGES | EMULATION if sys.argv[1:] == ["emulation"] else PACKAGES))
