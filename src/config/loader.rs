@@ -55,20 +55,24 @@ impl<'a> Loader<'a> {
         kind: &K,
         default: impl FnOnce() -> K::Value,
     ) -> Option<K::Value> {
+        match self.given(name, kind)? {
+            Some(value) => Some(value),
+            None => Some(default()),
+        }
+    }
+
+    /// The value of a setting in the layers: `Some(None)` if no layer has one, `None` if it is wrong or ignored.
+    #[inline(never)] // Each setting has a default of its own, and would get a copy of this function.
+    fn given<K: ValueKind>(&mut self, name: &str, kind: &K) -> Option<Option<K::Value>> {
         if self.only.is_some_and(|names| !names.contains(&name)) {
             return None;
         }
-        let Ok(value) = self.figment.find_value(name) else {
-            return Some(default());
-        };
+        let Ok(value) = self.figment.find_value(name) else { return Some(None) };
         let is_text = !matches!(self.layer(&value), Layer::File(_));
-        match kind.parse(&Given { value: &value, is_text }) {
-            Ok(parsed) => Some(parsed),
-            Err(mismatches) => {
-                mismatches.iter().for_each(|mismatch| self.report_mismatch(name, mismatch));
-                None
-            }
-        }
+        kind.parse(&Given { value: &value, is_text })
+            .map(Some)
+            .map_err(|mismatches| mismatches.iter().for_each(|mismatch| self.report_mismatch(name, mismatch)))
+            .ok()
     }
 
     /// Reports a setting whose value is fine by itself, but not `expected` together with others.

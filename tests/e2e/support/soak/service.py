@@ -50,7 +50,8 @@ class Service:
         self.counted = collections.Counter()
         self.epoch = 0  # odd from DRAIN_COUNTED after SIGTERM until the next process is ready
         self.generation = 0
-        self.version = subprocess.run([binary(), "--version"], check=True, capture_output=True, text=True).stdout.split()[-1]
+        shown = subprocess.run([binary(), "--version"], check=True, capture_output=True, text=True).stdout
+        self.version, self.commit = re.fullmatch(r"key-service (\S+)(?: \(([^,)]+).*\))?\n", shown).groups(default="")
         self.earlier = collections.Counter()  # the last scrapes of the processes before this one
         self.rate = 100_000
         self.tokens, self.lines = {}, {}
@@ -220,7 +221,7 @@ class Service:
             "process_open_fds": figures["descriptors"] + 1,  # the connection of the scrape, which is closed now
             "process_max_fds": int(limit),
             "http_connections_limit": CONNECTIONS_MAX,
-            f'build_info{{version="{self.version}"}}': 1,
+            f'build_info{{commit="{self.commit}",version="{self.version}"}}': 1,
             "process_start_time_seconds": self.process_started or values["process_start_time_seconds"],
             **self.more_expected(),
         }
