@@ -79,6 +79,7 @@ fn section(name: &str, render: impl FnOnce(&mut dyn Write) -> io::Result<()>) ->
     render(&mut written)?;
     let written = String::from_utf8(written).map_err(io::Error::other)?;
     let below = written.split_once(&format!(".SH {name}\n")).map_or("", |(_, below)| below);
-    // clap_mangen writes an apostrophe as a string that it defines above the heading, which is cut off here.
-    Ok(below.replace("\\*(Aq", "\\(aq"))
+    // clap_mangen writes an apostrophe as a string that it defines above the heading, which is cut off here. Above possible
+    // values it breaks the line around an empty one, which mandoc(1) warns of.
+    Ok(below.replace("\\*(Aq", "\\(aq").replace(".br\n\n.br\n", ".br\n"))
 }
