@@ -14,7 +14,7 @@ use rustix::net::SendFlags;
 
 use crate::telemetry::drop_counters::DropCounters;
 use crate::telemetry::log_level::{LogLevel, ReloadableLevel};
-use crate::telemetry::log_queue::{LogQueue, Message, enqueue};
+use crate::telemetry::log_queue::{LogQueue, Message, enqueue, enqueue_or_drop};
 use crate::telemetry::log_writer::LogWriter;
 
 /// The most events in the queue.
@@ -82,11 +82,7 @@ impl Log {
     /// terminal it is not written. A terminal that its user has stopped delays nothing else.
     pub fn print_on_terminal(&self, text: String) {
         if self.is_on_terminal {
-            self.dropped.enqueue(false);
-            if !enqueue(&self.queue, Message::Text(text), None) {
-                self.dropped.dequeue(false);
-                self.dropped.count_dropped(false);
-            }
+            enqueue_or_drop(&self.queue, Message::Text(text), false, None, &self.dropped);
         }
     }
 

@@ -49,6 +49,21 @@ pub(super) fn enqueue(queue: &SyncSender<Message>, mut message: Message, deadlin
     }
 }
 
+/// Puts `message` into the queue, or counts it as dropped if the queue is full until `deadline`.
+pub(super) fn enqueue_or_drop(
+    queue: &SyncSender<Message>,
+    message: Message,
+    is_audit: bool,
+    deadline: Option<Instant>,
+    dropped: &DropCounters,
+) {
+    dropped.enqueue(is_audit);
+    if !enqueue(queue, message, deadline) {
+        dropped.dequeue(is_audit);
+        dropped.count_dropped(is_audit);
+    }
+}
+
 impl Subscriber for LogQueue {
     fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
         if self.enabled(metadata) { Interest::always() } else { Interest::never() }
@@ -66,11 +81,8 @@ impl Subscriber for LogQueue {
     fn event(&self, event: &Event<'_>) {
         let event = OwnedEvent::new(event);
         let is_audit = event.is_audit();
-        self.dropped.enqueue(is_audit);
-        if !enqueue(&self.queue, Message::Event(event), self.deadline.get().copied()) {
-            self.dropped.dequeue(is_audit);
-            self.dropped.count_dropped(is_audit);
-        }
+        let deadline = self.deadline.get().copied();
+        enqueue_or_drop(&self.queue, Message::Event(event), is_audit, deadline, &self.dropped);
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {

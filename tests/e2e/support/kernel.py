@@ -81,6 +81,14 @@ class Getrandom:
         return {"before": self.install, "after": self.start}
 
 
+def install_filter(seccomp, filters):
+    """Installs a filter that decides by itself. Runs in the child, before exec. `seccomp` is the number of seccomp(2)."""
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in filters))
+    program = ctypes.create_string_buffer(struct.pack("@HP", len(filters), ctypes.addressof(code)))
+    if LIBC.prctl(38, 1, 0, 0, 0) or LIBC.syscall(seccomp, 1, 0, program):  # PR_SET_NO_NEW_PRIVS, SET_MODE_FILTER
+        raise OSError(ctypes.get_errno(), "seccomp")
+
+
 class DenySocket(Getrandom):
     """Makes socket(2) fail for some address families: for IPv6 as with the kernel's ipv6.disable=1, for IPv4 as in the unit's sandbox."""
 
@@ -104,10 +112,7 @@ class DenySocket(Getrandom):
             (ret, 0, 0, 0x7FFF0000),
             (ret, 0, 0, deny),
         ]  # ALLOW
-        code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in filters))
-        program = ctypes.create_string_buffer(struct.pack("@HP", len(filters), ctypes.addressof(code)))
-        if LIBC.prctl(38, 1, 0, 0, 0) or LIBC.syscall(seccomp, 1, 0, program):  # PR_SET_NO_NEW_PRIVS, SET_MODE_FILTER
-            raise OSError(ctypes.get_errno(), "seccomp")
+        install_filter(seccomp, filters)
 
 
 class DenyFlag:
@@ -130,10 +135,7 @@ class DenyFlag:
             (ret, 0, 0, 0x00050000 | self.code),  # SECCOMP_RET_ERRNO
             (ret, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
         ]
-        code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in filters))
-        program = ctypes.create_string_buffer(struct.pack("@HP", len(filters), ctypes.addressof(code)))
-        if LIBC.prctl(38, 1, 0, 0, 0) or LIBC.syscall(seccomp, 1, 0, program):  # PR_SET_NO_NEW_PRIVS
-            raise OSError(ctypes.get_errno(), "seccomp")
+        install_filter(seccomp, filters)
 
 
 class Accept4(Getrandom):
