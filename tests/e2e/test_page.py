@@ -14,9 +14,10 @@ import subprocess
 import urllib.request
 import zlib
 
-import jwt
 import pytest
 from cryptography.fernet import Fernet
+from joserfc import jwt
+from joserfc.jwk import OctKey
 from support import certificates, npm, peers
 from support.browser import HOST
 from support.conditions import TIMEOUT, expect
@@ -370,8 +371,9 @@ def test_presets_make_what_they_are_made_for(daemon, browser):
         Fernet(key)
     with pytest.raises(ValueError, match="32 url-safe base64-encoded bytes"):  # without padding
         Fernet(found["JWT"])
-    token = jwt.encode({"sub": "a"}, found["JWT"], "HS256")
-    expect(jwt.decode(token, found["JWT"], ["HS256"]), {"sub": "a"}, "what a JWT says")
+    secret = OctKey.import_key(found["JWT"])
+    token = jwt.encode({"alg": "HS256"}, {"sub": "a"}, secret)
+    expect(jwt.decode(token, secret, algorithms=["HS256"]).claims, {"sub": "a"}, "what a JWT says")
     page.choose("length", 33)
     expect(page("document.querySelectorAll('#presets [aria-pressed=true]').length"), 0, "pressed presets after another change")
     expect(page.text("purpose"), "", "the purpose after another change")
