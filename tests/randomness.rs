@@ -159,7 +159,7 @@ async fn a_broken_source_returns_503_and_is_never_trusted_again() {
             let path = format!("/key/{length}");
             assert_eq!(service.status(&path).await, "200");
             service.is_broken.store(true, Ordering::Relaxed);
-            // A repeating source is detected at its first repetition, not before.
+            // A repeating source serves each of its blocks once, and is detected as it starts over.
             let mut served = 0;
             while service.status(&path).await == "200" {
                 served += 1;

@@ -51,9 +51,14 @@ const BLOCK_SIZE: usize = 16;
 /// AES blocks that are counted and then encrypted at a time: their 8 KiB stay in the first-level cache in between.
 const BLOCKS_PER_PASS: usize = 512;
 
-/// The number of recent blocks that the repetition test remembers. A block of a healthy source matches one of them by
-/// chance with a probability of 2⁻⁵⁴.
-const FINGERPRINTS: usize = 1024;
+/// Recent blocks are remembered in this many sets, selected by 8 bits of their fingerprints. A block of a healthy source
+/// has the other 56 bits of one of its set by chance with a probability of 2⁻⁵⁴.
+const SETS: usize = 256;
+
+/// Fingerprints in a set. A source that repeats itself after as many reads or fewer is detected at once, since no other
+/// blocks can have displaced the first one. With a period above this, and up to some hundreds, it is never detected with
+/// a probability of at most 2⁻³², that of five blocks in one set.
+const SET_SIZE: usize = 4;
 
 /// A source of random bytes: [`OsRandom`] in the daemon, a broken one in tests.
 pub trait Source: Send + Sync + 'static {
@@ -112,8 +117,8 @@ pub struct Generator {
     is_reported: AtomicBool,
     /// Hashes blocks to fingerprints, under a random key that only this process has.
     hasher: SipHasher13,
-    /// Fingerprints of recent blocks; 0 is an empty slot.
-    recent: Box<[AtomicU64]>,
+    /// Fingerprints of recent blocks, the latest of each set first; 0 is none.
+    recent: Box<[[AtomicU64; SET_SIZE]]>,
 }
 
 impl fmt::Debug for Generator {
@@ -137,7 +142,7 @@ impl Generator {
             failure: OnceLock::new(),
             is_reported: AtomicBool::new(false),
             hasher: SipHasher13::new_with_key(&key),
-            recent: (0..FINGERPRINTS).map(|_| AtomicU64::new(0)).collect(),
+            recent: (0..SETS).map(|_| Default::default()).collect(),
         };
         test_cipher(key_stream)?;
         generator.test_block(&probe)?;
@@ -210,9 +215,18 @@ impl Generator {
             return Err(GeneratorError::Constant);
         }
         let fingerprint = self.hasher.hash(block).max(1);
-        let slot = usize::try_from(fingerprint % FINGERPRINTS as u64).expect("below FINGERPRINTS");
-        if self.recent[slot].swap(fingerprint, Ordering::Relaxed) == fingerprint {
+        let set = usize::try_from(fingerprint % SETS as u64).expect("below SETS");
+        let [latest, older @ ..] = &self.recent[set];
+        // Compared before this fingerprint is among them: afterwards, another call may move it on.
+        let is_older = older.iter().any(|slot| slot.load(Ordering::Relaxed) == fingerprint);
+        let mut moved = latest.swap(fingerprint, Ordering::Relaxed);
+        if is_older || moved == fingerprint {
             return Err(GeneratorError::Repeated);
+        }
+        // The other fingerprints move on by one slot, and the last one is forgotten. One that is between two slots is
+        // missed by another call, which detects a later repetition instead.
+        for slot in older {
+            moved = slot.swap(moved, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -429,9 +443,52 @@ mod tests {
         assert!(key.chunks(5).all(|chunk| chunk != [0; 5]));
     }
 
+    /// Different blocks whose fingerprints are all of one set.
+    fn blocks_of_one_set(generator: &Generator) -> impl Iterator<Item = [u8; SEED_SIZE]> {
+        let is_of_first_set =
+            |block: &[u8; SEED_SIZE]| generator.hasher.hash(block).is_multiple_of(SETS as u64);
+        let block = |n: u64| {
+            let mut block = [1; SEED_SIZE];
+            block[..8].copy_from_slice(&n.to_be_bytes());
+            block
+        };
+        (0..).map(block).filter(is_of_first_set)
+    }
+
+    #[test]
+    fn concurrent_calls_find_no_repetition_in_a_healthy_source() {
+        let generator = Generator::new(OsRandom).unwrap();
+        let blocks: Vec<_> = blocks_of_one_set(&generator).take(8000).collect();
+        std::thread::scope(|scope| {
+            for blocks in blocks.chunks(2000) {
+                let generator = &generator;
+                scope.spawn(move || {
+                    for block in blocks {
+                        assert_eq!(generator.test_block(block), Ok(()));
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_short_period_is_detected_at_the_first_repetition() {
+        for period in 1..=SET_SIZE {
+            // The worst case: after 1,024 other blocks, all blocks of the period are of one set.
+            let generator = Generator::new(OsRandom).unwrap();
+            (0..SETS * SET_SIZE).for_each(|_| generator.check().unwrap());
+            let blocks: Vec<_> = blocks_of_one_set(&generator).take(period).collect();
+            for block in &blocks {
+                assert_eq!(generator.test_block(block), Ok(()), "period {period}");
+            }
+            assert_eq!(generator.test_block(&blocks[0]), Err(GeneratorError::Repeated), "period {period}");
+        }
+    }
+
     #[test]
     fn a_periodic_source_is_detected() {
-        for period in [1, 2, 63, 500] {
+        // Missed by chance with a probability of 2⁻³² (see SET_SIZE).
+        for period in [1, 2, 5, 63, 500] {
             let at = AtomicUsize::new(0);
             let source = breaks(66, move |buffer: &mut [u8]| {
                 let n = at.fetch_add(1, Ordering::Relaxed) % period;
