@@ -285,7 +285,7 @@ fn a_reload_that_removes_protection_warns_and_names_it() {
     assert_eq!(daemon.get("/key/10").status, 200);
     daemon.wait_for_log("configuration reloaded");
     let log = daemon.log();
-    let warnings: Vec<_> = log.lines().filter(|line| line.contains("WARN")).collect();
+    let warnings: Vec<_> = log.lines().filter(|line| line.contains(" WARN ")).collect();
     let [warning] = warnings[..] else { panic!("one warning: {log}") };
     assert!(warning.contains("protection removed by this reload"), "{warning}");
     assert!(warning.contains("settings=tokens-file, rate-requests, rate-bytes, audit"), "{warning}");

@@ -214,13 +214,16 @@ fn a_dual_stack_socket_reports_ipv4_clients_as_ipv4() {
 
 #[test]
 fn an_ipv4_host_leaves_the_ipv6_port_free() {
-    let daemon = Daemon::start_with(TempDirectory::new(), |command| {
-        command.args(["--host", "0.0.0.0", "--srv-port", "0", "--metrics-port", "0"]);
-    });
-    let (keys, metrics) = (daemon.keys().port(), daemon.metrics().port());
-    assert_eq!(daemon.status, format!("Keys on 0.0.0.0:{keys}; metrics on 0.0.0.0:{metrics}"));
-    let ipv6 = TcpListener::bind((Ipv6Addr::LOCALHOST, keys));
-    assert!(ipv6.is_ok() || !common::has_ipv6(), "the port is free for IPv6: {ipv6:?}");
+    let leaves_it_free = || {
+        let daemon = Daemon::start_with(TempDirectory::new(), |command| {
+            command.args(["--host", "0.0.0.0", "--srv-port", "0", "--metrics-port", "0"]);
+        });
+        let (keys, metrics) = (daemon.keys().port(), daemon.metrics().port());
+        assert_eq!(daemon.status, format!("Keys on 0.0.0.0:{keys}; metrics on 0.0.0.0:{metrics}"));
+        TcpListener::bind((Ipv6Addr::LOCALHOST, keys)).is_ok()
+    };
+    // Another process may have bound the same port for IPv6 alone, but not three times.
+    assert!(!common::has_ipv6() || (0..3).any(|_| leaves_it_free()), "the port is free for IPv6");
 }
 
 #[test]

@@ -352,7 +352,7 @@ fn a_unix_socket_has_its_mode_and_needs_a_token_unless_trusted() {
         assert_eq!(unix_status(&socket, &request("/key/32", "")), status, "unix-trust = {trust}");
         let header = format!("Authorization: Bearer {token}\r\n");
         assert_eq!(unix_status(&socket, &request("/key/32", &header)), 200);
-        let unknown = format!("Authorization: Bearer {}\r\n", token.replace(['0', '1', '2', '3'], "4"));
+        let unknown = format!("Authorization: Bearer {}\r\n", new_token(&[]).0);
         assert_eq!(
             unix_status(&socket, &request("/key/32", &unknown)),
             401,

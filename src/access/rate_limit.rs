@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::access::peer::Client;
 
-/// Slots in the table: the number of clients that are counted separately.
+/// Slots in the table: no more clients are counted separately.
 const CLIENTS_MAX: usize = 65_536;
 
 /// Slots per set. The clients of a set share a lock and compete for its slots.
@@ -136,8 +136,10 @@ impl RateLimitStatus {
 ///
 /// A new client that finds no free slot takes over the slot with the earliest TAT of its set, *and that TAT*, up to one
 /// burst ahead of now. So no client exceeds its rates by taking over a slot or by losing its own, however many
-/// addresses it has: as in the Space-Saving algorithm, the counters err only upwards. The cost: while more clients than
-/// there are slots have used part of their burst, some of them share the rates of one client.
+/// addresses it has: as in the Space-Saving algorithm, the counters err only upwards. The cost: while more than eight
+/// clients of a set have used part of their burst, two of them share the rates of one client. Of 2,000 such clients in
+/// the table, nine are in one set with a probability of 2⁻²⁴, of 10,000 with one of 5 %, and of 20,000 eight sets have nine
+/// or more in the mean.
 ///
 /// Only a key larger than the burst moves a TAT more than one burst ahead. A new client does not inherit that part: it
 /// never requested such a key, and could wait for hours. If a client did, and its slot is taken over, its TAT is then
@@ -423,7 +425,7 @@ mod tests {
         /// beyond it.
         #[test]
         fn no_client_gets_more_than_from_an_unlimited_table(
-            requests in proptest::collection::vec((0u32..20, 0u64..3000, 0u64..2_000), 1..400)
+            requests in proptest::collection::vec((0u32..20, 0u64..=2000, 0u64..2_000), 1..400)
         ) {
             let start = Instant::now();
             let limiter = RateLimiter::with_sets(1, start);

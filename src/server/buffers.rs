@@ -7,7 +7,6 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
-use std::time::Instant;
 
 use crate::access::peer::Client;
 
@@ -31,12 +30,15 @@ pub struct BufferLimit {
 struct Holders {
     by_client: HashMap<Client, VecDeque<Arc<Holder>>>,
     count: usize,
+    /// The number of the next connection.
+    next: u64,
 }
 
 #[derive(Debug)]
 struct Holder {
     client: Client,
-    since: Instant,
+    /// Older connections have lower numbers.
+    number: u64,
     /// Wakes its task to find that it was evicted.
     waker: Waker,
     is_evicted: AtomicBool,
@@ -47,7 +49,7 @@ impl BufferLimit {
     pub fn new(limit: usize) -> Self {
         // With its full capacity from the start, so that it never grows on the heap of a worker (`memory.rs`).
         let by_client = HashMap::with_capacity(limit);
-        Self { limit: limit.max(1), holders: Mutex::new(Holders { by_client, count: 0 }) }
+        Self { limit: limit.max(1), holders: Mutex::new(Holders { by_client, count: 0, next: 0 }) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Holders> {
@@ -73,7 +75,7 @@ impl Holders {
         if self.count <= limit {
             return None;
         }
-        let oldest = |holders: &VecDeque<Arc<Holder>>| holders.front().map(|holder| holder.since);
+        let oldest = |holders: &VecDeque<Arc<Holder>>| holders.front().map(|holder| holder.number);
         let most = self
             .by_client
             .values()
@@ -101,13 +103,14 @@ impl BufferAccount {
     /// Counts a connection, whose task has `waker`, until the permit is dropped. Over the limit, this connection or
     /// another one is evicted.
     pub(crate) fn hold(&self, waker: &Waker) -> BufferPermit {
+        let mut holders = self.limit.lock();
         let holder = Arc::new(Holder {
             client: self.client,
-            since: Instant::now(),
+            number: holders.next,
             waker: waker.clone(),
             is_evicted: AtomicBool::new(false),
         });
-        let mut holders = self.limit.lock();
+        holders.next += 1;
         holders.by_client.entry(self.client).or_default().push_back(Arc::clone(&holder));
         holders.count += 1;
         let evicted = holders.victim(self.limit.limit);

@@ -35,7 +35,9 @@ BAD_BLOCKS = 0.0008
 RNGTEST_P = 1e-10
 # In standard deviations, for each of four statistics: 2.6e-12 two-sided if they were exactly normal.
 ENT_LIMIT = 7.0
-# A test fails if both of two samples have a p-value below 1e-6 or above 1 - 1e-6: 4e-12 for each test.
+# A test fails if both of two samples have a p-value below 1e-6: at most 1e-12 for each test. Values near 1 say nothing: dieharder's
+# Kolmogorov-Smirnov test computes its distance in another way than the distribution it looks it up in, so that with 8 p-values of a good
+# source, 2 in 100 results are above 1 - 1e-6.
 DIEHARDER_P = 1e-6
 # Fast tests of different kinds: spacings, ranks of binary matrices, bits, runs of bits. They use fewer samples than dieharder's default of
 # 100. With fewer than 8 samples, the rank test can't give a p-value below the limit.
@@ -149,7 +151,7 @@ def dieharder(samples):
             if not found:
                 raise RuntimeError(f"dieharder {' '.join(options)} gave no p-value: {output}")
             p_values |= {name: float(p) for name, p in found}
-        fails = {name for name, p in p_values.items() if min(p, 1 - p) < DIEHARDER_P}
+        fails = {name for name, p in p_values.items() if p < DIEHARDER_P}
         failed = fails if failed is None else failed & fails
         figures = figures or [f"{name} {p:.3g}" for name, p in p_values.items()]
         if not failed:
@@ -336,19 +338,28 @@ def test_every_key_is_a_system_call_with_its_own_libc(tmp_path, figures):
 
 
 @pytest.mark.hours
+@pytest.mark.timeout(0)
 def test_rngtest_accepts_a_million_blocks(daemon, figures):
     """rngtest accepts a million blocks"""
     output = run_tool(daemon, ["rngtest", "-c", "1000000"])
     failures = int(re.search(r"FIPS 140-2 failures: (\d+)", output).group(1))
-    # The expected 800, plus or minus five standard deviations: one run in 1.7 million is outside.
-    assert 659 <= failures <= 941, f"{failures} failed"
+    # The expected 800, plus or minus seven standard deviations: 5e-12 by the Poisson distribution.
+    assert 600 <= failures <= 1000, f"{failures} failed"
     figures(f"{failures} failed")
 
 
 @pytest.mark.hours
-def test_dieharder_reports_no_failure(daemon, figures):
-    """dieharder -a reports no test as FAILED"""
-    output = run_tool(daemon, ["dieharder", "-a", "-g", "200"])
-    counts = {word: len(re.findall(rf"\b{word}\b", output)) for word in ("PASSED", "WEAK", "FAILED")}
-    assert counts["PASSED"] > 100 and not counts["FAILED"], f"{counts}\n{output}"
-    figures(str(counts))
+@pytest.mark.timeout(0)
+def test_dieharder_accepts_all_tests(daemon, figures):
+    """no row of dieharder -a has a p-value below 1e-6, or it does not in a second run"""
+    failed = None
+    for _ in range(2):  # 1e-12 for each of about 107 rows
+        output = run_tool(daemon, ["dieharder", "-a", "-g", "200"])
+        p_values = re.findall(r"\| *([0-9.]+)\| *(?:PASSED|WEAK|FAILED)", output)
+        assert len(p_values) > 100, output
+        fails = {row for row, p in enumerate(p_values) if float(p) < DIEHARDER_P}
+        failed = fails if failed is None else failed & fails
+        if not failed:
+            break
+    assert not failed, output
+    figures(f"{len(p_values)} p-values")

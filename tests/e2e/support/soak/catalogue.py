@@ -233,8 +233,8 @@ def choose(random, size_max=MAX_SIZE, rates=False):
 
 
 def fingerprints(found, alphabet):
-    """64 bits for each key that must be unique. Of n, two are equal by chance with a probability of n²/2^65: 3e-8 for a million."""
+    """128 bits for each key that must be unique. Of n, two are equal by chance with a probability of n²/2^129: 1e-27 for a million."""
     if alphabet:  # passwords of at least 128 bits
         found = [each for each in found if len(each) * math.log2(len(expand(alphabet))) >= 128]
     found = [each for each in found if len(each) >= UNIQUE_MIN][:COMPARED_MAX]
-    return [int.from_bytes(hashlib.sha256(each).digest()[:8], "big") for each in found]
+    return [int.from_bytes(hashlib.sha256(each).digest()[:16], "big") for each in found]
