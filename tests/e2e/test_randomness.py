@@ -162,20 +162,21 @@ def dieharder(samples):
 def run_tool(daemon, command):
     """The output of a tool that reads as many served bytes as it needs."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    threading.Thread(target=feed, args=(daemon, process.stdin), daemon=True).start()
-    output = ""
-    with peers.killed_after(process, command[0]):
-        for line in process.stdout:
-            output += line.decode()
+    feeder = threading.Thread(target=feed, args=(daemon, process.stdin), daemon=True)
+    feeder.start()
+    with peers.killed_after(process, command[0]), process.stdout:
+        output = process.stdout.read().decode()
         process.wait(TIMEOUT)
+    feeder.join(TIMEOUT)
     return output
 
 
 def feed(daemon, pipe):
     with contextlib.suppress(BrokenPipeError, ConnectionError), pipe:  # closes the pipe, so that a tool that waits for more bytes ends
         while True:
-            for chunk in daemon.chunks(MAX_SIZE):
-                pipe.write(chunk)
+            with contextlib.closing(daemon.chunks(MAX_SIZE)) as chunks:
+                for chunk in chunks:
+                    pipe.write(chunk)
 
 
 def poisson_at_least(count, mean):
