@@ -56,8 +56,8 @@ const BLOCKS_PER_PASS: usize = 512;
 const SETS: usize = 256;
 
 /// Fingerprints in a set. A source that repeats itself after as many reads or fewer is detected at once, since no other
-/// blocks can have displaced the first one. With a period above this, and up to some hundreds, it is never detected with
-/// a probability of at most 2⁻³², that of five blocks in one set.
+/// blocks can have displaced the first one. If its period is longer, up to some hundreds of reads, the probability that
+/// it is never detected is at most 2⁻³², that of five blocks in one set.
 const SET_SIZE: usize = 4;
 
 /// A source of random bytes: [`OsRandom`] in the daemon, a broken one in tests.

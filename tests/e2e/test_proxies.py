@@ -224,6 +224,8 @@ def test_each_client_has_its_own_connections(version):
         expect([stage.get("/key/32"), stage.get("/key/32", "127.0.0.6")], [503, 200], "statuses")
 
 
+# One result decides. A check that takes longer than the interval fails.
+CHECK = "check inter 1s fall 1 rise 1"
 OVER_TLS = "check-ssl verify required ca-file {directory}/cert.pem"
 
 
@@ -241,8 +243,7 @@ OVER_TLS = "check-ssl verify required ca-file {directory}/cert.pem"
 @each_version
 def test_health_checks_pass(version, tls, backend, options, expected):
     """haproxy's TCP and HTTP checks pass, with and without TLS, and cause no errors and no log lines"""
-    # A check that takes longer than the interval fails.
-    with Stage(f"{version} check check-send-proxy {options} inter 1s fall 1 rise 1", backend=backend, tls=tls) as stage:
+    with Stage(f"{version} {CHECK} check-send-proxy {options}", backend=backend, tls=tls) as stage:
         until("the first log lines", lambda: stage.daemon.lines("Keys on"))
         before = stage.daemon.log.read_text()
         expect(until("a check", stage.health), ("UP", expected), "result of a health check")
@@ -255,14 +256,14 @@ def test_health_checks_pass(version, tls, backend, options, expected):
 
 def test_missing_send_proxy_is_detected():
     """without send-proxy, haproxy marks the daemon as down, clients get no key, and the log has the reason"""
-    with Stage("check inter 1s fall 1 rise 1", backend=HTTP_CHECK) as stage:
+    with Stage(CHECK, backend=HTTP_CHECK) as stage:
         check_down(stage, "missing")
 
 
 @each_version
 def test_a_forgotten_trusted_proxy_is_noticed(version):
     """if trusted-proxies lacks haproxy's address, haproxy marks the daemon as down, and the log has the address"""
-    with Stage(f"{version} check inter 1s fall 1 rise 1", TRUSTING.replace(PROXY, "192.0.2.1"), HTTP_CHECK) as stage:
+    with Stage(f"{version} {CHECK}", TRUSTING.replace(PROXY, "192.0.2.1"), HTTP_CHECK) as stage:
         check_down(stage, "untrusted")
 
 
@@ -279,7 +280,7 @@ def check_down(stage, reason):
 def test_missing_proxy_protocol_setting_is_detected(version):
     """control for the checks above: a daemon without proxy-protocol answers 400, and haproxy marks it as down"""
     config = TRUSTING.replace("proxy-protocol = true", "proxy-protocol = false")
-    with Stage(f"{version} check check-send-proxy inter 1s fall 1 rise 1", config, HTTP_CHECK) as stage:
+    with Stage(f"{version} {CHECK} check-send-proxy", config, HTTP_CHECK) as stage:
         expect(until("a check", stage.health), ("DOWN", "L7STS"), "result of a health check")
         expect(stage.get("/key/32"), None, "status of a request, which haproxy does not forward to a daemon that is down")
     with Stage(version, config) as stage:
