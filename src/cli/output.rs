@@ -250,33 +250,23 @@ impl Drop for NewFile<'_> {
 mod tests {
     use super::*;
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use crate::keys::format::{Format, Kind};
-    use crate::keys::generator::{OsRandom, Source};
+    use crate::keys::generator::breaks;
     use crate::keys::key::KeyLength;
     use crate::keys::key_spec::KeySpec;
 
     /// Bytes of a chunk of a raw key.
     const CHUNK: u64 = 32 * 1024;
 
-    /// A source of kernel bytes that fails after some reads, and then calls a function.
-    struct Breaks<F>(AtomicUsize, F);
-
-    impl<F: Fn() + Send + Sync + 'static> Source for Breaks<F> {
-        fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-            // 66 for the self-tests, one for each chunk, and one for a temporary name.
-            if self.0.fetch_add(1, Ordering::Relaxed) < 69 {
-                return OsRandom.read(buffer);
-            }
-            self.1();
-            Err(Errno::PERM.into())
-        }
-    }
-
-    /// A key whose generator fails within it.
+    /// A key whose generator calls `then` within it, and fails.
     fn breaking(then: impl Fn() + Send + Sync + 'static) -> (EncodedStream, Arc<Generator>) {
-        let generator = Arc::new(Generator::new(Breaks(AtomicUsize::new(0), then)).unwrap());
+        // 66 reads for the self-tests, one for each chunk, and one for a temporary name.
+        let source = breaks(69, move |_: &mut [u8]| {
+            then();
+            Err(Errno::PERM.into())
+        });
+        let generator = Arc::new(Generator::new(source).unwrap());
         let length = KeyLength::new(10 * CHUNK, u64::MAX).unwrap();
         let spec = KeySpec::new(Kind::Key, length, Format::Raw, None).unwrap();
         (EncodedStream::start(&spec, Arc::clone(&generator)).unwrap(), generator)

@@ -329,11 +329,13 @@ fn test_cipher(key_stream: impl Fn(&[u8; SEED_SIZE], [u64; 2], &mut [u8])) -> Re
 }
 
 #[cfg(test)]
+pub(crate) use tests::breaks;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicUsize;
 
-    /// A source of the kernel's bytes that breaks after `breaks_at` reads; `broken` serves the later reads.
     struct Breaks<F> {
         reads: AtomicUsize,
         breaks_at: usize,
@@ -350,7 +352,9 @@ mod tests {
         }
     }
 
-    fn breaks(
+    /// A source of the kernel's bytes whose reads from the one with this number are those of `broken`. The self-tests of
+    /// [`Generator::new`] take 66.
+    pub(crate) fn breaks(
         breaks_at: usize,
         broken: impl Fn(&mut [u8]) -> io::Result<usize> + Send + Sync + 'static,
     ) -> impl Source {
