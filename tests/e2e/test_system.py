@@ -770,6 +770,18 @@ def test_each_unit_gets_its_own_key(machine, figures):
     figures(f"closed without a byte: {outcomes['empty']}; more bytes than systemd accepts: {outcomes['refusal']}")
 
 
+def test_machines_share_no_control_group(machine, tmp_path):
+    """support/machine.py: a service that runs on one machine has no control group on another, and a stopped machine leaves none"""
+    machine.write("/run/systemd/system/alone.service", "[Service]\nExecStart=sleep infinity\n")
+    machine.run("systemctl daemon-reload && systemctl start alone")
+    with Machine(machine.suite, tmp_path, machine.package) as other:
+        found = [each.run("find /sys/fs/cgroup -name alone.service").stdout.split() for each in (machine, other)]
+    assert found[0], "the machine that runs the service has no control group for it"
+    expect(found[1], [], "control groups on the other machine")
+    expect([str(group) for group in other.cgroups if group.exists()], [], "control groups of the stopped machine")
+    machine.run("systemctl stop alone && rm /run/systemd/system/alone.service && systemctl daemon-reload")
+
+
 def test_purge_removes_everything(machine):
     """apt-get purge leaves no file, user or unit"""
     machine.run("systemctl enable --now key-service && apt-get purge -y key-service", timeout=120)
@@ -779,10 +791,8 @@ def test_purge_removes_everything(machine):
     ).stdout.split()
     left = [path for path in left if not path.startswith(("/sys/", "/proc/", "/run/systemd/transient"))]
     expect(left, [], "files")
-    # systemd forgets a unit shortly after the unit's file and the last unit that names it are removed. If its control group can't be
-    # read at that moment (EIO on a busy host with cgroup v1), systemd looks again at the next reload only.
-    list_units = "systemctl daemon-reload; systemctl list-units --all --plain --no-legend 'key-service*'"
-    until("no more units", lambda: not machine.run(list_units).stdout.strip(), interval=1)
+    # systemd forgets a unit shortly after the unit's file and the last unit that names it are removed.
+    until("no more units", lambda: not machine.run("systemctl list-units --all --plain --no-legend 'key-service*'").stdout.strip())
     expect(machine.run("systemctl list-unit-files --no-legend 'key-service*'", ok=None).stdout.strip(), "", "unit files")
     machine.run("getent passwd key-service", ok=2)
     machine.run("bash -c '</dev/tcp/127.0.0.1/1123'", ok=1)

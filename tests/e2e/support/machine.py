@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,11 @@ SUPPORT = Path(__file__).resolve().parent
 # Root file systems are built once and kept here; each machine boots a copy.
 ROOTS = Path(os.environ.get("KEY_SERVICE_ROOTS", "/var/cache/key-service-roots"))
 PACKAGES = "systemd,systemd-sysv"
+# The hierarchies of control groups that systemd manages, with their names in /proc/PID/cgroup; cgroups(7). A host has the first, or the
+# other two.
+HIERARCHIES = [("", "/sys/fs/cgroup"), ("", "/sys/fs/cgroup/unified"), ("name=systemd", "/sys/fs/cgroup/systemd")]
+# Joins the directories before --, and runs the command after it.
+IN_CGROUPS = 'while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit; shift; done; shift; exec "$@"'
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
 
 
@@ -58,16 +64,18 @@ class Machine:
         return root
 
     def boot(self):
+        # systemd-nspawn keeps the control groups it is started in. Two machines in the same one would have a service of the same name
+        # in the same group: each would try to kill the other's processes, and remove groups that the other has just made.
+        self.cgroups = make_cgroups()
         # The system is killed when this process ends, for whatever reason.
         command = [
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            "--",
+            *("setpriv", "--pdeathsig", "KILL", "--"),
+            *("sh", "-c", IN_CGROUPS, "sh", *self.cgroups, "--"),
             "systemd-nspawn",
             "-q",
             "-D",
             self.disk,
+            f"--machine={self.cgroups[0].name}",
             "--boot",
             "--register=no",
             "--keep-unit",
@@ -83,7 +91,7 @@ class Machine:
             self.root = Path(f"/proc/{self.leader}/root")  # the file system as seen inside, with its mounts
             until("the boot", self.is_up, 3 * TIMEOUT)
         except BaseException as error:
-            peers.kill(self.nspawn, "systemd-nspawn")
+            self.kill()
             error.add_note((self.directory / "console").read_text(errors="replace")[-2000:])
             raise
 
@@ -201,7 +209,30 @@ class Machine:
             self.nspawn.wait(20)
         if self.nspawn.poll() is None:
             peers.log(f"the {self.suite} system did not power off within 20 s; killing it")
-            peers.kill(self.nspawn, "systemd-nspawn")
+        self.kill()
+
+    def kill(self):
+        peers.kill(self.nspawn, "systemd-nspawn")
+        for cgroup in self.cgroups:
+            until(f"the end of all processes in {cgroup}", lambda cgroup=cgroup: removed(cgroup))
+
+
+def make_cgroups():
+    """Makes a control group of the same new name, below the one of this process, in each hierarchy that systemd manages."""
+    own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+    name = f"key-service-{secrets.token_hex(8)}"
+    groups = [Path(root + own[key]) / name for key, root in HIERARCHIES if Path(root, "cgroup.procs").exists()]
+    for group in groups:
+        group.mkdir()
+    return groups
+
+
+def removed(cgroup):
+    """Removes a control group with those inside it, and returns whether it is gone: one with processes stays."""
+    for directory, *_ in os.walk(cgroup, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+    return not cgroup.exists()
 
 
 def is_first_process(pid):
