@@ -92,7 +92,7 @@ impl Service {
         let peer = Peer::tcp(([127, 0, 0, 1], 1).into());
         let service = self.http.clone().serve(ConnectionClass::Normal, peer);
         let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
-        let activity = IdleConnections::default().activity();
+        let activity = IdleConnections::new(1).activity();
         let serving = serve_connection(server, service, drain.subscribe(), &self.metrics, buffers, activity);
         let exchange = async {
             let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");

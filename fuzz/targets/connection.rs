@@ -181,7 +181,7 @@ async fn exchange(setup: &Setup, sent_bytes: &[u8], has_fast_path: bool) -> (Vec
     let drain = Drain::new();
     let (mut incoming, mut outgoing) = split(theirs);
     let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
-    let activity = IdleConnections::default().activity();
+    let activity = IdleConnections::new(1).activity();
     let serving = serve_connection(ours, recorder, drain.subscribe(), &METRICS, buffers, activity);
     let sending = async {
         for chunk in sent_bytes.chunks(setup.chunk_size) {

@@ -171,7 +171,7 @@ mod tests {
         let serve = |io| {
             let service = service_fn(|_: Request<Incoming>| ready(Ok(Response::new(String::from("served")))));
             let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
-            let activity = IdleConnections::default().activity();
+            let activity = IdleConnections::new(1).activity();
             serve_connection(io, SlowPathOnly(service), phase.clone(), &metrics, buffers, activity)
         };
         let request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";

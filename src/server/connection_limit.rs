@@ -73,7 +73,7 @@ impl ConnectionLimit {
             limit,
             over_limit,
             closed: Notify::new(),
-            idle: IdleConnections::default(),
+            idle: IdleConnections::new(limit),
             over_limit_tasks: Mutex::new(VecDeque::with_capacity(2 * over_limit)),
             accept_loops: watch::Sender::new(()),
         }

@@ -25,12 +25,12 @@ const SEARCH_MAX: Nanos = 200;
 const BUSY: Nanos = Nanos::MAX;
 
 /// The connections with a slot.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct IdleConnections {
     registry: Mutex<Registry>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Registry {
     connections: Vec<Arc<Activity>>,
     /// The connections that the last search found and when they became idle, the longest idle last.
@@ -50,6 +50,14 @@ pub struct Activity {
 }
 
 impl IdleConnections {
+    /// For about `count` connections at once.
+    pub fn new(count: usize) -> Self {
+        // With their full capacity from the start, so that they never grow on the heap of a worker (`memory.rs`).
+        let (connections, candidates) =
+            (Vec::with_capacity(count + FOUND_MAX), Vec::with_capacity(FOUND_MAX));
+        Self { registry: Mutex::new(Registry { connections, candidates, next_search: 0 }) }
+    }
+
     /// The activity of a busy connection. It is not evicted before it is added.
     pub fn activity(&self) -> Arc<Activity> {
         Arc::new(Activity {
@@ -101,6 +109,11 @@ impl IdleConnections {
         true
     }
 
+    /// Forgets what the last search found: a closed connection that it found keeps the memory of its task.
+    pub(crate) fn forget_candidates(&self) {
+        self.registry().candidates.clear();
+    }
+
     fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner) // no code under the lock can panic
     }
@@ -131,8 +144,9 @@ impl Registry {
             }
         }
         let longest_last = found.into_sorted_vec().into_iter().rev();
-        self.candidates =
-            longest_last.map(|(since, index)| (since, Arc::clone(&self.connections[index]))).collect();
+        self.candidates.clear();
+        let found = longest_last.map(|(since, index)| (since, Arc::clone(&self.connections[index])));
+        self.candidates.extend(found);
     }
 }
 
@@ -172,7 +186,7 @@ mod tests {
 
     #[test]
     fn the_longest_idle_connection_is_evicted_and_a_busy_one_never() {
-        let connections = IdleConnections::default();
+        let connections = IdleConnections::new(8);
         let now = clock::now();
         let [third, first, second, busy] = [3, 5, 4, 6].map(|ago| idle(&connections, now - ago));
         busy.set_busy();
@@ -188,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_connection_used_or_closed_since_the_search_is_skipped() {
-        let connections = IdleConnections::default();
+        let connections = IdleConnections::new(8);
         let [first, used, closed, last] = [4, 3, 2, 1].map(|ago| idle(&connections, clock::now() - ago));
         assert!(connections.evict());
         used.set_busy();

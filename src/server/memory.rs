@@ -69,6 +69,7 @@ pub async fn trim_after_bursts(connection_limit: &ConnectionLimit) {
     loop {
         sleep(INTERVAL).await;
         if burst.is_over(connection_limit.open_connections()) {
+            connection_limit.idle.forget_candidates();
             RESERVED.set(RESERVED.take().map(trim));
         }
     }

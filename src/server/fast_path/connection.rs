@@ -277,7 +277,7 @@ mod tests {
         capacity: usize,
     ) -> (FastPathConnection<'_, DuplexStream, Letters>, DuplexStream) {
         let (server, client) = duplex(capacity);
-        let (service, activity) = (Letters { left: Cell::new(left) }, IdleConnections::default().activity());
+        let (service, activity) = (Letters { left: Cell::new(left) }, IdleConnections::new(1).activity());
         let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
         (FastPathConnection::new(server, service, metrics, buffers, activity), client)
     }
