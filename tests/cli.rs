@@ -382,7 +382,7 @@ fn a_killed_command_leaves_no_file() {
     // Elsewhere the file has a temporary name.
     let has_unnamed_files = openat(CWD, &root, OFlags::TMPFILE | OFlags::WRONLY, Mode::RUSR).is_ok();
     for signal in ["KILL", "TERM", "INT", "HUP"] {
-        let mut command = command("key 1073741824 --max-size 1073741824 --output file");
+        let mut command = command("key 1073741824 --max-size 1073741824 --format hex --output file");
         command.current_dir(&root);
         let mut process = Process::spawn(command);
         if has_unnamed_files {

@@ -76,14 +76,14 @@ fn only_issued_keys_count_against_the_byte_rate() {
 #[test]
 fn a_reload_changes_the_rates() {
     let directory = common::TempDirectory::new();
-    let file = directory.write("config.toml", "");
+    directory.write("config.toml", "");
     let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     });
     let statuses = || (0..30).map(|_| daemon.get("/key/1").status).collect::<Vec<_>>();
     assert_eq!(statuses(), [200; 30]);
     for (text, is_refused) in [("rate-requests = 1\nrate-burst = 3\n", true), ("", false)] {
-        std::fs::write(&file, text).unwrap();
+        daemon.directory.write("config.toml", text);
         daemon.signal("HUP");
         daemon.manager.wait_for("RELOADING=1");
         daemon.manager.wait_for("READY=1");
@@ -230,7 +230,7 @@ fn one_address_cannot_take_every_connection() {
     // Most of these are closed without a response. None takes a slot of another client.
     let mut flood: Vec<_> = (0..100).map(|_| connect_from("127.0.0.2", daemon.keys())).collect();
     until("the rest to be closed", || {
-        (daemon.metric("http_rejections_total{reason=\"client_connections\"}") >= 80.0).then_some(())
+        (daemon.metric("http_rejections_total{reason=\"client_connections\"}") >= 50.0).then_some(())
     });
     until("the over-limit connections to close", || {
         (daemon.metric("http_connections") <= 3.0 + 8.0).then_some(())

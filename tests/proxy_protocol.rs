@@ -589,11 +589,11 @@ fn proxy_protocol_requires_trusted_proxies() {
 #[test]
 fn proxy_protocol_takes_effect_at_a_restart() {
     let directory = TempDirectory::new();
-    let file = directory.write("config.toml", "trusted-proxies = [\"127.0.0.9\"]\n");
+    directory.write("config.toml", "trusted-proxies = [\"127.0.0.9\"]\n");
     let daemon = Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
     });
-    std::fs::write(file, "trusted-proxies = [\"127.0.0.9\"]\nproxy-protocol = true\n").unwrap();
+    daemon.directory.write("config.toml", "trusted-proxies = [\"127.0.0.9\"]\nproxy-protocol = true\n");
     daemon.signal("HUP");
     daemon.manager.wait_for("RELOADING=1");
     daemon.manager.wait_for("READY=1");

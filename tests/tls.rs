@@ -178,8 +178,8 @@ fn a_slow_reader_gets_its_whole_response_over_tls() {
     let config = tls13(&authority);
     std::thread::scope(|scope| {
         for path in ["/key/220000", "/key/110000?format=hex"] {
-            let client = connect_over(connect_with_small_buffer(daemon.keys()), &config);
-            scope.spawn(move || assert_eq!(read_slowly(client.stream, path), Ok(())));
+            let connect = || connect_over(connect_with_small_buffer(daemon.keys()), &config).stream;
+            scope.spawn(move || assert_eq!(read_slowly(connect, path), Ok(())));
         }
     });
 }

@@ -99,10 +99,10 @@ mod tests {
         let heartbeat = heartbeats.register();
         let drain = Drain::new();
         let phase = drain.subscribe();
-        let second = Duration::from_secs(1);
+        let long = Duration::from_secs(60);
         let context = ServerContext::new(
             ConnectionLimit::new(8, 8),
-            Timeouts::new(second, second, second),
+            Timeouts::new(long, long, long),
             Arc::new(Metrics::new()),
         );
         let (entered, is_entered) = mpsc::channel();
@@ -125,7 +125,7 @@ mod tests {
         let answers = |heartbeats: &Heartbeats| {
             // The call before has started a round; a worker that makes progress answers within milliseconds.
             heartbeats.next_round();
-            (0..400).any(|_| {
+            (0..2000).any(|_| {
                 thread::sleep(Duration::from_millis(5));
                 heartbeats.all_answered()
             })
@@ -133,7 +133,7 @@ mod tests {
         assert!(answers(&heartbeats), "an idle worker answers");
         let mut client = std::net::TcpStream::connect(address).unwrap();
         client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-        is_entered.recv().unwrap();
+        is_entered.recv_timeout(long).unwrap();
         assert!(!answers(&heartbeats), "a blocked worker does not");
         assert!(!heartbeats.next_round());
         release.send(()).unwrap();
