@@ -22,8 +22,6 @@ PACKAGES = "systemd,systemd-sysv"
 # The hierarchies of control groups that systemd manages, with their names in /proc/PID/cgroup; cgroups(7). A host has the first, or the
 # other two.
 HIERARCHIES = [("", "/sys/fs/cgroup"), ("", "/sys/fs/cgroup/unified"), ("name=systemd", "/sys/fs/cgroup/systemd")]
-# Joins the directories before --, and runs the command after it.
-IN_CGROUPS = 'while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit; shift; done; shift; exec "$@"'
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
 
 
@@ -70,7 +68,7 @@ class Machine:
         # The system is killed when this process ends, for whatever reason.
         command = [
             *("setpriv", "--pdeathsig", "KILL", "--"),
-            *("sh", "-c", IN_CGROUPS, "sh", *self.cgroups, "--"),
+            *in_cgroups(self.cgroups),
             "systemd-nspawn",
             "-q",
             "-D",
@@ -88,6 +86,9 @@ class Machine:
             )
         try:
             self.leader = until("the first process", self.first_process)
+            self.commands = [payload / "commands" for group in self.cgroups if (payload := group / "payload").exists()]
+            for group in self.commands:
+                group.mkdir()
             self.root = Path(f"/proc/{self.leader}/root")  # the file system as seen inside, with its mounts
             until("the boot", self.is_up, 3 * TIMEOUT)
         except BaseException as error:
@@ -154,8 +155,9 @@ class Machine:
         return self.curl("-o", "/dev/null", "-w", "%{http_code}", *arguments)
 
     def inside(self, command):
-        """Returns the command line that runs a shell command inside this system."""
-        return ["nsenter", "-t", self.leader, "-m", "-u", "-i", "-n", "-p", "--", "/bin/sh", "-c", command]
+        """Returns the command line that runs a shell command inside this system, and in a control group of it: systemd's programs
+        refuse to work for a process whose control group is outside."""
+        return [*in_cgroups(self.commands), "nsenter", "-t", self.leader, "-m", "-u", "-i", "-n", "-p", "--", "/bin/sh", "-c", command]
 
     def run(self, command, ok=0, timeout=TIMEOUT):
         done = subprocess.run(
@@ -199,8 +201,19 @@ class Machine:
             seen.update(json.loads(output))
 
     def journal(self):
-        lines = self.run("journalctl -u key-service.service -o json --no-pager --all").stdout.splitlines()
+        """Returns the service's journal entries. The daemon logs on a thread of its own, so the entry of an event may come after what
+        a client sees of it."""
+        lines = self.run("journalctl --sync; journalctl -u key-service.service -o json --no-pager --all").stdout.splitlines()
         return [json.loads(line) for line in lines]
+
+    def wait_for_log(self, *texts):
+        """Waits until each of these texts is in the service's last journal entries."""
+
+        def has_texts():
+            log = self.run("journalctl --sync; journalctl -u key-service.service -n 40 -o cat --no-pager").stdout
+            return all(text in log for text in texts)
+
+        until(f"{texts} in the journal", has_texts)
 
     def stop(self):
         with contextlib.suppress(ProcessLookupError):
@@ -225,6 +238,11 @@ def make_cgroups():
     for group in groups:
         group.mkdir()
     return groups
+
+
+def in_cgroups(cgroups):
+    """Returns the beginning of a command line: it joins the control groups, and then runs the rest."""
+    return ["sh", "-c", 'while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit; shift; done; shift; exec "$@"', "sh", *cgroups, "--"]
 
 
 def removed(cgroup):
