@@ -3,11 +3,13 @@ docs/command-line.md."""
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import resource
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -118,7 +120,15 @@ def test_other_file_systems_and_kernels_work(deny, tmp_path):
 @pytest.mark.root
 def test_a_temporary_name_is_never_the_final_one(tmp_path):
     """without unnamed files, a killed command leaves a private file with a temporary name"""
-    with running([*LARGE, "--output", "key"], cwd=tmp_path, preexec_fn=WITHOUT_UNNAMED_FILES.install) as process:
+    calls, never = itertools.count(), threading.Event()
+    supervisor = Getrandom(lambda length: never.wait() if next(calls) == 200 else None)  # the command never ends by itself
+
+    def install():
+        WITHOUT_UNNAMED_FILES.install()
+        supervisor.install()
+
+    with running([*LARGE, "--output", "key"], cwd=tmp_path, preexec_fn=install) as process:
+        supervisor.start()
         until("a part of the key", lambda: sum(file.stat().st_size for file in tmp_path.iterdir()) > MIB)
         process.kill()
         expect(process.wait(), -signal.SIGKILL, "exit status")

@@ -31,14 +31,14 @@ EPHEMERAL_PORTS = "40000 40007"
 # Exits at the SIGTERM with the number in the first argument (0: never), after a delay of as many seconds as the second argument. The exit
 # status is the number of signals that came during the delay.
 STUBBORN = """
-import signal, sys, time
+import os, signal, sys, time
 limit, count = int(sys.argv[1]), 0
 def handler(*_):
     global count
     count += 1
     if count == limit:
         time.sleep(float(sys.argv[2]) if sys.argv[2:] else 0)
-        sys.exit(count - limit)
+        os._exit(count - limit)  # sys.exit() would let a further signal interrupt the exit
 signal.signal(signal.SIGTERM, handler)
 print("ready", flush=True)
 while True:
@@ -111,7 +111,8 @@ def test_peer_that_misses_a_signal_gets_another(monkeypatch):
     monkeypatch.setattr(peers, "SIGNAL_INTERVAL", 0.1)
     with stubborn(3) as process, logged() as log:
         expect(peers.stop_peer(process, "nginx"), True, "whether the peer exited by itself")
-        expect((process.returncode, log()), (0, ""), "exit status and log")
+        assert process.returncode >= 0, f"killed by signal {-process.returncode}"
+        expect(log(), "", "the log")
 
 
 def test_hung_daemon_is_a_failure():
@@ -175,7 +176,7 @@ def compare_with_server(scratch):
 
 
 def measure_with_a_hung_peer():
-    peers.PEER_TIMEOUT = 1
+    peers.PEER_TIMEOUT = 8  # of all peers, one hangs
     with tempfile.TemporaryDirectory(prefix="key-service-harness-") as directory:
         directory = Path(directory)
         (directory / "bin").mkdir()
