@@ -1,5 +1,7 @@
 """Conditions that tests state and wait for."""
 
+import functools
+import sys
 import time
 
 TIMEOUT = 60  # seconds; only a hang takes this long
@@ -20,3 +22,22 @@ def until(what, happens, timeout=TIMEOUT, interval=0.05):
             return result
         time.sleep(interval)
     raise AssertionError(f"timed out after {timeout} s waiting for {what}")
+
+
+class Late(AssertionError):
+    """Something failed, and the test has measured that it was late itself, or the machine was: the failure proves nothing."""
+
+
+def repeated_if_late(test):
+    """Repeats a test that raises Late, at most twice. A failure that is not due to a stall is still there then."""
+
+    @functools.wraps(test)
+    def repeated(**fixtures):
+        for _ in range(2):
+            try:
+                return test(**fixtures)
+            except Late as late:
+                print(f"{test.__name__} is repeated: {late}", file=sys.stderr, flush=True)
+        return test(**fixtures)
+
+    return repeated

@@ -28,6 +28,7 @@ class Network:
 
     def __init__(self):
         self.loses = lambda packet: False  # whether the wire drops a packet from the daemon
+        self.longest_pause = 0.0  # seconds in which the wire carried nothing, because its thread was stalled
         self.threads = [concurrent.futures.ThreadPoolExecutor(1) for _ in range(2)]
         self.devices = [
             thread.submit(device, *addresses).result()
@@ -60,11 +61,13 @@ class Network:
 
     def carry(self, process):
         client, server = self.devices
-        on_wire, is_up = [], True  # for each packet: arrival time, target device, bytes
+        on_wire, is_up, before = [], True, time.monotonic()  # for each packet: arrival time, target device, bytes
         while is_up or on_wire:
-            timeout = max(0.0, on_wire[0][0] - time.monotonic()) if on_wire else None
+            timeout = min(DELAY, max(0.0, on_wire[0][0] - time.monotonic())) if on_wire else DELAY
             ready, _, _ = select.select([client, server, process] if is_up else [], [], [], timeout)
             is_up = is_up and process not in ready
+            now = time.monotonic()
+            self.longest_pause, before = max(self.longest_pause, now - before), now
             for source, target in [(server, client), (client, server)]:
                 # Packets that the daemon's kernel sent before the process exited still arrive.
                 while is_up or source == server:
