@@ -20,7 +20,8 @@
         `connected` after the first response, and ends when standard input ends.
     fleet.py ask PORT COUNT NET plain|tls PATH PAUSE new|kept
         Runs COUNT clients that request PATH, on new connections or on one keep-alive connection each, PAUSE seconds after the
-        last response. Prints `connected` after COUNT responses, and ends when standard input ends.
+        last response. Prints `connected` after COUNT responses, and ends when standard input ends. `soonest_failure` is the
+        shortest time after which a request failed.
 
 NET is the second octet of the clients' addresses. 200 connections share an address, or 250 with `hoard`.
 """
@@ -260,7 +261,7 @@ def ask():
     def finish(requester, failure=None):
         nonlocal reported
         if failure:
-            failures.append(failure)
+            failures.append((time.monotonic() - requester.since, failure))
         else:
             times.append(time.monotonic() - requester.since)
         if failure or not is_kept or b"\r\nconnection: close" in requester.response.lower():
@@ -294,6 +295,7 @@ def ask():
                             "statuses": statuses,
                             "failures": failures[:5],
                             "failed": len(failures),
+                            "soonest_failure": min(failures, default=(None,))[0],
                             "without_retry": without_retry,
                             "median": quantile(times, 0.5),
                             "p99": quantile(times, 0.99),
