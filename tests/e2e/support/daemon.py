@@ -163,25 +163,27 @@ class Daemon:
         self.notifications.settimeout(0.05)
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline:
+            status = self.process.poll()  # before the receive: the last message may arrive just before the exit
             with contextlib.suppress(TimeoutError):
                 message = self.notifications.recv(4096).decode()
                 if wanted in message:
                     return message
                 continue
-            assert self.process.poll() is None, f"the daemon exited with status {self.process.returncode} before {wanted}\n{self.logged()}"
+            assert status is None, f"the daemon exited with status {status} before {wanted}\n{self.logged()}"
         raise AssertionError(f"no {wanted} within {TIMEOUT} s\n{self.logged()}")
 
     def pings(self, seconds):
-        """The number of watchdog pings within `seconds`. Earlier messages are discarded."""
-        self.notifications.setblocking(False)
-        count, started, deadline = 0, False, 0.0
-        while not started or time.monotonic() < deadline:
-            with contextlib.suppress(BlockingIOError):
+        """The number of watchdog pings within `seconds`. Earlier messages are discarded: those that arrive until there is none for 0.1 s,
+        because the daemon holds more of them than the socket. Its pings have to be rarer than that."""
+        self.notifications.settimeout(0.1)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self.notifications.recv(4096)
+        count, deadline = 0, time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self.notifications.settimeout(left)
+            with contextlib.suppress(TimeoutError):
                 count += b"WATCHDOG=1" in self.notifications.recv(4096)
-                continue
-            if not started:
-                started, count, deadline = True, 0, time.monotonic() + seconds
-            time.sleep(0.005)
         return count
 
     def connect(self, source="127.0.0.1", to=None):
