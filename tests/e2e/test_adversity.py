@@ -494,11 +494,18 @@ def test_each_available_address_family_is_served(prepare, denied, has_ipv6, figu
         status = re.search("STATUS=(.*)", daemon.heard("READY=1"))[1]
         ports = re.findall(r":(\d+)(?:;|$)", status)
         expect(len(ports), 2, f"{status!r}, ports")
+
+        def probe(url):
+            command = ["nsenter", "--target", str(daemon.pid), "--net", *daemon.command(), "health", "--url", url]
+            return subprocess.run(command, timeout=TIMEOUT, check=False).returncode
+
         for address, is_served in [("127.0.0.1", True), ("[::1]", has_ipv6)]:
             for port in ports:
-                probe = ["nsenter", "--target", str(daemon.pid), "--net", *daemon.command(), "health", "--url", f"http://{address}:{port}"]
-                done = subprocess.run(probe, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-                expect(done.returncode, 0 if is_served else 1, f"{status!r}, {address}:{port}: {done.stderr}")
+                url = f"http://{address}:{port}"
+                if is_served:  # the probe fails if it waits for two seconds
+                    until(f"{url} to be served ({status})", lambda url=url: probe(url) == 0)
+                else:
+                    expect(probe(url), 1, f"{status!r}, exit status of the probe of {url}")
     figures(status.split(";")[0].removeprefix("Keys on ").rsplit(":", 1)[0])
 
 
@@ -811,8 +818,12 @@ def test_idle_connections_make_room_at_the_limit(tls, figures):
             time.sleep(1 + 2 * pause)  # how long responses are counted
             new = fleet.end()
         expect((list(new["statuses"]), new["failed"]), (["200"], 0), f"responses to new connections: {new}")
-        closed = [bool(select.select([client], [], [], 0)[0]) for client in idle]
-        expect(closed, [True] * 300 + [False] * (slots - 300), "whether each connection is closed, the longest idle first")
+
+        def closed():
+            return [bool(select.select([client], [], [], 0)[0]) for client in idle]
+
+        until("300 connections to be closed", lambda: sum(closed()) >= 300)
+        expect(closed(), [True] * 300 + [False] * (slots - 300), "whether each connection is closed, the longest idle first")
     figures(f"300 new connections were served {new['statuses']['200']} times, p99 {milliseconds(new['p99'])}")
 
 
