@@ -44,12 +44,10 @@ SUPPORT = Path(support.daemon.__file__).parent
 MIB = 1 << 20
 # The limits that docs/adversity.md states, in seconds and bytes.
 OVERLOAD_RESPONSE_MAX = 0.05
-STALLED_WRITE_MAX = 20
+STALLED_WRITE_MAX = 30
 RESIDENT_MAX = 256 * MIB
 # The shortest time after which the daemon closes a connection whose client is too slow, in seconds: EVICTION_GRACE.
 LEAST_TIMEOUT = 0.25
-# Seconds. Even on a busy machine, a client that reads gets its whole response in this time.
-DRAIN = 6
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -333,8 +331,9 @@ def test_slow_clients_are_closed(tls, figures):
     if tls:  # two cores complete this many handshakes in a few seconds
         kinds = {"silent": 750, "quiet": 750, "half": 750, "drip": 750}
     count = sum(kinds.values())
-    # With room for the well-behaved clients: another test covers what happens beyond max-connections.
-    with Daemon({"max-connections": count + 100}, tls) as daemon, contextlib.ExitStack() as fleets:
+    # With room for the well-behaved clients: another test covers what happens beyond max-connections. All clients connect within
+    # head-timeout even on a slow machine.
+    with Daemon({"max-connections": count + 100, "head-timeout": 15}, tls) as daemon, contextlib.ExitStack() as fleets:
 
         def good(net, kind):
             return fleets.enter_context(Fleet("ask", daemon, 1, net, "/key/32", 0.005, kind))
@@ -355,8 +354,8 @@ def test_slow_clients_are_closed(tls, figures):
         # With more than 128 handshakes at once, each has one second, which is not always enough on a busy machine.
         assert sum(end["unfinished"] for end in ends) < 0.1 * count, ends
         assert at_once > 0.9 * count, f"only {at_once} connections were open at once"
-        # A byte now and then does not extend head-timeout (10 s); a busy machine may be late.
-        assert all(end["latest"] < 20 for end in ends), ends
+        # A byte now and then does not extend head-timeout (15 s); a busy machine may be late.
+        assert all(end["latest"] < 25 for end in ends), ends
         assert daemon.resident() < RESIDENT_MAX, daemon.resident()
         until("the last of them to be closed", lambda: daemon.metric("http_connections") == 0)
         figures(
@@ -372,7 +371,7 @@ def milliseconds(seconds):
 
 
 def test_clients_that_never_read_are_closed(tls, figures):
-    """1,000 clients that request 256 MiB each and never read cost at most 256 MiB and are closed within 20 s"""
+    """1,000 clients that request 256 MiB each and never read cost at most 256 MiB and are closed within 30 s"""
     with Daemon({"max-size": 256 * MIB, "max-bulk-streams": 1000}, tls) as daemon, Fleet("deaf", daemon, 1000, 21) as fleet:
         fleet.connected()
         until("all of them to get a response", lambda: daemon.metric('http_responses_total{status_code="200"}') >= 1000)
@@ -1034,8 +1033,8 @@ def test_smuggled_requests_are_never_served(figures):
     served"""
     cases = list(corpus())
     expect(len({name for name, *_ in cases}), len(cases), "number of different names")
-    wrong, connections = [], 0
-    with Daemon({"head-timeout": 5, "idle-timeout": 5, "max-size": 1024}) as daemon:
+    wrong = []
+    with Daemon({"head-timeout": 15, "idle-timeout": 15, "max-size": 1024}) as daemon:
 
         def try_case(case, size):
             name, choices, after, raw = case
@@ -1073,8 +1072,8 @@ def test_smuggled_requests_are_never_served(figures):
                     wrong.append(f"{name} ({chunks}): expected {choices}, {after}; found {found}, {end}")
 
         with concurrent.futures.ThreadPoolExecutor(16) as threads:
-            connections += len(list(threads.map(try_case, cases, [1 << 20] * len(cases))))
-            connections += len(list(threads.map(try_case, cases, [1 if len(raw) < 1000 else 500 for *_, raw in cases])))
+            sizes = [1 << 20] * len(cases) + [1 if len(raw) < 1000 else 500 for *_, raw in cases]
+            connections = len(list(threads.map(try_case, cases * 2, sizes)))
         assert not wrong, "\n" + "\n".join(wrong)
         expect(daemon.status("/health"), 200, "/health after all of them")
         assert "panicked" not in daemon.logged(), daemon.logged()
@@ -1087,8 +1086,10 @@ def test_shutdown_leaves_cut_streams_short(tls, figures):
     """on SIGTERM during 100 streams, clients that read get their whole response; streams that are cut off stay below their
     Content-Length, and over TLS they have no close_notify"""
     short, long = 2 * MIB if tls else 8 * MIB, 256 * MIB
-    # All clients share one address, which can have a quarter of the permits.
-    with Daemon({"max-size": long, "max-bulk-streams": 400, "drain-timeout": DRAIN}, tls) as daemon:
+    drain = 12  # seconds; even on a busy machine, a client that reads gets its whole response in this time
+    # All clients share one address, which can have a quarter of the permits. No stream ends before the drain does.
+    settings = {"max-size": long, "max-bulk-streams": 400, "drain-timeout": drain, "write-timeout": 60}
+    with Daemon(settings, tls) as daemon:
         streams = []
         for number in range(100):
             length = long if number % 2 else short
@@ -1131,7 +1132,7 @@ def test_shutdown_leaves_cut_streams_short(tls, figures):
         assert "stopped with connections still open" in daemon.logged(), daemon.logged()
         figures(
             f"50 streams of {short // MIB} MiB complete, 50 cut off with at most {max(cut)[0] / MIB:.1f} of {long // MIB} MiB, exit after "
-            f"{took:.1f} s (`drain-timeout` is {DRAIN} s)"
+            f"{took:.1f} s (`drain-timeout` is {drain} s)"
         )
 
 
@@ -1229,8 +1230,8 @@ def test_shutdown_resets_unread_connections_in_a_pod(tls, figures):
         assert "stopped with connections still open" in daemon.logged(), daemon.logged()
         return took
 
-    took = in_a_pod(tls, {"drain-timeout": DRAIN}, clients)
-    figures(f"3 whole, 4 reset; exit after {took:.1f} s (`drain-timeout` is {DRAIN} s)")
+    took = in_a_pod(tls, {"drain-timeout": 6}, clients)
+    figures(f"3 whole, 4 reset; exit after {took:.1f} s (`drain-timeout` is 6 s)")
 
 
 @repeated_if_late
