@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 from support import peers
-from support.conditions import TIMEOUT, expect
+from support.conditions import TIMEOUT, Late, expect, repeated_if_late
 from support.daemon import REPOSITORY, Daemon
 
 EPHEMERAL_PORTS = "40000 40007"
@@ -347,6 +347,30 @@ def test_gate_names_every_dearer_row(ratios, errors, lower):
     found, text = gate.compared(GATE, ratios)
     expect([error.partition(":")[0] for error in found], errors, "the errors")
     expect(text, lower, "the new file")
+
+
+@pytest.mark.parametrize(
+    ("failures", "runs", "raised"),
+    [([], 1, None), ([Late, Late], 3, None), ([Late, Late, Late], 3, Late), ([AssertionError], 1, AssertionError)],
+    ids=["none", "late-twice", "always-late", "fault"],
+)
+def test_only_late_tests_are_repeated(failures, runs, raised):
+    """a test is repeated at most twice, and only if it found that it was late"""
+    outcomes, found = iter([*failures, None]), 0
+
+    @repeated_if_late
+    def test():
+        nonlocal found
+        found += 1
+        if failure := next(outcomes):
+            raise failure
+
+    error = None
+    try:
+        test()
+    except AssertionError as caught:
+        error = type(caught)
+    expect((found, error), (runs, raised), "runs and the error of the last one")
 
 
 @pytest.mark.tools("unshare")
