@@ -107,7 +107,7 @@ fn the_error_for_an_invalid_value_names_it() {
 
 #[test]
 fn a_password_is_limited_counted_and_audited_like_a_key() {
-    let daemon = Daemon::start(&[("AUDIT", "true"), ("RATE_BYTES", "10"), ("RATE_BURST", "10")]);
+    let daemon = Daemon::start(&[("AUDIT", "true"), ("RATE_BYTES", "1"), ("RATE_BURST", "100")]);
     let response = daemon.get("/password/60?alphabet=digits");
     assert!(response.header("ratelimit").unwrap().contains("r=40"), "{response:?}");
     assert_eq!(daemon.get("/password/60").status, 429);
