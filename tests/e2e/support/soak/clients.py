@@ -1,8 +1,9 @@
 """Well-behaved clients: each request gets a complete and correct response, or is lost, which is a problem.
 
 A client may be closed between two requests, and then it repeats the request on a new connection (RFC 9110 section 9.2.2). That is no
-loss if the connection had been idle for longer than `late`. The daemon still reads requests that arrive within 250 ms of the beginning
-of a drain, and announces the end with `Connection: close`.
+loss if the daemon may have closed the connection before the request arrived. It reads for 250 ms after the beginning of a drain, and each
+response from then on has `Connection: close`. So a connection that is kept after a response stays open for at least 250 ms from when
+the request was sent, however slow the client is. A new connection has a second for its first request.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from support.soak import catalogue
 TIMEOUT = 60  # seconds; clients wait this long in the backlog of a daemon that restarts
 PROXY = "127.0.0.3"  # the address of trusted proxies
 PIPELINED_MAX = 5
+KEPT_MIN, NEW_MIN = 0.2, 0.9  # seconds that the daemon keeps a connection open at least, with a margin: after a request, and a new one
 
 
 class Gate:
@@ -95,7 +97,7 @@ class Connection:
     proxy: str | None = None  # as the audit record has it
     is_tls: bool = False
     has_response: bool = False
-    idle_since: float | None = None
+    since: float | None = None  # when the exchange before began, or the connection; None if it is of no further use
 
     def __post_init__(self):
         self.answers = Answers(self.socket)
@@ -117,8 +119,8 @@ def tls(run, client):
 class Route:
     """A way from a client to a daemon."""
 
-    late = 0.2  # seconds
     pipelines = True
+    may_delay = False  # whether a request that was sent may reach the daemon at any later time
 
     def __init__(self, run, service):
         self.run, self.service = run, service
@@ -139,7 +141,7 @@ class ProxyHeader(Route):
 class Haproxy(Route):
     """haproxy, which forwards TCP with a PROXY header."""
 
-    late = 0.1  # haproxy passes the end of the connection on a moment later
+    may_delay = True
 
     def connect(self, client):
         return Connection(peers.connect(self.run.haproxy.tcp, TIMEOUT, client.address))
@@ -190,9 +192,12 @@ class Regular(Client):
                 several = self.route.pipelines and self.random.random() < 0.1
                 wanted = [self.choose() for _ in range(self.random.randint(2, PIPELINED_MAX) if several else 1)]
                 while wanted:
-                    connection = connection or self.route.connect(self)
+                    if not connection:
+                        begin = time.monotonic()
+                        connection = self.route.connect(self)
+                        connection.since = begin
                     wanted = self.exchange(connection, wanted)
-                    if connection.idle_since is None:
+                    if connection.since is None:
                         connection.close()
                         connection = None
                 if self.must_hurry:
@@ -206,17 +211,14 @@ class Regular(Client):
         return catalogue.choose(self.random, self.size_max, rates=self.token == "slow")
 
     def exchange(self, connection, wanted):
-        """Sends the requests and reads their responses. Returns those that have to be repeated. The connection is of no further use if
-        its `idle_since` is None."""
+        """Sends the requests and reads their responses. Returns those that have to be repeated."""
         epoch, begin = self.service.epoch, time.monotonic()
-        idle = begin - connection.idle_since if connection.idle_since else 0.0
-        connection.idle_since = None
+        since, connection.since, is_kept = connection.since, None, connection.has_response
         token = self.service.tokens[self.token]
-        done = 0
+        done, sent, error = 0, None, None
         try:
             connection.socket.sendall(b"".join(each.bytes(token, connection.headers) for each in wanted))
-            if idle:
-                idle += time.monotonic() - begin
+            sent = time.monotonic()
             for number, each in enumerate(wanted):
                 response = self.all.read_response(connection.answers, each)
                 if response is None:
@@ -227,22 +229,24 @@ class Regular(Client):
                 self.verify(connection, each, response, self.service.overlaps(epoch))
                 if response[1].get("connection") == "close":
                     return wanted[done:]
-        except (OSError, AssertionError) as error:
-            if not isinstance(error, ConnectionError | ssl.SSLError) or done or not idle > self.route.late:
-                self.lost(wanted[done], f"{type(error).__name__}: {error}", idle)
-                return []
-        if done < len(wanted):
-            if done or idle <= self.route.late:
-                self.lost(wanted[done], f"closed after {done} of {len(wanted)} responses", idle)
-                return []
+        except (OSError, AssertionError) as raised:
+            error = raised
+        if done == len(wanted):
+            connection.since = begin
+            return []
+        now = time.monotonic()
+        arrived = now if sent is None or is_kept and self.route.may_delay else sent  # at the latest
+        least = since + (KEPT_MIN if is_kept else NEW_MIN)
+        is_closed = not done and (error is None or isinstance(error, ConnectionError | ssl.SSLError))
+        if is_closed and (arrived > least or now > least and self.service.excuse_unread(epoch)):
             self.service.count("repeated")
+            if not is_kept:  # it may have been closed before the end of its PROXY header
+                self.service.ledger.add('proxy_protocol_errors_total{reason="timeout"}', is_sure=False)
             return wanted
-        connection.idle_since = time.monotonic()
+        how = f"{type(error).__name__}: {error}" if error else f"closed after {done} of {len(wanted)} responses"
+        age = f"{arrived - since:.3f} s after the {'request before' if is_kept else 'connection'}"
+        self.all.problems.add(f"lost: {self.name}: {wanted[done].method} {wanted[done].path}: {how} ({age}; {self.service.state()})")
         return []
-
-    def lost(self, wanted, how, idle):
-        state = self.service.state()
-        self.all.problems.add(f"lost: {self.name}: {wanted.method} {wanted.path}: {how} (idle for {idle:.3f} s before; {state})")
 
     def verify(self, connection, wanted, response, overlaps):
         status, headers, body = response

@@ -223,7 +223,8 @@ class Plain(Hostile):
         if received:
             self.all.problems.add(f"{self.name}: a PROXY header that is {reason} got a response: {received[:200]}")
         is_sure = is_closed and not self.service.overlaps(epoch)
-        self.service.ledger.add(f'proxy_protocol_errors_total{{reason="{reason}"}}', is_sure=is_sure)
+        for each in [reason] if is_sure else [reason, "timeout"]:
+            self.service.ledger.add(f'proxy_protocol_errors_total{{reason="{each}"}}', is_sure=is_sure)
 
     def proxy_silence(self):
         """Connects as a trusted proxy and sends half of a header. A quiet moment ends it early, which is `malformed`."""

@@ -276,6 +276,7 @@ class Run:
             rows[service.name] = {
                 **service.counted,
                 "processes": service.generation,
+                "processes that were stopped during their drain": len(service.stopped),
                 "audit records matched": service.audit.matched,
                 "audit records of clients that left before the headers": service.audit.excused,
                 "series equal": exact,

@@ -50,6 +50,7 @@ class Service:
         self.counted = collections.Counter()
         self.epoch = 0  # odd from DRAIN_COUNTED after SIGTERM until the next process is ready
         self.generation = 0
+        self.stopped = set()  # the processes that excuse_unread has excused
         shown = subprocess.run([binary(), "--version"], check=True, capture_output=True, text=True).stdout
         self.version, self.commit = re.fullmatch(r"key-service (\S+)(?: \(([^,)]+).*\))?\n", shown).groups(default="")
         self.earlier = collections.Counter()  # the last scrapes of the processes before this one
@@ -122,6 +123,14 @@ class Service:
     def overlaps(self, epoch):
         """Whether the time since the epoch was `epoch` overlaps a restart."""
         return epoch != self.epoch or epoch % 2 == 1
+
+    def excuse_unread(self, epoch):
+        """Whether the daemon may have closed a connection without reading a request that had arrived: if it was stopped during its
+        drain, it may notice only that the time is over. This excuses no three processes in a row."""
+        if not self.overlaps(epoch):
+            return False
+        self.stopped.add(self.generation)
+        return not {self.generation - 1, self.generation - 2} <= self.stopped
 
     def count(self, what, number=1):
         with self.ledger.lock:
