@@ -111,6 +111,18 @@ class Ledger:
             self.add(series, keys.number * (keys.length if series.endswith("_sum") else 1), is_sure and (received is None or received > 0))
         self.add("generator_latency_seconds_count", 1, is_sure and (received is None or received > 0))
 
+    def counted(self):
+        """The sure counts until now."""
+        with self.lock:
+            return self.sure.copy()
+
+    def doubt(self, before):
+        """Makes the sure counts possible that are not in `before`."""
+        with self.lock:
+            added = self.sure - before
+            self.sure -= added
+            self.possible += added
+
     def problems(self, values):
         """A sentence for each series that differs from what was counted. `values` are the sums over all processes."""
         with self.lock:

@@ -18,7 +18,7 @@ from support.conditions import until
 from support.daemon import Daemon, binary
 from support.soak import catalogue, ledger
 from support.soak.audit import Audit
-from support.soak.clients import PROXY
+from support.soak.clients import NEW_MIN, PROXY
 
 TIMEOUT = 60  # seconds
 SETTLE_TIMEOUT = 15  # seconds; longer than the timeouts of the daemons, which end every connection that a client has left
@@ -33,9 +33,9 @@ CONNECTIONS_MAX = 1000  # never reached
 RESIDENT_DIFFERENCE = 4 << 20  # bytes; the two are measured a moment apart
 SCRAPE_INTERVAL = 0.075  # seconds, during the drain
 METRICS_CLIENTS = 12  # connections that are held for the last scrape; one client may have 16
-# Seconds after SIGTERM: what clients have received by then is in the last scrape; the first attempt at it, when no more connections are
-# accepted; and the last, while the held connections are still open.
-DRAIN_COUNTED, DRAIN_SCRAPES = 0.2, (0.3, 1.15)
+DRAIN_SCRAPE = 0.3  # seconds from SIGTERM to the first scrape, when no more connections are accepted
+# After the end of a process, clients count what they have received of it. Steps, since the harness may be stalled in one of them.
+CATCH_UP_STEPS, CATCH_UP_STEP = 20, 0.02
 
 
 class Service:
@@ -48,7 +48,7 @@ class Service:
         self.directory.mkdir()
         self.ledger, self.audit = ledger.Ledger(), Audit(name, run.problems)
         self.counted = collections.Counter()
-        self.epoch = 0  # odd from DRAIN_COUNTED after SIGTERM until the next process is ready
+        self.epoch = 0  # odd from SIGTERM until the next process is ready
         self.generation = 0
         self.stopped = set()  # the processes that excuse_unread has excused
         shown = subprocess.run([binary(), "--version"], check=True, capture_output=True, text=True).stdout
@@ -159,9 +159,12 @@ class Service:
     # Metrics
 
     def scrape(self, client=None):
-        """The metrics, as they are after this scrape has ended. The count of requests in flight is without it."""
+        """The metrics, as they are after this scrape has ended. The count of requests in flight is without it. `self.scraped` is what
+        clients had counted before the last scrape that succeeded, and `self.asked` when the last request was sent, if it was."""
+        counted, self.asked = self.ledger.counted(), None
         with client or socket.create_connection(self.metrics, TIMEOUT) as client:
             client.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            self.asked = time.monotonic()
             response = Answers(client).next()
         assert response and response[0] == 200, f"expected metrics, found {response}"
         values = collections.Counter(ledger.parse(response[2].decode()))
@@ -169,6 +172,8 @@ class Service:
         for series, count in own.items():
             self.ledger.add(series)
             values[series] += count
+            counted[series] += count
+        self.scraped = counted
         values["http_requests_in_flight"] -= 1
         return values
 
@@ -364,26 +369,31 @@ class Restarting(Service):
         """Stops the process by SIGTERM and starts the next, as systemctl restart does. Clients that connect meanwhile wait.
 
         A process that shuts down no longer accepts connections, but still reads the first request of those that it has accepted, for
-        about 1.2 seconds. So the last scrape is after the last response to a client, except for streams that are still being read."""
-        held = [socket.create_connection(self.metrics, TIMEOUT) for _ in range(METRICS_CLIENTS)]
-        self.scrape()  # connections are accepted in the order in which they arrived, so the held ones are
-        begin, last = time.monotonic(), None
-        self.signal(signal.SIGTERM)
-        self.wait_until(begin + DRAIN_COUNTED)
-        self.epoch += 1
-        self.wait_until(begin + DRAIN_SCRAPES[0])
-        for number, client in enumerate(held):
-            self.wait_until(begin + DRAIN_SCRAPES[0] + number * SCRAPE_INTERVAL)
-            if last and (last["http_connections"] == 0 or time.monotonic() - begin > DRAIN_SCRAPES[1]):
-                client.close()
-                continue
-            try:
-                last = self.scrape(client)
-            except (OSError, AssertionError) as error:
-                if last is None:
-                    self.problems.add(f"{self.name}: no scrape during the drain: {error}")
+        about 1.2 seconds. So the last scrape is after the last response to a client, except for streams that are still being read, and
+        except if something was stalled. What clients have counted since is therefore only possible."""
+        with contextlib.ExitStack() as stack:
+            opened = time.monotonic()
+            held = [stack.enter_context(socket.create_connection(self.metrics, TIMEOUT)) for _ in range(METRICS_CLIENTS)]
+            last = self.scrape()  # connections are accepted in the order in which they arrived, so the held ones are
+            self.epoch += 1
+            begin = time.monotonic()
+            self.signal(signal.SIGTERM)
+            for number, client in enumerate(held):
+                self.wait_until(begin + DRAIN_SCRAPE + number * SCRAPE_INTERVAL)
+                try:
+                    last = self.scrape(client)
+                except (OSError, AssertionError) as error:
+                    now, least = time.monotonic(), opened + NEW_MIN
+                    if now < least or (self.asked or now) < least and not self.excuse_unread(self.epoch):
+                        self.problems.add(f"{self.name}: no scrape during the drain: {error}")
+                    break
+                if last["http_connections"] == 0:
+                    break
         self.ended()
-        self.earlier.update({series: value for series, value in (last or {}).items() if ledger.name_of(series) in SUMMED})
+        for _ in range(CATCH_UP_STEPS):
+            self.run.over.wait(CATCH_UP_STEP)
+        self.ledger.doubt(self.scraped)
+        self.earlier.update({series: value for series, value in last.items() if ledger.name_of(series) in SUMMED})
         self.start()
         self.epoch += 1
 
