@@ -10,7 +10,7 @@ from support import peers
 from support.soak import catalogue
 from support.soak.clients import PROXY, Client, Connection, proxy_header, tls, unavailable
 
-WAIT = 30  # seconds, longer than any timeout of the daemons
+WAIT = 40  # seconds, longer than any timeout of the daemons
 HALVES = [b"G", b"GET /key/32 HT", b"GET /key/32 HTTP/1.1\r\nHost: local", b"GET /key/32 HTTP/1.1\r\nHost: localhost\r\nX: y\r\n"]
 GARBAGE = [b"\0\1\2\3\r\n\r\n", b"hello\r\n\r\n", b"GET /key/32 HTTP/3.0\r\nHost: a\r\n\r\n", b"GET  /key/1 HTTP/1.1\r\nHost: a\r\n\r\n"]
 HANDSHAKE = b"\x16\x03\x01\x02"  # the first bytes of a TLS handshake

@@ -75,10 +75,12 @@ class Service:
             "max-connections": CONNECTIONS_MAX,
             "max-bulk-streams": 16,
             "workers": 2,
-            "head-timeout": 3,
+            # A client, the daemon or haproxy may be stalled for 5 seconds in the middle of anything. A drain may have to wait for a
+            # client that reads nothing, so its timeout is longer by that.
+            "head-timeout": 10,
             "idle-timeout": 30,
-            "write-timeout": 3,
-            "drain-timeout": 5,
+            "write-timeout": 7,
+            "drain-timeout": 13,
             **self.settings(),
         }
         return "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
