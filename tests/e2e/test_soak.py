@@ -174,13 +174,17 @@ def unknown_metric(monkeypatch):
     return "new_errors_total: nothing says how this metric compares"
 
 
-def stays_connected(monkeypatch, send):
-    """After the load, a client connects, calls `send` and stays."""
+def stays_connected(monkeypatch, daemon, port):
+    """After the load, a client connects, gets a response and stays."""
     operate, whole, kept = run.Run.operate, run.Run.run, contextlib.ExitStack()
 
     def operate_and_connect(started):
         operate(started)
-        send(started, lambda address: kept.enter_context(socket.create_connection(address, TIMEOUT)))
+        target = getattr(started, daemon)
+        client = kept.enter_context(socket.create_connection(getattr(target, port), TIMEOUT))
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        expect(clients.Answers(client).next()[0], 200, "status")
+        target.ledger.response(200, "/livez")
 
     def run_and_close(started):
         with kept:
@@ -192,19 +196,13 @@ def stays_connected(monkeypatch, send):
 
 def leaked_descriptor(monkeypatch):
     """The daemon keeps a descriptor that its number of connections does not show: an idle connection to the port for metrics."""
-
-    def send(started, connect):
-        client = connect(started.steady.metrics)
-        client.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        expect(clients.Answers(client).next()[0], 200, "status")
-        started.steady.ledger.response(200, "/livez")
-
-    stays_connected(monkeypatch, send)
+    stays_connected(monkeypatch, "steady", "metrics")
     return " descriptors, found "
 
 
 def open_connection(monkeypatch):
-    stays_connected(monkeypatch, lambda started, connect: connect(started.restarting.http))
+    monkeypatch.setattr(service, "CLOSE_TIMEOUT", 2)  # far below idle-timeout, which would close it
+    stays_connected(monkeypatch, "restarting", "http")
     return "waiting for the connections to the restarting daemon to end"
 
 
@@ -227,8 +225,15 @@ def repeated_key(monkeypatch):
 
 
 def only(monkeypatch, action, daemon):
-    """Lets the operator do nothing else."""
-    monkeypatch.setattr(operator.Operator, "act", lambda self: (getattr(self, action)(target := getattr(self.run, daemon)), target))
+    """Lets the operator do nothing else, once before the baseline and once after it."""
+
+    def operate(started):
+        act, target = getattr(operator.Operator(started, random.Random(1)), action), getattr(started, daemon)
+        act(target)
+        started.take_baseline()
+        act(target)
+
+    monkeypatch.setattr(run.Run, "operate", operate)
 
 
 def reload_without_effect(monkeypatch):

@@ -160,12 +160,15 @@ class Run:
         while self.elapsed < baseline:
             self.act(operator)
             self.over.wait(min(choice.expovariate(1 / gap), max(0.0, baseline - self.elapsed)))
-        with self.quiet():
-            self.verify()
-        self.baseline = dict(self.last_figures)
+        self.take_baseline()
         while self.elapsed < self.seconds:
             self.over.wait(min(choice.expovariate(1 / gap), max(0.0, self.seconds - self.elapsed)))
             self.act(operator)
+
+    def take_baseline(self):
+        with self.quiet():
+            self.verify()
+        self.baseline = dict(self.last_figures)
 
     def act(self, operator):
         begin = self.elapsed

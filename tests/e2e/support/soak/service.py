@@ -21,7 +21,8 @@ from support.soak.audit import Audit
 from support.soak.clients import NEW_MIN, PROXY
 
 TIMEOUT = 60  # seconds
-SETTLE_TIMEOUT = 15  # seconds; longer than the timeouts of the daemons, which end every connection that a client has left
+CLOSE_TIMEOUT = 30  # seconds; longer than the timeouts of the daemons, which end every connection that a client has left
+SETTLE_TIMEOUT = 15  # seconds
 # Token: its limits. Most clients have one without, which falls under the rates of the configuration.
 TOKENS = {
     "web": [],
@@ -190,7 +191,7 @@ class Service:
             values = self.scrape()
             return values["http_connections"] == 0 and values["http_requests_in_flight"] == 0 and values
 
-        return until(f"the connections to the {self.name} daemon to end", is_quiet, SETTLE_TIMEOUT)
+        return until(f"the connections to the {self.name} daemon to end", is_quiet, CLOSE_TIMEOUT)
 
     def verify(self):
         """Compares everything in a quiet moment: metrics, audit records, and the figures of the process. Returns these.
