@@ -1,4 +1,4 @@
-"""Tests what the other tests rely on: a hung peer hides no result, and a held port stays free for its server.
+"""Tests what the other tests rely on: a hung peer hides no result, a held port stays free for its server, and only stalls excuse a failure.
 
 The tests about ports run in their own network namespace with eight ephemeral ports, so that a race for a port shows up at once. They need
 root or unprivileged user namespaces. No daemon is built: scripts that hang take its place.
@@ -21,8 +21,8 @@ import types
 from pathlib import Path
 
 import pytest
-from support import peers
-from support.conditions import TIMEOUT, Late, expect, repeated_if_late
+from support import conditions, peers
+from support.conditions import TIMEOUT, Late, expect, repeated_if_late, retry_if_stalled
 from support.daemon import REPOSITORY, Daemon
 
 EPHEMERAL_PORTS = "40000 40007"
@@ -371,6 +371,16 @@ def test_only_late_tests_are_repeated(failures, runs, raised):
     except AssertionError as caught:
         error = type(caught)
     expect((found, error), (runs, raised), "runs and the error of the last one")
+
+
+@pytest.mark.parametrize(("stall", "calls"), [(TIMEOUT, 1), (0, 3)], ids=["at-once", "after-a-stall"])
+def test_only_stalled_attempts_are_repeated(monkeypatch, stall, calls):
+    """an attempt that always fails is repeated twice if it takes as long as a stall, otherwise never"""
+    monkeypatch.setattr(conditions, "STALL", stall)
+    called = []
+    with pytest.raises(AssertionError):
+        retry_if_stalled(lambda: expect(called.append("a call"), "a response", "result"))
+    expect(len(called), calls, "calls")
 
 
 @pytest.mark.tools("unshare")
