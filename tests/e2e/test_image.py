@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 import tomllib
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support import pages, peers
-from support.conditions import TIMEOUT, expect, until
+from support.conditions import TIMEOUT, Late, expect, repeated_if_late, until
 from support.daemon import REPOSITORY
 from support.images import (
     CONFINED,
@@ -301,11 +302,13 @@ def test_stop_ends_at_the_drain_timeout(tmp_path):
         assert "stopped with connections still open" in container.log(), container.log()
 
 
-def test_stop_completes_requests_in_flight(tmp_path, figures):
+@repeated_if_late
+def test_stop_completes_requests_in_flight(figures):
     """a stop under 500 requests per second completes every request of an open connection, streamed keys too"""
     size = 256 << 20  # larger than any socket buffer
     with contextlib.ExitStack() as stack:
-        container = stack.enter_context(Container(variables={"KEYSERVICE_MAX_SIZE": str(size)}))
+        variables = {"KEYSERVICE_MAX_SIZE": str(size), "KEYSERVICE_HEAD_TIMEOUT": "60"}
+        container = stack.enter_context(Container(variables=variables))
         unfinished = [stack.enter_context(container.connect()) for _ in range(50)]
         for connection in unfinished:
             connection.sendall(b"GET /key/32 HTTP/1.1\r\n")
@@ -314,37 +317,49 @@ def test_stop_completes_requests_in_flight(tmp_path, figures):
         received = len(streamed.recv(1000))
         with container.load(500, "until-refused") as seen:
             until("some load", lambda: int(metric(container, 'http_responses_total{status_code="200"}')) > 500)
-            container.signal("TERM")
-            until("the drain", lambda: "stopping" in container.log())
+            begin = time.monotonic()
+            os.kill(container.pid, signal.SIGTERM)
+            # The drain begins, and goes on while the streamed key is in flight.
+            until("the end of the listening socket", lambda: not listens(container), interval=0.005)
             for connection in unfinished:
                 connection.sendall(b"Host: localhost\r\n\r\n")
-            for connection in unfinished:
-                head, _, key = read_until_closed(connection).partition(b"\r\n\r\n")
-                assert head.startswith(b"HTTP/1.1 200 ") and len(key) == 32, head
-                assert b"connection: close" in head.lower(), head
-            until("connections to be refused", lambda: is_refused(container))  # while the streamed key is still in flight
+            responses = [read_until_closed(connection) for connection in unfinished]
+            seconds = time.monotonic() - begin
             while chunk := streamed.recv(1 << 20):
                 received += len(chunk)
             assert received > size, f"{received} bytes of a key of {size}"
             expect(container.exit_status(), 0, "exit status")
-        expect((seen["failed"], seen["failures"]), (0, []), "failures")
+        wrong = [response for response in responses if not is_last_key(response)] + seen["failures"]
+        # After SIGTERM the daemon reads for another 250 ms. A request may fail if this process or the daemon was stalled for as long.
+        if wrong and max(seconds, seen["slowest"]) > 0.2:
+            raise Late(
+                f"the responses were read {seconds:.1f} s after SIGTERM, and the slowest of the load took {seen['slowest']} s: {wrong}"
+            )
+        expect(wrong, [], "failed requests")
         assert seen["refused"] > 0, seen
         figures(f"{seen['served']} requests answered, none interrupted, {seen['refused']} connections refused afterwards")
 
 
-def is_refused(container):
-    try:
-        container.connect().close()
-    except ConnectionRefusedError:
-        return True
-    return False
+def is_last_key(response):
+    """Whether this is a complete response with a key, and announces that the connection closes."""
+    head, _, key = response.partition(b"\r\n\r\n")
+    return head.startswith(b"HTTP/1.1 200 ") and len(key) == 32 and b"connection: close" in head.lower()
+
+
+def listens(container):
+    """Whether a socket listens on the port for keys. Connecting would show it, too, but fill the queue of a daemon that is stalled."""
+    sockets = "".join(Path(f"/proc/{container.pid}/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    return re.search(r":0463 \S+ 0A ", sockets)  # port 1123 and TCP_LISTEN; proc_pid_net(5)
 
 
 def read_until_closed(connection):
-    """Everything that the server sends before it closes the connection."""
+    """Everything that the server sends before it closes the connection, or a sentence if it resets the connection."""
     response = b""
-    while chunk := connection.recv(1 << 16):
-        response += chunk
+    try:
+        while chunk := connection.recv(1 << 16):
+            response += chunk
+    except ConnectionError as error:
+        return f"{error} after {len(response)} bytes".encode()
     return response
 
 
