@@ -38,7 +38,7 @@ from support.chart.mutants import MUTANTS
 from support.chart.tools import HELM, HELM_3
 from support.chart.values import PROBES, SCHEMA, SCHEMA_FILE, VALUES, at, has_null, is_ours, leaves, parent_and_key, resolve
 from support.chart.words import EVERYTHING, WORDS, not_text, values_with, words_that_are_not_text
-from support.conditions import TIMEOUT, expect
+from support.conditions import TIMEOUT, expect, retry_if_stalled
 from support.daemon import REPOSITORY, Daemon, environment
 from support.daemon import binary as daemon
 
@@ -239,8 +239,12 @@ def check_deployed_daemon(release, directory, secrets):
         authority = running.metrics if "-metrics:" in service else running.authority
         variables = {v["name"]: v["value"].replace("/run/", f"{directory}/run/") for v in container.get("env", [])}
         health = [daemon(), command, flag, f"{scheme}://{authority}"]
-        ran = subprocess.run(health, text=True, capture_output=True, env={**environment(), **variables})
-        assert ran.returncode == 0, f"helm test: {ran.stderr.strip()}"
+        retry_if_stalled(lambda: check_health(health, {**environment(), **variables}))
+
+
+def check_health(command, variables):
+    ran = subprocess.run(command, text=True, capture_output=True, env=variables)
+    assert ran.returncode == 0, f"helm test: {ran.stderr.strip()}"
 
 
 @every_case

@@ -19,7 +19,7 @@ import time
 import pytest
 from support import certificates, images, pages, peers
 from support import machine as debian
-from support.conditions import TIMEOUT, expect, until
+from support.conditions import TIMEOUT, expect, retry_if_stalled, until
 from support.daemon import REPOSITORY
 from support.machine import as_root
 
@@ -521,7 +521,7 @@ def test_compose_containers_are_confined(machine):
         expect(machine.get("/metrics", 8000)[0], 200, "metrics")
         # This container has a network, and Podman mounts writable file systems in memory that Docker does not.
         expect(exposures(machine, name) - {"mounts"}, {"network"}, f"exposures of {tool}")
-        machine.run(f"podman healthcheck run {name}")
+        retry_if_stalled(lambda name=name: machine.run(f"podman healthcheck run {name}"))
         found = machine.container(name)
         host = found["HostConfig"]
         published = {(port, one["HostIp"] or "0.0.0.0", one["HostPort"]) for port, to in host["PortBindings"].items() for one in to}

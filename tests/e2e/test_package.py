@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 from support import peers
-from support.conditions import TIMEOUT
+from support.conditions import TIMEOUT, retry_if_stalled
 from support.daemon import REPOSITORY
 
 pytestmark = pytest.mark.tools("dpkg-deb")
@@ -127,7 +127,7 @@ def test_arm64_binary_works(trees, tmp_path, figures):
             curl = ["curl", "-sSf", "--max-time", "30", "--unix-socket", address, "http://localhost/key/200"]
             key = subprocess.run(curl, capture_output=True, check=True).stdout
             assert len(key) == 200, len(key)
-            output(*emulated, "health", env={**os.environ, "KEYSERVICE_HOST": f"unix:{address}"})
+            retry_if_stalled(lambda: output(*emulated, "health", env={**os.environ, "KEYSERVICE_HOST": f"unix:{address}"}))
             peers.stop_daemon(daemon, "key-service")
     assert daemon.returncode == 0, f"exit status {daemon.returncode}"
     figures(version)

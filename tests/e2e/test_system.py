@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import certificates, peers
-from support.conditions import TIMEOUT, expect, until
+from support.conditions import TIMEOUT, expect, retry_if_stalled, until
 from support.machine import SUPPORT, Machine, as_root, upgrade
 from support.pages import commands
 
@@ -677,9 +677,13 @@ def test_the_tls_drop_in_works(machine, figures):
     expect(get("/key/32"), 32, "length with the new certificate")
     found = exposure(machine, "key-service.service")
     assert found <= EXPOSURE_MAX, found
+
     # A shell does not know the unit's drop-in, but key-service-check checks what the unit would run.
-    done = machine.run("key-service health", ok=1)
-    assert "speaks TLS" in done.stderr and done.stderr.isprintable() is False and done.stderr.strip().isprintable(), done
+    def check_health():
+        done = machine.run("key-service health", ok=1)
+        assert "speaks TLS" in done.stderr and done.stderr.isprintable() is False and done.stderr.strip().isprintable(), done
+
+    retry_if_stalled(check_health)
     output = machine.run("key-service-check").stdout
     assert 'tls-cert = "credential:tls.crt"' in output, output
     pid = machine.show("MainPID")
