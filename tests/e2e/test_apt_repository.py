@@ -45,6 +45,9 @@ class Publisher:
         (self.home / "empty").touch()
         (self.gnupg / "gpg.conf").write_text(f"batch\npinentry-mode loopback\npassphrase-file {self.home}/empty\n")
         self.environment = {"PATH": os.environ["PATH"], "HOME": str(self.home)}
+        # gpg would start the agent, too, and would wait for it for 5 s. This command returns when the agent listens.
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the agent keeps them
+        subprocess.run(["gpg-agent", "--daemon"], env=self.environment, check=True, timeout=TIMEOUT, **quiet)
 
     def __enter__(self):
         return self
