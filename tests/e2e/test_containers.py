@@ -26,7 +26,7 @@ from support.machine import as_root
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
-    pytest.mark.timeout(1800),  # the image is compiled for two architectures, and once more in another directory
+    pytest.mark.timeout(3600),  # the image is compiled for two architectures, and once more in another directory
     pytest.mark.xdist_group("image"),
     pytest.mark.tools("mmdebstrap", "systemd-nspawn", "podman", "openssl"),
 ]
@@ -363,12 +363,13 @@ def test_invalid_configuration_recovers(machine):
     machine.run("systemctl stop key-service")
     machine.write("/etc/key-service/config.toml", 'max-size = "1k"\n')
     waiting = subprocess.Popen(
-        machine.inside("curl -sS --max-time 60 -o /dev/null -w '%{http_code}' http://127.0.0.1:1123/key/32"),
+        machine.inside("curl -sS --max-time 300 -o /dev/null -w '%{http_code}' http://127.0.0.1:1123/key/32"),
         stdout=subprocess.PIPE,
         text=True,
     )
     with peers.killed_after(waiting, "curl"):
-        until("25 starts", lambda: int(machine.show("NRestarts")) >= 25)  # more than the default start limits of units and sockets
+        # More than the default start limits of units and sockets.
+        until("25 starts", lambda: int(machine.show("NRestarts")) >= 25, 3 * TIMEOUT)
         machine.wait_for_log('max-size: expected a whole number from 1 to 1073741824, found "1k"', "status=78/CONFIG")
         expect(machine.show("ActiveState", "key-service.socket"), "active", "the socket")
         machine.write("/etc/key-service/config.toml", "")

@@ -37,7 +37,7 @@ from support.images import (
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
-    pytest.mark.timeout(1800),  # the image is compiled for two architectures, and once more in another directory
+    pytest.mark.timeout(3600),  # the image is compiled for two architectures, and once more in another directory
     pytest.mark.xdist_group("image"),
     pytest.mark.tools("podman", "buildah", "runc", "mmdebstrap", "qemu-aarch64-static", "nsenter"),
     pytest.mark.usefixtures("image"),

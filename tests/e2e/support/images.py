@@ -117,7 +117,7 @@ def build(directory, architecture, tag, *options):
     """Builds the image of the Dockerfile in `directory`, with the profile for tests, and returns its id."""
     environment = {**os.environ, **LABELS, "SOURCE_DATE_EPOCH": str(EPOCH)}
     settings = ["--isolation=chroot", "--pull-never", "--quiet", "--build-arg=PROFILE=quick", "--tag", tag]
-    run(Path(directory) / "packaging/build-image", architecture, *settings, *options, timeout=900, env=environment)
+    run(Path(directory) / "packaging/build-image", architecture, *settings, *options, timeout=3000, env=environment)
     return inspect_image(tag)["Id"]
 
 
