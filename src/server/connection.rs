@@ -158,36 +158,63 @@ mod tests {
 
     use hyper::service::service_fn;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::net::UnixStream;
 
     use crate::access::peer::Client;
     use crate::server::buffers::BufferLimit;
     use crate::server::fast_path::service::tests::SlowPathOnly;
     use crate::server::idle::IdleConnections;
 
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+
+    /// Serves a connection whose requests take the slow path.
+    async fn serve<I>(io: I, phase: watch::Receiver<Phase>, metrics: &Metrics)
+    where
+        I: AsyncRead + Transport + Send + Unpin + 'static,
+    {
+        let service = service_fn(|_: Request<Incoming>| ready(Ok(Response::new(String::from("served")))));
+        let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
+        let activity = IdleConnections::new(1).activity();
+        serve_connection(io, SlowPathOnly(service), phase, metrics, buffers, activity).await;
+    }
+
     #[tokio::test]
     async fn closing_waits_for_the_first_request_only() {
         let (phases, phase) = watch::channel(Phase::Serving);
         let metrics = Metrics::new();
-        let serve = |io| {
-            let service = service_fn(|_: Request<Incoming>| ready(Ok(Response::new(String::from("served")))));
-            let buffers = BufferAccount::new(Arc::new(BufferLimit::new(8)), Client::V4(1));
-            let activity = IdleConnections::new(1).activity();
-            serve_connection(io, SlowPathOnly(service), phase.clone(), &metrics, buffers, activity)
-        };
-        let request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
         let (mut new, server_of_new) = duplex(1024);
         let (mut used, server_of_used) = duplex(1024);
         let clients = async {
-            used.write_all(request).await.unwrap();
+            used.write_all(REQUEST).await.unwrap();
             let mut response = [0; 1024];
             assert!(used.read(&mut response).await.unwrap() > 0);
             phases.send_replace(Phase::Closing);
             assert_eq!(used.read(&mut response).await.unwrap(), 0, "the used connection is closed");
-            new.write_all(request).await.unwrap();
+            new.write_all(REQUEST).await.unwrap();
             let length = new.read(&mut response).await.unwrap();
             assert!(response[..length].ends_with(b"served"), "the new connection gets a response");
             drop(new);
         };
+        let serve = |server| serve(server, phase.clone(), &metrics);
         tokio::join!(clients, serve(server_of_new), serve(server_of_used));
+    }
+
+    #[tokio::test]
+    async fn closing_serves_a_request_that_has_arrived() {
+        let (phases, phase) = watch::channel(Phase::Serving);
+        let metrics = Metrics::new();
+        let (mut client, server) = UnixStream::pair().unwrap();
+        let client = async {
+            client.write_all(REQUEST).await.unwrap();
+            let mut response = [0; 1024];
+            assert!(client.read(&mut response).await.unwrap() > 0);
+            // At once: the runtime learns of the phase before it learns of the request, as after a stall of the machine.
+            client.try_write(REQUEST).unwrap();
+            phases.send_replace(Phase::Closing);
+            let mut responses = Vec::new();
+            client.read_to_end(&mut responses).await.unwrap();
+            assert!(responses.ends_with(b"served"));
+        };
+        tokio::join!(client, serve(Stream::Unix(server), phase.clone(), &metrics));
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::pin;
 use tokio::sync::watch;
+use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use crate::server::context::{OVER_LIMIT_TIMEOUT, ServerContext};
@@ -127,7 +128,14 @@ pub(crate) async fn poll_until_closing<T>(
     mut poll: impl FnMut(&mut Context<'_>, bool) -> Poll<T>,
 ) -> T {
     let changes = phase.clone();
-    let closing = wait_for_phase(phase, Phase::Closing);
+    let closing = async {
+        if *phase.borrow() < Phase::Closing {
+            wait_for_phase(phase, Phase::Closing).await;
+            // A worker that was stalled learns of the phase before the requests that have arrived meanwhile, unless it
+            // looks for them now.
+            yield_now().await;
+        }
+    };
     pin!(closing);
     let (mut is_watching, mut is_closing) = (false, false);
     poll_fn(move |cx| {

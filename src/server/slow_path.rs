@@ -51,7 +51,7 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let exchange = Exchange::default();
-    let (buffers, has_answered) = (fast_path.buffers().clone(), fast_path.has_responded());
+    let (buffers, was_idle) = (fast_path.buffers().clone(), fast_path.is_between_requests());
     let (io, service) = fast_path.lend(&exchange);
     let mut connection = http1::Builder::new()
         .max_buf_size(HEAD_MAX)
@@ -65,7 +65,7 @@ where
             is_stopping = true;
             // A new connection would be closed before its request was read. It may still send its first request, within
             // the head timeout of the drain, and is closed after the response.
-            if has_answered || exchange.is_started() {
+            if was_idle || exchange.is_started() {
                 Pin::new(&mut connection).graceful_shutdown();
             }
         }

@@ -93,9 +93,9 @@ impl<'a, I: AsyncRead + Transport + Unpin, S: FastPath> FastPathConnection<'a, I
         }
     }
 
-    /// Whether there was a response yet.
-    pub(crate) fn has_responded(&self) -> bool {
-        self.has_responded
+    /// Whether the connection has had a response, and nothing of another request has been read.
+    pub(crate) fn is_between_requests(&self) -> bool {
+        self.has_responded && self.unread.is_empty()
     }
 
     /// Whether the connection is idle and has to close for a new one.
@@ -348,7 +348,7 @@ mod tests {
             };
             let (exit, ()) = tokio::join!(poll_fn(|cx| server.poll_serve(cx)), sending);
             assert_eq!(exit.unwrap(), Exit::Handover);
-            assert!(server.has_responded());
+            assert!(server.has_responded);
             let exchange = Exchange::default();
             let (mut io, _) = server.lend(&exchange);
             let mut unread = String::new();
