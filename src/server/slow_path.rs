@@ -63,8 +63,9 @@ where
     let result = poll_until_closing(phase, |cx, is_closing| {
         if is_closing && !is_stopping {
             is_stopping = true;
-            // A new connection would be closed before its request was read. It may still send its first request, within
-            // the head timeout of the drain, and is closed after the response.
+            // hyper would close a connection of which it has read nothing. A new one may still send its first request,
+            // within the head timeout of the drain, and the fast path may have read the next request of another. These
+            // close after the response.
             if was_idle || exchange.is_started() {
                 Pin::new(&mut connection).graceful_shutdown();
             }
