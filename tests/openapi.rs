@@ -5,8 +5,6 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use serde_json::Value;
@@ -29,9 +27,7 @@ fn tokens(directory: &TempDirectory) -> PathBuf {
         command
     });
     let text = String::from_utf8(output.stdout).unwrap();
-    let path = directory.write("tokens", text.split_once('\n').unwrap().1);
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-    path
+    directory.write_secret("tokens", text.split_once('\n').unwrap().1)
 }
 
 fn values<'a>(document: &'a Value, path: &str, parameter: &str) -> Vec<&'a str> {

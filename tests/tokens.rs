@@ -12,7 +12,7 @@ use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
-use common::{Daemon, Response, TempDirectory, exchange, get, key_service, run_to_end};
+use common::{Daemon, Response, TempDirectory, exchange, get, key_service, run_to_end, write_secret};
 
 /// Creates a token. Returns it and its line for the tokens file.
 fn new_token(options: &[&str]) -> (String, String) {
@@ -29,7 +29,7 @@ fn new_token(options: &[&str]) -> (String, String) {
 /// A daemon that requires one of the tokens in `lines`.
 fn start(lines: &str, settings: &[(&str, &str)]) -> Daemon {
     let directory = TempDirectory::new();
-    let path = write(&directory.file("tokens"), lines);
+    let path = directory.write_secret("tokens", lines);
     Daemon::start_with(directory, |command| {
         command.args(["--host", "127.0.0.1", "--srv-port", "0", "--metrics-port", "0"]);
         command.env("KEYSERVICE_TOKENS_FILE", path);
@@ -37,12 +37,6 @@ fn start(lines: &str, settings: &[(&str, &str)]) -> Daemon {
             command.env(format!("KEYSERVICE_{name}"), value);
         }
     })
-}
-
-fn write(path: &Path, lines: &str) -> std::path::PathBuf {
-    fs::write(path, lines).unwrap();
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
-    path.to_owned()
 }
 
 fn request(path: &str, credentials: &str) -> String {
@@ -148,7 +142,7 @@ fn a_reload_rotates_tokens_on_open_connections() {
         client.send(request("/key/32", &format!("Authorization: Bearer {token}\r\n"))).response().status
     };
     let reload = |lines: &str| {
-        write(&file, lines);
+        write_secret(&file, lines);
         daemon.signal("HUP");
         daemon.manager.wait_for("RELOADING=1");
         daemon.manager.wait_for("READY=1");
@@ -180,7 +174,7 @@ fn a_changed_tokens_file_is_reloaded_without_a_signal() {
     // The kubelet publishes a Secret in this way: it replaces the symbolic link in the middle, and sends no signal.
     let publish = |volume: &Path, name: &str, lines: &str| {
         fs::create_dir(volume.join(name)).unwrap();
-        write(&volume.join(name).join("tokens"), lines);
+        write_secret(volume.join(name).join("tokens"), lines);
         symlink(name, volume.join("..data_tmp")).unwrap();
         fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
     };
@@ -216,7 +210,7 @@ fn a_missing_or_writable_tokens_file_changes_nothing() {
     reload();
     fs::remove_file(&file).unwrap();
     reload();
-    write(&file, &line);
+    write_secret(&file, &line);
     daemon.wait_for_metric("config_last_reload_successful", 1.0); // within seconds, without a signal
 }
 
@@ -229,7 +223,7 @@ fn a_token_is_revoked_while_the_configuration_is_refused() {
     daemon.signal("HUP");
     daemon.wait_for_log("keeping the previous configuration");
     let mut client = common::Client::connect(daemon.keys());
-    write(&daemon.directory.file("tokens"), &new_line);
+    daemon.directory.write_secret("tokens", &new_line);
     wait_for_status(&mut client, &old, 401);
     wait_for_status(&mut client, &new, 200);
     daemon.wait_for_metric("config_last_reload_successful", 0.0);
@@ -244,7 +238,7 @@ fn every_error_in_a_tokens_file_is_reported_without_secrets() {
         "{line}\nci {token}\n{token}\nb {hash}\nc sha256:12\nna/me {hash}\nd {hash} max-size=0\nd {hash} color=red\n\
          d {hash} expires=2027-02-30\nd {hash} max-size=1 max-size=2\n"
     );
-    let path = write(&directory.file("tokens"), &lines);
+    let path = directory.write_secret("tokens", &lines);
     let check = || {
         let mut command = key_service(&directory);
         command.arg("--check").arg("--config").arg(directory.file("config.toml"));
@@ -268,7 +262,7 @@ fn every_error_in_a_tokens_file_is_reported_without_secrets() {
         assert!(errors.contains(expected), "{expected}\nis not in\n{errors}");
     }
     assert!(!errors.contains(&token[..20]), "{errors}");
-    write(&path, &line);
+    write_secret(&path, &line);
     for (mode, status) in [(0o600, 0), (0o444, 0), (0o620, 78), (0o602, 78)] {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         let (found, errors) = check();
@@ -287,7 +281,7 @@ fn a_tokens_file_may_be_a_systemd_credential() {
     let directory = TempDirectory::new();
     let credentials = directory.file("credentials");
     fs::create_dir(&credentials).unwrap();
-    write(&credentials.join("tokens"), &line);
+    write_secret(credentials.join("tokens"), &line);
     // Under systemd, a missing credential is an error. A shell has no credentials, so there `--check` does not check it.
     let unit = "export SYSTEMD_EXEC_PID=$$; exec \"$@\"";
     let shell = "export SYSTEMD_EXEC_PID=1; exec \"$@\"";
@@ -341,7 +335,7 @@ fn a_unix_socket_has_its_mode_and_needs_a_token_unless_trusted() {
         let (token, line) = new_token(&[]);
         let directory = TempDirectory::new();
         let socket = directory.file("socket");
-        let tokens = write(&directory.file("tokens"), &line);
+        let tokens = directory.write_secret("tokens", &line);
         let _daemon = Daemon::start_with(directory, |command| {
             command.env("KEYSERVICE_HOST", format!("unix:{}", socket.display()));
             command.args(["--metrics-port", "0"]).env("KEYSERVICE_TOKENS_FILE", tokens);

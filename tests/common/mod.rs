@@ -49,16 +49,31 @@ impl TempDirectory {
         self.0.path().join(name)
     }
 
-    /// Writes a file that only its owner may write to, whatever the umask is. It replaces an existing file at once: a
-    /// daemon never reads a part of the text.
+    /// Writes a file that only its owner may write to, whatever the umask is.
     pub fn write(&self, name: &str, text: &str) -> PathBuf {
-        let new = self.file(&format!("{name}.new"));
-        let mut options = std::fs::OpenOptions::new();
-        let mut file = options.write(true).create_new(true).mode(0o644).open(&new).unwrap();
-        file.write_all(text.as_bytes()).unwrap();
-        std::fs::rename(new, self.file(name)).unwrap();
-        self.file(name)
+        write(self.file(name), text, 0o644)
     }
+
+    /// Writes a file that only its owner may read.
+    pub fn write_secret(&self, name: &str, text: &str) -> PathBuf {
+        write_secret(self.file(name), text)
+    }
+}
+
+/// Writes a file that only its owner may read.
+pub fn write_secret(path: impl Into<PathBuf>, text: &str) -> PathBuf {
+    write(path.into(), text, 0o600)
+}
+
+/// Writes a file and renames it into place: a daemon never reads part of a file.
+fn write(path: PathBuf, text: &str, mode: u32) -> PathBuf {
+    let mut new = path.clone().into_os_string();
+    new.push(".new");
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(mode).open(&new).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    std::fs::rename(new, &path).unwrap();
+    path
 }
 
 /// A command of the daemon's binary, without the environment variables that the daemon would read.

@@ -1,8 +1,6 @@
 //! Certificates that the test creates, and a TLS client.
 
-use std::fs::Permissions;
 use std::net::{SocketAddr, TcpStream};
-use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -68,13 +66,10 @@ impl Authority {
 }
 
 impl Identity {
-    /// Writes cert.pem and key.pem to `directory`. Both are renamed into place: the daemon never reads part of a file.
+    /// Writes cert.pem and key.pem to `directory`.
     pub fn write(&self, directory: &TempDirectory) {
-        for (name, text) in [("cert.pem", &self.certificate), ("key.pem", &self.key)] {
-            let new = directory.write(&format!("{name}.new"), text);
-            std::fs::set_permissions(&new, Permissions::from_mode(0o600)).unwrap();
-            std::fs::rename(new, directory.file(name)).unwrap();
-        }
+        directory.write_secret("cert.pem", &self.certificate);
+        directory.write_secret("key.pem", &self.key);
     }
 
     pub fn der(&self) -> CertificateDer<'static> {
